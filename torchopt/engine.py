@@ -1,0 +1,287 @@
+"""The engine under the three faces: flat lists of tensors through the parts of a transformation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from torchopt import tree
+from torchopt.typing import PyTree, Step
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass
+class Call:
+    """One update as a face asks for it: lists with one entry per parameter, ``None`` if absent."""
+
+    g: list[Any]
+    p: list[Any]
+    t: list[Step]
+    slots: dict[str, list[Any]]
+    hyper: list[dict[str, Any]]
+    names: Callable[[], Sequence[str]]
+    reference: PyTree  # a tree with the structure of the parameters, for masks
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Leaves:
+    """What one part of a transformation sees: the parameters that have a gradient.
+
+    Attributes:
+        g: Gradients, or what earlier parts made of them.
+        p: Parameters; entries are ``None`` if the caller gave none.
+        t: Step counts, 1 at the first update.
+        slots: The part's buffers of each parameter, in the order of its ``slots``.
+        hyper: The part's hyperparameters of each parameter.
+        index: Positions among all parameters of ``call``.
+        call: The whole call.
+    """
+
+    g: list[Tensor]
+    p: list[Any]
+    t: list[Step]
+    slots: list[tuple[Any, ...]]
+    hyper: list[dict[str, Any]]
+    index: list[int]
+    call: Call
+
+    def name(self, position: int) -> str:
+        """Return the quoted name of a parameter, for error messages."""
+        return tree.quoted(self.call.names()[self.index[position]])
+
+
+class Plan:
+    """Where each part of a transformation finds its hyperparameters and slots by public name."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = tuple(parts)
+        self.hyper_specs: dict[str, Any] = {}
+        self.slot_names: tuple[str, ...] = ()
+        self.optional_slots: set[str] = set()
+        self.fields: list[dict[str, str]] = []
+        self.slots: list[tuple[str, ...]] = []
+        for part in self.parts:
+            specs = part.hyper_specs()
+            fields = {name: _free_name(name, self.hyper_specs) for name in specs}
+            self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
+            names = tuple(_free_name(name, self.slot_names) for name in part.slot_names())
+            self.fields.append(fields)
+            self.slots.append(names)
+            self.slot_names += names
+            own = part.slot_names()
+            self.optional_slots |= {n for n, slot in zip(names, own) if slot in part.optional_slots}
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the hyperparameters of all parts by public name."""
+        return {
+            public: part.hyperparameters()[name]
+            for part, fields in zip(self.parts, self.fields)
+            for name, public in fields.items()
+        }
+
+    def check_slots(self, given: Iterable[str], owner: str) -> None:
+        """Refuse a state that another transformation has made.
+
+        Raises:
+            ValueError: Naming the slots that are unknown or missing.
+        """
+        names = set(given)
+        unknown = sorted(names - set(self.slot_names))
+        missing = [n for n in self.slot_names if n not in names and n not in self.optional_slots]
+        if unknown or missing:
+            what = f"has {unknown}" if unknown else f"lacks {missing}"
+            raise ValueError(
+                f"The state belongs to another optimizer: it {what}, while {owner} keeps {list(self.slot_names)}."
+            )
+
+    def rows_of(self, position: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Pick a part's own hyperparameters; rows that are one object stay one object."""
+        fields = self.fields[position]
+        picked: dict[int, dict[str, Any]] = {}
+        result = []
+        for row in rows:
+            key = id(row)
+            if key not in picked:
+                picked[key] = {name: row[public] for name, public in fields.items()}
+            result.append(picked[key])
+        return result
+
+
+def _free_name(name: str, taken: Any) -> str:
+    candidate, occurrence = name, 1
+    while candidate in taken:
+        occurrence += 1
+        candidate = f"{name}_{occurrence}"
+    return candidate
+
+
+def step_list(old: Union[Step, list[Any]], count: int) -> list[Step]:
+    """Return the step count of every parameter at this update."""
+    if isinstance(old, list):
+        return [step + 1 for step in old]
+    return [old + 1] * count
+
+
+def next_step(old: Union[Step, list[Any]], grads: Sequence[Any]) -> Union[Step, list[Any]]:
+    """Return the step counts to remember: one number while all parameters agree."""
+    if isinstance(old, Tensor):
+        return old + 1
+    previous = old if isinstance(old, list) else [old] * len(grads)
+    steps = [step if g is None else step + 1 for step, g in zip(previous, grads)]
+    if not steps:
+        return old + 1 if isinstance(old, int) else old
+    return steps[0] if all(step == steps[0] for step in steps) else steps
+
+
+def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
+    """Return the initial slots of every parameter of ``call``."""
+    index = [i for i, p in enumerate(call.p) if p is not None]
+    for i in index:
+        if not isinstance(call.p[i], Tensor):
+            name = tree.quoted(call.names()[i])
+            raise TypeError(
+                f"Parameter {name} must be a tensor or None, got {type(call.p[i]).__name__}."
+            )
+    params = [_to_compute_dtype(call.p[i].detach()) for i in index]
+    columns: dict[str, list[Any]] = {name: [None] * len(call.p) for name in tx.slot_names()}
+    rows = [call.hyper[i] for i in index]
+    for position, part in enumerate(tx.plan.parts):
+        leaves = Leaves(params, params, [], [], tx.plan.rows_of(position, rows), index, call)
+        for i, values in zip(index, part_slots(part, leaves)):
+            for name, value in zip(tx.plan.slots[position], values):
+                columns[name][i] = value
+    return columns
+
+
+def part_slots(part: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
+    """Return the initial slots of one part for the parameters ``leaves.p``."""
+    if hasattr(part, "init_all_slots"):
+        return part.init_all_slots(leaves)
+    return [part.init_slots(p, **h) for p, h in zip(leaves.p, leaves.hyper)]
+
+
+def advance(tx: Any, call: Call) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Compute the updates and the new slots of one call, leaving its inputs as they are."""
+    index = [i for i, g in enumerate(call.g) if g is not None]
+    _check_gradients(tx, call, index)
+    updates: list[Any] = [None] * len(call.g)
+    slots = {name: list(column) for name, column in call.slots.items()}
+    if not index:
+        return updates, slots
+    is_complex = [call.g[i].is_complex() for i in index]
+    enter = [_view_as_real if c else _to_compute_dtype for c in is_complex]
+    leaves = Leaves(
+        g=[convert(call.g[i]) for convert, i in zip(enter, index)],
+        p=[None if call.p[i] is None else convert(call.p[i]) for convert, i in zip(enter, index)],
+        t=[call.t[i] for i in index],
+        slots=[],
+        hyper=[call.hyper[i] for i in index],
+        index=index,
+        call=call,
+    )
+    columns = {
+        name: [
+            None if column[i] is None else convert(column[i]) for convert, i in zip(enter, index)
+        ]
+        for name, column in slots.items()
+    }
+    results = run(tx.plan, leaves, columns)
+    for i, c, u in zip(index, is_complex, results):
+        updates[i] = _leave(u, c, call.g[i].dtype)
+    for name, column in columns.items():
+        for i, c, value in zip(index, is_complex, column):
+            if value is not None:
+                old = slots[name][i]
+                slots[name][i] = _leave(value, c, value.dtype if old is None else old.dtype)
+    return updates, slots
+
+
+def run(plan: Plan, leaves: Leaves, columns: dict[str, list[Any]]) -> list[Tensor]:
+    """Apply all parts of a plan one after the other; ``columns`` receives the new slots."""
+    g = leaves.g
+    for position, part in enumerate(plan.parts):
+        names = plan.slots[position]
+        slots = list(zip(*(columns[name] for name in names))) if names else [()] * len(g)
+        own = dataclasses.replace(
+            leaves, g=g, slots=slots, hyper=plan.rows_of(position, leaves.hyper)
+        )
+        g, slots = part.step(own)
+        for name, column in zip(names, zip(*slots)):
+            columns[name] = list(column)
+    return g
+
+
+def _to_compute_dtype(x: Tensor) -> Tensor:
+    """Half precision is computed, and its slots are kept, in float32.
+
+    In float16 the default eps and small squared gradients are zero, and in bfloat16 a beta of
+    0.999 is 1, so rules evaluated in these dtypes give infinite or frozen updates.
+    """
+    return x.float() if x.dtype in HALF else x
+
+
+def _view_as_real(x: Tensor) -> Tensor:
+    """A complex parameter is updated as its real and imaginary parts, as torch.optim does."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _leave(x: Tensor, is_complex: bool, dtype: torch.dtype) -> Tensor:
+    """Undo the conversions on the way in (a 0-d parameter may also have been promoted)."""
+    if is_complex and not x.is_complex():
+        x = torch.view_as_complex(x)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _check_gradients(tx: Any, call: Call, index: Sequence[int]) -> None:
+    for i in index:
+        g, p = call.g[i], call.p[i]
+        if not isinstance(g, Tensor):
+            name = tree.quoted(call.names()[i])
+            raise TypeError(
+                f"The gradient of {name} must be a tensor or None, got {type(g).__name__}."
+            )
+        if g.layout != torch.strided:
+            _check_sparse(tx, call, i)
+        elif not (g.is_floating_point() or g.is_complex()):
+            name = tree.quoted(call.names()[i])
+            raise TypeError(
+                f"The gradient of {name} must be floating-point or complex, got {g.dtype}."
+            )
+        if p is not None:
+            _check_same("parameter", g, p, call, i)
+            continue
+        for column in call.slots.values():
+            if column[i] is not None:
+                _check_same("state", g, column[i], call, i)
+                break
+
+
+def _check_sparse(tx: Any, call: Call, i: int) -> None:
+    for part in tx.plan.parts:
+        if not part.accepts_sparse:
+            raise TypeError(
+                f"The gradient of {tree.quoted(call.names()[i])} is sparse ({call.g[i].layout}), "
+                f"and {type(part).__name__} has no sparse rule. Use to_dense(), or an embedding "
+                "with sparse=False."
+            )
+
+
+def _check_same(what: str, g: Tensor, p: Tensor, call: Call, i: int) -> None:
+    if what == "state":
+        same_dtype = g.dtype == p.dtype or g.dtype in HALF
+    else:
+        same_dtype = g.dtype == p.dtype
+    if g.shape == p.shape and same_dtype and g.device == p.device:
+        return
+    message = (
+        f"The gradient of {tree.quoted(call.names()[i])} does not fit its {what}: gradient "
+        f"{g.dtype} {tuple(g.shape)} on {g.device}, {what} {p.dtype} {tuple(p.shape)} on {p.device}."
+    )
+    raise (ValueError if same_dtype else TypeError)(message)

@@ -1,0 +1,94 @@
+"""A functional optimizer that keeps its own state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torchopt import tree
+from torchopt.apply import apply_updates
+from torchopt.meta import differentiate
+from torchopt.opt_state import OptState
+from torchopt.state import extract_state_dict
+from torchopt.transform import GradientTransformation, check_transformation
+from torchopt.typing import TensorTree
+
+
+class FuncOptimizer:
+    """Optimize any tree of parameters by ``params = optimizer.step(loss, params)``.
+
+    Args:
+        tx: The transformation.
+        inplace: Whether :meth:`step` changes the parameters in place, by default.
+
+    Raises:
+        TypeError: If ``tx`` is no transformation.
+
+    Example:
+        >>> import torch, torchopt
+        >>> optimizer = torchopt.FuncOptimizer(torchopt.sgd(0.1))
+        >>> params = {"w": torch.tensor([1.0], requires_grad=True)}
+        >>> optimizer.step(params["w"].square().sum(), params)
+        {'w': tensor([0.8000], grad_fn=<AddBackward0>)}
+    """
+
+    def __init__(self, tx: GradientTransformation, *, inplace: bool = False) -> None:
+        check_transformation(tx, "FuncOptimizer")
+        self.transformation = tx
+        self.inplace = inplace
+        self.state: OptState | None = None
+
+    def init(self, params: TensorTree) -> None:
+        """Start anew; otherwise the first :meth:`step` makes the state."""
+        self.state = self.transformation.init(params)
+
+    def step(
+        self, loss: torch.Tensor, params: TensorTree, inplace: bool | None = None
+    ) -> TensorTree:
+        """Differentiate the loss and return the updated parameters.
+
+        Args:
+            loss: A scalar computed from ``params``.
+            params: Any pytree of tensors that require grad. Those it does not depend on stay.
+            inplace: Change ``params`` in place, and record nothing; ``None`` means the attribute
+                ``inplace``. Otherwise the result is differentiable.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As :meth:`torchopt.MetaOptimizer.step`.
+        """
+        inplace = self.inplace if inplace is None else inplace
+        leaves, spec = tree.flatten(params)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        found = iter(
+            differentiate(loss, tensors, create_graph=not inplace and torch.is_grad_enabled())
+        )
+        grads = [
+            next(found) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else None
+            for leaf in leaves
+        ]
+        state = self.transformation.init(params) if self.state is None else self.state
+        gradient_tree = tree.unflatten(spec, grads)
+        updates, state = self.transformation.update(gradient_tree, state, params, inplace=inplace)
+        params = apply_updates(params, updates, inplace=inplace)
+        self.state = state
+        return params
+
+    def state_dict(self) -> OptState | None:
+        """Return the state by reference; ``None`` before the first step."""
+        return None if self.state is None else extract_state_dict(self.state)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Go on from a state that :meth:`state_dict` or ``tx.init`` returned.
+
+        Raises:
+            TypeError: If it is no optimizer state.
+            ValueError: If it belongs to another transformation.
+        """
+        if state_dict is not None and not isinstance(state_dict, OptState):
+            raise TypeError(
+                f"load_state_dict expects an OptState, got {type(state_dict).__name__}."
+            )
+        if state_dict is not None:
+            self.transformation.plan.check_slots(state_dict.slots, repr(self.transformation))
+        self.state = state_dict

@@ -1,0 +1,451 @@
+"""The differentiable face: optimizers that keep a network connected to what it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Concatenate, ParamSpec
+
+from torchopt import hyper, tree
+from torchopt.engine import Call, advance, initialise
+from torchopt.module_state import ParameterSite, named_places, parameter_sites
+from torchopt.opt_state import OptState
+from torchopt.state import extract_state_dict, recover_state_dict
+from torchopt.transform import GradientTransformation, check_transformation
+
+
+P = ParamSpec("P")
+
+
+class _Entry(NamedTuple):
+    """One trainable parameter of one group at this moment."""
+
+    group: int
+    name: str
+    site: ParameterSite
+
+
+@dataclasses.dataclass
+class _GroupState:
+    """Step counts and slots of one group by parameter name."""
+
+    steps: dict[str, int]
+    slots: dict[str, dict[str, Any]]
+
+
+class MetaOptimizer:
+    """Optimize a network by steps that can be differentiated through.
+
+    :meth:`step` puts new tensors into the network, connected by the graph to the old ones, to the
+    data and to every hyperparameter that is a tensor; so a later loss can be differentiated with
+    respect to any of them.
+
+    Args:
+        module: The network; or a list of networks and of dicts ``{"params": network, "lr": ...}``
+            with hyperparameters of their own.
+        tx: The transformation. A hyperparameter may be a dict keyed by parameter name, or by the
+            name of a part of the network (``{"body": a, "head": b}``).
+
+    Attributes:
+        param_groups: One dict per network: ``"params"`` and the hyperparameters, read at each step.
+        create_graph: What :meth:`step` uses unless told otherwise; ``False`` gives the first-order
+            approximation.
+
+    Raises:
+        TypeError: If ``tx`` is no transformation or ``module`` no module.
+        ValueError: If a module has no parameters or a hyperparameter is out of bounds.
+
+    Example:
+        >>> import torch, torchopt
+        >>> net = torch.nn.Linear(2, 1)
+        >>> start = net.weight
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> inner = torchopt.MetaOptimizer(net, torchopt.sgd(lr))
+        >>> inner.step(net(torch.ones(3, 2)).square().mean())
+        >>> outer_loss = net(torch.ones(3, 2)).square().mean()
+        >>> [g.shape for g in torch.autograd.grad(outer_loss, [start, lr])]
+        [torch.Size([1, 2]), torch.Size([])]
+    """
+
+    def __init__(self, module: nn.Module | Sequence[Any], tx: GradientTransformation) -> None:
+        check_transformation(tx, type(self).__name__)
+        self.transformation = tx
+        self.create_graph = True
+        self.param_groups: list[dict[str, Any]] = []
+        self._states: list[_GroupState] = []
+        for group in module if isinstance(module, (list, tuple)) else [module]:
+            self.add_param_group(group)
+
+    def add_param_group(self, group: nn.Module | dict[str, Any]) -> None:
+        """Let the optimizer also train another network.
+
+        Args:
+            group: The network, or ``{"params": network, "lr": ...}`` with its own hyperparameters.
+
+        Raises:
+            TypeError: If there is no module in it, or an unknown hyperparameter.
+            ValueError: If the module has no parameters or shares one with another group.
+        """
+        given = dict(group) if isinstance(group, Mapping) else {"params": group}
+        module = given.pop("params", None)
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} expects an nn.Module (the network, not its parameters), got {type(module).__name__}."
+            )
+        specs = self.transformation.hyper_specs()
+        for name, value in given.items():
+            if name not in specs:
+                raise TypeError(
+                    f"{name!r} is no hyperparameter of {self.transformation!r}; those are {list(specs)}."
+                )
+            hyper.check(name, value, specs[name])
+        sites = parameter_sites(module)
+        if not sites:
+            raise ValueError(f"The module {type(module).__name__} has no parameters to optimize.")
+        taken = {
+            id(s.tensor) for g in self.param_groups for s in parameter_sites(g["params"]).values()
+        }
+        for name, site in sites.items():
+            if id(site.tensor) in taken:
+                raise ValueError(f"Parameter {name!r} belongs to another group already.")
+        hyperparameters = {**self.transformation.hyperparameters(), **given}
+        names = list(sites)
+        hyper.resolve(hyperparameters, specs, [s.tensor for s in sites.values()], lambda: names, 0)
+        self.param_groups.append({"params": module, **hyperparameters})
+        self._states.append(
+            _GroupState({}, {slot: {} for slot in self.transformation.slot_names()})
+        )
+
+    # Stepping ---------------------------------------------------------------------------------
+
+    def step(
+        self, loss: Tensor, *, create_graph: bool | None = None, retain_graph: bool | None = None
+    ) -> None:
+        """Differentiate the loss, update, and put the new tensors into the network.
+
+        Under ``torch.no_grad()`` nothing is recorded: the new tensors are leaves, for adapting
+        without a meta-gradient at the memory of one step.
+
+        Args:
+            loss: A scalar computed with the network's present tensors.
+            create_graph: ``False`` treats the gradient as a constant (the first-order
+                approximation); ``None`` means the attribute ``create_graph``.
+            retain_graph: As in :func:`torch.autograd.grad`; ``None`` means ``create_graph``.
+
+        Raises:
+            TypeError: If ``loss`` is no tensor.
+            ValueError: If ``loss`` is not scalar, has no graph, or depends on none of the parameters.
+            RuntimeError: If its graph has been freed. The network and this optimizer have not
+                changed then, nor in any other case of refusal.
+        """
+        track = torch.is_grad_enabled()
+        create_graph = (self.create_graph if create_graph is None else create_graph) and track
+        entries = self._trainable()
+        grads = differentiate(
+            loss, [entry.site.tensor for entry in entries], create_graph, retain_graph
+        )
+        call = self._call(entries, list(grads))
+        updates, slots = advance(self.transformation, call)
+        new_weights = [
+            None if u is None else _updated(entry.site.tensor, u, track)
+            for entry, u in zip(entries, updates)
+        ]
+        self._remember(entries, call, slots, track)
+        for entry, weight in zip(entries, new_weights):
+            if weight is not None:
+                entry.site.place(weight)
+
+    def _trainable(self) -> list[_Entry]:
+        return [
+            _Entry(index, name, site)
+            for index, group in enumerate(self.param_groups)
+            for name, site in parameter_sites(group["params"]).items()
+            if site.tensor.requires_grad
+        ]
+
+    def _call(self, entries: list[_Entry], grads: list[Any]) -> Call:
+        params = [entry.site.tensor for entry in entries]
+        single = len(self.param_groups) == 1
+        names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
+        steps = [self._states[entry.group].steps.get(entry.name, 0) + 1 for entry in entries]
+        rows: list[dict[str, Any]] = []
+        for index, group in enumerate(self.param_groups):
+            own = [k for k, entry in enumerate(entries) if entry.group == index]
+            count = max((steps[k] for k in own), default=1) - 1
+            own_names = [entries[k].name for k in own]
+            specs = self.transformation.hyper_specs()
+            rows += hyper.resolve(
+                group, specs, [params[k] for k in own], lambda n=own_names: n, count
+            )
+        call = Call(grads, params, steps, {}, rows, lambda: names, dict(zip(names, params)))
+        fresh = [entry.name not in self._states[entry.group].steps for entry in entries]
+        initial = {}
+        if any(fresh):  # at the first step, or for parameters that were frozen until now
+            missing = [p if new else None for p, new in zip(params, fresh)]
+            initial = initialise(self.transformation, dataclasses.replace(call, p=missing))
+        for slot in self.transformation.slot_names():
+            call.slots[slot] = [
+                initial[slot][k] if new else self._states[entry.group].slots[slot].get(entry.name)
+                for k, (entry, new) in enumerate(zip(entries, fresh))
+            ]
+        return call
+
+    def _remember(
+        self, entries: list[_Entry], call: Call, slots: dict[str, list[Any]], track: bool
+    ) -> None:
+        states = [
+            _GroupState(
+                dict(state.steps), {slot: dict(column) for slot, column in state.slots.items()}
+            )
+            for state in self._states
+        ]
+        for k, entry in enumerate(entries):
+            state = states[entry.group]
+            state.steps[entry.name] = call.t[k] if call.g[k] is not None else call.t[k] - 1
+            for slot, column in slots.items():
+                value = column[k]
+                state.slots[slot][entry.name] = value if track or value is None else value.detach()
+        self._states = states
+
+    # State ------------------------------------------------------------------------------------
+
+    def extract_state(self) -> tuple[OptState, ...]:
+        """Return the state by reference, one :class:`~torchopt.OptState` per group."""
+        states = []
+        for state in self._states:
+            counts = set(state.steps.values())
+            step = (counts.pop() if counts else 0) if len(counts) < 2 else dict(state.steps)
+            kept = {
+                s: dict(c) for s, c in state.slots.items() if any(v is not None for v in c.values())
+            }
+            states.append(OptState(step, kept if state.steps else {s: {} for s in state.slots}))
+        return tuple(states)
+
+    def recover_state(self, state: Any) -> None:
+        """Go back to an extracted state; see :func:`torchopt.recover_state_dict`."""
+        if not isinstance(state, (tuple, list)) or not all(isinstance(s, OptState) for s in state):
+            raise TypeError(
+                f"The state of {type(self).__name__} must be what extract_state_dict returned for one, "
+                f"got {type(state).__name__}."
+            )
+        if len(state) != len(self.param_groups):
+            raise ValueError(
+                f"The state has {len(state)} groups, {type(self).__name__} has {len(self.param_groups)}."
+            )
+        self._states = [self._checked(k, group) for k, group in enumerate(state)]
+
+    def _checked(self, index: int, state: OptState) -> _GroupState:
+        self.transformation.plan.check_slots(state.slots, type(self).__name__)
+        sites = parameter_sites(self.param_groups[index]["params"])
+        shapes = {name: site.tensor.shape for name, site in sites.items()}
+        for slot, column in state.slots.items():
+            for name, value in column.items():
+                if name not in shapes:
+                    raise ValueError(
+                        f"The state does not match: parameter {name!r} was not expected."
+                    )
+                if isinstance(value, Tensor) and value.shape != shapes[name]:
+                    raise ValueError(
+                        f"The state does not match at {slot}[{name!r}]: shape {tuple(value.shape)} "
+                        f"instead of {tuple(shapes[name])}."
+                    )
+        names = list(next(iter(state.slots.values()))) if state.slots else list(sites)
+        if isinstance(state.step, Mapping):
+            names = list(state.step)
+        missing = [
+            name for name, site in sites.items() if site.tensor.requires_grad and name not in names
+        ]
+        if missing and state.step:
+            raise ValueError(f"The state does not match: parameter {missing[0]!r} is missing.")
+        steps = (
+            dict(state.step)
+            if isinstance(state.step, Mapping)
+            else dict.fromkeys(names, state.step)
+        )
+        slots = {slot: dict(state.slots.get(slot, {})) for slot in self.transformation.slot_names()}
+        return _GroupState(steps, slots)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and hyperparameters, detached, in plain containers for ``torch.save``."""
+        groups = [
+            {
+                k: v
+                for k, v in group.items()
+                if k != "params" and (isinstance(v, Tensor) or not callable(v))
+            }
+            for group in self.param_groups
+        ]
+        states = [
+            dataclasses.asdict(_GroupState(s.steps, {})) | {"slots": s.slots} for s in self._states
+        ]
+        detach = lambda x: x.detach() if isinstance(x, Tensor) else x  # noqa: E731
+        return tree.tree_map(detach, {"state": states, "param_groups": groups})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; the tensors are copied.
+
+        Raises:
+            ValueError: If the state is that of another optimizer or network. Nothing has changed then.
+        """
+        try:
+            states = tuple(OptState(s["steps"], s["slots"]) for s in state_dict["state"])
+            groups = state_dict["param_groups"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"This is no state_dict of {type(self).__name__}: {error!r}."
+            ) from error
+        specs = self.transformation.hyper_specs()
+        for group in groups:
+            for name, value in group.items():
+                if name not in specs:
+                    raise ValueError(
+                        f"The state belongs to another optimizer: it has the hyperparameter {name!r}."
+                    )
+                hyper.check(name, value, specs[name])
+        self.recover_state(extract_state_dict(states, by="deepcopy"))
+        for live, group in zip(self.param_groups, groups):
+            live.update(group)
+
+    def clone(self, clone_module: Callable[[nn.Module], nn.Module]) -> MetaOptimizer:
+        """Return an optimizer with this state over ``clone_module`` of each network."""
+        cloned = copy.copy(self)
+        cloned.param_groups = [
+            {**g, "params": clone_module(g["params"])} for g in self.param_groups
+        ]
+        cloned._states = list(self._states)
+        return cloned
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MetaOptimizer:
+        cloned = self.clone(lambda module: copy.deepcopy(module, memo))
+        cloned.recover_state(
+            extract_state_dict(extract_state_dict(self, by="deepcopy"), by="deepcopy")
+        )
+        memo[id(self)] = cloned
+        return cloned
+
+    def __repr__(self) -> str:
+        networks = ", ".join(type(group["params"]).__name__ for group in self.param_groups)
+        return f"{type(self).__name__}({networks}, {self.transformation!r})"
+
+
+def differentiate(
+    loss: Any, tensors: Sequence[Tensor], create_graph: bool, retain_graph: bool | None = None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a scalar loss; ``None`` where it does not depend on a tensor.
+
+    Raises:
+        TypeError: If ``loss`` is no tensor.
+        ValueError: If it is not scalar, has no graph, or depends on none of the tensors.
+        RuntimeError: If its graph has been freed.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"step expects the loss as a tensor, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"step expects a scalar loss, got shape {tuple(loss.shape)}; take its mean() or sum()."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "The loss has no graph: it was computed under torch.no_grad(), detached, or does not depend "
+            "on any parameter that requires grad."
+        )
+    if not tensors:
+        raise ValueError("No parameter requires grad: all are frozen.")
+    try:
+        grads = torch.autograd.grad(
+            loss, tensors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "The graph of this loss has been freed by an earlier backward pass. Compute the loss anew, pass "
+            "retain_graph=True to that pass, or call torchopt.stop_gradient on the network and its optimizer "
+            "after each outer step if the inner optimization goes on from where it is."
+        ) from error
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            "The loss does not depend on the present parameters. If they were replaced since it was computed "
+            "(by step or recover_state_dict), compute it anew."
+        )
+    return grads
+
+
+def _updated(p: Tensor, u: Tensor, track: bool) -> Tensor:
+    new = p + u
+    return new if track else new.detach().requires_grad_(True)
+
+
+@contextlib.contextmanager
+def inner_loop(
+    module: nn.Module,
+    tx: GradientTransformation | MetaOptimizer,
+    *,
+    create_graph: bool = True,
+    restore_buffers: bool = True,
+) -> Iterator[MetaOptimizer]:
+    """Adapt a network inside a ``with`` block; at its end it is what it was before.
+
+    The adapted tensors live on in the graph of any loss computed in the block, so an outer loss may
+    be differentiated inside or after it. Parameters, buffers and the optimizer are restored also
+    if the block raises.
+
+    Args:
+        module: The network.
+        tx: A transformation, for a fresh optimizer; or a :class:`MetaOptimizer` of ``module``.
+        create_graph: ``False`` gives the first-order approximation.
+        restore_buffers: Let the block work on copies of the buffers (BatchNorm statistics), and
+            put the originals back. ``False`` keeps what the block made of them.
+
+    Yields:
+        The optimizer.
+
+    Example:
+        >>> import torch, torchopt
+        >>> net = torch.nn.Linear(2, 1)
+        >>> x = torch.randn(8, 2)
+        >>> with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
+        ...     for _ in range(3):
+        ...         inner.step(net(x).square().mean())
+        ...     net(x).square().mean().backward()
+        >>> net.weight.grad.shape
+        torch.Size([1, 2])
+    """
+    optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
+    before = extract_state_dict(module)
+    optimizer_before = optimizer.extract_state()
+    create_graph_before = optimizer.create_graph
+    optimizer.create_graph = create_graph
+    if restore_buffers:
+        for _, owner, attribute, buffer in list(named_places(module, "_buffers")):
+            owner._buffers[attribute] = buffer.clone()
+    try:
+        yield optimizer
+    finally:
+        optimizer.create_graph = create_graph_before
+        optimizer.recover_state(optimizer_before)
+        recover_state_dict(module, before if restore_buffers else before._replace(buffers={}))
+
+
+def constructor(
+    recipe: Callable[P, GradientTransformation],
+) -> Callable[Concatenate[Any, Any, P], None]:
+    """Make ``__init__(self, module, ...)`` of a named class from its recipe."""
+
+    def __init__(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        MetaOptimizer.__init__(self, module, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
+
+    signature = inspect.signature(recipe)
+    own = inspect.signature(__init__).parameters
+    __init__.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [own["self"], own["module"], *signature.parameters.values()]
+    )
+    __init__.__doc__ = recipe.__doc__
+    return __init__  # pyright: ignore[reportReturnType]

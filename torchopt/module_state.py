@@ -1,0 +1,86 @@
+"""Where a module keeps its tensors, and how to put others in their place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FastWeight(Tensor):
+    """A parameter with history: what a differentiable optimizer puts into a module.
+
+    It behaves as a tensor in every operation. Deep-copying a module that holds one works (a plain
+    tensor with history refuses): the copy is a parameter without history.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors
+    _is_param = True  # isinstance(weight, nn.Parameter), as code that walks modules expects
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        copied = nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)
+        memo[id(self)] = copied
+        return copied
+
+
+@dataclasses.dataclass
+class ParameterSite:
+    """One tensor of a module and every place that holds it (several if weights are tied)."""
+
+    name: str
+    tensor: Tensor
+    owners: list[tuple[nn.Module, str]]
+
+    def place(self, tensor: Tensor) -> None:
+        """Put ``tensor`` where the old one was."""
+        for owner, attribute in self.owners:
+            place_parameter(owner, attribute, tensor)
+
+
+def parameter_sites(module: nn.Module) -> dict[str, ParameterSite]:
+    """Return the distinct parameters of a module by their first dotted name."""
+    sites: dict[int, ParameterSite] = {}
+    for name, owner, attribute, tensor in named_places(module, "_parameters"):
+        if id(tensor) in sites:
+            sites[id(tensor)].owners.append((owner, attribute))
+        else:
+            sites[id(tensor)] = ParameterSite(name, tensor, [(owner, attribute)])
+    return {site.name: site for site in sites.values()}
+
+
+def named_places(module: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Yield (dotted name, owner, attribute, tensor) of ``_parameters`` or ``_buffers``."""
+    for prefix, owner in module.named_modules():
+        for attribute, tensor in getattr(owner, kind).items():
+            if tensor is not None:
+                yield (f"{prefix}.{attribute}" if prefix else attribute), owner, attribute, tensor
+
+
+def place_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
+    """Put a tensor, with or without history, into a module as a parameter."""
+    if type(tensor) is Tensor:
+        # The class of this very tensor changes, so that no operation is added to the graph.
+        tensor.__class__ = FastWeight
+    owner._parameters[attribute] = tensor  # pyright: ignore[reportArgumentType]
+    if isinstance(owner, nn.RNNBase):
+        _refresh_recurrent_weights(owner)
+
+
+def _refresh_recurrent_weights(owner: nn.RNNBase) -> None:
+    """Recurrent modules compute with a second list of their weights; keep it the same."""
+    owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
+
+
+def place_all(
+    module: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> None:
+    """Put tensors by dotted name; every name must exist."""
+    for name, owner, attribute, _ in list(named_places(module, "_parameters")):
+        if name in params:
+            place_parameter(owner, attribute, params[name])
+    for name, owner, attribute, _ in list(named_places(module, "_buffers")):
+        if name in buffers:
+            owner._buffers[attribute] = buffers[name]

@@ -1,0 +1,320 @@
+"""The object-oriented face: any transformation as a real ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Concatenate, ParamSpec
+
+from torchopt import hyper
+from torchopt.engine import HALF, Call, advance, initialise
+from torchopt.transform import GradientTransformation, check_transformation
+
+
+P = ParamSpec("P")
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Run a transformation over parameters in place, as every ``torch.optim`` optimizer does.
+
+    A subclass of ``torch.optim.Optimizer`` with all that comes with it: parameter groups with
+    their own hyperparameters, read anew at each step; learning-rate schedulers; gradient scaling;
+    hooks; closures; ``state_dict`` in ``torch.optim``'s format. Transformations that look at all
+    gradients, such as clipping by norm, see those of all groups together.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs, or parameter groups, as in ``torch.optim``.
+        tx: The transformation. Its hyperparameters are the defaults of the groups.
+
+    Raises:
+        TypeError: If ``tx`` is no transformation.
+        ValueError: If a hyperparameter is out of bounds or there are no parameters.
+
+    Example:
+        >>> import torch, torchopt
+        >>> net = torch.nn.Linear(2, 1)
+        >>> optimizer = torchopt.Optimizer(
+        ...     net.parameters(), torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.adam(1e-3))
+        ... )
+        >>> net(torch.ones(3, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.param_groups[0]["lr"]
+        0.001
+    """
+
+    #: Hyperparameters that a state saved by ``torch.optim``'s class of the same name may lack.
+    optional_hyperparameters: ClassVar[frozenset[str]] = frozenset()
+    #: Options of ``torch.optim``'s class that must have this value in a loaded state.
+    fixed_options: ClassVar[dict[str, Any]] = {}
+    #: Whether ``state[p]["step"]`` is kept even if the rule does not read it.
+    counts_steps: ClassVar[bool] = False
+
+    transformation: GradientTransformation
+
+    def __init__(self, params: Any, tx: GradientTransformation) -> None:
+        check_transformation(tx, type(self).__name__)
+        self.transformation = tx
+        super().__init__(params, tx.hyperparameters())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; its missing hyperparameters take the defaults.
+
+        Raises:
+            ValueError: If a hyperparameter is out of bounds, or a parameter is in a group already.
+        """
+        if isinstance(param_group, dict):
+            for name, spec in self.transformation.hyper_specs().items():
+                if name in param_group:
+                    hyper.check(name, param_group[name], spec)
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update the parameters from their ``grad``; those without one stay.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or ``None``.
+
+        Raises:
+            TypeError: For a gradient the rule has no form for (sparse). Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        if all(g is None for g in grads):
+            return loss
+        call = self._call(params, grads)
+        updates, slots = advance(self.transformation, call)
+        counts = self._counts_steps()
+        for index, (p, u) in enumerate(zip(params, updates)):
+            if u is None:
+                continue
+            state = self.state[p]
+            if counts:
+                state["step"] = call.t[index]
+            for name, column in slots.items():
+                if column[index] is not None:
+                    state[name] = column[index]
+            p.add_(u)
+        return loss
+
+    def _call(self, params: list[Tensor], grads: list[Any]) -> Call:
+        names = _parameter_names(self.param_groups)
+        steps = [self._previous_step(p) + 1 for p in params]
+        rows: list[dict[str, Any]] = []
+        for group in self.param_groups:
+            first, last = len(rows), len(rows) + len(group["params"])
+            count = max(steps[first:last], default=1) - 1
+            values = {**self.transformation.hyperparameters(), **group}
+            specs = self.transformation.hyper_specs()
+            group_names = names[first:last]
+            rows += hyper.resolve(values, specs, group["params"], lambda n=group_names: n, count)
+        fresh = [
+            p if g is not None and not self.state.get(p) else None for p, g in zip(params, grads)
+        ]
+        call = Call(grads, fresh, steps, {}, rows, lambda: names, params)
+        call.slots = initialise(self.transformation, call)
+        for name, column in call.slots.items():
+            for index, p in enumerate(params):
+                if fresh[index] is None and p in self.state:
+                    column[index] = self.state[p].get(name)
+        call.p = params
+        return call
+
+    def _previous_step(self, param: Tensor) -> int:
+        """Return the count of updates so far; a state without a count (SGD's) counts as one."""
+        state = self.state.get(param)
+        if not state:
+            return 0
+        return int(state.get("step", 1))
+
+    def _counts_steps(self) -> bool:
+        if self.counts_steps or any(part.uses_step for part in self.transformation.plan.parts):
+            return True
+        specs = self.transformation.hyper_specs()
+        values = [group.get(name) for group in self.param_groups for name in specs]
+        return any(callable(value) and not isinstance(value, Tensor) for value in values)
+
+    # Saving and loading -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in ``torch.optim``'s format, readable by its class of the same name.
+
+        Schedules given as hyperparameters are code and are left out; loading keeps the live ones.
+        """
+        saved = super().state_dict()
+        saved["state"] = {
+            key: {
+                name: _step_to_tensor(value) if name == "step" else value
+                for name, value in entry.items()
+            }
+            for key, entry in saved["state"].items()
+        }
+        saved["param_groups"] = [
+            {k: v for k, v in group.items() if isinstance(v, Tensor) or not callable(v)}
+            for group in saved["param_groups"]
+        ]
+        return saved
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Load what :meth:`state_dict`, here or of ``torch.optim``'s class, returned.
+
+        Tensors are copied. Slots are kept in the parameter's dtype, in float32 for half precision.
+
+        Raises:
+            ValueError: If the state is that of another optimizer or of other parameters. Nothing
+                has changed then.
+        """
+        groups = self._checked_groups(state_dict)
+        self._check_slots(state_dict)
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        keys = [key for group in groups for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, params):
+            entry = state_dict["state"].get(key)
+            if not entry:
+                self.state.pop(p, None)
+                continue
+            dtype = torch.float32 if p.dtype in HALF else None
+            self.state[p] = {
+                name: int(value) if name == "step" else _copy_slot(value, p, dtype)
+                for name, value in entry.items()
+                if value is not None
+            }
+
+    def _checked_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+        title = type(self).__name__
+        if "state" not in state_dict or "param_groups" not in state_dict:
+            raise ValueError(
+                f"{title}.load_state_dict expects a dict with 'state' and 'param_groups', got {list(state_dict)}."
+            )
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            raise ValueError(
+                f"The state has {len(saved)} parameter groups, {title} has {len(self.param_groups)}."
+            )
+        groups = []
+        for index, (group, live) in enumerate(zip(saved, self.param_groups)):
+            if len(group["params"]) != len(live["params"]):
+                raise ValueError(
+                    f"Parameter group {index} of the state has {len(group['params'])} parameters, "
+                    f"that of {title} has {len(live['params'])}."
+                )
+            for name, spec in self.transformation.hyper_specs().items():
+                if name in group:
+                    hyper.check(name, group[name], spec)
+                    continue
+                schedule = callable(live[name]) and not isinstance(live[name], Tensor)
+                if not schedule and name not in self.optional_hyperparameters:
+                    raise ValueError(
+                        f"The state belongs to another optimizer: parameter group {index} has no "
+                        f"{name!r}, which {title} needs; it has {sorted(map(str, group))}."
+                    )
+            for name, value in self.fixed_options.items():
+                if group.get(name, value) != value:
+                    raise ValueError(
+                        f"The state has {name}={group[name]!r}; {title} is {name}={value!r}."
+                    )
+            groups.append(
+                {
+                    **{k: v for k, v in live.items() if k in self.transformation.hyper_specs()},
+                    **group,
+                }
+            )
+        return groups
+
+    def _check_slots(self, state_dict: Mapping[str, Any]) -> None:
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, params):
+            entry = {n: v for n, v in (state_dict["state"].get(key) or {}).items() if v is not None}
+            if entry:
+                names = [name for name in entry if name != "step"]
+                self.transformation.plan.check_slots(names, type(self).__name__)
+            for name, value in entry.items():
+                if name != "step" and isinstance(value, Tensor) and value.shape != p.shape:
+                    raise ValueError(
+                        f"{name!r} of parameter {key} has shape {tuple(value.shape)} in the state, "
+                        f"the parameter {tuple(p.shape)}."
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.optim.Optimizer keeps only its own attributes in pickles and deep copies
+        return {**super().__getstate__(), "transformation": self.transformation}
+
+
+def constructor(
+    recipe: Callable[P, GradientTransformation],
+) -> Callable[Concatenate[Any, Any, P], None]:
+    """Make ``__init__(self, params, ...)`` of a named class from its recipe.
+
+    The implementation switches of ``torch.optim`` are accepted as keywords, so that calls carry
+    over: ``foreach`` changes nothing, ``fused=True`` means ``use_accelerated_op=True``, and
+    ``differentiable=True`` and ``capturable=True`` are refused with the way to get them.
+    """
+
+    def __init__(
+        self: Any,
+        params: Any,
+        *args: Any,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        title = type(self).__name__
+        if differentiable:
+            raise ValueError(
+                f"{title} changes its parameters in place. To differentiate through its steps use "
+                f"torchopt.Meta{title}(module, ...) or the functional face with inplace=False."
+            )
+        if capturable:
+            raise ValueError(f"{title} has no capturable form yet; leave capturable=False.")
+        if fused:
+            kwargs["use_accelerated_op"] = True
+        Optimizer.__init__(self, params, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
+
+    signature = inspect.signature(recipe)
+    own = inspect.signature(__init__).parameters
+    switches = [own[name] for name in ("foreach", "fused", "capturable", "differentiable")]
+    __init__.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [own["self"], own["params"], *signature.parameters.values(), *switches]
+    )
+    __init__.__doc__ = recipe.__doc__
+    return __init__  # pyright: ignore[reportReturnType]
+
+
+def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:
+    names = []
+    for index, group in enumerate(groups):
+        given = group.get("param_names")
+        names += given or [
+            f"param_groups[{index}]['params'][{k}]" for k in range(len(group["params"]))
+        ]
+    return names
+
+
+def _step_to_tensor(step: Any) -> Any:
+    return step if isinstance(step, Tensor) else torch.tensor(float(step))
+
+
+def _copy_slot(value: Any, param: Tensor, dtype: torch.dtype | None) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    keep = (
+        value.dtype
+        if not (value.is_floating_point() or value.is_complex())
+        else (dtype or param.dtype)
+    )
+    return value.detach().to(device=param.device, dtype=keep, copy=True)

@@ -1,0 +1,85 @@
+"""AdamW: Adam with decoupled weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchopt import meta, optim
+from torchopt.accelerated_op import check_use_accelerated_op
+from torchopt.optimizers.adam import scale_by_adam
+from torchopt.transform import GradientTransformation, chain
+from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
+from torchopt.typing import Hyperparameter
+
+
+def adamw(
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 1e-2,
+    amsgrad: bool = False,
+    *,
+    eps_root: Hyperparameter = 0.0,
+    mask: Any = None,
+    maximize: bool = False,
+    use_accelerated_op: bool | None = None,
+) -> GradientTransformation:
+    r"""Adam with weight decay that does not pass through the moments.
+
+    .. math::
+        p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})
+
+    with :math:`u_t` of :func:`torchopt.scale_by_adam`.
+
+    Args:
+        lr: Learning rate :math:`\eta \ge 0`.
+        betas: Decay rates of the two moments, each in [0, 1).
+        eps: Added to the root, >= 0.
+        weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
+        amsgrad: Use the running maximum of the second moment.
+        eps_root: Added inside the root, >= 0.
+        mask: Which parameters decay; see :func:`torchopt.masked`. ``None`` means all.
+        maximize: Ascend instead of descend.
+        use_accelerated_op: Fused kernels: ``None`` when available, ``True`` required, ``False`` never.
+
+    Slots: ``exp_avg``, ``exp_avg_sq``, with ``amsgrad`` ``max_exp_avg_sq``. Differentiable in
+    gradients, parameters, slots and every number.
+
+    Raises:
+        ValueError: If a number is out of bounds.
+        RuntimeError: If ``use_accelerated_op=True`` cannot be met.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.adamw(lr=0.1, weight_decay=0.5)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> updates, state = tx.update({"w": torch.tensor([2.0])}, tx.init(params), params)
+        >>> torchopt.apply_updates(params, updates)
+        {'w': tensor([0.8500])}
+
+    Reference:
+        Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019,
+        https://arxiv.org/abs/1711.05101; ``torch.optim.AdamW``.
+    """
+    check_use_accelerated_op(use_accelerated_op)
+    return chain(
+        flip_sign(maximize),
+        scale_by_adam(betas, eps, eps_root, amsgrad),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(lr),
+    )
+
+
+class AdamW(optim.Optimizer):
+    """:func:`torchopt.adamw` as a ``torch.optim.Optimizer``; interchanges with ``torch.optim.AdamW``."""
+
+    optional_hyperparameters = frozenset({"eps_root", "maximize", "amsgrad"})
+    fixed_options = {"decoupled_weight_decay": True}
+
+    __init__ = optim.constructor(adamw)
+
+
+class MetaAdamW(meta.MetaOptimizer):
+    """:func:`torchopt.adamw` as a differentiable optimizer of a network."""
+
+    __init__ = meta.constructor(adamw)

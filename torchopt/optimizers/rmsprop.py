@@ -1,0 +1,205 @@
+"""RMSprop: divide by a running root mean square."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt import meta, optim
+from torchopt.accelerated_op import check_use_accelerated_op
+from torchopt.hyper import flag, hyper
+from torchopt.numerics import moving_average, moving_average_of_square, root
+from torchopt.transform import (
+    ElementwiseTransformation,
+    GradientTransformation,
+    chain,
+    transformation,
+)
+from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
+from torchopt.transforms.momentum import trace
+from torchopt.typing import Hyperparameter, Step
+
+
+@transformation
+class ScaleByRms(ElementwiseTransformation):
+    """Divide by a running root mean square; see :func:`scale_by_rms`."""
+
+    alpha: Hyperparameter = hyper(0.99, ge=0, lt=1)
+    eps: Hyperparameter = hyper(1e-8, ge=0)
+    centered: bool = flag(False)
+    initial_scale: float = 0.0
+
+    slots = ("square_avg", "grad_avg")
+    optional_slots = frozenset({"grad_avg"})
+
+    def init_slots(self, param: Tensor, *, centered: bool, **_: Any) -> tuple[Tensor | None, ...]:
+        """Return the constant second moment; a mean of zeros only where ``centered`` asks for it."""
+        square = torch.full_like(param, self.initial_scale)
+        return square, torch.zeros_like(param) if centered else None
+
+    def rule(
+        self,
+        g: Tensor,
+        p: Any,
+        t: Step,
+        slots: tuple,
+        *,
+        alpha: Any,
+        eps: Any,
+        centered: bool,
+    ) -> tuple[Tensor, tuple]:
+        """Return the gradient over the root of its second moment, or of its variance."""
+        v, a = slots
+        v = moving_average_of_square(v, g, alpha)
+        if not centered:
+            return g / (root(v) + eps), (v, a)
+        a = moving_average(torch.zeros_like(g) if a is None else a, g, alpha)
+        # rounding may leave a variance of zero slightly negative
+        return g / (root(torch.relu(v - a.square())) + eps), (v, a)
+
+
+def scale_by_rms(
+    alpha: Hyperparameter = 0.99, eps: Hyperparameter = 1e-8, initial_scale: float = 0.0
+) -> GradientTransformation:
+    r"""Divide by a running root mean square of the gradient.
+
+    .. math::
+        v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2, \qquad u_t = \frac{g_t}{\sqrt{v_t} + \epsilon}
+
+    Args:
+        alpha: Decay rate :math:`\alpha` in [0, 1).
+        eps: :math:`\epsilon \ge 0`, outside the root.
+        initial_scale: Initial value of :math:`v`.
+
+    Slots: ``square_avg``. Differentiable in gradients, slots and every number; where a second
+    moment is exactly zero the derivative through its root is zero.
+
+    Raises:
+        ValueError: If a number is out of bounds.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.scale_by_rms(alpha=0.75)
+        >>> g = [torch.tensor([0.1, -3.0])]
+        >>> tx.update(g, tx.init(g))[0]
+        [tensor([ 2.0000, -2.0000])]
+
+    Reference:
+        Tieleman and Hinton, Lecture 6.5 of Neural Networks for Machine Learning, 2012;
+        ``torch.optim.RMSprop``.
+    """
+    return ScaleByRms(alpha, eps, False, initial_scale)
+
+
+def scale_by_stddev(
+    alpha: Hyperparameter = 0.99, eps: Hyperparameter = 1e-8, initial_scale: float = 0.0
+) -> GradientTransformation:
+    r"""Divide by a running standard deviation of the gradient (centered RMSprop).
+
+    .. math::
+        v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2, \qquad
+        a_t = \alpha a_{t-1} + (1 - \alpha) g_t, \qquad
+        u_t = \frac{g_t}{\sqrt{v_t - a_t^2} + \epsilon}
+
+    Args:
+        alpha: Decay rate :math:`\alpha` in [0, 1).
+        eps: :math:`\epsilon \ge 0`, outside the root.
+        initial_scale: Initial value of :math:`v`.
+
+    Slots: ``square_avg``, ``grad_avg``. Differentiable in gradients, slots and every number; where
+    a variance is exactly zero the derivative through its root is zero.
+
+    Raises:
+        ValueError: If a number is out of bounds.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.scale_by_stddev(alpha=0.5)
+        >>> g = [torch.tensor([0.1, -3.0])]
+        >>> tx.update(g, tx.init(g))[0]
+        [tensor([ 2.0000, -2.0000])]
+
+    Reference:
+        Graves, Generating sequences with recurrent neural networks, 2013,
+        https://arxiv.org/abs/1308.0850; ``torch.optim.RMSprop``.
+    """
+    return ScaleByRms(alpha, eps, True, initial_scale)
+
+
+def rmsprop(
+    lr: Hyperparameter = 1e-2,
+    alpha: Hyperparameter = 0.99,
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0.0,
+    momentum: Hyperparameter = 0.0,
+    centered: bool = False,
+    *,
+    initial_scale: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    use_accelerated_op: bool | None = None,
+) -> GradientTransformation:
+    r"""RMSprop, with momentum and L2 weight decay.
+
+    .. math::
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
+        b_t = \mu b_{t-1} + u_t, \qquad p_t = p_{t-1} - \eta\, b_t
+
+    with :math:`u_t` of :func:`torchopt.scale_by_rms`, or of :func:`torchopt.scale_by_stddev` if
+    ``centered``.
+
+    Args:
+        lr: Learning rate :math:`\eta \ge 0`.
+        alpha: Decay rate of the second moment, in [0, 1).
+        eps: Added to the root, >= 0.
+        weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
+        momentum: :math:`\mu \ge 0`.
+        centered: Divide by the standard deviation instead of the root mean square.
+        initial_scale: Initial value of the second moment.
+        nesterov: Use Nesterov momentum; needs ``momentum > 0``.
+        maximize: Ascend instead of descend.
+        use_accelerated_op: Fused kernels: ``None`` when available, ``True`` required, ``False`` never.
+
+    Slots: ``square_avg``; ``grad_avg`` if centered; ``momentum_buffer`` if the momentum is not the
+    number 0. Differentiable in gradients, parameters, slots and every number.
+
+    Raises:
+        ValueError: If a number is out of bounds.
+        RuntimeError: If ``use_accelerated_op=True`` cannot be met.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.rmsprop(lr=0.1, alpha=0.75)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> updates, state = tx.update({"w": torch.tensor([2.0])}, tx.init(params), params)
+        >>> torchopt.apply_updates(params, updates)
+        {'w': tensor([0.8000])}
+
+    Reference:
+        Tieleman and Hinton, 2012; ``torch.optim.RMSprop``.
+    """
+    check_use_accelerated_op(use_accelerated_op)
+    return chain(
+        flip_sign(maximize),
+        add_decayed_weights(weight_decay),
+        ScaleByRms(alpha, eps, centered, initial_scale),
+        trace(momentum, 0.0, nesterov),
+        scale_by_learning_rate(lr),
+    )
+
+
+class RMSprop(optim.Optimizer):
+    """:func:`torchopt.rmsprop` as a ``torch.optim.Optimizer``; interchanges with ``torch.optim.RMSprop``."""
+
+    optional_hyperparameters = frozenset({"dampening", "nesterov", "maximize", "centered"})
+    counts_steps = True  # torch.optim.RMSprop keeps a count that its rule does not read
+
+    __init__ = optim.constructor(rmsprop)
+
+
+class MetaRMSProp(meta.MetaOptimizer):
+    """:func:`torchopt.rmsprop` as a differentiable optimizer of a network."""
+
+    __init__ = meta.constructor(rmsprop)

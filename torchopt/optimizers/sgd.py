@@ -1,0 +1,78 @@
+"""Stochastic gradient descent with momentum."""
+
+from __future__ import annotations
+
+from torchopt import meta, optim
+from torchopt.accelerated_op import check_use_accelerated_op
+from torchopt.transform import GradientTransformation, chain
+from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
+from torchopt.transforms.momentum import trace
+from torchopt.typing import Hyperparameter
+
+
+def sgd(
+    lr: Hyperparameter = 1e-3,
+    momentum: Hyperparameter = 0.0,
+    dampening: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter = 0.0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+    use_accelerated_op: bool | None = None,
+) -> GradientTransformation:
+    r"""Stochastic gradient descent, with momentum and L2 weight decay.
+
+    .. math::
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
+        b_t = \mu b_{t-1} + (1 - \tau) g_t \;\;(b_1 = g_1), \qquad
+        p_t = p_{t-1} - \eta\, b_t
+
+    With ``nesterov`` the step is :math:`g_t + \mu b_t`; without momentum it is :math:`g_t`.
+
+    Args:
+        lr: Learning rate :math:`\eta \ge 0`.
+        momentum: :math:`\mu \ge 0`.
+        dampening: :math:`\tau`; not applied at the first step.
+        weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
+        nesterov: Use Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
+        maximize: Ascend instead of descend.
+        use_accelerated_op: Fused kernels: ``None`` when available, ``True`` required, ``False`` never.
+
+    Slots: ``momentum_buffer``, if the momentum is not the number 0. Differentiable in gradients,
+    parameters, slots and every number.
+
+    Raises:
+        ValueError: If a number is out of bounds.
+        RuntimeError: If ``use_accelerated_op=True`` cannot be met.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.sgd(lr=0.1, momentum=0.9)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> updates, state = tx.update({"w": torch.tensor([2.0])}, tx.init(params), params)
+        >>> torchopt.apply_updates(params, updates)
+        {'w': tensor([0.8000])}
+
+    Reference:
+        Sutskever, Martens, Dahl and Hinton, On the importance of initialization and momentum in
+        deep learning, ICML 2013; ``torch.optim.SGD`` for the conventions.
+    """
+    check_use_accelerated_op(use_accelerated_op)
+    return chain(
+        flip_sign(maximize),
+        add_decayed_weights(weight_decay),
+        trace(momentum, dampening, nesterov),
+        scale_by_learning_rate(lr),
+    )
+
+
+class SGD(optim.Optimizer):
+    """:func:`torchopt.sgd` as a ``torch.optim.Optimizer``; interchanges with ``torch.optim.SGD``."""
+
+    __init__ = optim.constructor(sgd)
+
+
+class MetaSGD(meta.MetaOptimizer):
+    """:func:`torchopt.sgd` as a differentiable optimizer of a network."""
+
+    __init__ = meta.constructor(sgd)

@@ -1,0 +1,365 @@
+"""GradientTransformation: hyperparameters, slots and one pure step; and how transformations chain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import dataclass_transform
+
+from torchopt import hyper, tree
+from torchopt.engine import Call, Leaves, Plan, advance, initialise, next_step, step_list
+from torchopt.opt_state import OptState, describe
+from torchopt.recording import refuse_recorded
+from torchopt.typing import PyTree, Step, TensorTree
+
+
+@dataclass_transform(
+    frozen_default=True, field_specifiers=(hyper.hyper, hyper.flag, dataclasses.field)
+)
+def transformation(cls: type) -> type:
+    """Make a class a transformation: its annotated fields become its hyperparameters."""
+    return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+
+
+class GradientTransformation:
+    r"""A rule that turns gradients into updates, written once and used through three faces.
+
+    A subclass is a frozen dataclass (decorate it with :func:`transformation`). Fields declared with
+    :func:`~torchopt.hyper.hyper` or :func:`~torchopt.hyper.flag` are its hyperparameters, ``slots``
+    names the buffers it keeps for each parameter, and :meth:`step` is the rule over lists of
+    tensors; :class:`ElementwiseTransformation` asks for the rule of one tensor only.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.adam(lr=0.1)
+        >>> params = {"w": torch.tensor([1.0, -2.0])}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"w": torch.tensor([0.5, 0.5])}, state, params)
+        >>> torchopt.apply_updates(params, updates)
+        {'w': tensor([ 0.9000, -2.1000])}
+    """
+
+    #: Names of the buffers kept for each parameter, under ``torch.optim``'s names.
+    slots: ClassVar[tuple[str, ...]] = ()
+    #: Those of ``slots`` that some values of the hyperparameters leave out.
+    optional_slots: ClassVar[frozenset[str]] = frozenset()
+    #: Whether the rule reads the step count (bias correction).
+    uses_step: ClassVar[bool] = False
+    #: Whether the rule is right for sparse gradients.
+    accepts_sparse: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name, spec in self.hyper_specs().items():
+            value = getattr(self, name)
+            hyper.check(name, value, spec)
+            if spec.pair:
+                object.__setattr__(self, name, tuple(value))
+
+    # What a subclass defines ------------------------------------------------------------------
+
+    def init_slots(self, param: Tensor, **hyperparameters: Any) -> tuple[Tensor | None, ...]:
+        """Return the initial buffers of one parameter, in the order of ``slots``.
+
+        Those in ``optional_slots`` may be ``None``.
+        """
+        return tuple(torch.zeros_like(param) for _ in self.slots)
+
+    def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
+        """Return the updates and the new slots of all parameters; pure."""
+        raise TypeError(f"{type(self).__name__} defines no step(leaves).")
+
+    # Structure --------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> tuple[GradientTransformation, ...]:
+        """The transformations that a chain applies one after the other."""
+        return (self,)
+
+    def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
+        """Return the declared hyperparameters by name."""
+        return hyper.specs_of(self)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the hyperparameters by name: what ``torch.optim`` calls a parameter group."""
+        return {name: getattr(self, name) for name in self.hyper_specs()}
+
+    def slot_names(self) -> tuple[str, ...]:
+        """Return the names of the buffers kept for each parameter."""
+        return self.slots
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Where each part finds its hyperparameters and slots among those of the whole."""
+        return Plan(self.parts)
+
+    def chain(self, following: GradientTransformation) -> GradientTransformation:
+        """Return ``chain(self, following)``."""
+        return chain(self, following)
+
+    # The functional face ----------------------------------------------------------------------
+
+    def init(self, params: TensorTree) -> OptState:
+        """Return the state for ``params``, any pytree of tensors.
+
+        Raises:
+            TypeError: If a leaf is neither a tensor nor ``None``.
+        """
+        leaves, spec = tree.flatten(params)
+        slots = initialise(self, _call(self, params, None, leaves, step_list(0, len(leaves)), {}))
+        return OptState(0, _slot_trees(spec, slots))
+
+    def update(
+        self,
+        grads: TensorTree,
+        state: OptState,
+        params: TensorTree | None = None,
+        *,
+        inplace: bool = True,
+        **extra: Any,
+    ) -> tuple[TensorTree, OptState]:
+        """Turn gradients into updates, to be added by :func:`torchopt.apply_updates`.
+
+        Args:
+            grads: Gradients, with the structure of ``params``. ``None`` leaves a parameter and its
+                slots alone.
+            state: What :meth:`init` or the last :meth:`update` returned.
+            params: The parameters; needed by weight decay and by masks given as a function.
+            inplace: ``True`` is leave to reuse the buffers of ``grads`` and ``state``. ``False`` is
+                pure, and differentiable in every input.
+            **extra: Further values for transformations that read them; others ignore them.
+
+        Returns:
+            The updates, with the structure of ``grads``, and the new state.
+
+        Raises:
+            ValueError: If a structure, shape or device does not match, or the state belongs to
+                another transformation.
+            TypeError: If a dtype does not match or a gradient is sparse and the rule has no
+                sparse form.
+            RuntimeError: If ``inplace=True`` and a gradient is being recorded through an input.
+        """
+        g, spec = tree.flatten(grads)
+        p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
+        slots = _state_slots(self, state, grads, spec)
+        if inplace:
+            columns = {
+                "grads": g,
+                **slots,
+                "hyperparameters": list(self.hyperparameters().values()),
+            }
+            refuse_recorded("update", columns, {} if p is None else {"params": p})
+        old_steps = (
+            state.step if isinstance(state.step, (int, Tensor)) else tree.flatten(state.step)[0]
+        )
+        call = _call(self, grads, g, p, step_list(old_steps, len(g)), slots, extra)
+        updates, slots = advance(self, call)
+        step = next_step(old_steps, g)
+        new_state = OptState(
+            tree.unflatten(spec, step) if isinstance(step, list) else step,
+            _slot_trees(spec, slots),
+        )
+        return tree.unflatten(spec, updates), new_state
+
+    # Printing, comparing, hashing ---------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        fields = ", ".join(
+            f"{field.name}={describe(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)
+        )
+        return f"{type(self).__name__}({fields})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        fields = dataclasses.fields(self)
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+class ElementwiseTransformation(GradientTransformation):
+    """A transformation whose rule treats each parameter by itself, entry by entry."""
+
+    def rule(
+        self,
+        g: Tensor,
+        p: Tensor | None,
+        t: Step,
+        slots: tuple[Any, ...],
+        **hyperparameters: Any,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return the update of one parameter and its new slots; pure.
+
+        Args:
+            g: The gradient, or what earlier parts of a chain made of it.
+            p: The parameter, or ``None`` if the caller gave none.
+            t: The step count, 1 at the first update.
+            slots: The buffers, in the order of ``slots``.
+            **hyperparameters: Numbers, or tensors that broadcast to ``g``.
+        """
+        raise TypeError(f"{type(self).__name__} defines no rule(g, p, t, slots, ...).")
+
+    def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
+        """Apply :meth:`rule` to every parameter."""
+        updates, slots = [], []
+        for g, p, t, s, h in zip(leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper):
+            u, s = self.rule(g, p, t, s, **h)
+            updates.append(u)
+            slots.append(s)
+        return updates, slots
+
+
+@transformation
+class Chain(GradientTransformation):
+    """Several transformations applied one after the other; made by :func:`chain`."""
+
+    transformations: tuple[GradientTransformation, ...]
+
+    @property
+    def parts(self) -> tuple[GradientTransformation, ...]:
+        """The transformations, in order."""
+        return self.transformations
+
+    def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
+        """Return the hyperparameters of all parts."""
+        return self.plan.hyper_specs
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the hyperparameters of all parts."""
+        return self.plan.hyperparameters()
+
+    def slot_names(self) -> tuple[str, ...]:
+        """Return the slots of all parts."""
+        return self.plan.slot_names
+
+    def __post_init__(self) -> None:
+        pass  # the parts have checked their own hyperparameters
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(repr(part) for part in self.transformations)})"
+
+
+def chain(*transformations: GradientTransformation) -> GradientTransformation:
+    """Apply transformations one after the other, the first one to the gradients.
+
+    Nested chains are flattened. A name that occurs twice among the hyperparameters or slots gets
+    the suffix ``_2`` (``_3``, ...) at its second occurrence, so ``param_groups`` and states stay
+    flat dictionaries as in ``torch.optim``.
+
+    Args:
+        *transformations: At least zero; an empty chain is the identity.
+
+    Raises:
+        TypeError: If an argument is no transformation, e.g. a class or a ``torch.optim`` object.
+
+    Example:
+        >>> import torchopt
+        >>> torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.scale(-0.1))
+        chain(ClipGradNorm(max_norm=1.0, norm_type=2.0, error_if_nonfinite=False), Scale(step_size=-0.1))
+    """
+    parts: list[GradientTransformation] = []
+    for tx in transformations:
+        check_transformation(tx, "chain")
+        parts.extend(tx.parts)
+    return parts[0] if len(parts) == 1 else Chain(tuple(parts))
+
+
+def check_transformation(tx: object, where: str) -> None:
+    """Refuse anything but a transformation.
+
+    Raises:
+        TypeError: Naming what was given and what to give.
+    """
+    if not isinstance(tx, GradientTransformation):
+        raise TypeError(
+            f"{where} expects a gradient transformation such as torchopt.adam(1e-3), got {tx!r} "
+            f"of type {type(tx).__name__}."
+        )
+
+
+def _call(
+    tx: GradientTransformation,
+    reference: PyTree,
+    grads: list[Any] | None,
+    params: list[Any] | None,
+    steps: list[Step],
+    slots: dict[str, list[Any]],
+    extra: dict[str, Any] | None = None,
+) -> Call:
+    """Gather one call of the functional face for the engine."""
+    leaves = params if params is not None else grads
+    names = _lazy_names(reference)
+    count = max_count(steps)
+    rows = hyper.resolve(tx.hyperparameters(), tx.hyper_specs(), leaves or [], names, count)
+    return Call(
+        g=grads if grads is not None else [None] * len(steps),
+        p=params if params is not None else [None] * len(steps),
+        t=steps,
+        slots=slots,
+        hyper=rows,
+        names=names,
+        reference=reference,
+        extra=extra or {},
+    )
+
+
+def max_count(steps: Sequence[Step]) -> Step:
+    """Return the count a schedule is evaluated at: 0 at the first update."""
+    if not steps:
+        return 0
+    if isinstance(steps[0], Tensor):
+        return steps[0] - 1
+    return max(steps) - 1
+
+
+def _lazy_names(reference: PyTree) -> Any:
+    return lambda: tree.leaf_names(reference)
+
+
+def _state_slots(
+    tx: GradientTransformation, state: object, grads: PyTree, spec: Any
+) -> dict[str, list[Any]]:
+    if not isinstance(state, OptState):
+        raise TypeError(f"update expects the state that init returned, got {type(state).__name__}.")
+    tx.plan.check_slots(state.slots, repr(tx))
+    return {
+        name: tree.flatten_like(
+            state.slots[name], grads, spec, f"The slot {name!r} of the state", "grads"
+        )
+        if name in state.slots
+        else [None] * spec.num_leaves
+        for name in tx.slot_names()
+    }
+
+
+def _slot_trees(spec: Any, columns: dict[str, list[Any]]) -> dict[str, TensorTree]:
+    """Build the slots of a state; one that no parameter has is left out, as ``vmap`` requires."""
+    return {
+        name: tree.unflatten(spec, column)
+        for name, column in columns.items()
+        if not column or any(value is not None for value in column)
+    }
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and (a is b or (a.dtype == b.dtype and torch.equal(a, b)))
+        )
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a == b)

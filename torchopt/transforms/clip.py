@@ -1,0 +1,143 @@
+"""Clipping by the norm over all parameters and by value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.engine import Leaves
+from torchopt.hyper import hyper
+from torchopt.numerics import root
+from torchopt.transform import (
+    ElementwiseTransformation,
+    GradientTransformation,
+    transformation,
+)
+from torchopt.typing import Hyperparameter, Step
+
+
+@transformation
+class ClipGradNorm(GradientTransformation):
+    """Scale all gradients down to a common norm; see :func:`clip_grad_norm`."""
+
+    max_norm: Hyperparameter = hyper(ge=0)
+    norm_type: float = 2.0
+    error_if_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.norm_type > 0:
+            raise ValueError(
+                f"norm_type must be > 0 (inf for the maximum), got {self.norm_type!r}."
+            )
+
+    def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple]]:
+        """Multiply all gradients by ``min(1, max_norm / (norm + 1e-6))``."""
+        norm = global_norm(leaves.g, self.norm_type)
+        if self.error_if_nonfinite and not torch.isfinite(norm):
+            raise RuntimeError(
+                f"The total norm of order {self.norm_type} of the gradients is not finite, so they "
+                "cannot be clipped. Pass error_if_nonfinite=False to scale them by it anyway."
+            )
+        updates = []
+        for g, h in zip(leaves.g, leaves.hyper):
+            # 1e-6 as in torch.nn.utils.clip_grad_norm_, so that the two agree.
+            factor = torch.clamp(h["max_norm"] / (norm + 1e-6), max=1.0)
+            updates.append(g * factor.to(device=g.device, dtype=g.dtype))
+        return updates, leaves.slots
+
+
+def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
+    """Return the norm of all tensors taken as one vector, with derivative zero at zero.
+
+    The derivative is zero at zero in every order: a squared sum goes through
+    :func:`torchopt.numerics.root` and not through ``Tensor.norm``, whose second derivative is
+    ``nan`` there.
+    """
+    first = tensors[0]
+    if order == math.inf:
+        parts = [g.abs().max() for g in tensors if g.numel()]
+        parts = [part.to(device=first.device) for part in parts] or [first.new_zeros(())]
+        return torch.stack(parts).max()
+    if order == 2.0:
+        parts = [g.square().sum() for g in tensors]
+    elif order == 1.0:
+        parts = [g.abs().sum() for g in tensors]
+    else:
+        parts = [_safe_power(g.abs(), order).sum() for g in tensors]
+    total = torch.stack([part.to(device=first.device) for part in parts]).sum()
+    if order == 2.0:
+        return root(total)
+    return total if order == 1.0 else _safe_power(total, 1.0 / order)
+
+
+def _safe_power(x: Tensor, exponent: float) -> Tensor:
+    """Return ``x ** exponent`` for ``x >= 0``, with derivative zero at zero."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).pow(exponent), 0.0)
+
+
+def clip_grad_norm(
+    max_norm: Hyperparameter, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> GradientTransformation:
+    r"""Scale all gradients down if their common norm is too large (Pascanu et al., 2013).
+
+    .. math::
+        u = g \cdot \min\!\left(1, \frac{c}{\lVert g \rVert + 10^{-6}}\right)
+
+    The norm is over all parameters taken as one vector, in the object-oriented face over all
+    parameter groups. It is differentiated, not treated as a constant. Also called
+    ``clip_by_global_norm``.
+
+    Args:
+        max_norm: :math:`c \ge 0`.
+        norm_type: Order of the norm; ``float("inf")`` for the largest absolute value.
+        error_if_nonfinite: Raise if the norm is infinite or ``nan``. Reads the norm, hence waits for
+            the device.
+
+    Raises:
+        ValueError: If ``max_norm`` is negative or ``norm_type`` is not positive.
+        RuntimeError: For a norm that is not finite, if ``error_if_nonfinite``.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.clip_grad_norm(1.0)
+        >>> g = [torch.tensor([3.0]), torch.tensor([4.0])]
+        >>> tx.update(g, tx.init(g))[0]
+        [tensor([0.6000]), tensor([0.8000])]
+    """
+    return ClipGradNorm(max_norm, norm_type, error_if_nonfinite)
+
+
+@transformation
+class ClipGradValue(ElementwiseTransformation):
+    """Clamp every entry; see :func:`clip_grad_value`."""
+
+    clip_value: Hyperparameter = hyper(ge=0)
+
+    def rule(
+        self, g: Tensor, p: Any, t: Step, slots: tuple, *, clip_value: Any
+    ) -> tuple[Tensor, tuple]:
+        """Return ``g`` clamped to ``[-clip_value, clip_value]``."""
+        return torch.clamp(g, -clip_value, clip_value), slots
+
+
+def clip_grad_value(clip_value: Hyperparameter) -> GradientTransformation:
+    r"""Clamp every entry of every gradient: :math:`u = \min(\max(g, -c), c)`.
+
+    Args:
+        clip_value: :math:`c \ge 0`.
+
+    Raises:
+        ValueError: If ``clip_value`` is negative.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.clip_grad_value(1.0)
+        >>> tx.update([torch.tensor([-3.0, 0.5])], tx.init([torch.ones(2)]))[0]
+        [tensor([-1.0000,  0.5000])]
+    """
+    return ClipGradValue(clip_value)

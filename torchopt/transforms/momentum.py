@@ -1,0 +1,92 @@
+"""Momentum: an exponentially decaying sum of gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.hyper import flag, hyper
+from torchopt.numerics import add_scaled, is_zero
+from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
+from torchopt.typing import Hyperparameter, Step
+
+
+@transformation
+class Trace(ElementwiseTransformation):
+    """Accumulate gradients with decay; see :func:`trace`."""
+
+    momentum: Hyperparameter = hyper(0.9, ge=0)
+    dampening: Hyperparameter = hyper(0.0)
+    nesterov: bool = flag(False)
+
+    slots = ("momentum_buffer",)
+    optional_slots = frozenset({"momentum_buffer"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
+            raise ValueError(
+                "Nesterov momentum needs momentum > 0 and dampening = 0, got "
+                f"momentum={self.momentum!r}, dampening={self.dampening!r}."
+            )
+
+    def init_slots(self, param: Tensor, *, momentum: Any, **_: Any) -> tuple[Tensor | None, ...]:
+        """Return a buffer of zeros, or none where the momentum is the number 0."""
+        return (None if is_zero(momentum) else torch.zeros_like(param),)
+
+    def rule(
+        self,
+        g: Tensor,
+        p: Any,
+        t: Step,
+        slots: tuple,
+        *,
+        momentum: Any,
+        dampening: Any,
+        nesterov: bool,
+    ) -> tuple[Tensor, tuple]:
+        """Return the new buffer, or the gradient plus the decayed new buffer for Nesterov."""
+        (b,) = slots
+        if is_zero(momentum):
+            return g, slots
+        if b is None:
+            b = g.clone()
+        elif isinstance(t, Tensor):
+            b = torch.where(t == 1, g, momentum * b + (1 - dampening) * g)
+        elif t == 1:
+            b = g.clone()  # a gradient buffer that is reused later must not change the state
+        else:
+            b = add_scaled(momentum * b, g, 1 - dampening)
+        return (add_scaled(g, b, momentum) if nesterov else b), (b,)
+
+
+def trace(
+    momentum: Hyperparameter = 0.9, dampening: Hyperparameter = 0.0, nesterov: bool = False
+) -> GradientTransformation:
+    r"""Accumulate gradients with decay, as ``torch.optim.SGD`` does.
+
+    .. math::
+        b_1 = g_1, \qquad b_t = \mu\, b_{t-1} + (1 - \tau)\, g_t, \qquad
+        u_t = b_t \;\text{ or, for Nesterov, }\; g_t + \mu\, b_t
+
+    Args:
+        momentum: :math:`\mu \ge 0`. The Python number 0 keeps no buffer.
+        dampening: :math:`\tau`; not applied at the first step.
+        nesterov: Look ahead (Sutskever et al., 2013).
+
+    Slots: ``momentum_buffer``. Differentiable in gradients, buffer, momentum and dampening.
+
+    Raises:
+        ValueError: If ``momentum`` is negative, or ``nesterov`` without momentum or with dampening.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.trace(0.5)
+        >>> g, state = [torch.ones(1)], tx.init([torch.ones(1)])
+        >>> _, state = tx.update(g, state)
+        >>> tx.update(g, state)[0]
+        [tensor([1.5000])]
+    """
+    return Trace(momentum, dampening, nesterov)

@@ -1,0 +1,133 @@
+"""Apply a transformation to some of the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Union
+
+from torch import Tensor
+
+from torchopt import hyper, tree
+from torchopt.engine import Call, Leaves, part_slots, run
+from torchopt.transform import GradientTransformation, check_transformation, transformation
+from torchopt.typing import PyTree
+
+
+@transformation
+class Masked(GradientTransformation):
+    """Apply ``inner`` where ``mask`` is true; see :func:`masked`."""
+
+    inner: GradientTransformation
+    mask: Union[PyTree, Callable[[PyTree], PyTree]]
+
+    @property
+    def uses_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the inner transformation reads the step count."""
+        return any(part.uses_step for part in self.inner.parts)
+
+    @property
+    def optional_slots(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All slots: the mask may select no parameter."""
+        return frozenset(self.inner.slot_names())
+
+    def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
+        """Return the hyperparameters of the inner transformation."""
+        return self.inner.hyper_specs()
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the hyperparameters of the inner transformation."""
+        return self.inner.hyperparameters()
+
+    def slot_names(self) -> tuple[str, ...]:
+        """Return the slots of the inner transformation."""
+        return self.inner.slot_names()
+
+    def __post_init__(self) -> None:
+        check_transformation(self.inner, "masked")
+
+    def init_all_slots(self, leaves: Leaves) -> list[tuple[Any, ...]]:
+        """Return the slots of the inner transformation where the mask is true, ``None`` elsewhere."""
+        selected, chosen = self._select(leaves)
+        result: list[tuple[Any, ...]] = [(None,) * len(self.slot_names()) for _ in leaves.index]
+        rows: list[list[Any]] = [[] for _ in chosen]
+        for position, part in enumerate(self.inner.plan.parts):
+            own = dataclasses.replace(
+                selected, hyper=self.inner.plan.rows_of(position, selected.hyper)
+            )
+            for row, values in zip(rows, part_slots(part, own)):
+                row.extend(values)
+        for position, row in zip(chosen, rows):
+            result[position] = tuple(row)
+        return result
+
+    def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
+        """Run the inner transformation on the selected parameters; others pass unchanged."""
+        selected, chosen = self._select(leaves)
+        updates, slots = list(leaves.g), list(leaves.slots)
+        if not chosen:
+            return updates, slots
+        names = self.slot_names()
+        columns = {name: [row[k] for row in selected.slots] for k, name in enumerate(names)}
+        results = run(self.inner.plan, selected, columns)
+        for k, position in enumerate(chosen):
+            updates[position] = results[k]
+            slots[position] = tuple(columns[name][k] for name in names)
+        return updates, slots
+
+    def _select(self, leaves: Leaves) -> tuple[Leaves, list[int]]:
+        mask = mask_leaves(self.mask, leaves.call)
+        chosen = [k for k, i in enumerate(leaves.index) if mask[i]]
+        picked = {
+            field: [values[k] for k in chosen] if len(values := getattr(leaves, field)) else []
+            for field in ("g", "p", "t", "slots", "hyper", "index")
+        }
+        return dataclasses.replace(leaves, **picked), chosen
+
+
+def mask_leaves(mask: Any, call: Call) -> list[bool]:
+    """Return the mask as one bool per parameter.
+
+    Raises:
+        TypeError: If an entry is not a bool.
+        ValueError: If the mask does not match the parameters.
+    """
+    if callable(mask):
+        mask = mask(call.reference)
+    values = (
+        [mask] * len(call.g)
+        if isinstance(mask, bool)
+        else hyper.match_by_name("mask", mask, call.names())
+    )
+    for name, value in zip(call.names(), values):
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"The mask of {tree.quoted(name)} must be True or False, got {value!r}."
+            )
+    return values
+
+
+def masked(
+    inner: GradientTransformation, mask: Union[PyTree, Callable[[PyTree], PyTree]]
+) -> GradientTransformation:
+    """Apply a transformation to some parameters; gradients of the others pass unchanged.
+
+    Args:
+        inner: The transformation.
+        mask: A tree of bools with the structure of the parameters, or with one bool for a whole
+            sub-tree (``{"body": True, "head": False}``), or a function from the parameters to such
+            a tree. In the other two faces the parameters are a list (``torchopt.Optimizer``) or a
+            dict keyed by parameter name (``torchopt.MetaOptimizer``).
+
+    Raises:
+        ValueError: If the mask does not match the parameters (at the first ``init``).
+        TypeError: If ``inner`` is no transformation or an entry of the mask is not a bool.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.masked(torchopt.scale(0.0), {"w": False, "b": True})
+        >>> g = {"w": torch.ones(1), "b": torch.ones(1)}
+        >>> tx.update(g, tx.init(g))[0]
+        {'w': tensor([1.]), 'b': tensor([0.])}
+    """
+    return Masked(inner, mask)

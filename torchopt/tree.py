@@ -1,0 +1,116 @@
+"""Pytrees: the only file that names the pytree library (optree).
+
+``None`` is always a leaf here, so that a missing gradient stays aligned with its parameter.
+Classes registered with optree globally or under the namespace ``"torchopt"`` are nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+import torch
+
+from torchopt.typing import PyTree
+
+
+NAMESPACE = "torchopt"
+
+
+def flatten(tree: PyTree) -> tuple[list[Any], Any]:
+    """Return the leaves of ``tree`` and its structure."""
+    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return leaves, spec
+
+
+def unflatten(spec: Any, leaves: Sequence[Any]) -> PyTree:
+    """Build the tree with structure ``spec`` from ``leaves``."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def tree_map(function: Callable[..., Any], tree: PyTree) -> PyTree:
+    """Apply ``function`` to every leaf that is not ``None``."""
+    leaves, spec = flatten(tree)
+    return unflatten(spec, [None if leaf is None else function(leaf) for leaf in leaves])
+
+
+def leaf_paths(tree: PyTree) -> list[tuple[Any, ...]]:
+    """Return the path of every leaf, in the order of :func:`flatten`."""
+    return optree.tree_paths(tree, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """Return a dotted name for every leaf, in the order of :func:`flatten`."""
+    return [dotted(path) for path in leaf_paths(tree)]
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """Join a path by dots, as PyTorch names parameters; the root is the empty string."""
+    return ".".join(str(entry) for entry in path)
+
+
+def quoted(name: str) -> str:
+    """Return a leaf name as error messages show it."""
+    return repr(name) if name else "the root"
+
+
+def flatten_like(tree: PyTree, reference: PyTree, spec: Any, what: str, like: str) -> list[Any]:
+    """Return the leaves of ``tree``, which must have the structure of ``reference``.
+
+    Trees with the same leaf paths match, so that the tuple which ``torch.autograd.grad`` returns
+    fits a list of parameters.
+
+    Raises:
+        ValueError: Naming the first path at which the two structures differ.
+    """
+    leaves, tree_spec = flatten(tree)
+    if tree_spec == spec:
+        return leaves
+    paths, expected = leaf_paths(tree), leaf_paths(reference)
+    if paths != expected:
+        raise ValueError(f"{what} do not match {like}: {first_difference(paths, expected)}.")
+    return leaves
+
+
+def first_difference(paths: Sequence[Any], expected: Sequence[Any]) -> str:
+    """Say in words where two sequences of paths (or names) first differ."""
+    given, wanted = set(paths), set(expected)
+    for path in expected:
+        if path not in given:
+            return f"{_show(path)} is missing"
+    for path in paths:
+        if path not in wanted:
+            return f"{_show(path)} was not expected"
+    return "the same names stand in another order"
+
+
+def _show(path: Any) -> str:
+    return quoted(dotted(path) if isinstance(path, tuple) else path)
+
+
+def register_node(
+    cls: type,
+    flatten_function: Callable[[Any], tuple[Sequence[Any], Any]],
+    unflatten_function: Callable[[Any, Any], Any],
+    path_entries: Callable[[Any], tuple[Any, ...]],
+) -> None:
+    """Make ``cls`` a node both for optree and for PyTorch's own pytrees (``vmap``, ``compile``)."""
+
+    def optree_flatten(node: Any) -> tuple[Any, Any, Any]:
+        children, metadata = flatten_function(node)
+        return tuple(children), metadata, path_entries(node)
+
+    def flatten_with_keys(node: Any) -> tuple[list[Any], Any]:
+        children, metadata = flatten_function(node)
+        keys = [torch.utils._pytree.GetAttrKey(str(entry)) for entry in path_entries(node)]
+        return list(zip(keys, children)), metadata
+
+    optree.register_pytree_node(cls, optree_flatten, unflatten_function, namespace=NAMESPACE)
+    torch.utils._pytree.register_pytree_node(
+        cls,
+        lambda node: (list(flatten_function(node)[0]), flatten_function(node)[1]),
+        lambda children, metadata: unflatten_function(metadata, children),
+        serialized_type_name=f"torchopt.{cls.__name__}",
+        flatten_with_keys_fn=flatten_with_keys,
+    )

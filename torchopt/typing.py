@@ -1,0 +1,24 @@
+"""Type aliases shared by the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Union
+
+import torch
+from typing_extensions import TypeAlias
+
+
+#: Any nesting of dicts, lists, tuples, named tuples and registered classes.
+PyTree: TypeAlias = Any
+#: A tree whose leaves are tensors or ``None``.
+TensorTree: TypeAlias = Any
+#: ``count -> value``; ``count`` is 0 at the first update. May be given instead of a number.
+Schedule: TypeAlias = Callable[[Union[int, torch.Tensor]], Union[float, torch.Tensor]]
+#: What a hyperparameter may be: a number, a tensor (which may require grad), a schedule, or a tree
+#: of those with one entry per parameter (or per named part of the parameters).
+Hyperparameter: TypeAlias = Union[float, torch.Tensor, Schedule, Any]
+#: The step count of one parameter.
+Step: TypeAlias = Union[int, torch.Tensor]
+
+__all__ = ["Hyperparameter", "PyTree", "Schedule", "Step", "TensorTree"]
