@@ -9,8 +9,8 @@ from torchopt import schedules as schedules
 from torchopt.accelerated_op import accelerated_op_available as accelerated_op_available
 from torchopt.apply import apply_updates as apply_updates
 from torchopt.func_optimizer import FuncOptimizer as FuncOptimizer
+from torchopt.inner_loop import inner_loop as inner_loop
 from torchopt.meta import MetaOptimizer as MetaOptimizer
-from torchopt.meta import inner_loop as inner_loop
 from torchopt.opt_state import OptState as OptState
 from torchopt.optim import Optimizer as Optimizer
 from torchopt.optimizers.adam import Adam as Adam

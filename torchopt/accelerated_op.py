@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-REASON = "this version of torchopt has no fused engine yet: every optimizer runs its rule on torch operators"
+REASON = "this version of torchopt has no fused engine yet; rules run on torch operators"
 
 
 def accelerated_op_available(devices: Any = None) -> bool:

@@ -98,7 +98,8 @@ class Plan:
         if unknown or missing:
             what = f"has {unknown}" if unknown else f"lacks {missing}"
             raise ValueError(
-                f"The state belongs to another optimizer: it {what}, while {owner} keeps {list(self.slot_names)}."
+                f"The state belongs to another optimizer: it {what}, while {owner} keeps "
+                f"{list(self.slot_names)}."
             )
 
     def rows_of(self, position: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -282,6 +283,7 @@ def _check_same(what: str, g: Tensor, p: Tensor, call: Call, i: int) -> None:
         return
     message = (
         f"The gradient of {tree.quoted(call.names()[i])} does not fit its {what}: gradient "
-        f"{g.dtype} {tuple(g.shape)} on {g.device}, {what} {p.dtype} {tuple(p.shape)} on {p.device}."
+        f"{g.dtype} {tuple(g.shape)} on {g.device}, {what} {p.dtype} {tuple(p.shape)} on "
+        f"{p.device}."
     )
     raise (ValueError if same_dtype else TypeError)(message)

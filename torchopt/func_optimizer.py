@@ -8,7 +8,7 @@ import torch
 
 from torchopt import tree
 from torchopt.apply import apply_updates
-from torchopt.meta import differentiate
+from torchopt.inner_gradient import differentiate
 from torchopt.opt_state import OptState
 from torchopt.state import extract_state_dict
 from torchopt.transform import GradientTransformation, check_transformation

@@ -57,8 +57,11 @@ def hyper(
 
     Args:
         default: Default value.
-        ge, gt, le, lt: Bounds that a Python number must satisfy. Tensors and schedules are not
-            checked: reading a tensor would synchronise its device.
+        ge: Lower bound that a Python number must satisfy. Tensors and schedules are not checked:
+            reading a tensor would synchronise its device.
+        gt: The same, exclusive.
+        le: Upper bound.
+        lt: The same, exclusive.
         pair: The value is a tuple of two hyperparameters, such as ``betas``.
     """
     spec = HyperSpec(ge=ge, gt=gt, le=le, lt=lt, pair=pair)
@@ -216,6 +219,7 @@ def _check_shape(name: str, value: Any, leaf: Any, leaf_name: str) -> None:
     if not fits:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, which does not broadcast to parameter "
-            f"{tree.quoted(leaf_name)} of shape {tuple(leaf.shape)}. Give one value per parameter as a "
+            f"{tree.quoted(leaf_name)} of shape {tuple(leaf.shape)}. Give one value per "
+            "parameter as a "
             "dict keyed by parameter name."
         )

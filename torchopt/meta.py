@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,11 @@ from typing_extensions import Concatenate, ParamSpec
 
 from torchopt import hyper, tree
 from torchopt.engine import Call, advance, initialise
-from torchopt.module_state import ParameterSite, named_places, parameter_sites
+from torchopt.inner_gradient import differentiate
+from torchopt.module_state import ParameterSite, parameter_sites
 from torchopt.opt_state import OptState
-from torchopt.state import extract_state_dict, recover_state_dict
+from torchopt.recipe import signature_of_recipe
+from torchopt.state import extract_state_dict
 from torchopt.transform import GradientTransformation, check_transformation
 
 
@@ -80,7 +81,8 @@ class MetaOptimizer:
         self.create_graph = True
         self.param_groups: list[dict[str, Any]] = []
         self._states: list[_GroupState] = []
-        for group in module if isinstance(module, (list, tuple)) else [module]:
+        groups: Any = module if isinstance(module, (list, tuple)) else [module]
+        for group in groups:
             self.add_param_group(group)
 
     def add_param_group(self, group: nn.Module | dict[str, Any]) -> None:
@@ -97,13 +99,15 @@ class MetaOptimizer:
         module = given.pop("params", None)
         if not isinstance(module, nn.Module):
             raise TypeError(
-                f"{type(self).__name__} expects an nn.Module (the network, not its parameters), got {type(module).__name__}."
+                f"{type(self).__name__} expects an nn.Module (the network, not its "
+                f"parameters), got {type(module).__name__}."
             )
         specs = self.transformation.hyper_specs()
         for name, value in given.items():
             if name not in specs:
                 raise TypeError(
-                    f"{name!r} is no hyperparameter of {self.transformation!r}; those are {list(specs)}."
+                    f"{name!r} is no hyperparameter of {self.transformation!r}; those are "
+                    f"{list(specs)}."
                 )
             hyper.check(name, value, specs[name])
         sites = parameter_sites(module)
@@ -141,7 +145,7 @@ class MetaOptimizer:
 
         Raises:
             TypeError: If ``loss`` is no tensor.
-            ValueError: If ``loss`` is not scalar, has no graph, or depends on none of the parameters.
+            ValueError: If ``loss`` is not scalar, has no graph or does not depend on the weights.
             RuntimeError: If its graph has been freed. The network and this optimizer have not
                 changed then, nor in any other case of refusal.
         """
@@ -174,7 +178,9 @@ class MetaOptimizer:
         params = [entry.site.tensor for entry in entries]
         single = len(self.param_groups) == 1
         names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
-        steps = [self._states[entry.group].steps.get(entry.name, 0) + 1 for entry in entries]
+        steps: list[Any] = [
+            self._states[entry.group].steps.get(entry.name, 0) + 1 for entry in entries
+        ]
         rows: list[dict[str, Any]] = []
         for index, group in enumerate(self.param_groups):
             own = [k for k, entry in enumerate(entries) if entry.group == index]
@@ -208,7 +214,8 @@ class MetaOptimizer:
         ]
         for k, entry in enumerate(entries):
             state = states[entry.group]
-            state.steps[entry.name] = call.t[k] if call.g[k] is not None else call.t[k] - 1
+            step = call.t[k] if call.g[k] is not None else call.t[k] - 1
+            state.steps[entry.name] = int(step)
             for slot, column in slots.items():
                 value = column[k]
                 state.slots[slot][entry.name] = value if track or value is None else value.detach()
@@ -232,12 +239,14 @@ class MetaOptimizer:
         """Go back to an extracted state; see :func:`torchopt.recover_state_dict`."""
         if not isinstance(state, (tuple, list)) or not all(isinstance(s, OptState) for s in state):
             raise TypeError(
-                f"The state of {type(self).__name__} must be what extract_state_dict returned for one, "
+                f"The state of {type(self).__name__} must be what extract_state_dict "
+                "returned for one, "
                 f"got {type(state).__name__}."
             )
         if len(state) != len(self.param_groups):
             raise ValueError(
-                f"The state has {len(state)} groups, {type(self).__name__} has {len(self.param_groups)}."
+                f"The state has {len(state)} groups, {type(self).__name__} has "
+                f"{len(self.param_groups)}."
             )
         self._states = [self._checked(k, group) for k, group in enumerate(state)]
 
@@ -292,7 +301,7 @@ class MetaOptimizer:
         """Load what :meth:`state_dict` returned; the tensors are copied.
 
         Raises:
-            ValueError: If the state is that of another optimizer or network. Nothing has changed then.
+            ValueError: If the state is that of another optimizer or network; nothing changes then.
         """
         try:
             states = tuple(OptState(s["steps"], s["slots"]) for s in state_dict["state"])
@@ -306,7 +315,8 @@ class MetaOptimizer:
             for name, value in group.items():
                 if name not in specs:
                     raise ValueError(
-                        f"The state belongs to another optimizer: it has the hyperparameter {name!r}."
+                        "The state belongs to another optimizer: it has the hyperparameter "
+                        f"{name!r}."
                     )
                 hyper.check(name, value, specs[name])
         self.recover_state(extract_state_dict(states, by="deepcopy"))
@@ -335,117 +345,23 @@ class MetaOptimizer:
         return f"{type(self).__name__}({networks}, {self.transformation!r})"
 
 
-def differentiate(
-    loss: Any, tensors: Sequence[Tensor], create_graph: bool, retain_graph: bool | None = None
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a scalar loss; ``None`` where it does not depend on a tensor.
-
-    Raises:
-        TypeError: If ``loss`` is no tensor.
-        ValueError: If it is not scalar, has no graph, or depends on none of the tensors.
-        RuntimeError: If its graph has been freed.
-    """
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"step expects the loss as a tensor, got {type(loss).__name__}.")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"step expects a scalar loss, got shape {tuple(loss.shape)}; take its mean() or sum()."
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            "The loss has no graph: it was computed under torch.no_grad(), detached, or does not depend "
-            "on any parameter that requires grad."
-        )
-    if not tensors:
-        raise ValueError("No parameter requires grad: all are frozen.")
-    try:
-        grads = torch.autograd.grad(
-            loss, tensors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
-        )
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise RuntimeError(
-            "The graph of this loss has been freed by an earlier backward pass. Compute the loss anew, pass "
-            "retain_graph=True to that pass, or call torchopt.stop_gradient on the network and its optimizer "
-            "after each outer step if the inner optimization goes on from where it is."
-        ) from error
-    if all(grad is None for grad in grads):
-        raise ValueError(
-            "The loss does not depend on the present parameters. If they were replaced since it was computed "
-            "(by step or recover_state_dict), compute it anew."
-        )
-    return grads
-
-
 def _updated(p: Tensor, u: Tensor, track: bool) -> Tensor:
     new = p + u
     return new if track else new.detach().requires_grad_(True)
 
 
-@contextlib.contextmanager
-def inner_loop(
-    module: nn.Module,
-    tx: GradientTransformation | MetaOptimizer,
-    *,
-    create_graph: bool = True,
-    restore_buffers: bool = True,
-) -> Iterator[MetaOptimizer]:
-    """Adapt a network inside a ``with`` block; at its end it is what it was before.
-
-    The adapted tensors live on in the graph of any loss computed in the block, so an outer loss may
-    be differentiated inside or after it. Parameters, buffers and the optimizer are restored also
-    if the block raises.
-
-    Args:
-        module: The network.
-        tx: A transformation, for a fresh optimizer; or a :class:`MetaOptimizer` of ``module``.
-        create_graph: ``False`` gives the first-order approximation.
-        restore_buffers: Let the block work on copies of the buffers (BatchNorm statistics), and
-            put the originals back. ``False`` keeps what the block made of them.
-
-    Yields:
-        The optimizer.
-
-    Example:
-        >>> import torch, torchopt
-        >>> net = torch.nn.Linear(2, 1)
-        >>> x = torch.randn(8, 2)
-        >>> with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
-        ...     for _ in range(3):
-        ...         inner.step(net(x).square().mean())
-        ...     net(x).square().mean().backward()
-        >>> net.weight.grad.shape
-        torch.Size([1, 2])
-    """
-    optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
-    before = extract_state_dict(module)
-    optimizer_before = optimizer.extract_state()
-    create_graph_before = optimizer.create_graph
-    optimizer.create_graph = create_graph
-    if restore_buffers:
-        for _, owner, attribute, buffer in list(named_places(module, "_buffers")):
-            owner._buffers[attribute] = buffer.clone()
-    try:
-        yield optimizer
-    finally:
-        optimizer.create_graph = create_graph_before
-        optimizer.recover_state(optimizer_before)
-        recover_state_dict(module, before if restore_buffers else before._replace(buffers={}))
-
-
-def constructor(
+def from_recipe(
     recipe: Callable[P, GradientTransformation],
-) -> Callable[Concatenate[Any, Any, P], None]:
-    """Make ``__init__(self, module, ...)`` of a named class from its recipe."""
+) -> Callable[[Callable[[Any, Any], None]], Callable[Concatenate[Any, Any, P], None]]:
+    """Give ``__init__(self, module)`` of a named class the arguments of its recipe as well."""
 
-    def __init__(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-        MetaOptimizer.__init__(self, module, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
+    def decorate(
+        documented: Callable[[Any, Any], None],
+    ) -> Callable[Concatenate[Any, Any, P], None]:
+        def init(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+            MetaOptimizer.__init__(self, module, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
 
-    signature = inspect.signature(recipe)
-    own = inspect.signature(__init__).parameters
-    __init__.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
-        [own["self"], own["module"], *signature.parameters.values()]
-    )
-    __init__.__doc__ = recipe.__doc__
-    return __init__  # pyright: ignore[reportReturnType]
+        own = inspect.signature(init).parameters
+        return signature_of_recipe(init, documented, recipe, [own["self"], own["module"]], [])
+
+    return decorate

@@ -17,7 +17,8 @@ class FastWeight(Tensor):
     tensor with history refuses): the copy is a parameter without history.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors
+    # operations return plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     _is_param = True  # isinstance(weight, nn.Parameter), as code that walks modules expects
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from torchopt import tree
 from torchopt.typing import PyTree, TensorTree
+from torchopt.values import describe
 
 
 class OptState:
@@ -45,28 +44,6 @@ class OptState:
         parts = [f"step={describe(self.step)}"]
         parts += [f"{name}={describe(value)}" for name, value in self.slots.items()]
         return f"OptState({', '.join(parts)})"
-
-
-class _Shown(str):
-    """A string that is printed without quotes inside dicts and lists."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def describe(value: PyTree) -> str:
-    """Print a tree with its tensors as dtype and shape."""
-    return repr(tree.tree_map(_describe_leaf, value))
-
-
-def _describe_leaf(leaf: Any) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    dtype = str(leaf.dtype).removeprefix("torch.")
-    text = f"{dtype}{list(leaf.shape)}"
-    if leaf.grad_fn is not None:
-        text += " with graph"
-    return _Shown(text)
 
 
 def _flatten(state: OptState) -> tuple[list[Any], Any]:

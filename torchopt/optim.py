@@ -12,6 +12,7 @@ from typing_extensions import Concatenate, ParamSpec
 
 from torchopt import hyper
 from torchopt.engine import HALF, Call, advance, initialise
+from torchopt.recipe import signature_of_recipe
 from torchopt.transform import GradientTransformation, check_transformation
 
 
@@ -110,7 +111,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _call(self, params: list[Tensor], grads: list[Any]) -> Call:
         names = _parameter_names(self.param_groups)
-        steps = [self._previous_step(p) + 1 for p in params]
+        steps: list[Any] = [self._previous_step(p) + 1 for p in params]
         rows: list[dict[str, Any]] = []
         for group in self.param_groups:
             first, last = len(rows), len(rows) + len(group["params"])
@@ -196,12 +197,14 @@ class Optimizer(torch.optim.Optimizer):
         title = type(self).__name__
         if "state" not in state_dict or "param_groups" not in state_dict:
             raise ValueError(
-                f"{title}.load_state_dict expects a dict with 'state' and 'param_groups', got {list(state_dict)}."
+                f"{title}.load_state_dict expects a dict with 'state' and 'param_groups', "
+                f"got {list(state_dict)}."
             )
         saved = state_dict["param_groups"]
         if len(saved) != len(self.param_groups):
             raise ValueError(
-                f"The state has {len(saved)} parameter groups, {title} has {len(self.param_groups)}."
+                f"The state has {len(saved)} parameter groups, {title} has "
+                f"{len(self.param_groups)}."
             )
         groups = []
         for index, (group, live) in enumerate(zip(saved, self.param_groups)):
@@ -253,46 +256,49 @@ class Optimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "transformation": self.transformation}
 
 
-def constructor(
+def from_recipe(
     recipe: Callable[P, GradientTransformation],
-) -> Callable[Concatenate[Any, Any, P], None]:
-    """Make ``__init__(self, params, ...)`` of a named class from its recipe.
+) -> Callable[[Callable[[Any, Any], None]], Callable[Concatenate[Any, Any, P], None]]:
+    """Give ``__init__(self, params)`` of a named class the arguments of its recipe as well.
 
     The implementation switches of ``torch.optim`` are accepted as keywords, so that calls carry
     over: ``foreach`` changes nothing, ``fused=True`` means ``use_accelerated_op=True``, and
     ``differentiable=True`` and ``capturable=True`` are refused with the way to get them.
     """
 
-    def __init__(
-        self: Any,
-        params: Any,
-        *args: Any,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        title = type(self).__name__
-        if differentiable:
-            raise ValueError(
-                f"{title} changes its parameters in place. To differentiate through its steps use "
-                f"torchopt.Meta{title}(module, ...) or the functional face with inplace=False."
-            )
-        if capturable:
-            raise ValueError(f"{title} has no capturable form yet; leave capturable=False.")
-        if fused:
-            kwargs["use_accelerated_op"] = True
-        Optimizer.__init__(self, params, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
+    def decorate(
+        documented: Callable[[Any, Any], None],
+    ) -> Callable[Concatenate[Any, Any, P], None]:
+        def init(
+            self: Any,
+            params: Any,
+            *args: Any,
+            foreach: bool | None = None,
+            fused: bool | None = None,
+            capturable: bool = False,
+            differentiable: bool = False,
+            **kwargs: Any,
+        ) -> None:
+            _refuse_switches(type(self).__name__, capturable, differentiable)
+            if fused:
+                kwargs["use_accelerated_op"] = True
+            Optimizer.__init__(self, params, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
 
-    signature = inspect.signature(recipe)
-    own = inspect.signature(__init__).parameters
-    switches = [own[name] for name in ("foreach", "fused", "capturable", "differentiable")]
-    __init__.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
-        [own["self"], own["params"], *signature.parameters.values(), *switches]
-    )
-    __init__.__doc__ = recipe.__doc__
-    return __init__  # pyright: ignore[reportReturnType]
+        own = inspect.signature(init).parameters
+        switches = [own[name] for name in ("foreach", "fused", "capturable", "differentiable")]
+        return signature_of_recipe(init, documented, recipe, [own["self"], own["params"]], switches)
+
+    return decorate
+
+
+def _refuse_switches(title: str, capturable: bool, differentiable: bool) -> None:
+    if differentiable:
+        raise ValueError(
+            f"{title} changes its parameters in place. To differentiate through its steps use "
+            f"torchopt.Meta{title}(module, ...) or the functional face with inplace=False."
+        )
+    if capturable:
+        raise ValueError(f"{title} has no capturable form yet; leave capturable=False.")
 
 
 def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
 
@@ -24,7 +25,7 @@ def is_recorded(value: Any, leaves_count: bool = True) -> bool:
     if value.requires_grad and torch.is_grad_enabled():
         if leaves_count or value.grad_fn is not None:
             return True
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(value):
+        if not torch.compiler.is_compiling() and is_gradtrackingtensor(value):
             return True
     if forward_ad._current_level >= 0:
         return forward_ad.unpack_dual(value).tangent is not None

@@ -261,7 +261,8 @@ class join:  # noqa: N801
     def __post_init__(self) -> None:
         if len(self.schedules) != len(self.boundaries) + 1:
             raise ValueError(
-                f"join expects one boundary fewer than schedules, got {len(self.schedules)} schedules "
+                f"join expects one boundary fewer than schedules, got {len(self.schedules)} "
+                "schedules "
                 f"and {len(self.boundaries)} boundaries."
             )
         if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:])):

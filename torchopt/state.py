@@ -1,4 +1,4 @@
-"""State at hand: extract, recover, stop gradients, clone; for modules, meta-optimizers and trees."""
+"""Extract, recover, stop gradients, clone: for modules, meta-optimizers and trees."""
 
 from __future__ import annotations
 
@@ -177,7 +177,8 @@ def recover_state_dict(target: Any, state: Any) -> Any:
 def _recover_module(module: nn.Module, state: Any) -> None:
     if not isinstance(state, ModuleState):
         raise TypeError(
-            f"The state of a module must be what extract_state_dict(module) returned, got {type(state).__name__}."
+            "The state of a module must be what extract_state_dict(module) returned, got "
+            f"{type(state).__name__}."
         )
     params = {name: t for name, _, _, t in named_places(module, "_parameters")}
     buffers = {name: t for name, _, _, t in named_places(module, "_buffers")}
@@ -199,11 +200,13 @@ def _recover_module(module: nn.Module, state: Any) -> None:
 def _check_shape(name: str, old: Any, new: Any) -> None:
     if isinstance(old, Tensor) != isinstance(new, Tensor):
         raise ValueError(
-            f"The state does not match at {tree.quoted(name)}: {type(new).__name__} instead of {type(old).__name__}."
+            f"The state does not match at {tree.quoted(name)}: {type(new).__name__} instead "
+            f"of {type(old).__name__}."
         )
     if isinstance(old, Tensor) and old.shape != new.shape:
         raise ValueError(
-            f"The state does not match at {tree.quoted(name)}: shape {tuple(new.shape)} instead of {tuple(old.shape)}."
+            f"The state does not match at {tree.quoted(name)}: shape {tuple(new.shape)} "
+            f"instead of {tuple(old.shape)}."
         )
 
 
@@ -290,7 +293,8 @@ def _detach_leaves(target: PyTree) -> None:
     for name, leaf in recorded:
         if leaf._is_view():
             raise ValueError(
-                f"The tensor at {tree.quoted(name)} is a view with history and cannot be detached in "
+                f"The tensor at {tree.quoted(name)} is a view with history and cannot be "
+                "detached in "
                 "place; take its detach() instead."
             )
     for _, leaf in recorded:

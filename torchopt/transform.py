@@ -1,9 +1,8 @@
-"""GradientTransformation: hyperparameters, slots and one pure step; and how transformations chain."""
+"""GradientTransformation: hyperparameters, slots and one pure step; and their chain."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -12,10 +11,12 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from torchopt import hyper, tree
-from torchopt.engine import Call, Leaves, Plan, advance, initialise, next_step, step_list
-from torchopt.opt_state import OptState, describe
+from torchopt.engine import Leaves, Plan, advance, initialise, next_step, step_list
+from torchopt.functional import functional_call, slot_trees, state_slots
+from torchopt.opt_state import OptState
 from torchopt.recording import refuse_recorded
-from torchopt.typing import PyTree, Step, TensorTree
+from torchopt.typing import Step, TensorTree
+from torchopt.values import describe, same
 
 
 @dataclass_transform(
@@ -26,6 +27,7 @@ def transformation(cls: type) -> type:
     return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GradientTransformation:
     r"""A rule that turns gradients into updates, written once and used through three faces.
 
@@ -62,7 +64,9 @@ class GradientTransformation:
 
     # What a subclass defines ------------------------------------------------------------------
 
-    def init_slots(self, param: Tensor, **hyperparameters: Any) -> tuple[Tensor | None, ...]:
+    def init_slots(
+        self, param: Tensor, *args: Any, **hyperparameters: Any
+    ) -> tuple[Tensor | None, ...]:
         """Return the initial buffers of one parameter, in the order of ``slots``.
 
         Those in ``optional_slots`` may be ``None``.
@@ -110,8 +114,10 @@ class GradientTransformation:
             TypeError: If a leaf is neither a tensor nor ``None``.
         """
         leaves, spec = tree.flatten(params)
-        slots = initialise(self, _call(self, params, None, leaves, step_list(0, len(leaves)), {}))
-        return OptState(0, _slot_trees(spec, slots))
+        slots = initialise(
+            self, functional_call(self, params, None, leaves, step_list(0, len(leaves)), {})
+        )
+        return OptState(0, slot_trees(spec, slots))
 
     def update(
         self,
@@ -145,7 +151,7 @@ class GradientTransformation:
         """
         g, spec = tree.flatten(grads)
         p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
-        slots = _state_slots(self, state, grads, spec)
+        slots = state_slots(self, state, grads, spec)
         if inplace:
             columns = {
                 "grads": g,
@@ -156,12 +162,12 @@ class GradientTransformation:
         old_steps = (
             state.step if isinstance(state.step, (int, Tensor)) else tree.flatten(state.step)[0]
         )
-        call = _call(self, grads, g, p, step_list(old_steps, len(g)), slots, extra)
+        call = functional_call(self, grads, g, p, step_list(old_steps, len(g)), slots, extra)
         updates, slots = advance(self, call)
         step = next_step(old_steps, g)
         new_state = OptState(
             tree.unflatten(spec, step) if isinstance(step, list) else step,
-            _slot_trees(spec, slots),
+            slot_trees(spec, slots),
         )
         return tree.unflatten(spec, updates), new_state
 
@@ -178,7 +184,7 @@ class GradientTransformation:
         if type(self) is not type(other):
             return NotImplemented
         fields = dataclasses.fields(self)
-        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields)
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields)
 
     def __hash__(self) -> int:
         return hash(type(self))
@@ -196,6 +202,7 @@ class ElementwiseTransformation(GradientTransformation):
         p: Tensor | None,
         t: Step,
         slots: tuple[Any, ...],
+        *args: Any,
         **hyperparameters: Any,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Return the update of one parameter and its new slots; pure.
@@ -205,6 +212,7 @@ class ElementwiseTransformation(GradientTransformation):
             p: The parameter, or ``None`` if the caller gave none.
             t: The step count, 1 at the first update.
             slots: The buffers, in the order of ``slots``.
+            *args: None; here so that a subclass may name its hyperparameters.
             **hyperparameters: Numbers, or tensors that broadcast to ``g``.
         """
         raise TypeError(f"{type(self).__name__} defines no rule(g, p, t, slots, ...).")
@@ -264,8 +272,8 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
 
     Example:
         >>> import torchopt
-        >>> torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.scale(-0.1))
-        chain(ClipGradNorm(max_norm=1.0, norm_type=2.0, error_if_nonfinite=False), Scale(step_size=-0.1))
+        >>> torchopt.chain(torchopt.clip_grad_value(1.0), torchopt.scale(-0.1))
+        chain(ClipGradValue(clip_value=1.0), Scale(step_size=-0.1))
     """
     parts: list[GradientTransformation] = []
     for tx in transformations:
@@ -285,81 +293,3 @@ def check_transformation(tx: object, where: str) -> None:
             f"{where} expects a gradient transformation such as torchopt.adam(1e-3), got {tx!r} "
             f"of type {type(tx).__name__}."
         )
-
-
-def _call(
-    tx: GradientTransformation,
-    reference: PyTree,
-    grads: list[Any] | None,
-    params: list[Any] | None,
-    steps: list[Step],
-    slots: dict[str, list[Any]],
-    extra: dict[str, Any] | None = None,
-) -> Call:
-    """Gather one call of the functional face for the engine."""
-    leaves = params if params is not None else grads
-    names = _lazy_names(reference)
-    count = max_count(steps)
-    rows = hyper.resolve(tx.hyperparameters(), tx.hyper_specs(), leaves or [], names, count)
-    return Call(
-        g=grads if grads is not None else [None] * len(steps),
-        p=params if params is not None else [None] * len(steps),
-        t=steps,
-        slots=slots,
-        hyper=rows,
-        names=names,
-        reference=reference,
-        extra=extra or {},
-    )
-
-
-def max_count(steps: Sequence[Step]) -> Step:
-    """Return the count a schedule is evaluated at: 0 at the first update."""
-    if not steps:
-        return 0
-    if isinstance(steps[0], Tensor):
-        return steps[0] - 1
-    return max(steps) - 1
-
-
-def _lazy_names(reference: PyTree) -> Any:
-    return lambda: tree.leaf_names(reference)
-
-
-def _state_slots(
-    tx: GradientTransformation, state: object, grads: PyTree, spec: Any
-) -> dict[str, list[Any]]:
-    if not isinstance(state, OptState):
-        raise TypeError(f"update expects the state that init returned, got {type(state).__name__}.")
-    tx.plan.check_slots(state.slots, repr(tx))
-    return {
-        name: tree.flatten_like(
-            state.slots[name], grads, spec, f"The slot {name!r} of the state", "grads"
-        )
-        if name in state.slots
-        else [None] * spec.num_leaves
-        for name in tx.slot_names()
-    }
-
-
-def _slot_trees(spec: Any, columns: dict[str, list[Any]]) -> dict[str, TensorTree]:
-    """Build the slots of a state; one that no parameter has is left out, as ``vmap`` requires."""
-    return {
-        name: tree.unflatten(spec, column)
-        for name, column in columns.items()
-        if not column or any(value is not None for value in column)
-    }
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return (
-            isinstance(a, Tensor)
-            and isinstance(b, Tensor)
-            and (a is b or (a.dtype == b.dtype and torch.equal(a, b)))
-        )
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return bool(a == b)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
-import torch
+from torch.utils import _pytree as torch_pytree
 
 from torchopt.typing import PyTree
 
@@ -103,11 +103,11 @@ def register_node(
 
     def flatten_with_keys(node: Any) -> tuple[list[Any], Any]:
         children, metadata = flatten_function(node)
-        keys = [torch.utils._pytree.GetAttrKey(str(entry)) for entry in path_entries(node)]
+        keys = [torch_pytree.GetAttrKey(str(entry)) for entry in path_entries(node)]
         return list(zip(keys, children)), metadata
 
     optree.register_pytree_node(cls, optree_flatten, unflatten_function, namespace=NAMESPACE)
-    torch.utils._pytree.register_pytree_node(
+    torch_pytree.register_pytree_node(
         cls,
         lambda node: (list(flatten_function(node)[0]), flatten_function(node)[1]),
         lambda children, metadata: unflatten_function(metadata, children),

@@ -136,7 +136,8 @@ def adam(
         amsgrad: Use the running maximum of the second moment.
         eps_root: Added inside the root, >= 0.
         maximize: Ascend instead of descend.
-        use_accelerated_op: Fused kernels: ``None`` when available, ``True`` required, ``False`` never.
+        use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
+            ``False`` never.
 
     Slots: ``exp_avg``, ``exp_avg_sq``, with ``amsgrad`` ``max_exp_avg_sq``. Differentiable in
     gradients, parameters, slots and every number.
@@ -166,15 +167,22 @@ def adam(
 
 
 class Adam(optim.Optimizer):
-    """:func:`torchopt.adam` as a ``torch.optim.Optimizer``; interchanges with ``torch.optim.Adam``."""
+    """:func:`torchopt.adam` as a ``torch.optim.Optimizer``.
+
+    Its ``state_dict`` interchanges with that of ``torch.optim.Adam``.
+    """
 
     optional_hyperparameters = frozenset({"eps_root", "maximize", "amsgrad"})
     fixed_options = {"decoupled_weight_decay": False}
 
-    __init__ = optim.constructor(adam)
+    @optim.from_recipe(adam)
+    def __init__(self, params: Any) -> None:
+        """Take the parameters, then the arguments of :func:`torchopt.adam`."""
 
 
 class MetaAdam(meta.MetaOptimizer):
     """:func:`torchopt.adam` as a differentiable optimizer of a network."""
 
-    __init__ = meta.constructor(adam)
+    @meta.from_recipe(adam)
+    def __init__(self, module: Any) -> None:
+        """Take the network, then the arguments of :func:`torchopt.adam`."""

@@ -40,7 +40,8 @@ def adamw(
         eps_root: Added inside the root, >= 0.
         mask: Which parameters decay; see :func:`torchopt.masked`. ``None`` means all.
         maximize: Ascend instead of descend.
-        use_accelerated_op: Fused kernels: ``None`` when available, ``True`` required, ``False`` never.
+        use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
+            ``False`` never.
 
     Slots: ``exp_avg``, ``exp_avg_sq``, with ``amsgrad`` ``max_exp_avg_sq``. Differentiable in
     gradients, parameters, slots and every number.
@@ -71,15 +72,22 @@ def adamw(
 
 
 class AdamW(optim.Optimizer):
-    """:func:`torchopt.adamw` as a ``torch.optim.Optimizer``; interchanges with ``torch.optim.AdamW``."""
+    """:func:`torchopt.adamw` as a ``torch.optim.Optimizer``.
+
+    Its ``state_dict`` interchanges with that of ``torch.optim.AdamW``.
+    """
 
     optional_hyperparameters = frozenset({"eps_root", "maximize", "amsgrad"})
     fixed_options = {"decoupled_weight_decay": True}
 
-    __init__ = optim.constructor(adamw)
+    @optim.from_recipe(adamw)
+    def __init__(self, params: Any) -> None:
+        """Take the parameters, then the arguments of :func:`torchopt.adamw`."""
 
 
 class MetaAdamW(meta.MetaOptimizer):
     """:func:`torchopt.adamw` as a differentiable optimizer of a network."""
 
-    __init__ = meta.constructor(adamw)
+    @meta.from_recipe(adamw)
+    def __init__(self, module: Any) -> None:
+        """Take the network, then the arguments of :func:`torchopt.adamw`."""

@@ -35,7 +35,7 @@ class ScaleByRms(ElementwiseTransformation):
     optional_slots = frozenset({"grad_avg"})
 
     def init_slots(self, param: Tensor, *, centered: bool, **_: Any) -> tuple[Tensor | None, ...]:
-        """Return the constant second moment; a mean of zeros only where ``centered`` asks for it."""
+        """Return the initial second moment, and a mean of zeros if ``centered``."""
         square = torch.full_like(param, self.initial_scale)
         return square, torch.zeros_like(param) if centered else None
 
@@ -160,7 +160,8 @@ def rmsprop(
         initial_scale: Initial value of the second moment.
         nesterov: Use Nesterov momentum; needs ``momentum > 0``.
         maximize: Ascend instead of descend.
-        use_accelerated_op: Fused kernels: ``None`` when available, ``True`` required, ``False`` never.
+        use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
+            ``False`` never.
 
     Slots: ``square_avg``; ``grad_avg`` if centered; ``momentum_buffer`` if the momentum is not the
     number 0. Differentiable in gradients, parameters, slots and every number.
@@ -191,15 +192,22 @@ def rmsprop(
 
 
 class RMSprop(optim.Optimizer):
-    """:func:`torchopt.rmsprop` as a ``torch.optim.Optimizer``; interchanges with ``torch.optim.RMSprop``."""
+    """:func:`torchopt.rmsprop` as a ``torch.optim.Optimizer``.
+
+    Its ``state_dict`` interchanges with that of ``torch.optim.RMSprop``.
+    """
 
     optional_hyperparameters = frozenset({"dampening", "nesterov", "maximize", "centered"})
     counts_steps = True  # torch.optim.RMSprop keeps a count that its rule does not read
 
-    __init__ = optim.constructor(rmsprop)
+    @optim.from_recipe(rmsprop)
+    def __init__(self, params: Any) -> None:
+        """Take the parameters, then the arguments of :func:`torchopt.rmsprop`."""
 
 
 class MetaRMSProp(meta.MetaOptimizer):
     """:func:`torchopt.rmsprop` as a differentiable optimizer of a network."""
 
-    __init__ = meta.constructor(rmsprop)
+    @meta.from_recipe(rmsprop)
+    def __init__(self, module: Any) -> None:
+        """Take the network, then the arguments of :func:`torchopt.rmsprop`."""

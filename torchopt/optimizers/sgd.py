@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torchopt import meta, optim
 from torchopt.accelerated_op import check_use_accelerated_op
 from torchopt.transform import GradientTransformation, chain
@@ -36,7 +38,8 @@ def sgd(
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
         nesterov: Use Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
         maximize: Ascend instead of descend.
-        use_accelerated_op: Fused kernels: ``None`` when available, ``True`` required, ``False`` never.
+        use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
+            ``False`` never.
 
     Slots: ``momentum_buffer``, if the momentum is not the number 0. Differentiable in gradients,
     parameters, slots and every number.
@@ -67,12 +70,19 @@ def sgd(
 
 
 class SGD(optim.Optimizer):
-    """:func:`torchopt.sgd` as a ``torch.optim.Optimizer``; interchanges with ``torch.optim.SGD``."""
+    """:func:`torchopt.sgd` as a ``torch.optim.Optimizer``.
 
-    __init__ = optim.constructor(sgd)
+    Its ``state_dict`` interchanges with that of ``torch.optim.SGD``.
+    """
+
+    @optim.from_recipe(sgd)
+    def __init__(self, params: Any) -> None:
+        """Take the parameters, then the arguments of :func:`torchopt.sgd`."""
 
 
 class MetaSGD(meta.MetaOptimizer):
     """:func:`torchopt.sgd` as a differentiable optimizer of a network."""
 
-    __init__ = meta.constructor(sgd)
+    @meta.from_recipe(sgd)
+    def __init__(self, module: Any) -> None:
+        """Take the network, then the arguments of :func:`torchopt.sgd`."""

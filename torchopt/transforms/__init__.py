@@ -1,1 +1,1 @@
-"""Transformations that are no optimizers by themselves: scaling, decay, clipping, momentum, masks."""
+"""Transformations that are no optimizers by themselves."""

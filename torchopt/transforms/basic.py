@@ -50,7 +50,8 @@ def scale(step_size: Hyperparameter) -> GradientTransformation:
     r"""Multiply by a factor: :math:`u = s\, g`.
 
     Args:
-        step_size: The factor; a number, a tensor, a schedule or a tree with one entry per parameter.
+        step_size: The factor; a number, a tensor, a schedule or a tree with one entry per
+            parameter.
 
     Example:
         >>> import torch, torchopt
@@ -109,7 +110,7 @@ class ScaleByLearningRate(ElementwiseTransformation):
 
 
 def scale_by_learning_rate(lr: Hyperparameter) -> GradientTransformation:
-    r"""Multiply by minus the learning rate, so that adding the update descends: :math:`u = -\eta g`.
+    r"""Multiply by minus the learning rate, so that the update descends: :math:`u = -\eta g`.
 
     Args:
         lr: :math:`\eta \ge 0`; a number, a tensor (a learned learning rate), a schedule, or a tree

@@ -95,8 +95,8 @@ def clip_grad_norm(
     Args:
         max_norm: :math:`c \ge 0`.
         norm_type: Order of the norm; ``float("inf")`` for the largest absolute value.
-        error_if_nonfinite: Raise if the norm is infinite or ``nan``. Reads the norm, hence waits for
-            the device.
+        error_if_nonfinite: Raise if the norm is infinite or ``nan``. Reads the norm, hence waits
+            for the device.
 
     Raises:
         ValueError: If ``max_norm`` is negative or ``norm_type`` is not positive.

@@ -47,7 +47,7 @@ class Masked(GradientTransformation):
         check_transformation(self.inner, "masked")
 
     def init_all_slots(self, leaves: Leaves) -> list[tuple[Any, ...]]:
-        """Return the slots of the inner transformation where the mask is true, ``None`` elsewhere."""
+        """Return the inner transformation's slots where the mask is true, else ``None``."""
         selected, chosen = self._select(leaves)
         result: list[tuple[Any, ...]] = [(None,) * len(self.slot_names()) for _ in leaves.index]
         rows: list[list[Any]] = [[] for _ in chosen]

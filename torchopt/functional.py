@@ -1,0 +1,81 @@
+"""The functional face's side of the engine: trees become the flat lists of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torchopt import hyper, tree
+from torchopt.engine import Call
+from torchopt.opt_state import OptState
+from torchopt.typing import PyTree, Step, TensorTree
+
+
+def functional_call(
+    tx: Any,
+    reference: PyTree,
+    grads: list[Any] | None,
+    params: list[Any] | None,
+    steps: list[Step],
+    slots: dict[str, list[Any]],
+    extra: dict[str, Any] | None = None,
+) -> Call:
+    """Gather one call of the functional face for the engine."""
+    leaves = params if params is not None else grads
+    names = _lazy_names(reference)
+    count = max_count(steps)
+    rows = hyper.resolve(tx.hyperparameters(), tx.hyper_specs(), leaves or [], names, count)
+    return Call(
+        g=grads if grads is not None else [None] * len(steps),
+        p=params if params is not None else [None] * len(steps),
+        t=steps,
+        slots=slots,
+        hyper=rows,
+        names=names,
+        reference=reference,
+        extra=extra or {},
+    )
+
+
+def max_count(steps: Sequence[Step]) -> Step:
+    """Return the count a schedule is evaluated at: 0 at the first update."""
+    if not steps:
+        return 0
+    if isinstance(steps[0], Tensor):
+        return steps[0] - 1
+    return max(steps) - 1
+
+
+def _lazy_names(reference: PyTree) -> Any:
+    return lambda: tree.leaf_names(reference)
+
+
+def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, list[Any]]:
+    """Return the slots of a state as lists aligned with the gradients.
+
+    Raises:
+        TypeError: If ``state`` is no optimizer state.
+        ValueError: If it is that of another transformation or of other parameters.
+    """
+    if not isinstance(state, OptState):
+        raise TypeError(f"update expects the state that init returned, got {type(state).__name__}.")
+    tx.plan.check_slots(state.slots, repr(tx))
+    return {
+        name: tree.flatten_like(
+            state.slots[name], grads, spec, f"The slot {name!r} of the state", "grads"
+        )
+        if name in state.slots
+        else [None] * spec.num_leaves
+        for name in tx.slot_names()
+    }
+
+
+def slot_trees(spec: Any, columns: dict[str, list[Any]]) -> dict[str, TensorTree]:
+    """Build the slots of a state; one that no parameter has is left out, as ``vmap`` requires."""
+    return {
+        name: tree.unflatten(spec, column)
+        for name, column in columns.items()
+        if not column or any(value is not None for value in column)
+    }

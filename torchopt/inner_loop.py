@@ -1,0 +1,64 @@
+"""Adapt a network inside a ``with`` block and have it back unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from torchopt.meta import MetaOptimizer
+from torchopt.module_state import named_places
+from torchopt.state import extract_state_dict, recover_state_dict
+from torchopt.transform import GradientTransformation
+
+
+@contextlib.contextmanager
+def inner_loop(
+    module: nn.Module,
+    tx: GradientTransformation | MetaOptimizer,
+    *,
+    create_graph: bool = True,
+    restore_buffers: bool = True,
+) -> Iterator[MetaOptimizer]:
+    """Adapt a network inside a ``with`` block; at its end it is what it was before.
+
+    The adapted tensors live on in the graph of any loss computed in the block, so an outer loss may
+    be differentiated inside or after it. Parameters, buffers and the optimizer are restored also
+    if the block raises.
+
+    Args:
+        module: The network.
+        tx: A transformation, for a fresh optimizer; or a :class:`MetaOptimizer` of ``module``.
+        create_graph: ``False`` gives the first-order approximation.
+        restore_buffers: Let the block work on copies of the buffers (BatchNorm statistics), and
+            put the originals back. ``False`` keeps what the block made of them.
+
+    Yields:
+        The optimizer.
+
+    Example:
+        >>> import torch, torchopt
+        >>> net = torch.nn.Linear(2, 1)
+        >>> x = torch.randn(8, 2)
+        >>> with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
+        ...     for _ in range(3):
+        ...         inner.step(net(x).square().mean())
+        ...     net(x).square().mean().backward()
+        >>> net.weight.grad.shape
+        torch.Size([1, 2])
+    """
+    optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
+    before = extract_state_dict(module)
+    optimizer_before = optimizer.extract_state()
+    create_graph_before = optimizer.create_graph
+    optimizer.create_graph = create_graph
+    if restore_buffers:
+        for _, owner, attribute, buffer in list(named_places(module, "_buffers")):
+            owner._buffers[attribute] = buffer.clone()
+    try:
+        yield optimizer
+    finally:
+        optimizer.create_graph = create_graph_before
+        optimizer.recover_state(optimizer_before)
+        recover_state_dict(module, before if restore_buffers else before._replace(buffers={}))

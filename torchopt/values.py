@@ -1,0 +1,48 @@
+"""Print and compare values that may contain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt import tree
+from torchopt.typing import PyTree
+
+
+class _Shown(str):
+    """A string that is printed without quotes inside dicts and lists."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def describe(value: PyTree) -> str:
+    """Print a tree with its tensors as dtype and shape."""
+    return repr(tree.tree_map(_describe_leaf, value))
+
+
+def _describe_leaf(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    dtype = str(leaf.dtype).removeprefix("torch.")
+    text = f"{dtype}{list(leaf.shape)}"
+    if leaf.grad_fn is not None:
+        text += " with graph"
+    return _Shown(text)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two hyperparameters are equal; tensors by dtype and entries."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and (a is b or (a.dtype == b.dtype and torch.equal(a, b)))
+        )
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return bool(a == b)
