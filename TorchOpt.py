@@ -1,7 +1,8 @@
 """``import TorchOpt`` is ``import torchopt``: the name that scripts for the first TorchOpt use.
 
-On a file system that ignores case this file and the package ``torchopt`` do not collide, because
-a package directory is found before a module file; either way the same module object is returned.
+One alias file beside the package. Their names differ by more than case (``TorchOpt.py`` and
+``torchopt/``), so both can stand in one folder of a file system that ignores case, and Python
+compares the case of module names there too.
 """
 
 import sys

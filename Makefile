@@ -1,0 +1,36 @@
+# `make demo` and `make test` need Python 3.10 or newer and make; the rest they install into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_FLAGS ?=
+
+.PHONY: demo test lint format bench clean
+
+demo: $(INSTALLED)  ## meta-train on real handwritten digits, about four minutes
+	$(BIN)/python examples/few_shot.py --data digits --output runs/demo $(DEMO_FLAGS)
+
+test: $(INSTALLED)  ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(INSTALLED)  ## style, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED)  ## let the formatter rewrite what lint would refuse
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## ratios against the peers that benchmarks/install_peers.py has installed
+	$(BIN)/python -m benchmarks
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[examples,tensorboard,test,lint]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
