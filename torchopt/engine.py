@@ -63,6 +63,7 @@ class Plan:
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = tuple(parts)
         self.hyper_specs: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
         self.slot_names: tuple[str, ...] = ()
         self.optional_slots: set[str] = set()
         self.fields: list[dict[str, str]] = []
@@ -75,18 +76,12 @@ class Plan:
             self.fields.append(fields)
             self.slots.append(names)
             self.slot_names += names
+            values = part.hyperparameters()
+            self.values.update({fields[name]: values[name] for name in specs})
             own = part.slot_names()
             self.optional_slots |= {n for n, slot in zip(names, own) if slot in part.optional_slots}
 
-    def hyperparameters(self) -> dict[str, Any]:
-        """Return the hyperparameters of all parts by public name."""
-        return {
-            public: part.hyperparameters()[name]
-            for part, fields in zip(self.parts, self.fields)
-            for name, public in fields.items()
-        }
-
-    def check_slots(self, given: Iterable[str], owner: str) -> None:
+    def check_slots(self, given: Iterable[str], owner: object) -> None:
         """Refuse a state that another transformation has made.
 
         Raises:
@@ -105,13 +100,14 @@ class Plan:
     def rows_of(self, position: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Pick a part's own hyperparameters; rows that are one object stay one object."""
         fields = self.fields[position]
-        picked: dict[int, dict[str, Any]] = {}
+        previous: dict[str, Any] | None = None
+        picked: dict[str, Any] = {}
         result = []
         for row in rows:
-            key = id(row)
-            if key not in picked:
-                picked[key] = {name: row[public] for name, public in fields.items()}
-            result.append(picked[key])
+            if row is not previous:
+                picked = {name: row[public] for name, public in fields.items()}
+                previous = row
+            result.append(picked)
         return result
 
 
@@ -210,9 +206,8 @@ def run(plan: Plan, leaves: Leaves, columns: dict[str, list[Any]]) -> list[Tenso
     for position, part in enumerate(plan.parts):
         names = plan.slots[position]
         slots = list(zip(*(columns[name] for name in names))) if names else [()] * len(g)
-        own = dataclasses.replace(
-            leaves, g=g, slots=slots, hyper=plan.rows_of(position, leaves.hyper)
-        )
+        rows = plan.rows_of(position, leaves.hyper)
+        own = Leaves(g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
         g, slots = part.step(own)
         for name, column in zip(names, zip(*slots)):
             columns[name] = list(column)

@@ -90,5 +90,5 @@ class FuncOptimizer:
                 f"load_state_dict expects an OptState, got {type(state_dict).__name__}."
             )
         if state_dict is not None:
-            self.transformation.plan.check_slots(state_dict.slots, repr(self.transformation))
+            self.transformation.plan.check_slots(state_dict.slots, self.transformation)
         self.state = state_dict

@@ -61,7 +61,7 @@ def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, l
     """
     if not isinstance(state, OptState):
         raise TypeError(f"update expects the state that init returned, got {type(state).__name__}.")
-    tx.plan.check_slots(state.slots, repr(tx))
+    tx.plan.check_slots(state.slots, tx)
     return {
         name: tree.flatten_like(
             state.slots[name], grads, spec, f"The slot {name!r} of the state", "grads"

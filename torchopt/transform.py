@@ -24,7 +24,9 @@ from torchopt.values import describe, same
 )
 def transformation(cls: type) -> type:
     """Make a class a transformation: its annotated fields become its hyperparameters."""
-    return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    decorated: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    decorated.declared = hyper.specs_of(decorated)
+    return decorated
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -46,6 +48,8 @@ class GradientTransformation:
         {'w': tensor([ 0.9000, -2.1000])}
     """
 
+    #: The declared hyperparameters, by field name; set by :func:`transformation`.
+    declared: ClassVar[dict[str, hyper.HyperSpec]] = {}
     #: Names of the buffers kept for each parameter, under ``torch.optim``'s names.
     slots: ClassVar[tuple[str, ...]] = ()
     #: Those of ``slots`` that some values of the hyperparameters leave out.
@@ -86,7 +90,7 @@ class GradientTransformation:
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
         """Return the declared hyperparameters by name."""
-        return hyper.specs_of(self)
+        return self.declared
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the hyperparameters by name: what ``torch.optim`` calls a parameter group."""
@@ -244,7 +248,7 @@ class Chain(GradientTransformation):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the hyperparameters of all parts."""
-        return self.plan.hyperparameters()
+        return dict(self.plan.values)
 
     def slot_names(self) -> tuple[str, ...]:
         """Return the slots of all parts."""

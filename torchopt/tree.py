@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
+import torch
 from torch.utils import _pytree as torch_pytree
 
 from torchopt.typing import PyTree
@@ -17,15 +18,27 @@ from torchopt.typing import PyTree
 
 NAMESPACE = "torchopt"
 
+# torch.compile sees through optree on 2.13; on 2.6 it does not, and PyTorch's own pytrees stand in
+# (there, a class registered with optree alone is a leaf).
+_COMPILER_KNOWS_OPTREE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
+def _use_torch_pytree() -> bool:
+    return not _COMPILER_KNOWS_OPTREE and torch.compiler.is_compiling()
+
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
     """Return the leaves of ``tree`` and its structure."""
+    if _use_torch_pytree():
+        return torch_pytree.tree_flatten(tree)
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     return leaves, spec
 
 
 def unflatten(spec: Any, leaves: Sequence[Any]) -> PyTree:
     """Build the tree with structure ``spec`` from ``leaves``."""
+    if _use_torch_pytree():
+        return torch_pytree.tree_unflatten(leaves, spec)
     return optree.tree_unflatten(spec, leaves)
 
 
