@@ -72,6 +72,13 @@ def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, l
     }
 
 
+def structure_of(state: OptState, default: Any) -> Any:
+    """Return the structure of the slots: that of the parameters ``init`` saw."""
+    for slot in state.slots.values():
+        return tree.flatten(slot)[1]
+    return default
+
+
 def slot_trees(spec: Any, columns: dict[str, list[Any]]) -> dict[str, TensorTree]:
     """Build the slots of a state; one that no parameter has is left out, as ``vmap`` requires."""
     return {

@@ -15,10 +15,24 @@ import torch
 from torch import Tensor
 
 from torchopt.typing import Schedule
+from torchopt.values import same
 
 
 Value = Union[float, Tensor]
 Count = Union[int, Tensor]
+
+
+class _Comparable:
+    """Schedules compare by their fields; a dataclass would fail at tensors."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        fields = [field.name for field in dataclasses.fields(self)]  # pyright: ignore[reportArgumentType]
+        return all(same(getattr(self, name), getattr(other, name)) for name in fields)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
@@ -40,8 +54,8 @@ def _check_steps(name: str, value: int, minimum: int = 1) -> None:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}.")
 
 
-@dataclasses.dataclass(frozen=True)
-class constant:  # noqa: N801 - schedules are called like functions
+@dataclasses.dataclass(frozen=True, eq=False)
+class constant(_Comparable):  # noqa: N801 - schedules are called like functions
     r"""Return the same value at every count: :math:`s(k) = a`.
 
     Example:
@@ -57,8 +71,8 @@ class constant:  # noqa: N801 - schedules are called like functions
         return self.value
 
 
-@dataclasses.dataclass(frozen=True)
-class polynomial:  # noqa: N801
+@dataclasses.dataclass(frozen=True, eq=False)
+class polynomial(_Comparable):  # noqa: N801
     r"""Go from one value to another along a power of the time left.
 
     .. math::
@@ -110,8 +124,8 @@ def linear(
     return polynomial(init_value, end_value, 1, transition_steps, transition_begin)
 
 
-@dataclasses.dataclass(frozen=True)
-class exponential_decay:  # noqa: N801
+@dataclasses.dataclass(frozen=True, eq=False)
+class exponential_decay(_Comparable):  # noqa: N801
     r"""Multiply by a rate every so many updates.
 
     .. math::
@@ -164,8 +178,8 @@ class exponential_decay:  # noqa: N801
         return _where(beyond, self.end_value, value)
 
 
-@dataclasses.dataclass(frozen=True)
-class cosine_decay:  # noqa: N801
+@dataclasses.dataclass(frozen=True, eq=False)
+class cosine_decay(_Comparable):  # noqa: N801
     r"""Decay along half a cosine (Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983).
 
     .. math::
@@ -204,8 +218,8 @@ class cosine_decay:  # noqa: N801
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class piecewise_constant:  # noqa: N801
+@dataclasses.dataclass(frozen=True, eq=False)
+class piecewise_constant(_Comparable):  # noqa: N801
     """Multiply by a factor at each boundary.
 
     Args:
@@ -237,8 +251,8 @@ class piecewise_constant:  # noqa: N801
         return value
 
 
-@dataclasses.dataclass(frozen=True)
-class join:  # noqa: N801
+@dataclasses.dataclass(frozen=True, eq=False)
+class join(_Comparable):  # noqa: N801
     """Follow one schedule after the other; each counts from its own beginning.
 
     Args:

@@ -12,7 +12,7 @@ from typing_extensions import dataclass_transform
 
 from torchopt import hyper, tree
 from torchopt.engine import Leaves, Plan, advance, initialise, next_step, step_list
-from torchopt.functional import functional_call, slot_trees, state_slots
+from torchopt.functional import functional_call, slot_trees, state_slots, structure_of
 from torchopt.opt_state import OptState
 from torchopt.recording import refuse_recorded
 from torchopt.typing import Step, TensorTree
@@ -169,9 +169,10 @@ class GradientTransformation:
         call = functional_call(self, grads, g, p, step_list(old_steps, len(g)), slots, extra)
         updates, slots = advance(self, call)
         step = next_step(old_steps, g)
+        state_spec = structure_of(state, spec)
         new_state = OptState(
-            tree.unflatten(spec, step) if isinstance(step, list) else step,
-            slot_trees(spec, slots),
+            tree.unflatten(state_spec, step) if isinstance(step, list) else step,
+            slot_trees(state_spec, slots),
         )
         return tree.unflatten(spec, updates), new_state
 
