@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Tr
             ones, differentiable in both inputs.
 
     Raises:
-        ValueError: If structures or shapes do not match; nothing has changed then.
+        ValueError: If structures, shapes or devices do not match; nothing has changed then.
+        TypeError: If a leaf is no tensor, or an update has a dtype the parameter cannot hold.
         RuntimeError: If ``inplace=True`` and a gradient is being recorded through an input.
 
     Example:
@@ -30,13 +33,10 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Tr
     """
     leaves, spec = tree.flatten(params)
     additions = tree.flatten_like(updates, params, spec, "updates", "params")
-    pairs = [(p, u) for p, u in zip(leaves, additions) if p is not None and u is not None]
     for index, (p, u) in enumerate(zip(leaves, additions)):
-        if isinstance(p, Tensor) and isinstance(u, Tensor) and p.shape != u.shape:
-            name = tree.quoted(tree.leaf_names(params)[index])
-            raise ValueError(
-                f"The update of {name} has shape {tuple(u.shape)}, the parameter {tuple(p.shape)}."
-            )
+        if p is not None and u is not None:
+            _check(params, index, p, u)
+    pairs = [(p, u) for p, u in zip(leaves, additions) if p is not None and u is not None]
     if not inplace:
         new = [p if p is None or u is None else _add(p, u) for p, u in zip(leaves, additions)]
         return tree.unflatten(spec, new)
@@ -45,6 +45,29 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Tr
         for p, u in pairs:
             p.add_(u)
     return params
+
+
+def _check(params: TensorTree, index: int, p: Any, u: Any) -> None:
+    fits = isinstance(p, Tensor) and isinstance(u, Tensor) and p.shape == u.shape
+    if fits and p.device == u.device and _kind(u) <= _kind(p):
+        return
+    name = tree.quoted(tree.leaf_names(params)[index])
+    for what, value in (("The parameter", p), ("The update of", u)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what} {name} must be a tensor or None, got {type(value).__name__}.")
+    if p.shape != u.shape:
+        raise ValueError(
+            f"The update of {name} has shape {tuple(u.shape)}, the parameter {tuple(p.shape)}."
+        )
+    if p.device != u.device:
+        raise ValueError(f"The update of {name} is on {u.device}, the parameter on {p.device}.")
+    raise TypeError(
+        f"The update of {name} is {u.dtype}, which the parameter {p.dtype} cannot hold."
+    )
+
+
+def _kind(x: Tensor) -> int:
+    return 2 if x.is_complex() else int(x.is_floating_point())
 
 
 def _add(p: Tensor, u: Tensor) -> Tensor:

@@ -250,6 +250,9 @@ def _check_gradients(tx: Any, call: Call, index: Sequence[int]) -> None:
             raise TypeError(
                 f"The gradient of {name} must be floating-point or complex, got {g.dtype}."
             )
+        if p is None and any(x is not None for x in call.p):
+            name = tree.quoted(call.names()[i])
+            raise ValueError(f"{name} has a gradient but its parameter is None.")
         if p is not None:
             _check_same("parameter", g, p, call, i)
             continue
@@ -260,8 +263,9 @@ def _check_gradients(tx: Any, call: Call, index: Sequence[int]) -> None:
 
 
 def _check_sparse(tx: Any, call: Call, i: int) -> None:
-    for part in tx.plan.parts:
-        if not part.accepts_sparse:
+    for position, part in enumerate(tx.plan.parts):
+        (row,) = tx.plan.rows_of(position, [call.hyper[i]])
+        if not part.takes_sparse(**row):
             raise TypeError(
                 f"The gradient of {tree.quoted(call.names()[i])} is sparse ({call.g[i].layout}), "
                 f"and {type(part).__name__} has no sparse rule. Use to_dense(), or an embedding "

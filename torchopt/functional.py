@@ -72,17 +72,22 @@ def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, l
     }
 
 
-def structure_of(state: OptState, default: Any) -> Any:
-    """Return the structure of the slots: that of the parameters ``init`` saw."""
-    for slot in state.slots.values():
-        return tree.flatten(slot)[1]
-    return default
+def hyper_values(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return the hyperparameters that an update uses, with pairs taken apart."""
+    values: list[Any] = []
+    for row, previous in zip(rows, [None, *rows]):
+        if row is not previous:
+            for value in row.values():
+                values.extend(value if isinstance(value, tuple) else (value,))
+    return values
 
 
-def slot_trees(spec: Any, columns: dict[str, list[Any]]) -> dict[str, TensorTree]:
-    """Build the slots of a state; one that no parameter has is left out, as ``vmap`` requires."""
+def slot_trees(
+    like: PyTree, reference: PyTree, spec: Any, columns: dict[str, list[Any]]
+) -> dict[str, TensorTree]:
+    """Build the slots of a state with the structure of ``like``; empty ones are left out."""
     return {
-        name: tree.unflatten(spec, column)
+        name: tree.unflatten_like(like, reference, spec, column)
         for name, column in columns.items()
         if not column or any(value is not None for value in column)
     }

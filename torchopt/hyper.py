@@ -118,19 +118,20 @@ def resolve(
     leaves: Sequence[Any],
     names: Callable[[], Sequence[str]],
     count: Step,
+    known: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return the hyperparameters of every leaf: numbers and tensors only.
 
     Schedules are evaluated at ``count`` (0 at the first update) and trees are matched to the
-    leaves by name. When nothing differs between leaves they share one dict, so that a caller can
-    treat it once.
+    leaves by name; their entries may also name one of ``known``. When nothing differs between
+    leaves they share one dict, so that a caller can treat it once.
     """
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     for name, spec in specs.items():
         value = values[name]
         if spec.pair:
-            first, second = (_column(name, v, leaves, names, count) for v in value)
+            first, second = (_column(name, v, leaves, names, count, known) for v in value)
             if isinstance(first, list) or isinstance(second, list):
                 first = first if isinstance(first, list) else [first] * len(leaves)
                 second = second if isinstance(second, list) else [second] * len(leaves)
@@ -138,7 +139,7 @@ def resolve(
             else:
                 shared[name] = (first, second)
             continue
-        column = value if spec.flag else _column(name, value, leaves, names, count)
+        column = value if spec.flag else _column(name, value, leaves, names, count, known)
         if isinstance(column, list):
             columns[name] = column
         else:
@@ -152,13 +153,18 @@ def resolve(
 
 
 def _column(
-    name: str, value: Any, leaves: Sequence[Any], names: Callable[[], Sequence[str]], count: Step
+    name: str,
+    value: Any,
+    leaves: Sequence[Any],
+    names: Callable[[], Sequence[str]],
+    count: Step,
+    known: Sequence[str],
 ) -> Any:
     """Return one value for all leaves, or a list with one value per leaf."""
     if isinstance(value, (int, float)):
         return value
     if isinstance(value, (Mapping, list, tuple)):
-        matched = match_by_name(name, value, names())
+        matched = match_by_name(name, value, names(), known)
         column = [
             v(count) if callable(v) and not isinstance(v, torch.Tensor) else v for v in matched
         ]
@@ -173,7 +179,9 @@ def _column(
     return value
 
 
-def match_by_name(what: str, value: Any, names: Sequence[str]) -> list[Any]:
+def match_by_name(
+    what: str, value: Any, names: Sequence[str], known: Sequence[str] = ()
+) -> list[Any]:
     """Give every leaf the entry of ``value`` under its own name or its longest dotted prefix.
 
     So ``{"body": a, "head": b}`` gives ``a`` to ``body.0.weight``; a list is matched by position
@@ -182,7 +190,7 @@ def match_by_name(what: str, value: Any, names: Sequence[str]) -> list[Any]:
     Raises:
         ValueError: If a leaf has no entry, or an entry has no leaf (a misspelt name).
     """
-    entries = dict(zip(tree.leaf_names(value), tree.flatten(value)[0]))
+    entries = tree.named_leaves(value)
     if isinstance(value, (list, tuple)) and len(entries) == len(names):
         return list(entries.values())  # one entry per parameter, in order
     used: set[str] = set()
@@ -197,12 +205,35 @@ def match_by_name(what: str, value: Any, names: Sequence[str]) -> list[Any]:
             )
         used.add(key)
         matched.append(entries[key])
-    unused = [key for key in entries if key not in used]
+    unused = [key for key in entries if key not in used and not _names_any(key, known)]
     if unused:
         raise ValueError(
             f"{what} has an entry {unused[0]!r} that names no parameter; parameters: {list(names)}."
         )
     return matched
+
+
+def _names_any(key: str, names: Sequence[str]) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for name in names)
+
+
+def has_schedule(value: Any) -> bool:
+    """Whether a hyperparameter is a schedule, or a pair or tree that holds one."""
+    leaves = [value] if isinstance(value, torch.Tensor) else tree.flatten(value)[0]
+    return any(callable(leaf) and not isinstance(leaf, torch.Tensor) for leaf in leaves)
+
+
+def check_number(name: str, value: Any, spec: HyperSpec | None = None) -> None:
+    """Refuse a field that must be a plain number.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it is out of bounds.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}.")
+    if spec is not None:
+        check(name, value, spec)
 
 
 def _check_shape(name: str, value: Any, leaf: Any, leaf_name: str) -> None:

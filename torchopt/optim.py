@@ -119,7 +119,9 @@ class Optimizer(torch.optim.Optimizer):
             values = {**self.transformation.hyperparameters(), **group}
             specs = self.transformation.hyper_specs()
             group_names = names[first:last]
-            rows += hyper.resolve(values, specs, group["params"], lambda n=group_names: n, count)
+            rows += hyper.resolve(
+                values, specs, group["params"], lambda n=group_names: n, count, names
+            )
         fresh = [
             p if g is not None and not self.state.get(p) else None for p, g in zip(params, grads)
         ]
@@ -144,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
             return True
         specs = self.transformation.hyper_specs()
         values = [group.get(name) for group in self.param_groups for name in specs]
-        return any(callable(value) and not isinstance(value, Tensor) for value in values)
+        return any(hyper.has_schedule(value) for value in values)
 
     # Saving and loading -----------------------------------------------------------------------
 
@@ -153,19 +155,23 @@ class Optimizer(torch.optim.Optimizer):
 
         Schedules given as hyperparameters are code and are left out; loading keeps the live ones.
         """
-        saved = super().state_dict()
-        saved["state"] = {
-            key: {
-                name: _step_to_tensor(value) if name == "step" else value
-                for name, value in entry.items()
+
+        def convert(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+            state = {
+                key: {n: _step_to_tensor(v) if n == "step" else v for n, v in entry.items()}
+                for key, entry in saved["state"].items()
             }
-            for key, entry in saved["state"].items()
-        }
-        saved["param_groups"] = [
-            {k: v for k, v in group.items() if isinstance(v, Tensor) or not callable(v)}
-            for group in saved["param_groups"]
-        ]
-        return saved
+            groups = [
+                {**self.fixed_options, **{k: v for k, v in g.items() if not hyper.has_schedule(v)}}
+                for g in saved["param_groups"]
+            ]
+            return {**saved, "state": state, "param_groups": groups}
+
+        hook = self.register_state_dict_post_hook(convert, prepend=True)  # before the user's
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Load what :meth:`state_dict`, here or of ``torch.optim``'s class, returned.
@@ -173,34 +179,59 @@ class Optimizer(torch.optim.Optimizer):
         Tensors are copied. Slots are kept in the parameter's dtype, in float32 for half precision.
 
         Raises:
+            TypeError: If it is no dict.
             ValueError: If the state is that of another optimizer or of other parameters. Nothing
                 has changed then.
         """
-        groups = self._checked_groups(state_dict)
-        self._check_slots(state_dict)
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        keys = [key for group in groups for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(keys, params):
-            entry = state_dict["state"].get(key)
-            if not entry:
-                self.state.pop(p, None)
-                continue
-            dtype = torch.float32 if p.dtype in HALF else None
-            self.state[p] = {
-                name: int(value) if name == "step" else _copy_slot(value, p, dtype)
-                for name, value in entry.items()
-                if value is not None
-            }
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(self._unexpected(type(state_dict).__name__))
+        loaded: dict[Tensor, dict[str, Any]] = {}
+
+        def check(_: Any, given: Any) -> dict[str, Any]:
+            groups = self._checked_groups(given)
+            loaded.update(self._checked_slots(given["state"], groups))
+            return {**given, "param_groups": groups}
+
+        def adopt(_: Any) -> None:  # torch has cast the slots to the parameters' dtype
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p in loaded:
+                        self.state[p] = loaded[p]
+                    else:
+                        self.state.pop(p, None)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),  # after the user's
+            self.register_load_state_dict_post_hook(adopt, prepend=True),  # before the user's
+        ]
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _unexpected(self, given: Any) -> str:
+        return (
+            f"{type(self).__name__}.load_state_dict expects a dict with 'state' and "
+            f"'param_groups', got {given}."
+        )
 
     def _checked_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
         title = type(self).__name__
-        if "state" not in state_dict or "param_groups" not in state_dict:
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
             raise ValueError(
-                f"{title}.load_state_dict expects a dict with 'state' and 'param_groups', "
-                f"got {list(state_dict)}."
+                self._unexpected(
+                    list(state_dict) if isinstance(state_dict, Mapping) else state_dict
+                )
             )
         saved = state_dict["param_groups"]
+        if not isinstance(state_dict["state"], Mapping):
+            raise ValueError(f"'state' must be a dict, got {type(state_dict['state']).__name__}.")
+        if not isinstance(saved, (list, tuple)) or not all(
+            isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple))
+            for group in saved
+        ):
+            raise ValueError("'param_groups' must be a list of dicts, each with a list 'params'.")
         if len(saved) != len(self.param_groups):
             raise ValueError(
                 f"The state has {len(saved)} parameter groups, {title} has "
@@ -217,8 +248,7 @@ class Optimizer(torch.optim.Optimizer):
                 if name in group:
                     hyper.check(name, group[name], spec)
                     continue
-                schedule = callable(live[name]) and not isinstance(live[name], Tensor)
-                if not schedule and name not in self.optional_hyperparameters:
+                if not hyper.has_schedule(live[name]) and name not in self.optional_hyperparameters:
                     raise ValueError(
                         f"The state belongs to another optimizer: parameter group {index} has no "
                         f"{name!r}, which {title} needs; it has {sorted(map(str, group))}."
@@ -236,20 +266,31 @@ class Optimizer(torch.optim.Optimizer):
             )
         return groups
 
-    def _check_slots(self, state_dict: Mapping[str, Any]) -> None:
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    def _checked_slots(
+        self, state: Mapping[Any, Any], groups: list[dict[str, Any]]
+    ) -> dict[Tensor, dict[str, Any]]:
+        keys = [key for group in groups for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
+        plan, loaded = self.transformation.plan, {}
+        reads_step = any(part.uses_step for part in plan.parts)
         for key, p in zip(keys, params):
-            entry = {n: v for n, v in (state_dict["state"].get(key) or {}).items() if v is not None}
-            if entry:
-                names = [name for name in entry if name != "step"]
-                self.transformation.plan.check_slots(names, type(self).__name__)
-            for name, value in entry.items():
-                if name != "step" and isinstance(value, Tensor) and value.shape != p.shape:
-                    raise ValueError(
-                        f"{name!r} of parameter {key} has shape {tuple(value.shape)} in the state, "
-                        f"the parameter {tuple(p.shape)}."
-                    )
+            entry = state.get(key, {})
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"The state of parameter {key} must be a dict, got {entry!r}.")
+            entry = {name: value for name, value in entry.items() if value is not None}
+            if not entry:
+                continue
+            plan.check_slots([name for name in entry if name != "step"], type(self).__name__)
+            if reads_step and "step" not in entry:
+                raise ValueError(f"The state of parameter {key} lacks 'step'.")
+            dtype = torch.float32 if p.dtype in HALF else p.dtype
+            loaded[p] = {
+                name: _step_to_int(value, key)
+                if name == "step"
+                else _copy_slot(name, value, key, p, dtype)
+                for name, value in entry.items()
+            }
+        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         # torch.optim.Optimizer keeps only its own attributes in pickles and deep copies
@@ -315,12 +356,22 @@ def _step_to_tensor(step: Any) -> Any:
     return step if isinstance(step, Tensor) else torch.tensor(float(step))
 
 
-def _copy_slot(value: Any, param: Tensor, dtype: torch.dtype | None) -> Any:
+def _step_to_int(step: Any, key: Any) -> int:
+    try:
+        number = float(step)
+    except (TypeError, ValueError, RuntimeError):
+        number = -1.0
+    if not (number >= 0 and number.is_integer()):
+        raise ValueError(f"'step' of parameter {key} must be a count of updates, got {step!r}.")
+    return int(number)
+
+
+def _copy_slot(name: str, value: Any, key: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor):
-        return value
-    keep = (
-        value.dtype
-        if not (value.is_floating_point() or value.is_complex())
-        else (dtype or param.dtype)
-    )
-    return value.detach().to(device=param.device, dtype=keep, copy=True)
+        raise ValueError(f"{name!r} of parameter {key} must be a tensor, got {value!r}.")
+    if value.shape != param.shape:
+        raise ValueError(
+            f"{name!r} of parameter {key} has shape {tuple(value.shape)} in the state, "
+            f"the parameter {tuple(param.shape)}."
+        )
+    return value.detach().to(device=param.device, dtype=dtype, copy=True)

@@ -49,6 +49,14 @@ def _fraction(count: Count, steps: int, begin: int = 0) -> Any:
     return min(max((count - begin) / steps, 0.0), 1.0)
 
 
+def _power(base: Any, exponent: Any) -> Any:
+    """Return ``base ** exponent``; numbers overflow to infinity, as tensors do."""
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
+
+
 def _check_steps(name: str, value: int, minimum: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}.")
@@ -171,7 +179,7 @@ class exponential_decay(_Comparable):  # noqa: N801
         over = count - self.transition_begin
         over = over.clamp(min=0) if isinstance(over, Tensor) else max(over, 0)
         periods = over // self.transition_steps if self.staircase else over / self.transition_steps
-        value = self.init_value * self.decay_rate**periods
+        value = self.init_value * _power(self.decay_rate, periods)
         if self.end_value is None:
             return value
         beyond = value < self.end_value if self.decay_rate < 1 else value > self.end_value

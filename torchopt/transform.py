@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from typing_extensions import dataclass_transform
 
 from torchopt import hyper, tree
 from torchopt.engine import Leaves, Plan, advance, initialise, next_step, step_list
-from torchopt.functional import functional_call, slot_trees, state_slots, structure_of
+from torchopt.functional import functional_call, hyper_values, slot_trees, state_slots
 from torchopt.opt_state import OptState
 from torchopt.recording import refuse_recorded
 from torchopt.typing import Step, TensorTree
@@ -81,6 +80,10 @@ class GradientTransformation:
         """Return the updates and the new slots of all parameters; pure."""
         raise TypeError(f"{type(self).__name__} defines no step(leaves).")
 
+    def takes_sparse(self, **hyperparameters: Any) -> bool:
+        """Whether the rule is right for sparse gradients with these hyperparameters."""
+        return self.accepts_sparse
+
     # Structure --------------------------------------------------------------------------------
 
     @property
@@ -100,10 +103,14 @@ class GradientTransformation:
         """Return the names of the buffers kept for each parameter."""
         return self.slots
 
-    @cached_property
+    @property
     def plan(self) -> Plan:
         """Where each part finds its hyperparameters and slots among those of the whole."""
-        return Plan(self.parts)
+        plan = self.__dict__.get("_plan")  # not cached_property: its lock cannot be compiled
+        if plan is None:
+            plan = Plan(self.parts)
+            object.__setattr__(self, "_plan", plan)
+        return plan
 
     def chain(self, following: GradientTransformation) -> GradientTransformation:
         """Return ``chain(self, following)``."""
@@ -121,7 +128,7 @@ class GradientTransformation:
         slots = initialise(
             self, functional_call(self, params, None, leaves, step_list(0, len(leaves)), {})
         )
-        return OptState(0, slot_trees(spec, slots))
+        return OptState(0, slot_trees(params, params, spec, slots))
 
     def update(
         self,
@@ -156,23 +163,28 @@ class GradientTransformation:
         g, spec = tree.flatten(grads)
         p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
         slots = state_slots(self, state, grads, spec)
+        old_steps = (
+            state.step
+            if isinstance(state.step, (int, Tensor))
+            else tree.flatten_like(state.step, grads, spec, "The steps of the state", "grads")
+        )
+        call = functional_call(self, grads, g, p, step_list(old_steps, len(g)), slots, extra)
         if inplace:
             columns = {
                 "grads": g,
                 **slots,
-                "hyperparameters": list(self.hyperparameters().values()),
+                "hyperparameters": hyper_values(call.hyper),
+                "extra values": tree.flatten(extra)[0] if extra else [],
             }
             refuse_recorded("update", columns, {} if p is None else {"params": p})
-        old_steps = (
-            state.step if isinstance(state.step, (int, Tensor)) else tree.flatten(state.step)[0]
-        )
-        call = functional_call(self, grads, g, p, step_list(old_steps, len(g)), slots, extra)
+            # parameters may be leaves that require grad; the updates must not carry a graph
+            call.p = [x.detach() if isinstance(x, Tensor) else x for x in call.p]
         updates, slots = advance(self, call)
         step = next_step(old_steps, g)
-        state_spec = structure_of(state, spec)
+        like = next(iter(state.slots.values()), grads if params is None else params)
         new_state = OptState(
-            tree.unflatten(state_spec, step) if isinstance(step, list) else step,
-            slot_trees(state_spec, slots),
+            tree.unflatten_like(like, grads, spec, step) if isinstance(step, list) else step,
+            slot_trees(like, grads, spec, slots),
         )
         return tree.unflatten(spec, updates), new_state
 
@@ -195,6 +207,7 @@ class GradientTransformation:
         return hash(type(self))
 
     def __getstate__(self) -> dict[str, Any]:
+        # without the plan, which is made anew
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 

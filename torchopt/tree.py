@@ -58,6 +58,25 @@ def leaf_names(tree: PyTree) -> list[str]:
     return [dotted(path) for path in leaf_paths(tree)]
 
 
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Return the leaves by dotted name.
+
+    Plain containers are walked here: torch.compile cannot look into optree for trees of constants.
+    """
+    if type(tree) not in (dict, list, tuple):
+        leaves = flatten(tree)[0]
+        return dict(zip(leaf_names(tree), leaves))
+    named: dict[str, Any] = {}
+    for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        for name, leaf in named_leaves(child).items() if _is_plain(child) else [("", child)]:
+            named[f"{key}.{name}" if name else str(key)] = leaf
+    return named
+
+
+def _is_plain(value: Any) -> bool:
+    return not (value is None or isinstance(value, (int, float, torch.Tensor)))
+
+
 def dotted(path: tuple[Any, ...]) -> str:
     """Join a path by dots, as PyTorch names parameters; the root is the empty string."""
     return ".".join(str(entry) for entry in path)
@@ -72,7 +91,7 @@ def flatten_like(tree: PyTree, reference: PyTree, spec: Any, what: str, like: st
     """Return the leaves of ``tree``, which must have the structure of ``reference``.
 
     Trees with the same leaf paths match, so that the tuple which ``torch.autograd.grad`` returns
-    fits a list of parameters.
+    fits a list of parameters, and dicts match whatever the order of their keys.
 
     Raises:
         ValueError: Naming the first path at which the two structures differ.
@@ -81,9 +100,21 @@ def flatten_like(tree: PyTree, reference: PyTree, spec: Any, what: str, like: st
     if tree_spec == spec:
         return leaves
     paths, expected = leaf_paths(tree), leaf_paths(reference)
-    if paths != expected:
+    if paths == expected:
+        return leaves
+    by_path = dict(zip(paths, leaves))
+    if len(paths) != len(expected) or by_path.keys() != set(expected):
         raise ValueError(f"{what} do not match {like}: {first_difference(paths, expected)}.")
-    return leaves
+    return [by_path[path] for path in expected]
+
+
+def unflatten_like(target: PyTree, reference: PyTree, spec: Any, leaves: Sequence[Any]) -> PyTree:
+    """Build a tree like ``target`` from leaves in the order of ``reference``; same leaf paths."""
+    target_spec = flatten(target)[1]
+    if target_spec == spec:
+        return unflatten(spec, leaves)
+    by_path = dict(zip(leaf_paths(reference), leaves))
+    return unflatten(target_spec, [by_path[path] for path in leaf_paths(target)])
 
 
 def first_difference(paths: Sequence[Any], expected: Sequence[Any]) -> str:

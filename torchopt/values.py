@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -45,4 +46,7 @@ def same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if dataclasses.is_dataclass(a) and type(a) is type(b) and type(a).__eq__ is not object.__eq__:
+        fields = dataclasses.fields(a)
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields)
     return bool(a == b)

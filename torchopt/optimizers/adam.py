@@ -57,7 +57,7 @@ class ScaleByAdam(ElementwiseTransformation):
         m = moving_average(m, g, b1)
         v = moving_average_of_square(v, g, b2)
         if amsgrad:
-            v_max = v if v_max is None else torch.maximum(v_max, v)
+            v_max = v.clone() if v_max is None else torch.maximum(v_max, v)
         w = v_max if amsgrad else v
         c1, c2 = 1 - b1**t, 1 - b2**t
         if is_zero(eps_root):
@@ -172,7 +172,7 @@ class Adam(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.Adam``.
     """
 
-    optional_hyperparameters = frozenset({"eps_root", "maximize", "amsgrad"})
+    optional_hyperparameters = frozenset({"eps_root", "maximize"})
     fixed_options = {"decoupled_weight_decay": False}
 
     @optim.from_recipe(adam)

@@ -77,7 +77,7 @@ class AdamW(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.AdamW``.
     """
 
-    optional_hyperparameters = frozenset({"eps_root", "maximize", "amsgrad"})
+    optional_hyperparameters = frozenset({"eps_root", "maximize"})
     fixed_options = {"decoupled_weight_decay": True}
 
     @optim.from_recipe(adamw)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchopt import meta, optim
 from torchopt.accelerated_op import check_use_accelerated_op
-from torchopt.hyper import flag, hyper
+from torchopt.hyper import HyperSpec, check_number, flag, hyper
 from torchopt.numerics import moving_average, moving_average_of_square, root
 from torchopt.transform import (
     ElementwiseTransformation,
@@ -30,6 +30,10 @@ class ScaleByRms(ElementwiseTransformation):
     eps: Hyperparameter = hyper(1e-8, ge=0)
     centered: bool = flag(False)
     initial_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("initial_scale", self.initial_scale, HyperSpec(ge=0))
 
     slots = ("square_avg", "grad_avg")
     optional_slots = frozenset({"grad_avg"})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.hyper import flag, hyper
+from torchopt.hyper import check_number, flag, hyper
 from torchopt.numerics import add_scaled, is_zero
 from torchopt.transform import (
     Chain,
@@ -172,6 +172,10 @@ class AddDecayedWeights(ElementwiseTransformation):
             )
         return add_scaled(g, p, weight_decay), slots
 
+    def takes_sparse(self, *, weight_decay: Any, **_: Any) -> bool:
+        """Only if nothing is added."""
+        return is_zero(weight_decay)
+
 
 def add_decayed_weights(
     weight_decay: Hyperparameter = 0.0, mask: Any = None
@@ -207,6 +211,12 @@ class NanToNum(ElementwiseTransformation):
     nan: float = 0.0
     posinf: float | None = None
     neginf: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number("nan", self.nan)
+        for name in ("posinf", "neginf"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
 
     def rule(self, g: Tensor, p: Any, t: Step, slots: tuple) -> tuple[Tensor, tuple]:
         """Return ``g`` with ``nan`` and infinities replaced."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchopt.engine import Leaves
-from torchopt.hyper import hyper
+from torchopt.hyper import check_number, hyper
 from torchopt.numerics import root
 from torchopt.transform import (
     ElementwiseTransformation,
@@ -29,6 +29,7 @@ class ClipGradNorm(GradientTransformation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("norm_type", self.norm_type)
         if not self.norm_type > 0:
             raise ValueError(
                 f"norm_type must be > 0 (inf for the maximum), got {self.norm_type!r}."

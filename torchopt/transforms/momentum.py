@@ -61,6 +61,10 @@ class Trace(ElementwiseTransformation):
             b = add_scaled(momentum * b, g, 1 - dampening)
         return (add_scaled(g, b, momentum) if nesterov else b), (b,)
 
+    def takes_sparse(self, *, momentum: Any, **_: Any) -> bool:
+        """Only if no buffer is kept."""
+        return is_zero(momentum)
+
 
 def trace(
     momentum: Hyperparameter = 0.9, dampening: Hyperparameter = 0.0, nesterov: bool = False
