@@ -190,7 +190,9 @@ def advance(tx: Any, call: Call) -> tuple[list[Any], dict[str, list[Any]]]:
         for name, column in slots.items()
     }
     results = run(tx.plan, leaves, columns)
-    for i, c, u in zip(index, is_complex, results):
+    for i, g, c, u in zip(index, leaves.g, is_complex, results):
+        if not isinstance(u, Tensor) or u.shape != g.shape:
+            _refuse_update(tx, u, g, tree.quoted(call.names()[i]))
         updates[i] = _leave(u, c, call.g[i].dtype)
     for name, column in columns.items():
         for i, c, value in zip(index, is_complex, column):
@@ -233,6 +235,14 @@ def _leave(x: Tensor, is_complex: bool, dtype: torch.dtype) -> Tensor:
     if is_complex and not x.is_complex():
         x = torch.view_as_complex(x)
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def _refuse_update(tx: Any, update: Any, g: Tensor, name: str) -> None:
+    given = f"shape {tuple(update.shape)}" if isinstance(update, Tensor) else repr(update)
+    raise ValueError(
+        f"{tx!r} returned an update of {given} for the gradient of {name}, whose shape is "
+        f"{tuple(g.shape)}. A rule must return a tensor of the shape of its gradient."
+    )
 
 
 def _check_gradients(tx: Any, call: Call, index: Sequence[int]) -> None:

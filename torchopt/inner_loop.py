@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchopt.meta import MetaOptimizer
 from torchopt.module_state import named_places
@@ -18,7 +18,7 @@ def inner_loop(
     module: nn.Module,
     tx: GradientTransformation | MetaOptimizer,
     *,
-    create_graph: bool = True,
+    create_graph: bool | None = None,
     restore_buffers: bool = True,
 ) -> Iterator[MetaOptimizer]:
     """Adapt a network inside a ``with`` block; at its end it is what it was before.
@@ -49,16 +49,27 @@ def inner_loop(
         torch.Size([1, 2])
     """
     optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
-    before = extract_state_dict(module)
+    modules = [module, *(group["params"] for group in optimizer.param_groups)]
+    before = [extract_state_dict(m, with_buffers=restore_buffers) for m in modules]
     optimizer_before = optimizer.extract_state()
+    groups_before = [dict(group) for group in optimizer.param_groups]
     create_graph_before = optimizer.create_graph
-    optimizer.create_graph = create_graph
+    if create_graph is not None:
+        optimizer.create_graph = create_graph
     if restore_buffers:
-        for _, owner, attribute, buffer in list(named_places(module, "_buffers")):
-            owner._buffers[attribute] = buffer.clone()
+        copies: dict[int, Tensor] = {}
+        for m in modules:
+            for _, owner, attribute, buffer in list(named_places(m, "_buffers")):
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.clone()
+                    copies[id(copies[id(buffer)])] = copies[id(buffer)]
+                owner._buffers[attribute] = copies[id(buffer)]
     try:
         yield optimizer
     finally:
         optimizer.create_graph = create_graph_before
+        optimizer.param_groups[:] = groups_before
+        for m, state in zip(modules, before):
+            recover_state_dict(m, state)
+        optimizer._states = optimizer._states[: len(groups_before)]
         optimizer.recover_state(optimizer_before)
-        recover_state_dict(module, before if restore_buffers else before._replace(buffers={}))

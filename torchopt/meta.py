@@ -20,6 +20,7 @@ from torchopt.opt_state import OptState
 from torchopt.recipe import signature_of_recipe
 from torchopt.state import extract_state_dict
 from torchopt.transform import GradientTransformation, check_transformation
+from torchopt.values import describe, same
 
 
 P = ParamSpec("P")
@@ -84,6 +85,8 @@ class MetaOptimizer:
         groups: Any = module if isinstance(module, (list, tuple)) else [module]
         for group in groups:
             self.add_param_group(group)
+        if not self.param_groups:
+            raise ValueError(f"{type(self).__name__} got an empty list instead of a module.")
 
     def add_param_group(self, group: nn.Module | dict[str, Any]) -> None:
         """Let the optimizer also train another network.
@@ -183,6 +186,8 @@ class MetaOptimizer:
         ]
         rows: list[dict[str, Any]] = []
         for index, group in enumerate(self.param_groups):
+            for name, spec in self.transformation.hyper_specs().items():
+                hyper.check(name, group[name], spec)  # they may have been changed since
             own = [k for k, entry in enumerate(entries) if entry.group == index]
             count = max((steps[k] for k in own), default=1) - 1
             own_names = [entries[k].name for k in own]
@@ -251,35 +256,37 @@ class MetaOptimizer:
         self._states = [self._checked(k, group) for k, group in enumerate(state)]
 
     def _checked(self, index: int, state: OptState) -> _GroupState:
-        self.transformation.plan.check_slots(state.slots, type(self).__name__)
+        plan = self.transformation.plan
+        plan.check_slots(state.slots, type(self).__name__)
         sites = parameter_sites(self.param_groups[index]["params"])
-        shapes = {name: site.tensor.shape for name, site in sites.items()}
-        for slot, column in state.slots.items():
-            for name, value in column.items():
-                if name not in shapes:
+        columns = {slot: dict(column) for slot, column in state.slots.items() if column}
+        if not columns and state.step == 0:
+            return _GroupState({}, {slot: {} for slot in plan.slot_names})
+        counts = state.step if isinstance(state.step, Mapping) else None
+        names = list(next(iter(columns.values()), sites if counts is None else counts))
+        trainable = [n for n, site in sites.items() if site.tensor.requires_grad or n in names]
+        _check_names("the parameters", names, trainable)
+        steps: dict[str, Any] = dict.fromkeys(names, state.step) if counts is None else dict(counts)
+        for what, column in {"step": steps, **columns}.items():
+            _check_names(what, list(column), names)
+        for name, step in steps.items():
+            if not isinstance(step, int) or step < 0:
+                raise ValueError(
+                    f"The state does not match at step[{name!r}]: {step!r} instead of a count."
+                )
+        for slot in plan.slot_names:
+            for name in names:
+                value = columns.get(slot, {}).get(name)
+                if value is None and slot in plan.optional_slots:
+                    continue
+                shape = tuple(sites[name].tensor.shape)
+                if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+                    given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
                     raise ValueError(
-                        f"The state does not match: parameter {name!r} was not expected."
+                        f"The state does not match at {slot}[{name!r}]: {given} instead of a "
+                        f"tensor of shape {shape}."
                     )
-                if isinstance(value, Tensor) and value.shape != shapes[name]:
-                    raise ValueError(
-                        f"The state does not match at {slot}[{name!r}]: shape {tuple(value.shape)} "
-                        f"instead of {tuple(shapes[name])}."
-                    )
-        names = list(next(iter(state.slots.values()))) if state.slots else list(sites)
-        if isinstance(state.step, Mapping):
-            names = list(state.step)
-        missing = [
-            name for name, site in sites.items() if site.tensor.requires_grad and name not in names
-        ]
-        if missing and state.step:
-            raise ValueError(f"The state does not match: parameter {missing[0]!r} is missing.")
-        steps = (
-            dict(state.step)
-            if isinstance(state.step, Mapping)
-            else dict.fromkeys(names, state.step)
-        )
-        slots = {slot: dict(state.slots.get(slot, {})) for slot in self.transformation.slot_names()}
-        return _GroupState(steps, slots)
+        return _GroupState(steps, {slot: columns.get(slot, {}) for slot in plan.slot_names})
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and hyperparameters, detached, in plain containers for ``torch.save``."""
@@ -306,12 +313,25 @@ class MetaOptimizer:
         try:
             states = tuple(OptState(s["steps"], s["slots"]) for s in state_dict["state"])
             groups = state_dict["param_groups"]
-        except (KeyError, TypeError) as error:
+            groups = [dict(group) for group in groups]
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"This is no state_dict of {type(self).__name__}: {error!r}."
             ) from error
         specs = self.transformation.hyper_specs()
-        for group in groups:
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"The state has {len(groups)} param_groups, {type(self).__name__} has "
+                f"{len(self.param_groups)}."
+            )
+        for group, live in zip(groups, self.param_groups):
+            for name in specs:
+                code = callable(live[name]) and not isinstance(live[name], Tensor)
+                if name not in group and not code:  # schedules are not saved
+                    raise ValueError(
+                        "The state belongs to another optimizer: it lacks the hyperparameter "
+                        f"{name!r}."
+                    )
             for name, value in group.items():
                 if name not in specs:
                     raise ValueError(
@@ -333,16 +353,36 @@ class MetaOptimizer:
         return cloned
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MetaOptimizer:
-        cloned = self.clone(lambda module: copy.deepcopy(module, memo))
-        cloned.recover_state(
-            extract_state_dict(extract_state_dict(self, by="deepcopy"), by="deepcopy")
-        )
-        memo[id(self)] = cloned
+        memo[id(self)] = cloned = copy.copy(self)
+        keep = {}  # a hyperparameter with history cannot be copied
+        for group in self.param_groups:
+            for value in tree.flatten({k: v for k, v in group.items() if k != "params"})[0]:
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    keep[id(value)] = value
+        memo.update(keep)
+        cloned.transformation = copy.deepcopy(self.transformation, memo)
+        cloned.param_groups = [copy.deepcopy(group, memo) for group in self.param_groups]
+        cloned._states = list(self._states)
+        cloned.recover_state(extract_state_dict(self, by="deepcopy"))
         return cloned
 
     def __repr__(self) -> str:
-        networks = ", ".join(type(group["params"]).__name__ for group in self.param_groups)
-        return f"{type(self).__name__}({networks}, {self.transformation!r})"
+        defaults = self.transformation.hyperparameters()
+        networks = []
+        for group in self.param_groups:
+            live = [
+                f"{name}={describe(group[name])}"
+                for name, value in defaults.items()
+                if not same(group[name], value)
+            ]
+            networks.append(" ".join([type(group["params"]).__name__, *live]))
+        return f"{type(self).__name__}({', '.join(networks)}, {self.transformation!r})"
+
+
+def _check_names(what: str, given: Sequence[str], wanted: Sequence[str]) -> None:
+    if set(given) != set(wanted):
+        difference = tree.first_difference(given, wanted)
+        raise ValueError(f"The state does not match at {what}: {difference}.")
 
 
 def _updated(p: Tensor, u: Tensor, track: bool) -> Tensor:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 
+_GRAD: Any = Tensor.grad
+
+
 class FastWeight(Tensor):
     """A parameter with history: what a differentiable optimizer puts into a module.
 
@@ -25,6 +28,26 @@ class FastWeight(Tensor):
         copied = nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)
         memo[id(self)] = copied
         return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a pickle cannot hold history either: what is loaded is a parameter
+        return nn.Parameter(self.detach(), requires_grad=self.requires_grad).__reduce_ex__(protocol)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient, if asked for by ``retain_grad()``; silently ``None`` otherwise.
+
+        ``net.zero_grad()`` and the like read it of every parameter, where a tensor warns.
+        """
+        return _GRAD.__get__(self) if self.is_leaf or self.retains_grad else None
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        _GRAD.__set__(self, value)
+
+    @grad.deleter
+    def grad(self) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        _GRAD.__delete__(self)
 
 
 @dataclasses.dataclass

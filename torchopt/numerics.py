@@ -36,8 +36,8 @@ def root(x: Tensor) -> Tensor:
     """
     if not derivatives_recorded():
         return x.sqrt()
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+    zero = x == 0  # and not x > 0, which would turn nan into zero
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
 
 
 def moving_average(old: Tensor, new: Tensor, decay: Scalar) -> Tensor:

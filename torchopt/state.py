@@ -31,7 +31,7 @@ class ModuleState(NamedTuple):
     """The tensors of a module by dotted name, tied ones under each of their names."""
 
     params: dict[str, Tensor]
-    buffers: dict[str, Tensor]
+    buffers: dict[str, Tensor] | None  # None: extracted with_buffers=False
     detach_buffers: bool = False
 
 
@@ -92,9 +92,9 @@ def extract_state_dict(
     copier = _Copier(by, device)
     if isinstance(target, nn.Module):
         params = {name: copier(t) for name, _, _, t in named_places(target, "_parameters")}
-        buffers = {name: t for name, _, _, t in named_places(target, "_buffers") if with_buffers}
-        buffers = {name: copier.buffer(t, detach_buffers) for name, t in buffers.items()}
-        return ModuleState(params, buffers, detach_buffers)
+        places = named_places(target, "_buffers") if with_buffers else ()
+        buffers = {name: copier.buffer(t, detach_buffers) for name, _, _, t in places}
+        return ModuleState(params, buffers if with_buffers else None, detach_buffers)
     if isinstance(target, HoldsState):
         return tuple(tree.tree_map(copier, state) for state in target.extract_state())
     return tree.tree_map(copier, target)
@@ -169,9 +169,7 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     names = tree.leaf_names(target)
     for name, old, new in zip(names, leaves, values):
         _check_shape(name, old, new)
-    recovered = tree.unflatten(spec, values)
-    _assign(target, recovered)
-    return recovered
+    return _put_back(target, state)
 
 
 def _recover_module(module: nn.Module, state: Any) -> None:
@@ -186,14 +184,14 @@ def _recover_module(module: nn.Module, state: Any) -> None:
         ("parameters", params, state.params),
         ("buffers", buffers, state.buffers),
     ):
-        if what == "buffers" and not given:
+        if given is None:
             continue  # extracted with_buffers=False
         if own.keys() != given.keys():
             difference = tree.first_difference(list(given), list(own))
             raise ValueError(f"The {what} of the state do not match the module: {difference}.")
         for name in own:
             _check_shape(name, own[name], given[name])
-    kept = {n: b.clone() if state.detach_buffers else b for n, b in state.buffers.items()}
+    kept = {n: b.clone() if state.detach_buffers else b for n, b in (state.buffers or {}).items()}
     place_all(module, state.params, kept)
 
 
@@ -210,25 +208,24 @@ def _check_shape(name: str, old: Any, new: Any) -> None:
         )
 
 
-def _assign(target: Any, source: Any) -> None:
-    """Write the leaves of ``source`` into the mutable containers of ``target``."""
+def _put_back(target: Any, state: Any) -> Any:
+    """Write ``state`` into the mutable containers of ``target`` and return what stands there."""
     if isinstance(target, OptState):
-        target.step, target.slots = source.step, source.slots
+        target.step = _put_back(target.step, state.step)
+        target.slots = _put_back(target.slots, state.slots)
     elif isinstance(target, dict):
         for key in target:
-            if isinstance(target[key], (dict, list, tuple, OptState)):
-                _assign(target[key], source[key])
-            if not isinstance(target[key], (dict, list, OptState)):
-                target[key] = source[key]
+            target[key] = _put_back(target[key], state[key])
     elif isinstance(target, list):
-        for index, value in enumerate(target):
-            if isinstance(value, (dict, list, tuple, OptState)):
-                _assign(value, source[index])
-            if not isinstance(value, (dict, list, OptState)):
-                target[index] = source[index]
+        target[:] = [_put_back(old, new) for old, new in zip(target, state)]
     elif isinstance(target, tuple):
-        for value, new in zip(target, source):
-            _assign(value, new)
+        values = [_put_back(old, new) for old, new in zip(target, state)]
+        return type(target)(*values) if hasattr(target, "_fields") else type(target)(values)
+    elif not tree.is_leaf(target):  # a registered class is built anew
+        return tree.unflatten(tree.flatten(target)[1], tree.flatten(state)[0])
+    else:
+        return state
+    return target
 
 
 def stop_gradient(target: T) -> T:
@@ -271,6 +268,7 @@ def stop_gradient(target: T) -> T:
                 owner._buffers[attribute] = buffer.detach()
     elif isinstance(target, HoldsState):
         states = target.extract_state()
+        # without requires_grad: an outer backward() would fill the grad of every moment
         target.recover_state(tuple(tree.tree_map(_detached, state) for state in states))
     else:
         _detach_leaves(target)
@@ -280,7 +278,7 @@ def stop_gradient(target: T) -> T:
 def _detached(value: Any) -> Any:
     if not isinstance(value, Tensor) or value.grad_fn is None:
         return value
-    return value.detach().requires_grad_(value.requires_grad)
+    return value.detach()
 
 
 def _detach_leaves(target: PyTree) -> None:

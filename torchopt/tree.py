@@ -158,3 +158,8 @@ def register_node(
         serialized_type_name=f"torchopt.{cls.__name__}",
         flatten_with_keys_fn=flatten_with_keys,
     )
+
+
+def is_leaf(tree: PyTree) -> bool:
+    """Whether something is a leaf and no node of a tree."""
+    return optree.tree_is_leaf(tree, none_is_leaf=True, namespace=NAMESPACE)

@@ -77,8 +77,8 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
 
 def _safe_power(x: Tensor, exponent: float) -> Tensor:
     """Return ``x ** exponent`` for ``x >= 0``, with derivative zero at zero."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).pow(exponent), 0.0)
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).pow(exponent))
 
 
 def clip_grad_norm(
