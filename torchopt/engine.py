@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt import tree
+from torchopt.numerics import exact
 from torchopt.typing import PyTree, Step
 
 
@@ -123,7 +124,8 @@ def step_list(old: Union[Step, list[Any]], count: int) -> list[Step]:
     """Return the step count of every parameter at this update."""
     if isinstance(old, list):
         return [step + 1 for step in old]
-    return [old + 1] * count
+    step = exact(old) + 1 if isinstance(old, Tensor) else old + 1
+    return [step] * count
 
 
 def next_step(old: Union[Step, list[Any]], grads: Sequence[Any]) -> Union[Step, list[Any]]:

@@ -20,6 +20,11 @@ def is_zero(value: object) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
+def exact(count: Tensor) -> Tensor:
+    """Return a count in float64: ``0.999 ** count`` and ``count / n`` are float32 for integers."""
+    return count.to(torch.float32 if count.device.type == "mps" else torch.float64)
+
+
 def derivatives_recorded() -> bool:
     """Whether reverse- or forward-mode differentiation may be looking at what is computed now."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0

@@ -14,6 +14,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
+from torchopt.numerics import exact
 from torchopt.typing import Schedule
 from torchopt.values import same
 
@@ -45,7 +46,7 @@ def _where(condition: Any, yes: Any, no: Any) -> Any:
 def _fraction(count: Count, steps: int, begin: int = 0) -> Any:
     """Return how much of a transition is over, from 0 to 1."""
     if isinstance(count, Tensor):
-        return ((count - begin) / steps).clamp(0.0, 1.0)
+        return ((exact(count) - begin) / steps).clamp(0.0, 1.0)
     return min(max((count - begin) / steps, 0.0), 1.0)
 
 
@@ -176,7 +177,7 @@ class exponential_decay(_Comparable):  # noqa: N801
 
     def __call__(self, count: Count) -> Value:
         """Return the value at ``count``."""
-        over = count - self.transition_begin
+        over = (exact(count) if isinstance(count, Tensor) else count) - self.transition_begin
         over = over.clamp(min=0) if isinstance(over, Tensor) else max(over, 0)
         periods = over // self.transition_steps if self.staircase else over / self.transition_steps
         value = self.init_value * _power(self.decay_rate, periods)

@@ -37,7 +37,7 @@ class ClipGradNorm(GradientTransformation):
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple]]:
         """Multiply all gradients by ``min(1, max_norm / (norm + 1e-6))``."""
-        norm = global_norm(leaves.g, self.norm_type)
+        norm = global_norm(_magnitudes(leaves), self.norm_type)
         if self.error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"The total norm of order {self.norm_type} of the gradients is not finite, so they "
@@ -49,6 +49,14 @@ class ClipGradNorm(GradientTransformation):
             factor = torch.clamp(h["max_norm"] / (norm + 1e-6), max=1.0)
             updates.append(g * factor.to(device=g.device, dtype=g.dtype))
         return updates, leaves.slots
+
+
+def _magnitudes(leaves: Leaves) -> list[Tensor]:
+    """Return the gradients; complex ones, seen as pairs of reals, as their moduli."""
+    return [
+        root(g.square().sum(-1)) if leaves.call.g[i].is_complex() else g
+        for g, i in zip(leaves.g, leaves.index)
+    ]
 
 
 def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:

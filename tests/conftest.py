@@ -1,0 +1,46 @@
+"""Seeds, one thread, and random inputs that are never zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20240)
+
+
+def nonzero(
+    *shape: int, dtype: torch.dtype = torch.float64, requires_grad: bool = False
+) -> torch.Tensor:
+    """Return random numbers of either sign with 0.2 <= |x| < 1.2, so that none is nearly zero."""
+    size = 0.2 + torch.rand(shape, dtype=torch.float64)
+    x = torch.where(torch.rand(shape) < 0.5, -size, size)
+    if dtype.is_complex:
+        x = torch.complex(x, 0.2 + torch.rand(shape, dtype=torch.float64))
+    return x.to(dtype).requires_grad_(requires_grad)
+
+
+def nonzero_like(tree: Any) -> Any:
+    """Return a tree of tensors like ``tree`` with entries of :func:`nonzero`; ``None`` stays."""
+    return torch.utils._pytree.tree_map(
+        lambda x: nonzero(*x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x, tree
+    )
+
+
+@pytest.fixture(name="nonzero")
+def nonzero_fixture() -> Any:
+    """The function :func:`nonzero`."""
+    return nonzero
+
+
+@pytest.fixture(name="nonzero_like")
+def nonzero_like_fixture() -> Any:
+    """The function :func:`nonzero_like`."""
+    return nonzero_like
