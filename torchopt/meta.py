@@ -15,6 +15,7 @@ from typing_extensions import Concatenate, ParamSpec
 from torchopt import hyper, tree
 from torchopt.engine import Call, advance, initialise
 from torchopt.inner_gradient import differentiate
+from torchopt.meta_state import GroupState, check_groups, checked_state
 from torchopt.module_state import ParameterSite, parameter_sites
 from torchopt.opt_state import OptState
 from torchopt.recipe import signature_of_recipe
@@ -32,14 +33,6 @@ class _Entry(NamedTuple):
     group: int
     name: str
     site: ParameterSite
-
-
-@dataclasses.dataclass
-class _GroupState:
-    """Step counts and slots of one group by parameter name."""
-
-    steps: dict[str, int]
-    slots: dict[str, dict[str, Any]]
 
 
 class MetaOptimizer:
@@ -81,7 +74,7 @@ class MetaOptimizer:
         self.transformation = tx
         self.create_graph = True
         self.param_groups: list[dict[str, Any]] = []
-        self._states: list[_GroupState] = []
+        self._states: list[GroupState] = []
         groups: Any = module if isinstance(module, (list, tuple)) else [module]
         for group in groups:
             self.add_param_group(group)
@@ -126,9 +119,7 @@ class MetaOptimizer:
         names = list(sites)
         hyper.resolve(hyperparameters, specs, [s.tensor for s in sites.values()], lambda: names, 0)
         self.param_groups.append({"params": module, **hyperparameters})
-        self._states.append(
-            _GroupState({}, {slot: {} for slot in self.transformation.slot_names()})
-        )
+        self._states.append(GroupState({}, {slot: {} for slot in self.transformation.slot_names()}))
 
     # Stepping ---------------------------------------------------------------------------------
 
@@ -212,7 +203,7 @@ class MetaOptimizer:
         self, entries: list[_Entry], call: Call, slots: dict[str, list[Any]], track: bool
     ) -> None:
         states = [
-            _GroupState(
+            GroupState(
                 dict(state.steps), {slot: dict(column) for slot, column in state.slots.items()}
             )
             for state in self._states
@@ -253,40 +244,10 @@ class MetaOptimizer:
                 f"The state has {len(state)} groups, {type(self).__name__} has "
                 f"{len(self.param_groups)}."
             )
-        self._states = [self._checked(k, group) for k, group in enumerate(state)]
-
-    def _checked(self, index: int, state: OptState) -> _GroupState:
-        plan = self.transformation.plan
-        plan.check_slots(state.slots, type(self).__name__)
-        sites = parameter_sites(self.param_groups[index]["params"])
-        columns = {slot: dict(column) for slot, column in state.slots.items() if column}
-        if not columns and state.step == 0:
-            return _GroupState({}, {slot: {} for slot in plan.slot_names})
-        counts = state.step if isinstance(state.step, Mapping) else None
-        names = list(next(iter(columns.values()), sites if counts is None else counts))
-        trainable = [n for n, site in sites.items() if site.tensor.requires_grad or n in names]
-        _check_names("the parameters", names, trainable)
-        steps: dict[str, Any] = dict.fromkeys(names, state.step) if counts is None else dict(counts)
-        for what, column in {"step": steps, **columns}.items():
-            _check_names(what, list(column), names)
-        for name, step in steps.items():
-            if not isinstance(step, int) or step < 0:
-                raise ValueError(
-                    f"The state does not match at step[{name!r}]: {step!r} instead of a count."
-                )
-        for slot in plan.slot_names:
-            for name in names:
-                value = columns.get(slot, {}).get(name)
-                if value is None and slot in plan.optional_slots:
-                    continue
-                shape = tuple(sites[name].tensor.shape)
-                if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-                    given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-                    raise ValueError(
-                        f"The state does not match at {slot}[{name!r}]: {given} instead of a "
-                        f"tensor of shape {shape}."
-                    )
-        return _GroupState(steps, {slot: columns.get(slot, {}) for slot in plan.slot_names})
+        self._states = [
+            checked_state(self, group["params"], saved)
+            for group, saved in zip(self.param_groups, state)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and hyperparameters, detached, in plain containers for ``torch.save``."""
@@ -299,7 +260,7 @@ class MetaOptimizer:
             for group in self.param_groups
         ]
         states = [
-            dataclasses.asdict(_GroupState(s.steps, {})) | {"slots": s.slots} for s in self._states
+            dataclasses.asdict(GroupState(s.steps, {})) | {"slots": s.slots} for s in self._states
         ]
         detach = lambda x: x.detach() if isinstance(x, Tensor) else x  # noqa: E731
         return tree.tree_map(detach, {"state": states, "param_groups": groups})
@@ -318,27 +279,7 @@ class MetaOptimizer:
             raise ValueError(
                 f"This is no state_dict of {type(self).__name__}: {error!r}."
             ) from error
-        specs = self.transformation.hyper_specs()
-        if len(groups) != len(self.param_groups):
-            raise ValueError(
-                f"The state has {len(groups)} param_groups, {type(self).__name__} has "
-                f"{len(self.param_groups)}."
-            )
-        for group, live in zip(groups, self.param_groups):
-            for name in specs:
-                code = callable(live[name]) and not isinstance(live[name], Tensor)
-                if name not in group and not code:  # schedules are not saved
-                    raise ValueError(
-                        "The state belongs to another optimizer: it lacks the hyperparameter "
-                        f"{name!r}."
-                    )
-            for name, value in group.items():
-                if name not in specs:
-                    raise ValueError(
-                        "The state belongs to another optimizer: it has the hyperparameter "
-                        f"{name!r}."
-                    )
-                hyper.check(name, value, specs[name])
+        check_groups(self, groups)
         self.recover_state(extract_state_dict(states, by="deepcopy"))
         for live, group in zip(self.param_groups, groups):
             live.update(group)
@@ -377,12 +318,6 @@ class MetaOptimizer:
             ]
             networks.append(" ".join([type(group["params"]).__name__, *live]))
         return f"{type(self).__name__}({', '.join(networks)}, {self.transformation!r})"
-
-
-def _check_names(what: str, given: Sequence[str], wanted: Sequence[str]) -> None:
-    if set(given) != set(wanted):
-        difference = tree.first_difference(given, wanted)
-        raise ValueError(f"The state does not match at {what}: {difference}.")
 
 
 def _updated(p: Tensor, u: Tensor, track: bool) -> Tensor:

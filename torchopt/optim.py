@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import Concatenate, ParamSpec
 
 from torchopt import hyper
-from torchopt.engine import HALF, Call, advance, initialise
+from torchopt.engine import Call, advance, initialise
+from torchopt.optim_state import checked_groups, checked_slots, step_to_tensor, unexpected
 from torchopt.recipe import signature_of_recipe
 from torchopt.transform import GradientTransformation, check_transformation
 
@@ -158,7 +159,7 @@ class Optimizer(torch.optim.Optimizer):
 
         def convert(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
             state = {
-                key: {n: _step_to_tensor(v) if n == "step" else v for n, v in entry.items()}
+                key: {n: step_to_tensor(v) if n == "step" else v for n, v in entry.items()}
                 for key, entry in saved["state"].items()
             }
             groups = [
@@ -184,12 +185,12 @@ class Optimizer(torch.optim.Optimizer):
                 has changed then.
         """
         if not isinstance(state_dict, Mapping):
-            raise TypeError(self._unexpected(type(state_dict).__name__))
+            raise TypeError(unexpected(self, type(state_dict).__name__))
         loaded: dict[Tensor, dict[str, Any]] = {}
 
         def check(_: Any, given: Any) -> dict[str, Any]:
-            groups = self._checked_groups(given)
-            loaded.update(self._checked_slots(given["state"], groups))
+            groups = checked_groups(self, given)
+            loaded.update(checked_slots(self, given["state"], groups))
             return {**given, "param_groups": groups}
 
         def adopt(_: Any) -> None:  # torch has cast the slots to the parameters' dtype
@@ -209,88 +210,6 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _unexpected(self, given: Any) -> str:
-        return (
-            f"{type(self).__name__}.load_state_dict expects a dict with 'state' and "
-            f"'param_groups', got {given}."
-        )
-
-    def _checked_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-        title = type(self).__name__
-        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-            raise ValueError(
-                self._unexpected(
-                    list(state_dict) if isinstance(state_dict, Mapping) else state_dict
-                )
-            )
-        saved = state_dict["param_groups"]
-        if not isinstance(state_dict["state"], Mapping):
-            raise ValueError(f"'state' must be a dict, got {type(state_dict['state']).__name__}.")
-        if not isinstance(saved, (list, tuple)) or not all(
-            isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple))
-            for group in saved
-        ):
-            raise ValueError("'param_groups' must be a list of dicts, each with a list 'params'.")
-        if len(saved) != len(self.param_groups):
-            raise ValueError(
-                f"The state has {len(saved)} parameter groups, {title} has "
-                f"{len(self.param_groups)}."
-            )
-        groups = []
-        for index, (group, live) in enumerate(zip(saved, self.param_groups)):
-            if len(group["params"]) != len(live["params"]):
-                raise ValueError(
-                    f"Parameter group {index} of the state has {len(group['params'])} parameters, "
-                    f"that of {title} has {len(live['params'])}."
-                )
-            for name, spec in self.transformation.hyper_specs().items():
-                if name in group:
-                    hyper.check(name, group[name], spec)
-                    continue
-                if not hyper.has_schedule(live[name]) and name not in self.optional_hyperparameters:
-                    raise ValueError(
-                        f"The state belongs to another optimizer: parameter group {index} has no "
-                        f"{name!r}, which {title} needs; it has {sorted(map(str, group))}."
-                    )
-            for name, value in self.fixed_options.items():
-                if group.get(name, value) != value:
-                    raise ValueError(
-                        f"The state has {name}={group[name]!r}; {title} is {name}={value!r}."
-                    )
-            groups.append(
-                {
-                    **{k: v for k, v in live.items() if k in self.transformation.hyper_specs()},
-                    **group,
-                }
-            )
-        return groups
-
-    def _checked_slots(
-        self, state: Mapping[Any, Any], groups: list[dict[str, Any]]
-    ) -> dict[Tensor, dict[str, Any]]:
-        keys = [key for group in groups for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        plan, loaded = self.transformation.plan, {}
-        reads_step = any(part.uses_step for part in plan.parts)
-        for key, p in zip(keys, params):
-            entry = state.get(key, {})
-            if not isinstance(entry, Mapping):
-                raise ValueError(f"The state of parameter {key} must be a dict, got {entry!r}.")
-            entry = {name: value for name, value in entry.items() if value is not None}
-            if not entry:
-                continue
-            plan.check_slots([name for name in entry if name != "step"], type(self).__name__)
-            if reads_step and "step" not in entry:
-                raise ValueError(f"The state of parameter {key} lacks 'step'.")
-            dtype = torch.float32 if p.dtype in HALF else p.dtype
-            loaded[p] = {
-                name: _step_to_int(value, key)
-                if name == "step"
-                else _copy_slot(name, value, key, p, dtype)
-                for name, value in entry.items()
-            }
-        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         # torch.optim.Optimizer keeps only its own attributes in pickles and deep copies
@@ -350,28 +269,3 @@ def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:
             f"param_groups[{index}]['params'][{k}]" for k in range(len(group["params"]))
         ]
     return names
-
-
-def _step_to_tensor(step: Any) -> Any:
-    return step if isinstance(step, Tensor) else torch.tensor(float(step))
-
-
-def _step_to_int(step: Any, key: Any) -> int:
-    try:
-        number = float(step)
-    except (TypeError, ValueError, RuntimeError):
-        number = -1.0
-    if not (number >= 0 and number.is_integer()):
-        raise ValueError(f"'step' of parameter {key} must be a count of updates, got {step!r}.")
-    return int(number)
-
-
-def _copy_slot(name: str, value: Any, key: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name!r} of parameter {key} must be a tensor, got {value!r}.")
-    if value.shape != param.shape:
-        raise ValueError(
-            f"{name!r} of parameter {key} has shape {tuple(value.shape)} in the state, "
-            f"the parameter {tuple(param.shape)}."
-        )
-    return value.detach().to(device=param.device, dtype=dtype, copy=True)
