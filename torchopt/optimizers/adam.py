@@ -10,7 +10,7 @@ from torch import Tensor
 from torchopt import meta, optim
 from torchopt.accelerated_op import check_use_accelerated_op
 from torchopt.hyper import flag, hyper
-from torchopt.numerics import is_zero, moving_average, moving_average_of_square, root
+from torchopt.numerics import is_zero, moving_average, moving_average_of_square, over_root, root
 from torchopt.transform import (
     ElementwiseTransformation,
     GradientTransformation,
@@ -62,7 +62,7 @@ class ScaleByAdam(ElementwiseTransformation):
         c1, c2 = 1 - b1**t, 1 - b2**t
         if is_zero(eps_root):
             # m / c1 / (root(w / c2) + eps), with the scalars taken together: two passes fewer
-            u = m / (root(w) * (c1 / c2**0.5) + c1 * eps)
+            u = over_root(m, w, c1 / c2**0.5, c1 * eps)
         else:
             u = m / (c1 * (root(w / c2 + eps_root) + eps))
         return u, (m, v, v_max)

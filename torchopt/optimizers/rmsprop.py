@@ -10,7 +10,7 @@ from torch import Tensor
 from torchopt import meta, optim
 from torchopt.accelerated_op import check_use_accelerated_op
 from torchopt.hyper import HyperSpec, check_number, flag, hyper
-from torchopt.numerics import moving_average, moving_average_of_square, root
+from torchopt.numerics import moving_average, moving_average_of_square, over_root
 from torchopt.transform import (
     ElementwiseTransformation,
     GradientTransformation,
@@ -58,10 +58,10 @@ class ScaleByRms(ElementwiseTransformation):
         v, a = slots
         v = moving_average_of_square(v, g, alpha)
         if not centered:
-            return g / (root(v) + eps), (v, a)
+            return over_root(g, v, 1.0, eps), (v, a)
         a = moving_average(torch.zeros_like(g) if a is None else a, g, alpha)
         # rounding may leave a variance of zero slightly negative
-        return g / (root(torch.relu(v - a.square())) + eps), (v, a)
+        return over_root(g, torch.relu(v - a.square()), 1.0, eps), (v, a)
 
 
 def scale_by_rms(
