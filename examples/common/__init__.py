@@ -1,0 +1,1 @@
+"""Data sets and task samplers shared by the examples."""

@@ -1,0 +1,121 @@
+"""What a run shows: progress bar, table, curves, TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+EXTRA = 'pip install "torchopt[examples]"'
+
+try:
+    import matplotlib as mpl
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+except ImportError as error:
+    raise ImportError(f"The examples need rich and matplotlib: {EXTRA}") from error
+
+console = Console()
+
+
+def progress_bar() -> Progress:
+    """Return a progress bar with room for loss and accuracy."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def results_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
+    """Return a table of (learner, accuracy, how it was adapted)."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("learner")
+    table.add_column("test accuracy", justify="right")
+    table.add_column("adapted by")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def draw_curves(
+    path: Path,
+    title: str,
+    metrics: Sequence[dict[str, Any]],
+    results: Sequence[tuple[str, float, float]],
+) -> None:
+    """Draw loss and accuracy over meta-training, and the test accuracies with their intervals.
+
+    Args:
+        path: The PNG file.
+        title: Title of the figure.
+        metrics: Rows with ``iteration``, ``loss``, ``accuracy`` and, some of them,
+            ``held_out_accuracy``.
+        results: (learner, accuracy in percent, half the width of its 95 % interval).
+    """
+    mpl.use("Agg")  # no screen is needed
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure.suptitle(title)
+    iterations = [row["iteration"] for row in metrics]
+    left.plot(iterations, [row["loss"] for row in metrics], color="tab:blue")
+    left.set(xlabel="meta-iteration", ylabel="query loss", yscale="log")
+    middle.plot(
+        iterations, [row["accuracy"] for row in metrics], color="tab:blue", label="training"
+    )
+    tested = [row for row in metrics if "test_accuracy" in row]
+    if tested:
+        middle.plot(
+            [row["iteration"] for row in tested],
+            [row["test_accuracy"] for row in tested],
+            color="tab:orange",
+            marker="o",
+            markersize=3,
+            label="unseen classes",
+        )
+    middle.set(xlabel="meta-iteration", ylabel="accuracy after adaptation (%)", ylim=(0, 101))
+    middle.legend(loc="lower right")
+    names = [name for name, _, _ in results][::-1]
+    right.barh(
+        names,
+        [mean for _, mean, _ in results][::-1],
+        xerr=[half for _, _, half in results][::-1],
+        color=["tab:gray"] * (len(results) - 1) + ["tab:blue"],
+        capsize=4,
+    )
+    for index, (_, mean, _) in enumerate(results[::-1]):
+        right.text(2, index, f"{mean:.1f} %", va="center", color="white", weight="bold")
+    right.set(xlabel="accuracy on unseen classes (%), 95 % interval", xlim=(0, 100))
+    for axes in (left, middle):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """Return a TensorBoard writer.
+
+    Raises:
+        ImportError: If TensorBoard is not installed, naming the extra.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            '--tensorboard needs TensorBoard: pip install "torchopt[tensorboard]"'
+        ) from error
+    return SummaryWriter(str(folder))

@@ -1,0 +1,347 @@
+"""Learn new image classes from a few examples: MAML on real images.
+
+A network is meta-trained so that a few gradient steps on a handful of labelled images teach it
+classes it has never seen. At the end its accuracy on unseen classes stands beside two baselines
+measured in the same run: the same network without meta-training, and after ordinary pre-training
+on the same classes; both may be fine-tuned for longer.
+
+    python examples/few_shot.py                                  # handwritten digits, offline
+    python examples/few_shot.py --data omniglot --root DIR       # the official zip files in DIR
+    python examples/few_shot.py --data omniglot --root DIR --shots 5 --learn-lr
+    python examples/few_shot.py --output runs/mine --resume      # after an interruption
+
+Reference: Finn, Abbeel and Levine, Model-agnostic meta-learning for fast adaptation of deep
+networks, ICML 2017, https://arxiv.org/abs/1703.03400. With ``--learn-lr``: Li, Zhou, Chen and Li,
+Meta-SGD, 2017, https://arxiv.org/abs/1707.09835.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from common.baselines import fine_tuned, pretrain, with_fresh_head
+from common.checkpoints import MetricsFile, write_atomically
+from common.datasets import DataSplit, load_digits_split, load_omniglot
+from common.episodes import EpisodeSampler
+from common.maml import INNER_OPTIMIZERS, Accuracy, Learner, Params, measured_accuracy
+from common.meta_training import MetaTraining, Settings
+from common.networks import ConvNet
+from common.reporting import (
+    console,
+    draw_curves,
+    progress_bar,
+    results_table,
+    tensorboard_writer,
+)
+
+
+# What an option is where it is not given.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "ways": 4,
+        "shots": 5,
+        "queries": 15,
+        "inner_steps": 3,
+        "test_steps": 5,
+        "inner_lr": 0.4,
+        "meta_batch": 16,
+        "iterations": 300,
+        "time_budget": 230.0,
+        "outer_lr": 3e-3,
+        "augment": 0.5,
+        "channels": 32,
+        "blocks": 3,
+        "pretrain_iterations": 800,
+    },
+    "omniglot": {
+        "ways": 5,
+        "shots": 1,
+        "queries": 5,
+        "inner_steps": 1,
+        "test_steps": 10,
+        "inner_lr": 0.4,
+        "meta_batch": 8,
+        "iterations": 12000,
+        "time_budget": 900.0,
+        "outer_lr": 3e-3,
+        "augment": 0.5,
+        "channels": 32,
+        "blocks": 4,
+        "pretrain_iterations": 1500,
+    },
+}
+SIZES = {"digits": 8, "omniglot": 28}
+TEST_QUERIES = 15
+EVALUATIONS = 10  # small tests during training, for the curve only
+CURVE_TASKS = 100
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line and fill in what was not given."""
+    parser = argparse.ArgumentParser(
+        description="Meta-train a network to learn new image classes from a few examples.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", choices=sorted(DEFAULTS), default="digits", help="images to learn from")
+    add("--root", type=Path, help="folder with the official Omniglot zip files")
+    depends = "(default depends on --data)"
+    for name in ("ways", "shots", "queries", "inner-steps", "test-steps", "meta-batch"):
+        add(f"--{name}", type=positive_int, default=argparse.SUPPRESS, help=depends)
+    add("--iterations", type=positive_int, default=argparse.SUPPRESS, help=depends)
+    add("--pretrain-iterations", type=positive_int, default=argparse.SUPPRESS, help=depends)
+    add("--channels", type=positive_int, default=argparse.SUPPRESS, help=depends)
+    add("--blocks", type=positive_int, default=argparse.SUPPRESS, help=depends)
+    add("--augment", type=non_negative_float, default=argparse.SUPPRESS, help=depends)
+    add("--inner-lr", type=positive_float, default=argparse.SUPPRESS, help=depends)
+    add("--outer-lr", type=positive_float, default=argparse.SUPPRESS, help=depends)
+    add("--inner-optimizer", choices=sorted(INNER_OPTIMIZERS), default="sgd", help="of a task")
+    add("--learn-lr", action="store_true", help="meta-learn one inner lr for each weight")
+    add("--first-order", action="store_true", help="ignore second derivatives")
+    add("--test-tasks", type=positive_int, default=600, help="tasks of the final test")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", default="cpu", help="such as cpu or cuda:0")
+    add("--threads", type=positive_int, default=2, help="CPU threads")
+    time_help = "seconds of meta-training after which it ends; 0 for no limit " + depends
+    add("--time-budget", type=non_negative_float, default=argparse.SUPPRESS, help=time_help)
+    add("--output", type=Path, default=Path("runs/few_shot"), help="folder for all results")
+    add("--checkpoint-every", type=positive_int, default=50, help="iterations between checkpoints")
+    add("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    add("--tensorboard", action="store_true", help="also write TensorBoard events")
+    given = parser.parse_args(argv)
+    values = {**DEFAULTS[given.data], **vars(given)}
+    if given.data == "omniglot" and given.root is None:
+        parser.error("--data omniglot needs --root DIR, the folder with the official zip files")
+    return argparse.Namespace(**values)
+
+
+def positive_int(text: str) -> int:
+    """Read a whole number >= 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Read a number > 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be > 0, got {value}")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """Read a number >= 0."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {value}")
+    return value
+
+
+class FewShotRun:
+    """One run: data, meta-training, baselines, test, report."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.settings = Settings(**{name: getattr(args, name) for name in Settings.__annotations__})
+        self.folder: Path = args.output
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self._prepare_folder()
+        torch.set_num_threads(args.threads)
+        self.device = torch.device(args.device)
+        self.split = self._load()
+        self.network = self._network(self.settings.ways, stream=1)
+        params = {name: p.detach() for name, p in self.network.named_parameters()}
+        self.learner = Learner(self.network, args.inner_optimizer, args.first_order)
+        sampler = self._sampler("train", self.settings.queries, stream=2)
+        self._sampler("test", TEST_QUERIES, stream=3)  # refuse a test that cannot be held now
+        budget = args.time_budget or None
+        self.training = MetaTraining(self.settings, self.learner, params, sampler, budget)
+        self.writer = tensorboard_writer(self.folder / "tensorboard") if args.tensorboard else None
+
+    def _prepare_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "writable", lambda path: path.write_text(""))
+            (self.folder / "writable").unlink()
+        except OSError as error:
+            raise SystemExit(f"Cannot write to the output folder {self.folder}: {error}") from error
+        if self.checkpoint.exists() and not (self.args.resume or self.args.overwrite):
+            raise SystemExit(
+                f"{self.folder} holds a run already. Pass --resume to go on with it, --overwrite "
+                "to start anew, or another --output."
+            )
+
+    def _load(self) -> DataSplit:
+        if self.args.data == "digits":
+            return load_digits_split()
+        return load_omniglot(self.args.root, SIZES["omniglot"])
+
+    def _network(self, classes: int, stream: int) -> ConvNet:
+        """Return a network whose initial weights depend on the seed and ``stream`` only."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed * 100 + stream)
+            network = ConvNet(
+                classes, SIZES[self.args.data], self.settings.channels, self.settings.blocks
+            )
+        return network.to(self.device)
+
+    def _sampler(self, part: str, queries: int, stream: int) -> EpisodeSampler:
+        """Return a sampler of its own random stream, so that phases do not disturb each other."""
+        classes = self.split.test if part == "test" else self.split.train
+        if part == "train":
+            classes = classes.with_rotations()
+        generator = torch.Generator().manual_seed(self.settings.seed * 100 + stream)
+        return EpisodeSampler(classes, self.settings.ways, self.settings.shots, queries, generator)
+
+    # Phases -----------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Do everything and return the results."""
+        console.print(self.split.description)
+        if self.args.resume and self.checkpoint.exists():
+            self.training.restore(self.checkpoint)
+            console.print(f"Resuming after iteration {self.training.iteration}.")
+        elif self.args.resume:
+            console.print("There is no checkpoint to resume from yet: starting anew.")
+        metrics = MetricsFile(
+            self.folder / "metrics.jsonl", self.training.iteration if self.args.resume else None
+        )
+        try:
+            self._meta_train(metrics)
+        except KeyboardInterrupt:
+            self.training.save(self.checkpoint)
+            raise SystemExit(
+                f"Interrupted after iteration {self.training.iteration}; go on with --resume."
+            ) from None
+        return self._report(metrics, self._test())
+
+    def _meta_train(self, metrics: MetricsFile) -> None:
+        training, settings = self.training, self.settings
+        with progress_bar() as bar:
+            task = bar.add_task(
+                "meta-training", total=settings.iterations, completed=training.iteration, figures=""
+            )
+            while not training.finished:
+                stage = int(EVALUATIONS * training.fraction)
+                loss, accuracy = training.step()
+                row = {
+                    "iteration": training.iteration,
+                    "seconds": round(training.seconds, 2),
+                    "loss": loss,
+                    "accuracy": accuracy,
+                }
+                if int(EVALUATIONS * training.fraction) > stage:
+                    row["test_accuracy"] = self._accuracy(CURVE_TASKS, stream=4).mean
+                metrics.add(row)
+                self._to_tensorboard(row)
+                recent = metrics.rows[-50:]
+                mean = {k: sum(r[k] for r in recent) / len(recent) for k in ("loss", "accuracy")}
+                figures = f"loss {mean['loss']:.3f}  accuracy {mean['accuracy']:.1f} %"
+                bar.update(task, completed=training.iteration, figures=figures)
+                if training.iteration % self.args.checkpoint_every == 0 or training.finished:
+                    training.save(self.checkpoint)
+
+    def _accuracy(self, tasks: int, stream: int) -> Accuracy:
+        sampler = self._sampler("test", TEST_QUERIES, stream)
+        params, rates, steps = self.training.params, self.training.rates, self.settings.test_steps
+        return measured_accuracy(self.learner, params, rates, sampler, steps, tasks)
+
+    def _test(self) -> list[tuple[str, Accuracy, str]]:
+        """Return (learner, accuracy, how it was adapted) of the baselines and of MAML."""
+        fresh = dict(self._network(self.settings.ways, stream=1).named_parameters())
+        with console.status("testing the network without meta-training"):
+            untrained = self._fine_tuned({name: p.detach() for name, p in fresh.items()})
+        body = self._pretrained()
+        with console.status("fine-tuning the pre-trained network"):
+            pretrained = self._fine_tuned(with_fresh_head(body, fresh))
+        with console.status("testing the meta-trained network"):
+            meta = self._accuracy(self.settings.test_tasks, stream=3)
+        learned = "learned lr" if self.settings.learn_lr else f"lr {self.settings.inner_lr}"
+        how = f"{self.settings.test_steps} {self.settings.inner_optimizer} steps, {learned}"
+        order = "first-order " if self.settings.first_order else ""
+        return [
+            ("no meta-training", *untrained),
+            ("pre-training, then fine-tuning", *pretrained),
+            (f"{order}MAML", meta, how),
+        ]
+
+    def _fine_tuned(self, params: Params) -> tuple[Accuracy, str]:
+        return fine_tuned(
+            self.learner,
+            params,
+            choice=lambda: self._sampler("train", self.settings.queries, stream=5),
+            test=lambda: self._sampler("test", TEST_QUERIES, stream=3),
+            tasks=self.settings.test_tasks,
+        )
+
+    def _pretrained(self) -> Params:
+        classes = self.split.train.with_rotations()
+        network = self._network(len(classes), stream=6)
+        total = self.settings.pretrain_iterations
+        with progress_bar() as bar:
+            task = bar.add_task("pre-training ", total=total, figures="")
+
+            def report(iteration: int, loss: float, accuracy: float) -> None:
+                figures = f"loss {loss:.3f}  accuracy {100 * accuracy:.1f} %"
+                bar.update(task, completed=iteration, figures=figures)
+
+            pretrain(network, classes, total, self.settings.seed * 100 + 7, report)
+        return dict(network.named_parameters())
+
+    # Report -----------------------------------------------------------------------------------
+
+    def _report(
+        self, metrics: MetricsFile, tested: list[tuple[str, Accuracy, str]]
+    ) -> dict[str, Any]:
+        settings = self.settings
+        title = f"{settings.data}, {settings.ways}-way {settings.shots}-shot"
+        rows = [(name, str(accuracy), how) for name, accuracy, how in tested]
+        console.print(
+            results_table(f"{title}, {settings.test_tasks} tasks of unseen classes", rows)
+        )
+        seconds = self.training.seconds
+        console.print(f"{self.training.iteration} meta-iterations in {seconds:.0f} s of training.")
+        bars = [(name, accuracy.mean, accuracy.half_width) for name, accuracy, _ in tested]
+        draw_curves(self.folder / "curves.png", title, metrics.rows, bars)
+        results = {
+            "settings": asdict(settings),
+            "iterations": self.training.iteration,
+            "training_seconds": round(seconds, 1),
+            "results": {name: asdict(accuracy) for name, accuracy, _ in tested},
+        }
+        text = json.dumps(results, indent=2) + "\n"
+        write_atomically(self.folder / "results.json", lambda path: path.write_text(text))
+        if self.writer is not None:
+            for name, accuracy, _ in tested:
+                self.writer.add_scalar(f"test/{name}", accuracy.mean, self.training.iteration)
+            self.writer.close()
+        console.print(f"Curves, metrics, results and checkpoint are in {self.folder}.")
+        return results
+
+    def _to_tensorboard(self, row: dict[str, Any]) -> None:
+        if self.writer is not None:
+            for name in ("loss", "accuracy", "test_accuracy"):
+                if name in row:
+                    self.writer.add_scalar(f"training/{name}", row[name], row["iteration"])
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the example and return its results."""
+    args = parse(argv)
+    try:
+        return FewShotRun(args).run()
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        raise SystemExit(f"few_shot: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() else 1)
