@@ -696,3 +696,20 @@ def test_a_chain_is_its_parts_one_after_the_other(parts: list[Any]) -> None:
         for k, tx in enumerate(parts):
             g, states[k] = tx.update(g, states[k], p, inplace=False)
         assert_close(found[step], g, times=10)
+
+
+def test_a_mask_function_sees_the_parameters_where_a_gradient_is_missing(nonzero: Any) -> None:
+    params = {"w": nonzero(2, 3), "b": nonzero(3)}
+
+    def matrices(tree: Any) -> Any:
+        return {name: value.dim() > 1 for name, value in tree.items()}
+
+    tx = torchopt.masked(torchopt.scale(2.0), matrices)
+    grads = {"w": nonzero(2, 3), "b": None}
+    updates, _ = tx.update(grads, tx.init(params), params, inplace=False)
+    assert torch.equal(updates["w"], 2 * grads["w"])
+    assert updates["b"] is None
+    grads = {"w": None, "b": nonzero(3)}
+    updates, _ = tx.update(grads, tx.init(params), params, inplace=False)
+    assert updates["w"] is None
+    assert torch.equal(updates["b"], grads["b"])

@@ -13,7 +13,7 @@ from torchopt.opt_state import OptState
 from torchopt.typing import PyTree, Step, TensorTree
 
 
-def functional_call(
+def gather_call(
     tx: Any,
     reference: PyTree,
     grads: list[Any] | None,
@@ -21,8 +21,12 @@ def functional_call(
     steps: list[Step],
     slots: dict[str, list[Any]],
     extra: dict[str, Any] | None = None,
+    mask_tree: PyTree = None,
 ) -> Call:
-    """Gather one call of the functional face for the engine."""
+    """Gather one call of the functional face for the engine.
+
+    ``reference`` has the order of the lists; ``mask_tree`` is what a mask given as a function sees.
+    """
     leaves = params if params is not None else grads
     names = _lazy_names(reference)
     count = max_count(steps)
@@ -34,7 +38,7 @@ def functional_call(
         slots=slots,
         hyper=rows,
         names=names,
-        reference=reference,
+        reference=reference if mask_tree is None else mask_tree,
         extra=extra or {},
     )
 

@@ -11,7 +11,7 @@ from typing_extensions import dataclass_transform
 
 from torchopt import hyper, tree
 from torchopt.engine import Leaves, Plan, advance, initialise, next_step, step_list
-from torchopt.functional import functional_call, hyper_values, slot_trees, state_slots
+from torchopt.functional import gather_call, hyper_values, slot_trees, state_slots
 from torchopt.opt_state import OptState
 from torchopt.recording import refuse_recorded
 from torchopt.typing import Step, TensorTree
@@ -126,7 +126,7 @@ class GradientTransformation:
         """
         leaves, spec = tree.flatten(params)
         slots = initialise(
-            self, functional_call(self, params, None, leaves, step_list(0, len(leaves)), {})
+            self, gather_call(self, params, None, leaves, step_list(0, len(leaves)), {})
         )
         return OptState(0, slot_trees(params, params, spec, slots))
 
@@ -168,7 +168,7 @@ class GradientTransformation:
             if isinstance(state.step, (int, Tensor))
             else tree.flatten_like(state.step, grads, spec, "The steps of the state", "grads")
         )
-        call = functional_call(self, grads, g, p, step_list(old_steps, len(g)), slots, extra)
+        call = gather_call(self, grads, g, p, step_list(old_steps, len(g)), slots, extra, params)
         if inplace:
             columns = {
                 "grads": g,
