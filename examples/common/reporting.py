@@ -72,11 +72,11 @@ def draw_curves(
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     figure.suptitle(title)
     iterations = [row["iteration"] for row in metrics]
-    left.plot(iterations, [row["loss"] for row in metrics], color="tab:blue")
+    for axes, name in ((left, "loss"), (middle, "accuracy")):
+        values = [row[name] for row in metrics]
+        axes.plot(iterations, values, color="tab:blue", alpha=0.2, linewidth=0.5)
+        axes.plot(iterations, _running_mean(values), color="tab:blue", label="training classes")
     left.set(xlabel="meta-iteration", ylabel="query loss", yscale="log")
-    middle.plot(
-        iterations, [row["accuracy"] for row in metrics], color="tab:blue", label="training"
-    )
     tested = [row for row in metrics if "test_accuracy" in row]
     if tested:
         middle.plot(
@@ -94,7 +94,7 @@ def draw_curves(
         names,
         [mean for _, mean, _ in results][::-1],
         xerr=[half for _, _, half in results][::-1],
-        color=["tab:gray"] * (len(results) - 1) + ["tab:blue"],
+        color=["tab:blue"] + ["tab:gray"] * (len(results) - 1),  # bottom to top
         capsize=4,
     )
     for index, (_, mean, _) in enumerate(results[::-1]):
@@ -104,6 +104,16 @@ def draw_curves(
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Smooth a noisy curve: the mean of the last fiftieth of its points."""
+    window = max(1, len(values) // 50)
+    means = []
+    for index in range(len(values)):
+        recent = values[max(0, index + 1 - window) : index + 1]
+        means.append(sum(recent) / len(recent))
+    return means
 
 
 def tensorboard_writer(folder: Path) -> Any:

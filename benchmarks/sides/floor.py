@@ -1,0 +1,44 @@
+"""The floor: the same meta-step with the cheapest update there is.
+
+Not Adam: the raw gradient is scaled and added, in one call for all parameters. What is left is
+what the network, its gradients and their backward pass cost, whoever computes the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.problems import INNER_STEPS, Problem
+
+
+def version() -> str:
+    """Return the version of what is measured."""
+    return f"torch {torch.__version__}"
+
+
+def prepare(problem: Problem) -> Callable[[], list[Tensor]]:
+    """Return a function that computes one meta-gradient."""
+    net, loss = problem.network, problem.loss
+    initial = dict(net.named_parameters())
+    names = list(initial)
+
+    def adapt_and_judge(task: object) -> Tensor:
+        weights = list(initial.values())
+        for _ in range(INNER_STEPS):
+            fast = dict(zip(names, weights))
+            value = loss(torch.func.functional_call(net, fast, task.support_x), task.support_y)
+            grads = torch.autograd.grad(value, weights, create_graph=True)
+            weights = torch._foreach_add(weights, grads, alpha=-problem.adam.lr)
+        fast = dict(zip(names, weights))
+        return loss(torch.func.functional_call(net, fast, task.query_x), task.query_y)
+
+    def meta_step() -> list[Tensor]:
+        net.zero_grad()
+        for task in problem.tasks:
+            adapt_and_judge(task).backward()
+        return [p.grad for p in initial.values()]
+
+    return meta_step

@@ -1,0 +1,37 @@
+"""The library ``higher`` 0.2.1: ``innerloop_ctx`` around ``torch.optim.Adam``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version as installed_version
+
+import higher
+import torch
+from torch import Tensor
+
+from benchmarks.problems import INNER_STEPS, Problem
+
+
+def version() -> str:
+    """Return the version of what is measured."""
+    return f"higher {installed_version('higher')}"
+
+
+def prepare(problem: Problem) -> Callable[[], list[Tensor]]:
+    """Return a function that computes one meta-gradient."""
+    net, loss, adam = problem.network, problem.loss, problem.adam
+    initial = list(net.parameters())
+    optimizer = torch.optim.Adam(initial, adam.lr, betas=adam.betas, eps=adam.eps)
+
+    def meta_step() -> list[Tensor]:
+        net.zero_grad()
+        for task in problem.tasks:
+            with higher.innerloop_ctx(
+                net, optimizer, copy_initial_weights=False, track_higher_grads=True
+            ) as (fast_net, inner):
+                for _ in range(INNER_STEPS):
+                    inner.step(loss(fast_net(task.support_x), task.support_y))
+                loss(fast_net(task.query_x), task.query_y).backward()
+        return [p.grad for p in initial]
+
+    return meta_step
