@@ -77,6 +77,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 SIZES = {"digits": 8, "omniglot": 28}
+TITLES = {"sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop"}
 TEST_QUERIES = 15
 EVALUATIONS = 10  # small tests during training, for the curve only
 CURVE_TASKS = 100
@@ -266,7 +267,8 @@ class FewShotRun:
         with console.status("testing the meta-trained network"):
             meta = self._accuracy(self.settings.test_tasks, stream=3)
         learned = "learned lr" if self.settings.learn_lr else f"lr {self.settings.inner_lr}"
-        how = f"{self.settings.test_steps} {self.settings.inner_optimizer} steps, {learned}"
+        optimizer = TITLES[self.settings.inner_optimizer]
+        how = f"{self.settings.test_steps} {optimizer} steps, {learned}"
         order = "first-order " if self.settings.first_order else ""
         return [
             ("no meta-training", *untrained),
