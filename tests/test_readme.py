@@ -1,6 +1,9 @@
 """The five code samples of the original README, as they stand."""
 
 import contextlib
+import re
+from pathlib import Path
+from typing import Any
 
 import functorch
 import pytest
@@ -312,3 +315,29 @@ def test_use_accelerated_op_required(face):
 def test_use_accelerated_op_of_another_type(face, value):
     with pytest.raises(TypeError, match="None, True or False"):
         FACES[face](Net(), use_accelerated_op=value)
+
+
+def test_the_maml_at_the_top_of_our_readme_learns_to_learn() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "inner_loop" in b]
+    lines = [line for line in block.splitlines() if line.strip()]
+    assert len(lines) <= 16
+    scope: dict[str, Any] = {}
+    exec(block.replace("range(1000)", "range(150)"), scope)
+    net = scope["net"]
+
+    def after_one_step(network: torch.nn.Module) -> float:
+        torch.manual_seed(3)
+        losses = []
+        for _ in range(100):
+            amplitude, phase = 0.1 + 4.9 * torch.rand(1), 3.14 * torch.rand(1)
+            x = 10 * torch.rand(20, 1) - 5
+            y = amplitude * torch.sin(x + phase)
+            with torchopt.inner_loop(network, torchopt.sgd(lr=0.01)) as inner:
+                inner.step((network(x[:10]) - y[:10]).square().mean())
+                losses.append((network(x[10:]) - y[10:]).square().mean().item())
+        return sum(losses) / len(losses)
+
+    torch.manual_seed(0)
+    untrained = torch.nn.Sequential(torch.nn.Linear(1, 40), torch.nn.Tanh(), torch.nn.Linear(40, 1))
+    assert after_one_step(net) < 0.95 * after_one_step(untrained)
