@@ -187,7 +187,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--ways", "7"], "7-way tasks need 7 classes, but there are 6"),
+            (["--ways", "25"], "25-way tasks need 25 classes, but there are 24"),
             (["--ways", "5"], "5-way tasks need 5 classes, but there are 4"),
             (["--shots", "170", "--queries", "20"], "170 shots"),
         ],
