@@ -7,8 +7,8 @@ DEMO_FLAGS ?=
 
 .PHONY: demo test lint format bench clean
 
-demo: $(INSTALLED)  ## meta-train on real handwritten digits, about four minutes
-	$(BIN)/python examples/few_shot.py --data digits --output runs/demo $(DEMO_FLAGS)
+demo: $(INSTALLED)  ## meta-train on real handwritten digits, a few minutes
+	$(BIN)/python examples/few_shot.py --data digits --output runs/demo --overwrite $(DEMO_FLAGS)
 
 test: $(INSTALLED)  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
