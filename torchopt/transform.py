@@ -181,7 +181,9 @@ class GradientTransformation:
             call.p = [x.detach() if isinstance(x, Tensor) else x for x in call.p]
         updates, slots = advance(self, call)
         step = next_step(old_steps, g)
-        like = next(iter(state.slots.values()), grads if params is None else params)
+        like = grads if params is None else params
+        if state.slots:
+            like = list(state.slots.values())[0]  # noqa: RUF015 - torch 2.6 cannot compile next
         new_state = OptState(
             tree.unflatten_like(like, grads, spec, step) if isinstance(step, list) else step,
             slot_trees(like, grads, spec, slots),
