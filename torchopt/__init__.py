@@ -4,6 +4,7 @@ One definition of each optimizer has three faces: functional (:func:`adam`), obj
 (:class:`Adam`, a real ``torch.optim.Optimizer``) and differentiable (:class:`MetaAdam`).
 """
 
+from torchopt import kernels as kernels
 from torchopt import schedules as schedule
 from torchopt import schedules as schedules
 from torchopt.accelerated_op import accelerated_op_available as accelerated_op_available

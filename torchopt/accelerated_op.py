@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Union
+
+import torch
+
+from torchopt.transform import GradientTransformation
 
 
-REASON = "this version of torchopt has no fused engine yet; rules run on torch operators"
+Device = Union[str, int, torch.device]
 
 
-def accelerated_op_available(devices: Any = None) -> bool:
-    """Whether fused optimizer kernels are loaded for ``devices`` (default: any device).
+def accelerated_op_available(device: Union[Device, Iterable[Device], None] = None) -> bool:
+    """Whether fused optimizer kernels are loaded for a device.
+
+    Args:
+        device: A device or several, all of which must have kernels; ``None`` means the CPU.
+            What else decides whether a call is fused: :func:`torchopt.kernels.why`.
 
     Example:
         >>> import torchopt
-        >>> torchopt.accelerated_op_available()
+        >>> torchopt.accelerated_op_available("meta")
         False
     """
-    return False
+    return not reason_unavailable(device)
 
 
-def check_use_accelerated_op(use_accelerated_op: bool | None) -> None:
-    """Accept ``None`` (when available) and ``False`` (never); refuse ``True`` (required).
+def reason_unavailable(device: Union[Device, Iterable[Device], None] = None) -> str:
+    """Return why there are no fused kernels for a device; the empty string if there are."""
+    from torchopt.kernels import backends  # kernels stand above the optimizers
+
+    several = isinstance(device, Iterable) and not isinstance(device, str)
+    devices: Any = device if several else ["cpu" if device is None else device]
+    return next(filter(None, (backends.unavailable(torch.device(d).type) for d in devices)), "")
+
+
+def accelerated(
+    tx: GradientTransformation, use_accelerated_op: bool | None
+) -> GradientTransformation:
+    """Return a transformation with fused kernels ``None`` (when available), required or never.
 
     Raises:
-        RuntimeError: If fused kernels are required; they cannot be had.
+        RuntimeError: If kernels are required and there are none for any device.
         TypeError: If the value is none of ``None``, ``True``, ``False``.
     """
-    if use_accelerated_op is not None and not isinstance(use_accelerated_op, bool):
+    if use_accelerated_op is None:
+        return tx
+    if not isinstance(use_accelerated_op, bool):
         raise TypeError(
             f"use_accelerated_op must be None, True or False, got {use_accelerated_op!r}."
         )
-    if use_accelerated_op:
+    if use_accelerated_op and reason_unavailable("cpu") and reason_unavailable("cuda"):
         raise RuntimeError(
-            f"use_accelerated_op=True requires a fused kernel, but {REASON}. Pass None to use "
-            "kernels when available."
+            f"use_accelerated_op=True requires a fused kernel, but {reason_unavailable('cpu')}. "
+            "Pass None to use kernels when available."
         )
+    return tx.with_accelerated_op(use_accelerated_op)

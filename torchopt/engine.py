@@ -57,6 +57,14 @@ class Leaves:
         """Return the quoted name of a parameter, for error messages."""
         return tree.quoted(self.call.names()[self.index[position]])
 
+    def subset(self, positions: Sequence[int]) -> Leaves:
+        """Return the leaves at some positions."""
+        picked = {
+            field: [values[k] for k in positions] if len(values := getattr(self, field)) else []
+            for field in ("g", "p", "t", "slots", "hyper", "index")
+        }
+        return dataclasses.replace(self, **picked)
+
 
 class Plan:
     """Where each part of a transformation finds its hyperparameters and slots by public name."""
@@ -166,53 +174,131 @@ def part_slots(part: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
     return [part.init_slots(p, **h) for p, h in zip(leaves.p, leaves.hyper)]
 
 
-def advance(tx: Any, call: Call) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Compute the updates and the new slots of one call, leaving its inputs as they are."""
+def advance(tx: Any, call: Call, apply: bool = False) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Compute the updates and the new slots of one call, leaving its inputs as they are.
+
+    With ``apply`` the new parameters are returned instead of the updates.
+    """
     index = [i for i, g in enumerate(call.g) if g is not None]
     _check_gradients(tx, call, index)
-    updates: list[Any] = [None] * len(call.g)
+    results: list[Any] = [None] * len(call.g)
     slots = {name: list(column) for name, column in call.slots.items()}
     if not index:
-        return updates, slots
-    is_complex = [call.g[i].is_complex() for i in index]
-    enter = [_view_as_real if c else _to_compute_dtype for c in is_complex]
-    leaves = Leaves(
-        g=[convert(call.g[i]) for convert, i in zip(enter, index)],
-        p=[None if call.p[i] is None else convert(call.p[i]) for convert, i in zip(enter, index)],
+        return results, slots
+    leaves = _leaves(call, index)
+    columns = {name: [column[i] for i in index] for name, column in slots.items()}
+    # a kernel reads half precision as it is
+    fused = (
+        accelerator.take_whole(tx.plan, leaves, columns, apply) if accelerates(tx.plan) else None
+    )
+    if fused is None:
+        fused = _advance_by_parts(tx, leaves, columns, apply)
+    for position, i in enumerate(index):
+        results[i] = fused[position]
+        for name, column in columns.items():
+            slots[name][i] = column[position]
+    return results, slots
+
+
+#: The fused engine (torchopt.kernels.fused), once it is loaded; the mathematics does without.
+accelerator: Any = None
+
+
+def accelerates(plan: Plan) -> bool:
+    """Whether to ask the fused engine: not while compiling, for a compiler fuses the rules itself.
+
+    Raises:
+        RuntimeError: If a part requires a kernel while compiling.
+    """
+    if not torch.compiler.is_compiling():
+        return accelerator is not None
+    for part in plan.parts:
+        if part.use_accelerated_op:
+            raise RuntimeError(
+                "use_accelerated_op=True requires a fused kernel, but torch.compile is at work, which "
+                "fuses the rules itself. Pass None to use kernels where they are available."
+            )
+    return False
+
+
+def _leaves(call: Call, index: list[int]) -> Leaves:
+    return Leaves(
+        g=[call.g[i] for i in index],
+        p=[call.p[i] for i in index],
         t=[call.t[i] for i in index],
         slots=[],
         hyper=[call.hyper[i] for i in index],
         index=index,
         call=call,
     )
-    columns = {
-        name: [
-            None if column[i] is None else convert(column[i]) for convert, i in zip(enter, index)
-        ]
-        for name, column in slots.items()
-    }
-    results = run(tx.plan, leaves, columns)
-    for i, g, c, u in zip(index, leaves.g, is_complex, results):
+
+
+def _advance_by_parts(
+    tx: Any, given: Leaves, columns: dict[str, list[Any]], apply: bool
+) -> list[Tensor]:
+    """Convert to the dtype of computation, run the parts one after the other, convert back."""
+    is_complex = [g.is_complex() for g in given.g]
+    enter = [_view_as_real if c else _to_compute_dtype for c in is_complex]
+
+    def entered(column: list[Any]) -> list[Any]:
+        return [None if x is None else convert(x) for convert, x in zip(enter, column)]
+
+    leaves = dataclasses.replace(given, g=entered(given.g), p=entered(given.p))
+    own = {name: entered(column) for name, column in columns.items()}
+    # the sum is taken in the parameters' own dtype
+    applies = apply and all(x is y for x, y in zip(leaves.g, given.g))
+    updates, applied = run(tx.plan, leaves, own, applies)
+    results = []
+    for position, (g, c, u) in enumerate(zip(leaves.g, is_complex, updates)):
         if not isinstance(u, Tensor) or u.shape != g.shape:
-            _refuse_update(tx, u, g, tree.quoted(call.names()[i]))
-        updates[i] = _leave(u, c, call.g[i].dtype)
-    for name, column in columns.items():
-        for i, c, value in zip(index, is_complex, column):
+            _refuse_update(tx, u, g, given.name(position))
+        u = _leave(u, c, given.g[position].dtype)
+        results.append(given.p[position] + u if apply and not applied else u)
+    for name, column in own.items():
+        for position, (c, value) in enumerate(zip(is_complex, column)):
             if value is not None:
-                old = slots[name][i]
-                slots[name][i] = _leave(value, c, value.dtype if old is None else old.dtype)
-    return updates, slots
+                old = columns[name][position]
+                columns[name][position] = _leave(
+                    value, c, value.dtype if old is None else old.dtype
+                )
+    return results
 
 
-def run(plan: Plan, leaves: Leaves, columns: dict[str, list[Any]]) -> list[Tensor]:
-    """Apply all parts of a plan one after the other; ``columns`` receives the new slots."""
+def run(
+    plan: Plan, leaves: Leaves, columns: dict[str, list[Any]], apply: bool = False
+) -> tuple[list[Tensor], bool]:
+    """Apply all parts of a plan one after the other; ``columns`` receives the new slots.
+
+    Returns:
+        The updates, and whether they have been added to the parameters, as ``apply`` allows.
+    """
+    g, position = leaves.g, 0
+    while position < len(plan.parts):
+        own = dataclasses.replace(leaves, g=g)
+        fused = None
+        if accelerates(plan):
+            fused = accelerator.take_run(plan, position, own, columns, apply)
+        if fused is not None:
+            position, g, applied = fused
+            if applied:
+                return g, True
+        else:
+            g = run_by_rules(plan, position, position + 1, own, columns)
+            position += 1
+    return g, False
+
+
+def run_by_rules(
+    plan: Plan, first: int, last: int, leaves: Leaves, columns: dict[str, list[Any]]
+) -> list[Tensor]:
+    """Apply the parts ``first`` to ``last - 1`` by their own rules."""
     g = leaves.g
-    for position, part in enumerate(plan.parts):
+    for position in range(first, last):
         names = plan.slots[position]
         slots = list(zip(*(columns[name] for name in names))) if names else [()] * len(g)
         rows = plan.rows_of(position, leaves.hyper)
         own = Leaves(g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
-        g, slots = part.step(own)
+        g, slots = plan.parts[position].step(own)
         for name, column in zip(names, zip(*slots)):
             columns[name] = list(column)
     return g

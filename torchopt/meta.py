@@ -150,10 +150,9 @@ class MetaOptimizer:
             loss, [entry.site.tensor for entry in entries], create_graph, retain_graph
         )
         call = self._call(entries, list(grads))
-        updates, slots = advance(self.transformation, call)
+        weights, slots = advance(self.transformation, call, apply=True)
         new_weights = [
-            None if u is None else _updated(entry.site.tensor, u, track)
-            for entry, u in zip(entries, updates)
+            w if w is None or track else w.detach().requires_grad_(True) for w in weights
         ]
         self._remember(entries, call, slots, track)
         for entry, weight in zip(entries, new_weights):
@@ -318,11 +317,6 @@ class MetaOptimizer:
             ]
             networks.append(" ".join([type(group["params"]).__name__, *live]))
         return f"{type(self).__name__}({', '.join(networks)}, {self.transformation!r})"
-
-
-def _updated(p: Tensor, u: Tensor, track: bool) -> Tensor:
-    new = p + u
-    return new if track else new.detach().requires_grad_(True)
 
 
 def from_recipe(

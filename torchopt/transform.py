@@ -47,6 +47,11 @@ class GradientTransformation:
         {'w': tensor([ 0.9000, -2.1000])}
     """
 
+    #: Fused kernels: ``None`` where they are available, ``True`` required, ``False`` never.
+    use_accelerated_op: bool | None = dataclasses.field(
+        default=None, kw_only=True, compare=False
+    )
+
     #: The declared hyperparameters, by field name; set by :func:`transformation`.
     declared: ClassVar[dict[str, hyper.HyperSpec]] = {}
     #: Names of the buffers kept for each parameter, under ``torch.optim``'s names.
@@ -115,6 +120,10 @@ class GradientTransformation:
     def chain(self, following: GradientTransformation) -> GradientTransformation:
         """Return ``chain(self, following)``."""
         return chain(self, following)
+
+    def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
+        """Return this transformation with another setting of the fused kernels."""
+        return dataclasses.replace(self, use_accelerated_op=use_accelerated_op)
 
     # The functional face ----------------------------------------------------------------------
 
@@ -196,14 +205,15 @@ class GradientTransformation:
         fields = ", ".join(
             f"{field.name}={describe(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
+            if field.name != "use_accelerated_op" or self.use_accelerated_op is not None
         )
         return f"{type(self).__name__}({fields})"
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        fields = dataclasses.fields(self)
-        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields)
+        names = [f.name for f in dataclasses.fields(self) if f.compare]
+        return all(same(getattr(self, name), getattr(other, name)) for name in names)
 
     def __hash__(self) -> int:
         return hash(type(self))
@@ -272,6 +282,12 @@ class Chain(GradientTransformation):
 
     def __post_init__(self) -> None:
         pass  # the parts have checked their own hyperparameters
+
+    def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
+        """Return the chain with another setting of the fused kernels in all parts."""
+        return Chain(
+            tuple(part.with_accelerated_op(use_accelerated_op) for part in self.transformations)
+        )
 
     def __repr__(self) -> str:
         return f"chain({', '.join(repr(part) for part in self.transformations)})"

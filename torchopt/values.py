@@ -47,6 +47,6 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if dataclasses.is_dataclass(a) and type(a) is type(b) and type(a).__eq__ is not object.__eq__:
-        fields = dataclasses.fields(a)
+        fields = [f for f in dataclasses.fields(a) if f.compare]
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields)
     return bool(a == b)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchopt import meta, optim
-from torchopt.accelerated_op import check_use_accelerated_op
+from torchopt.accelerated_op import accelerated
 from torchopt.hyper import flag, hyper
 from torchopt.numerics import is_zero, moving_average, moving_average_of_square, over_root, root
 from torchopt.transform import (
@@ -99,9 +99,9 @@ def scale_by_adam(
     Example:
         >>> import torch, torchopt
         >>> tx = torchopt.scale_by_adam()
-        >>> g = [torch.tensor([0.1, -3.0])]
+        >>> g = [torch.tensor([0.5, -2.0])]
         >>> tx.update(g, tx.init(g))[0]
-        [tensor([ 1., -1.])]
+        [tensor([ 1.0000, -1.0000])]
 
     Reference:
         Kingma and Ba, Adam: a method for stochastic optimization, ICLR 2015,
@@ -157,13 +157,13 @@ def adam(
     Reference:
         Kingma and Ba, ICLR 2015, https://arxiv.org/abs/1412.6980; ``torch.optim.Adam``.
     """
-    check_use_accelerated_op(use_accelerated_op)
-    return chain(
+    tx = chain(
         flip_sign(maximize),
         add_decayed_weights(weight_decay),
         scale_by_adam(betas, eps, eps_root, amsgrad),
         scale_by_learning_rate(lr),
     )
+    return accelerated(tx, use_accelerated_op)
 
 
 class Adam(optim.Optimizer):

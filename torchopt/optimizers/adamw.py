@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchopt import meta, optim
-from torchopt.accelerated_op import check_use_accelerated_op
+from torchopt.accelerated_op import accelerated
 from torchopt.optimizers.adam import scale_by_adam
 from torchopt.transform import GradientTransformation, chain
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
@@ -62,13 +62,13 @@ def adamw(
         Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019,
         https://arxiv.org/abs/1711.05101; ``torch.optim.AdamW``.
     """
-    check_use_accelerated_op(use_accelerated_op)
-    return chain(
+    tx = chain(
         flip_sign(maximize),
         scale_by_adam(betas, eps, eps_root, amsgrad),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(lr),
     )
+    return accelerated(tx, use_accelerated_op)
 
 
 class AdamW(optim.Optimizer):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchopt import meta, optim
-from torchopt.accelerated_op import check_use_accelerated_op
+from torchopt.accelerated_op import accelerated
 from torchopt.hyper import HyperSpec, check_number, flag, hyper
 from torchopt.numerics import moving_average, moving_average_of_square, over_root
 from torchopt.transform import (
@@ -185,14 +185,14 @@ def rmsprop(
     Reference:
         Tieleman and Hinton, 2012; ``torch.optim.RMSprop``.
     """
-    check_use_accelerated_op(use_accelerated_op)
-    return chain(
+    tx = chain(
         flip_sign(maximize),
         add_decayed_weights(weight_decay),
         ScaleByRms(alpha, eps, centered, initial_scale),
         trace(momentum, 0.0, nesterov),
         scale_by_learning_rate(lr),
     )
+    return accelerated(tx, use_accelerated_op)
 
 
 class RMSprop(optim.Optimizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchopt import meta, optim
-from torchopt.accelerated_op import check_use_accelerated_op
+from torchopt.accelerated_op import accelerated
 from torchopt.transform import GradientTransformation, chain
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.transforms.momentum import trace
@@ -60,13 +60,13 @@ def sgd(
         Sutskever, Martens, Dahl and Hinton, On the importance of initialization and momentum in
         deep learning, ICML 2013; ``torch.optim.SGD`` for the conventions.
     """
-    check_use_accelerated_op(use_accelerated_op)
-    return chain(
+    tx = chain(
         flip_sign(maximize),
         add_decayed_weights(weight_decay),
         trace(momentum, dampening, nesterov),
         scale_by_learning_rate(lr),
     )
+    return accelerated(tx, use_accelerated_op)
 
 
 class SGD(optim.Optimizer):

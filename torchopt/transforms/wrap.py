@@ -46,6 +46,11 @@ class Masked(GradientTransformation):
     def __post_init__(self) -> None:
         check_transformation(self.inner, "masked")
 
+    def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
+        """Return the same with another setting of the fused kernels inside."""
+        inner = self.inner.with_accelerated_op(use_accelerated_op)
+        return dataclasses.replace(self, inner=inner)
+
     def init_all_slots(self, leaves: Leaves) -> list[tuple[Any, ...]]:
         """Return the inner transformation's slots where the mask is true, else ``None``."""
         selected, chosen = self._select(leaves)
@@ -69,7 +74,7 @@ class Masked(GradientTransformation):
             return updates, slots
         names = self.slot_names()
         columns = {name: [row[k] for row in selected.slots] for k, name in enumerate(names)}
-        results = run(self.inner.plan, selected, columns)
+        results, _ = run(self.inner.plan, selected, columns)
         for k, position in enumerate(chosen):
             updates[position] = results[k]
             slots[position] = tuple(columns[name][k] for name in names)
@@ -78,11 +83,7 @@ class Masked(GradientTransformation):
     def _select(self, leaves: Leaves) -> tuple[Leaves, list[int]]:
         mask = mask_leaves(self.mask, leaves.call)
         chosen = [k for k, i in enumerate(leaves.index) if mask[i]]
-        picked = {
-            field: [values[k] for k in chosen] if len(values := getattr(leaves, field)) else []
-            for field in ("g", "p", "t", "slots", "hyper", "index")
-        }
-        return dataclasses.replace(leaves, **picked), chosen
+        return leaves.subset(chosen), chosen
 
 
 def mask_leaves(mask: Any, call: Call) -> list[bool]:

@@ -1,0 +1,55 @@
+/* The fused engine: plain pointers and sizes, no torch, no Python. */
+#ifndef TORCHOPT_ENGINE_H
+#define TORCHOPT_ENGINE_H
+
+#include <stdint.h>
+
+/* Layout of this interface; torchopt/kernels/native.py refuses another one. */
+#define TORCHOPT_ABI 1
+
+#define MAX_STREAMS 24
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+typedef void (*kernel_function)(const void *const *in, void *const *out, const double *numbers,
+                                int64_t size);
+
+struct kernel {
+  const char *name;
+  int inputs, outputs;
+  kernel_function of_float, of_double;
+};
+
+enum dtype { FLOAT64 = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
+
+/* One kernel over many tensors. */
+struct call {
+  int64_t kernel;       /* its position in the table */
+  int64_t dtype;        /* of the streams that narrow_* mark; the others are float32 if it is half */
+  int64_t narrow_in;    /* bit k: input stream k has the dtype of the parameters */
+  int64_t narrow_out;   /* bit k: output stream k has */
+  int64_t count;        /* tensors */
+  int64_t width;        /* numbers of one row */
+  int64_t threads;      /* at most; 1 or more */
+  const int64_t *sizes; /* entries of each tensor */
+  const int64_t *rows;  /* which row of numbers each tensor takes; NULL: row 0 for all */
+  const int64_t *in;    /* addresses, stream by stream; 0 reads as zeros */
+  const int64_t *out;   /* addresses, stream by stream; what is written to 0 is dropped */
+  const double *numbers;
+  int64_t done;         /* set to 1 when everything has been written */
+};
+
+EXPORT int64_t torchopt_run(struct call *call);
+EXPORT int64_t torchopt_find(const char *name);
+EXPORT int64_t torchopt_count(void);
+EXPORT const char *torchopt_instruction_set(void);
+EXPORT int64_t torchopt_select(const char *instruction_set);
+
+/* threads.c: run task(context, k) for k in 0..count-1, each on one thread. */
+void run_in_parallel(void (*task)(void *context, int64_t k), void *context, int64_t count);
+
+#endif

@@ -1,0 +1,55 @@
+"""The backends: which device has kernels, and for what."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+from torchopt.kernels import native
+from torchopt.kernels.program import Program
+
+
+NOT_LOADED = "the kernels for"
+
+
+def unavailable(device_type: str) -> str:
+    """Return why no kernel runs on a type of device; the empty string if some do."""
+    if device_type == "cpu":
+        loaded = native.load()
+        if isinstance(loaded, native.Unavailable):
+            return f"{NOT_LOADED} the CPU are not loaded: {loaded}"
+        return ""
+    if device_type == "cuda":
+        return _cuda_unavailable()
+    return f"there are no kernels for {device_type!r} devices"
+
+
+@functools.cache
+def _cuda_unavailable() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return f"{NOT_LOADED} GPUs need triton, which is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return ""
+
+
+def missing(device: torch.device, program: Program, mode: str) -> str:
+    """Return why a device cannot run a program; the empty string if it can."""
+    reason = unavailable(device.type)
+    if reason or device.type != "cpu":
+        return reason  # kernels for GPUs are generated when they are needed
+    if "g" not in program.kernels[mode].inputs and "p" not in program.kernels[mode].inputs:
+        return "its rule reads neither gradient nor parameter"
+    for name in (mode, f"backward_{mode}"):
+        kernel = program.kernels[name]
+        if kernel.outputs and find(kernel.name) is None:
+            return "no kernel has been generated for this sequence of rules"
+    return ""
+
+
+@functools.cache
+def find(name: str) -> int | None:
+    """Return the position of a kernel in the C library, or ``None``."""
+    return native.library().find(name)

@@ -1,0 +1,75 @@
+"""Which runs get a kernel on the CPU: one row for each optimizer.
+
+Kernels are found by what they compute, so a chain of the user's own is fused as well if its graph
+is that of one of these rows. After a change run ``python -m torchopt.kernels.generate``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torchopt
+from torchopt.kernels.graph import Kernel
+from torchopt.kernels.program import build
+from torchopt.transform import GradientTransformation
+
+
+#: Function -> the configurations whose graphs differ; every combination is generated.
+ROWS: list[tuple[Any, dict[str, list[Any]]]] = [
+    (torchopt.sgd, {"momentum": [0.0, 0.9], "nesterov": [False, True], "weight_decay": [0.0, 0.1]}),
+    (torchopt.adam, {"amsgrad": [False, True], "weight_decay": [0.0, 0.1], "eps_root": [0.0, 0.1]}),
+    (torchopt.adamw, {"amsgrad": [False, True], "eps_root": [0.0, 0.1]}),
+    (
+        torchopt.rmsprop,
+        {
+            "momentum": [0.0, 0.9],
+            "nesterov": [False, True],
+            "weight_decay": [0.0, 0.1],
+            "centered": [False, True],
+        },
+    ),
+    # the rules by themselves, for chains that scale in another way
+    (torchopt.scale_by_adam, {"amsgrad": [False, True], "eps_root": [0.0, 0.1]}),
+    (torchopt.scale_by_rms, {}),
+    (torchopt.scale_by_stddev, {}),
+    (torchopt.trace, {"nesterov": [False, True]}),
+]
+
+#: Rules may treat the first step in another way (momentum buffers do).
+STEPS = (1, 2)
+
+
+def transformations() -> Iterator[GradientTransformation]:
+    """Yield every configuration of :data:`ROWS` that exists."""
+    for function, choices in ROWS:
+        for values in itertools.product(*choices.values()):
+            arguments = dict(zip(choices, values))
+            if arguments.get("nesterov") and arguments.get("momentum") == 0.0:
+                continue  # refused: Nesterov momentum needs momentum
+            yield function(**arguments)
+
+
+def kernels() -> list[Kernel]:
+    """Return the distinct kernels of all rows, in a fixed order."""
+    found: dict[str, Kernel] = {}
+    for tx in transformations():
+        rows = [part.hyperparameters() for part in tx.parts]
+        present = _slots_present(tx)
+        for step in STEPS:
+            program = build(tx.parts, rows, step, present, has_params=True)
+            for kernel in program.kernels.values():
+                if kernel.outputs:
+                    found.setdefault(kernel.text, kernel)
+    return list(found.values())
+
+
+def _slots_present(tx: GradientTransformation) -> list[bool]:
+    import torch
+
+    present = []
+    for part in tx.parts:
+        slots = part.init_slots(torch.zeros(1), **part.hyperparameters())
+        present += [slot is not None for slot in slots]
+    return present

@@ -1,0 +1,201 @@
+r"""Reverse-mode differentiation of pointwise graphs: backward kernels are derived, not written.
+
+For :math:`y = f(a, b)` and the incoming :math:`\bar y = \partial L / \partial y` each operation adds
+to :math:`\bar a` and :math:`\bar b`:
+
+=================  ======================================================================
+``a + b``          :math:`\bar a \mathrel{+}= \bar y,\; \bar b \mathrel{+}= \bar y`
+``a b``            :math:`\bar a \mathrel{+}= \bar y b,\; \bar b \mathrel{+}= \bar y a`
+``a / b``          :math:`\bar a \mathrel{+}= \bar y / b,\; \bar b \mathrel{-}= (\bar y / b)\, y`
+``sqrt(a)``        :math:`\bar a \mathrel{+}= \bar y / (2y)`, and nothing where :math:`y = 0`
+``1 / a``          :math:`\bar a \mathrel{-}= \bar y y^2`
+``maximum(a, b)``  to the larger; half to each where they are equal, as torch does
+``where(c, a, b)`` to the one that was chosen
+=================  ======================================================================
+
+The backward kernel computes the forward values again from the inputs of the forward kernel, so that
+nothing has to be saved but tensors that exist anyway. There a quotient is a product with the
+reciprocal, which the derivative needs too: one division instead of three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torchopt.kernels.graph import (
+    ONE,
+    ZERO,
+    Node,
+    Number,
+    constant,
+    input_node,
+    is_number,
+    number_node,
+    substitute,
+    topological,
+)
+
+
+HALF = constant(0.5)
+
+
+def derive(outputs: Mapping[str, Node], incoming: str = "bar_") -> dict[str, Node]:
+    """Return the graph of the backward pass: input stream -> the derivative by it.
+
+    Args:
+        outputs: The graph, by output stream. The derivative by output ``s`` is the input
+            ``incoming + s`` of the returned graph.
+        incoming: See above.
+    """
+    bars: dict[Node, Node] = {}
+    for stream, node in outputs.items():
+        _add(bars, node, input_node(f"{incoming}{stream}"))
+    order = topological(outputs.values())
+    for node in reversed(order):
+        if node in bars and node.op not in ("input", "number"):
+            rule = RULES.get(node.op)
+            if rule is not None:
+                rule(node, bars[node], lambda a, bar: _add(bars, a, bar))
+    inputs = [node for node in order if node.op == "input"]
+    derivatives = substitute([bars.get(node, ZERO) for node in inputs], _with_reciprocal)
+    return {node.args[0]: derivative for node, derivative in zip(inputs, derivatives)}
+
+
+def _with_reciprocal(node: Node) -> Node | None:
+    if node.op == "div" and not is_number(node.args[1]):
+        return mul(node.args[0], Node("reciprocal", (node.args[1],)))
+    return None
+
+
+def _add(bars: dict[Node, Node], node: Node, bar: Node) -> None:
+    if not is_number(node) and bar != ZERO:
+        bars[node] = add(bars[node], bar) if node in bars else bar
+
+
+# Operations that leave out what is known beforehand -------------------------------------------------
+
+
+def add(a: Node, b: Node) -> Node:
+    """Return ``a + b``."""
+    if ZERO in (a, b):
+        return b if a == ZERO else a
+    return Node("add", (a, b))
+
+
+def mul(a: Node, b: Node) -> Node:
+    """Return ``a * b``; numbers are multiplied beforehand."""
+    if ONE in (a, b):
+        return b if a == ONE else a
+    if is_number(a) and is_number(b):
+        return _number(f"({_source(a)} * {_source(b)})")
+    return Node("mul", (a, b))
+
+
+def neg(a: Node) -> Node:
+    """Return ``-a``."""
+    return _number(f"(-{_source(a)})") if is_number(a) else Node("neg", (a,))
+
+
+def _over(a: Node, b: Node) -> Node:
+    if is_number(b):
+        return mul(a, _number(f"(1.0 / {_source(b)})"))
+    return mul(a, Node("reciprocal", (b,)))
+
+
+def _where(condition: Node, a: Node, b: Node) -> Node:
+    return Node("where", (condition, a, b))
+
+
+def _number(source: str) -> Node:
+    return number_node(Number(source))
+
+
+def _source(node: Node) -> str:
+    return node.args[0].source
+
+
+# The table above, as code ---------------------------------------------------------------------------
+
+Collect = Callable[[Node, Node], None]
+
+
+def _add_rule(y: Node, bar: Node, to: Collect) -> None:
+    a, b = y.args
+    to(a, bar)
+    to(b, bar)
+
+
+def _sub_rule(y: Node, bar: Node, to: Collect) -> None:
+    a, b = y.args
+    to(a, bar)
+    to(b, neg(bar))
+
+
+def _mul_rule(y: Node, bar: Node, to: Collect) -> None:
+    a, b = y.args
+    if a == b:
+        to(a, mul(mul(bar, constant(2.0)), a))
+        return
+    to(a, mul(bar, b))
+    to(b, mul(bar, a))
+
+
+def _div_rule(y: Node, bar: Node, to: Collect) -> None:
+    a, b = y.args
+    bar_a = _over(bar, b)
+    to(a, bar_a)
+    if not is_number(b):
+        to(b, neg(mul(bar_a, y)))
+
+
+def _neg_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], neg(bar))
+
+
+def _sqrt_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], mul(bar, Node("root_slope", (y,))))
+
+
+def _reciprocal_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], neg(mul(mul(bar, y), y)))
+
+
+def _abs_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], mul(bar, Node("sign", y.args)))
+
+
+def _extremum_rule(y: Node, bar: Node, to: Collect) -> None:
+    a, b = y.args
+    if y.op == "minimum":
+        a, b = b, a  # a is now the one that must be larger for y to be y.args[0]
+    first, second = y.args
+    if is_number(second):  # clamp and relu: nothing where they are equal, as torch does
+        to(first, _where(Node("less", (b, a)), bar, ZERO))
+        return
+    equal = Node("equal", (first, second))
+    half = mul(bar, HALF)
+    to(first, _where(equal, half, _where(Node("less", (b, a)), bar, ZERO)))
+    to(second, _where(equal, half, _where(Node("less", (a, b)), bar, ZERO)))
+
+
+def _where_rule(y: Node, bar: Node, to: Collect) -> None:
+    condition, a, b = y.args
+    to(a, _where(condition, bar, ZERO))
+    to(b, _where(condition, ZERO, bar))
+
+
+#: ``sign`` and the comparisons are absent: their derivative is zero.
+RULES: dict[str, Callable[[Node, Node, Collect], Any]] = {
+    "add": _add_rule,
+    "sub": _sub_rule,
+    "mul": _mul_rule,
+    "div": _div_rule,
+    "neg": _neg_rule,
+    "sqrt": _sqrt_rule,
+    "reciprocal": _reciprocal_rule,
+    "abs": _abs_rule,
+    "maximum": _extremum_rule,
+    "minimum": _extremum_rule,
+    "where": _where_rule,
+}

@@ -1,0 +1,68 @@
+"""Write kernels as C."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchopt.kernels.graph import Kernel, topological
+
+
+#: Operation -> the C expression. ``R`` is float or double; the macros are in csrc/kernels.c.
+EXPRESSIONS = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "neg": "-{0}",
+    "sqrt": "SQRT({0})",
+    "root_slope": "({0} == 0 ? (R)0 : (R)0.5 / {0})",
+    "reciprocal": "(R)1 / {0}",
+    "abs": "ABS({0})",
+    "sign": "(R)(({0} > 0) - ({0} < 0))",
+    "maximum": "MAXIMUM({0}, {1})",
+    "minimum": "MINIMUM({0}, {1})",
+    "less": "{0} < {1}",
+    "less_equal": "{0} <= {1}",
+    "equal": "{0} == {1}",
+    "not_equal": "{0} != {1}",
+    "where": "{0} ? {1} : {2}",
+}
+TRUTH = ("less", "less_equal", "equal", "not_equal")
+
+
+def function(kernel: Kernel) -> str:
+    """Return the C function of a kernel; ``in`` and ``out`` hold its streams in order."""
+    names: dict[object, str] = {}
+    loads, lines = [], []
+    inputs = kernel.inputs
+    numbers = list(kernel.numbers)
+    for node in topological(kernel.outputs.values()):
+        if node.op == "input":
+            names[node] = node.args[0]
+            loads.append(f"const R {node.args[0]} = in_{node.args[0]}[i];")
+        elif node.op == "number":
+            names[node] = f"n{numbers.index(node.args[0].source)}"
+        else:
+            names[node] = f"x{len(lines)}"
+            value = EXPRESSIONS[node.op].format(*(names[a] for a in node.args))
+            kind = "int" if node.op in TRUTH else "R"
+            lines.append(f"const {kind} {names[node]} = {value};")
+    stores = [f"out_{s}[i] = {names[n]};" for s, n in kernel.outputs.items()]
+    head = [f"const R *const in_{s} = in[{k}];" for k, s in enumerate(inputs)]
+    head += [f"R *const out_{s} = out[{k}];" for k, s in enumerate(kernel.outputs)]
+    head += [f"const R n{k} = (R)n[{k}];" for k in range(len(numbers))]
+    body = "\n".join(
+        [*(f"  {line}" for line in head), "  EACH_ENTRY {"]
+        + [f"    {line}" for line in (*loads, *lines, *stores)]
+        + ["  }"]
+    )
+    return f"KERNEL({kernel.name}) {{\n  STREAMS\n{body}\n}}\n"
+
+
+def source(kernels: Sequence[Kernel]) -> str:
+    """Return the file of all kernels, to be compiled once for each dtype and instruction set."""
+    parts = ["/* Made by `python -m torchopt.kernels.generate`; do not edit. */\n"]
+    parts += [function(kernel) for kernel in kernels]
+    entries = "\n".join(f"  ENTRY({k.name}, {len(k.inputs)}, {len(k.outputs)})" for k in kernels)
+    table = entries.replace("\n", " \\\n")
+    return "\n".join(parts) + f"\n#define ALL_KERNELS \\\n{table}\n"

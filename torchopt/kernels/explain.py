@@ -1,0 +1,47 @@
+"""Say why an update is not fused."""
+
+from __future__ import annotations
+
+import torch
+
+from torchopt.kernels import fused
+from torchopt.opt_state import OptState
+from torchopt.transform import GradientTransformation, check_transformation
+from torchopt.typing import TensorTree
+
+
+def why(
+    tx: GradientTransformation,
+    grads: TensorTree,
+    state: OptState | None = None,
+    params: TensorTree | None = None,
+) -> list[str]:
+    """Return why parts of an update would not be fused; an empty list if all would be.
+
+    Nothing is computed that the caller can see: the update is made on the side.
+
+    Args:
+        tx: The transformation.
+        grads: Gradients, or anything with their structure, dtypes, devices and layouts, such as
+            the parameters.
+        state: The state; ``None`` for the first update.
+        params: The parameters, if ``update`` will be given them.
+
+    Returns:
+        One line for each run of parts and parameter that the rules would compute.
+
+    Raises:
+        TypeError: If ``tx`` is no transformation.
+
+    Example:
+        >>> import torch, torchopt
+        >>> params = {"w": torch.randn(3, requires_grad=True)}
+        >>> tx = torchopt.adam(lr=torch.tensor(1e-3))
+        >>> torchopt.kernels.why(tx, params)
+        ["ScaleByLearningRate of 'w': a hyperparameter is a tensor"]
+    """
+    check_transformation(tx, "why")
+    lines: list[str] = []
+    with torch.no_grad(), fused.asking(lines):
+        tx.update(grads, tx.init(grads) if state is None else state, params, inplace=False)
+    return lines

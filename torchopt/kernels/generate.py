@@ -1,0 +1,23 @@
+"""Write the kernels of the catalogue: ``python -m torchopt.kernels.generate``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torchopt.kernels import catalogue, emit_c
+
+
+TARGET = Path(__file__).resolve().parents[2] / "csrc" / "kernels.inc"
+
+
+def main() -> int:
+    """Write the file; return 0."""
+    kernels = catalogue.kernels()
+    TARGET.write_text(emit_c.source(kernels))
+    print(f"{len(kernels)} kernels written to {TARGET}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

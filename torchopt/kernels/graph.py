@@ -1,0 +1,154 @@
+"""Pointwise graphs: what a rule computes for one entry of a tensor, as data.
+
+A kernel is generated from such a graph, and found by it. Tensors are nodes; plain numbers (the
+hyperparameters, the step count and what a rule computes of them) are Python expressions that are
+evaluated once per call, outside of the loop over entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Union
+
+
+class Number(NamedTuple):
+    """A number of a graph: an expression in ``h`` (the hyperparameters) and ``t`` (the step)."""
+
+    source: str
+
+
+class Node(NamedTuple):
+    """One value per entry.
+
+    Attributes:
+        op: A key of :data:`OPERATIONS`, or ``"input"`` or ``"number"``.
+        args: Nodes; for ``"input"`` the name of the stream, for ``"number"`` a :class:`Number`.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+
+
+Operand = Union[Node, Number]
+
+#: Operations of a graph and how many arguments they take. Comparisons give a truth value, which
+#: only ``where`` reads. ``root_slope`` is the derivative of ``sqrt`` by its value: 1/(2x), 0 at 0.
+OPERATIONS = {
+    "add": 2,
+    "sub": 2,
+    "mul": 2,
+    "div": 2,
+    "neg": 1,
+    "sqrt": 1,
+    "root_slope": 1,
+    "reciprocal": 1,
+    "abs": 1,
+    "sign": 1,
+    "maximum": 2,
+    "minimum": 2,
+    "less": 2,
+    "less_equal": 2,
+    "equal": 2,
+    "not_equal": 2,
+    "where": 3,
+}
+
+
+def input_node(stream: str) -> Node:
+    """Return the entry of an input stream: ``"g"``, ``"p"``, ``"s0"``, ..."""
+    return Node("input", (stream,))
+
+
+def number_node(number: Number) -> Node:
+    """Return a number as an operand of a node."""
+    return Node("number", (number,))
+
+
+def constant(value: float) -> Node:
+    """Return a number that is the same at every call."""
+    return number_node(Number(repr(float(value))))
+
+
+ZERO, ONE = constant(0.0), constant(1.0)
+
+
+def is_number(node: Node) -> bool:
+    """Whether a node is the same for all entries."""
+    return node.op == "number"
+
+
+def topological(outputs: Iterable[Node]) -> list[Node]:
+    """Return every node that the outputs need, arguments first; the order depends on them only."""
+    order: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        if node in order:
+            return
+        if node.op not in ("input", "number"):
+            for argument in node.args:
+                visit(argument)
+        order[node] = None
+
+    for output in outputs:
+        visit(output)
+    return list(order)
+
+
+def substitute(outputs: Sequence[Node], replace: Callable[[Node], Node | None]) -> list[Node]:
+    """Rebuild nodes with some replaced; ``replace`` sees a node after its arguments were."""
+    rebuilt: dict[Node, Node] = {}
+    for node in topological(outputs):
+        new = node
+        if node.op not in ("input", "number"):
+            new = Node(node.op, tuple(rebuilt[argument] for argument in node.args))
+        replacement = replace(new)
+        rebuilt[node] = new if replacement is None else replacement
+    return [rebuilt[output] for output in outputs]
+
+
+class Kernel(NamedTuple):
+    """A graph ready to be generated: named outputs, and its numbers in a fixed order.
+
+    Attributes:
+        outputs: Stream -> node, in order.
+        numbers: The expressions of the numbers, in the order in which the kernel takes them.
+        text: The graph as text: two kernels with the same text compute the same.
+    """
+
+    outputs: dict[str, Node]
+    numbers: tuple[str, ...]
+    text: str
+
+    @property
+    def name(self) -> str:
+        """A name made of the text, under which a backend keeps the kernel."""
+        return f"k{hashlib.sha1(self.text.encode()).hexdigest()[:16]}"
+
+    @property
+    def inputs(self) -> list[str]:
+        """The input streams that are read."""
+        nodes = topological(self.outputs.values())
+        return [node.args[0] for node in nodes if node.op == "input"]
+
+
+def make_kernel(outputs: Mapping[str, Node]) -> Kernel:
+    """Number the nodes of a graph and write it as text.
+
+    Numbers appear in the text by position, not by expression: a kernel does not know what its
+    numbers mean, so graphs that differ only in them share it.
+    """
+    names: dict[Node, str] = {}
+    numbers: dict[str, int] = {}
+    lines = []
+    for node in topological(outputs.values()):
+        if node.op == "input":
+            names[node] = node.args[0]
+        elif node.op == "number":
+            source = node.args[0].source
+            names[node] = f"n{numbers.setdefault(source, len(numbers))}"
+        else:
+            names[node] = f"x{len(lines)}"
+            lines.append(f"{names[node]} = {node.op} " + " ".join(names[a] for a in node.args))
+    lines += [f"{stream} <- {names[node]}" for stream, node in outputs.items()]
+    return Kernel(dict(outputs), tuple(numbers), "\n".join(lines))

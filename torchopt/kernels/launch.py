@@ -1,0 +1,138 @@
+"""Run a kernel over lists of real tensors: layouts, outputs, addresses.
+
+This is the only place where addresses of tensors are taken. Every tensor that comes here is dense,
+strided and on one device; anything about its layout is checked, and mended by a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchopt.kernels import backends, native
+from torchopt.kernels.graph import Kernel
+
+
+#: Streams that have the dtype of the parameters; the others are float32 if that is half precision.
+OF_PARAMETERS = frozenset({"g", "p", "u", "bar_u"})
+
+Numbers = Sequence[float]
+
+
+def launch(
+    kernel: Kernel,
+    inputs: dict[str, list[Tensor | None]],
+    like: list[Tensor],
+    wanted: dict[str, list[bool] | None],
+    numbers: Sequence[Numbers],
+    rows: Sequence[int] | None,
+) -> dict[str, list[Tensor | None]]:
+    """Return new tensors with the outputs of a kernel.
+
+    Args:
+        kernel: What to compute.
+        inputs: Stream -> one tensor of each parameter; ``None`` reads as zeros.
+        like: For each parameter the tensor whose shape, layout and device its outputs get.
+        wanted: Output stream -> which parameters need it; ``None`` for all.
+        numbers: Rows of the kernel's numbers.
+        rows: The row of each parameter; ``None`` for the only one.
+    """
+    like, inputs = _same_layout(like, inputs)
+    outputs: dict[str, list[Tensor | None]] = {}
+    for stream in kernel.outputs:
+        dtype = None if stream in OF_PARAMETERS else slot_dtype(like[0].dtype)
+        mask = wanted[stream]
+        if mask is None:
+            outputs[stream] = _empty(like, dtype)  # pyright: ignore[reportArgumentType]
+        else:
+            outputs[stream] = [
+                torch.empty_like(x, dtype=dtype) if needed else None
+                for x, needed in zip(like, mask)
+            ]
+    run(kernel, inputs, outputs, like, numbers, rows)
+    return outputs
+
+
+def run(
+    kernel: Kernel,
+    inputs: dict[str, list[Tensor | None]],
+    outputs: dict[str, list[Tensor | None]],
+    like: list[Tensor],
+    numbers: Sequence[Numbers],
+    rows: Sequence[int] | None,
+) -> None:
+    """Run a kernel from tensors into tensors; for each parameter all have one dense layout."""
+    if like[0].is_cuda:
+        from torchopt.kernels.triton import backend
+
+        backend.run(kernel, inputs, outputs, like, numbers, rows)
+        return
+    library = native.library()
+    position = backends.find(kernel.name)
+    assert position is not None, "the policy has found it"
+    library.run(
+        position,
+        native.DTYPES[like[0].dtype],
+        _mask(kernel.inputs),
+        _mask(kernel.outputs),
+        list(map(Tensor.numel, like)),
+        [address for stream in kernel.inputs for address in addresses(inputs[stream])],
+        [address for stream in kernel.outputs for address in addresses(outputs[stream])],
+        [number for row in numbers for number in row],
+        rows,
+        len(kernel.numbers),
+    )
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return the address of every tensor, 0 for ``None``."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def slot_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the slots of a parameter, and of the arithmetic."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _empty(like: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    if dtype is None or dtype == like[0].dtype:
+        return list(map(torch.empty_like, like))
+    return [torch.empty_like(x, dtype=dtype) for x in like]
+
+
+def _mask(streams: Sequence[str]) -> int:
+    return sum(1 << k for k, stream in enumerate(streams) if stream in OF_PARAMETERS)
+
+
+def _same_layout(
+    like: list[Tensor], inputs: dict[str, list[Tensor | None]]
+) -> tuple[list[Tensor], dict[str, list[Tensor | None]]]:
+    """Return everything with one dense layout for each parameter; copies where it is another."""
+    given = [x for column in inputs.values() for x in column if x is not None]
+    # an expanded, transposed, overlapping tensor is not contiguous; the negative bit is lazy data
+    if (
+        all(map(Tensor.is_contiguous, given))
+        and all(map(Tensor.is_contiguous, like))
+        and not any(map(Tensor.is_neg, given))
+    ):
+        return like, inputs
+    # empty_like keeps the strides of a dense tensor and gives every other one dense strides
+    templates = [torch.empty_like(x) for x in like]
+    return templates, {
+        stream: [
+            None if x is None else _with_strides(x, template)
+            for x, template in zip(column, templates)
+        ]
+        for stream, column in inputs.items()
+    }
+
+
+def _with_strides(x: Tensor, template: Tensor) -> Tensor:
+    if x.stride() == template.stride() and not x.is_neg():
+        return x
+    return torch.empty_like(template, dtype=x.dtype).copy_(x)

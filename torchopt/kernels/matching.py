@@ -1,0 +1,98 @@
+"""Runs: sequences of elementwise parts of a transformation, traced once and kept with its plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torchopt.engine import Plan
+from torchopt.kernels.program import Program, build, flags_of, flat_values
+from torchopt.kernels.tracing import Untraceable
+from torchopt.transform import ElementwiseTransformation
+
+
+@dataclasses.dataclass
+class Variant:
+    """A program, and for which calls it was made; or why there is none."""
+
+    flags: tuple[bool, ...]
+    present: tuple[bool, ...]
+    has_params: bool
+    program: Program | None
+    reason: str = ""
+
+
+class Run:
+    """A sequence of elementwise parts of a plan: ``plan.parts[first:last]``."""
+
+    def __init__(self, plan: Plan, first: int, last: int) -> None:
+        self.plan, self.first, self.last = plan, first, last
+        self.parts = plan.parts[first:last]
+        self.slots = [name for names in plan.slots[first:last] for name in names]
+        self.variants: list[Variant] = []
+
+    def rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the hyperparameters of each part, of one parameter."""
+        return [
+            {name: row[public] for name, public in fields.items()}
+            for fields in self.plan.fields[self.first : self.last]
+        ]
+
+    def values(self, rows: list[dict[str, Any]]) -> list[float]:
+        """Return the numbers of all parts."""
+        values = flat_values(rows)
+        assert values is not None, "a program was found for them"
+        return values
+
+    def variant(
+        self, rows: list[dict[str, Any]], t: Any, present: tuple[bool, ...], has_params: bool
+    ) -> Variant:
+        """Return the program for these hyperparameters, or why there is none."""
+        values = flat_values(rows)
+        flags = flags_of(rows)
+        if values is None:
+            return Variant(flags, present, has_params, None, "a hyperparameter is a tensor")
+        if type(t) is not int:
+            return Variant(flags, present, has_params, None, "the step count is a tensor")
+        for known in self.variants:
+            if (
+                known.flags == flags
+                and known.present == present
+                and known.has_params == has_params
+                and (known.program is None or known.program.holds(values, t))
+            ):
+                return known
+        try:
+            program = build(self.parts, rows, t, present, has_params)
+            made = Variant(flags, present, has_params, program)
+        except Untraceable as error:
+            made = Variant(flags, present, has_params, None, f"its rule is not pointwise: {error}")
+        except Exception as error:
+            made = Variant(flags, present, has_params, None, f"its rule cannot be traced: {error}")
+        self.variants.append(made)
+        return made
+
+
+def runs_from(plan: Plan, first: int) -> list[Run]:
+    """Return the runs that begin at a part, the longest first."""
+    cache: dict[int, list[Run]] = plan.__dict__.setdefault("runs", {})
+    if first not in cache:
+        last = first
+        while last < len(plan.parts) and can_join(plan.parts[last]):
+            last += 1
+        cache[first] = [Run(plan, first, end) for end in range(last, first, -1)]
+    return cache[first]
+
+
+def can_join(part: Any) -> bool:
+    """Whether a part may be in a run at all."""
+    return not unjoined(part)
+
+
+def unjoined(part: Any) -> str:
+    """Return why a part can be in no run; the empty string if it can."""
+    if part.use_accelerated_op is False:
+        return "use_accelerated_op is False"
+    if not isinstance(part, ElementwiseTransformation):
+        return "it is not elementwise"
+    return ""

@@ -1,0 +1,194 @@
+"""The C engine (csrc/), loaded once, when it is first needed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import platform
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+ABI = 1
+LIBRARY = Path(__file__).with_name("_fused.dll" if os.name == "nt" else "_fused.so")
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+REINSTALL = "reinstall torchopt where a C compiler is at hand"
+
+
+class Unavailable(Exception):
+    """The native library cannot be used; the message says why and what to do."""
+
+
+class _Call(ctypes.Structure):
+    """``struct call`` of csrc/engine.h."""
+
+    _fields_ = [
+        ("kernel", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("narrow_in", ctypes.c_int64),
+        ("narrow_out", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("sizes", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("in_", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
+        ("done", ctypes.c_int64),
+    ]
+
+
+class Library:
+    """The loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        _check_file(path)
+        try:
+            self._library = ctypes.CDLL(str(path))  # releases the GIL while it runs
+        except OSError as error:
+            raise Unavailable(f"{path.name} does not load ({error}); {REINSTALL}") from error
+        _check_symbols(self._library, path)
+        self._library.torchopt_run.argtypes = [ctypes.c_void_p]
+        self._library.torchopt_run.restype = ctypes.c_int64
+        self._library.torchopt_find.argtypes = [ctypes.c_char_p]
+        self._library.torchopt_find.restype = ctypes.c_int64
+        self._library.torchopt_select.argtypes = [ctypes.c_char_p]
+        self._library.torchopt_select.restype = ctypes.c_int64
+        self._library.torchopt_instruction_set.restype = ctypes.c_char_p
+        self._run = self._library.torchopt_run
+
+    @property
+    def instruction_set(self) -> str:
+        """The kernels in use: ``"generic"``, ``"avx2"`` or ``"avx512"``."""
+        return self._library.torchopt_instruction_set().decode()
+
+    def select(self, instruction_set: str) -> None:
+        """Use the kernels for another instruction set.
+
+        Raises:
+            ValueError: If this machine has it not.
+        """
+        if self._library.torchopt_select(instruction_set.encode()) != 0:
+            raise ValueError(f"This machine has no {instruction_set!r}.")
+
+    def find(self, name: str) -> int | None:
+        """Return the position of a kernel, or ``None`` if the library has it not."""
+        position = self._library.torchopt_find(name.encode())
+        return None if position < 0 else position
+
+    def run(
+        self,
+        kernel: int,
+        dtype: int,
+        narrow_in: int,
+        narrow_out: int,
+        sizes: Sequence[int],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        numbers: Sequence[float],
+        rows: Sequence[int] | None = None,
+        width: int = 0,
+    ) -> None:
+        """Run a kernel over many tensors.
+
+        Args:
+            kernel: What :meth:`find` returned.
+            dtype: A value of :data:`DTYPES`: that of the streams in ``narrow_in`` and
+                ``narrow_out``; in half precision the others are float32.
+            narrow_in: Bit ``k`` is set if input stream ``k`` has the parameters' dtype.
+            narrow_out: The same for output streams.
+            sizes: Entries of each tensor.
+            inputs: Addresses, stream by stream; 0 reads as zeros.
+            outputs: Addresses, stream by stream; what is written to 0 is dropped.
+            numbers: Rows of the kernel's numbers.
+            rows: The row of each tensor; ``None``: the only one.
+            width: The length of a row.
+        """
+        arrays = [array("q", values) for values in (sizes, inputs, outputs, rows or ())]
+        values = array("d", numbers)
+        addresses = [a.buffer_info()[0] for a in arrays]
+        call = _Call(
+            kernel,
+            dtype,
+            narrow_in,
+            narrow_out,
+            len(arrays[0]),
+            width,
+            torch.get_num_threads(),
+            addresses[0],
+            addresses[3] if rows is not None else None,
+            addresses[1],
+            addresses[2],
+            values.buffer_info()[0],
+            0,
+        )
+        code = self._run(ctypes.byref(call))
+        if code != 0:
+            raise RuntimeError(f"The fused engine refused a call (code {code}); please report it.")
+
+
+@functools.cache
+def load() -> Library | Unavailable:
+    """Return the library, or why there is none."""
+    try:
+        return Library(LIBRARY)
+    except Unavailable as error:
+        return error
+
+
+def library() -> Library:
+    """Return the library.
+
+    Raises:
+        Unavailable: If there is none.
+    """
+    loaded = load()
+    if isinstance(loaded, Unavailable):
+        raise loaded
+    return loaded
+
+
+def _check_file(path: Path) -> None:
+    """Look at the file before any of its code can run: loading a broken one may crash."""
+    if not path.exists():
+        raise Unavailable(f"torchopt was installed without its C library; {REINSTALL}")
+    try:
+        facts = json.loads(Path(f"{path}.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"{path.name}.json cannot be read ({error}); {REINSTALL}") from error
+    if facts["machine"] != platform.machine() or facts["system"] != platform.system():
+        raise Unavailable(
+            f"{path.name} was built for {facts['system']} on {facts['machine']}, this is "
+            f"{platform.system()} on {platform.machine()}; {REINSTALL}"
+        )
+    if hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
+        raise Unavailable(f"{path.name} is damaged (its checksum differs); {REINSTALL}")
+
+
+def _check_symbols(loaded: Any, path: Path) -> None:
+    """Read the constants that say what the library is; no code of it has run yet."""
+    try:
+        abi = ctypes.c_int64.in_dll(loaded, "torchopt_abi").value
+        start = ctypes.c_char.in_dll(loaded, "torchopt_compiled_for")
+        compiled_for = ctypes.string_at(ctypes.addressof(start)).decode()
+    except ValueError as error:
+        raise Unavailable(f"{path.name} is no library of torchopt's; {REINSTALL}") from error
+    if abi != ABI:
+        raise Unavailable(f"{path.name} has interface {abi} instead of {ABI}; {REINSTALL}")
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    here = torch.backends.cpu.get_cpu_capability()
+    if compiled_for != "DEFAULT" and (
+        here not in order or order.index(here) < order.index(compiled_for)
+    ):
+        raise Unavailable(
+            f"{path.name} was compiled for {compiled_for}, this processor has {here}; {REINSTALL} "
+            "without flags such as -march=native"
+        )

@@ -1,0 +1,204 @@
+"""The kernels of a run of transformations: its rules traced one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torchopt.kernels.derivative import derive
+from torchopt.kernels.graph import (
+    Kernel,
+    Node,
+    Number,
+    constant,
+    input_node,
+    make_kernel,
+    number_node,
+    substitute,
+    topological,
+)
+from torchopt.kernels.tracing import Guards, SymbolicNumber, SymbolicTensor, Untraceable
+
+
+#: The streams that every run has: the gradient comes in as ``g``, the parameter as ``p``, and
+#: slot number ``k`` as ``s<k>``. What goes out as ``u`` is the update, or the new parameter.
+GRADIENT, PARAMETER, UPDATE = "g", "p", "u"
+
+
+def slot_stream(position: int) -> str:
+    """Return the name of the stream of a slot."""
+    return f"s{position}"
+
+
+@dataclasses.dataclass
+class Program:
+    """What one run computes for one parameter, as long as its guards hold.
+
+    Attributes:
+        kernels: ``"update"``, ``"apply"``, ``"backward_update"`` and ``"backward_apply"``.
+        guards: Conditions on the numbers, as a tuple of truth values and the function giving them.
+        numbers: For each kernel, the function that gives its numbers.
+        identity: Output stream -> input stream, for outputs that are inputs unchanged.
+        passes: For each backward kernel, streams whose derivative is one incoming stream unchanged.
+        zero: For each backward kernel, input streams that nothing depends on.
+    """
+
+    kernels: dict[str, Kernel]
+    guards: Callable[[Sequence[float], float], tuple[bool, ...]]
+    outcome: tuple[bool, ...]
+    numbers: dict[str, Callable[[Sequence[float], float], tuple[float, ...]]]
+    identity: dict[str, str]
+    passes: dict[str, dict[str, str]]
+    zero: dict[str, list[str]]
+
+    def holds(self, values: Sequence[float], step: float) -> bool:
+        """Whether the guards hold for these numbers."""
+        return self.guards(values, step) == self.outcome
+
+
+def build(
+    parts: Sequence[Any],
+    rows: Sequence[dict[str, Any]],
+    step: float,
+    present: Sequence[bool],
+    has_params: bool,
+) -> Program:
+    """Trace a run.
+
+    Args:
+        parts: Elementwise transformations.
+        rows: The hyperparameters of each part: numbers and flags.
+        step: The step count.
+        present: For each slot of the run, whether it is a tensor (else ``None``).
+        has_params: Whether the parameter is known.
+
+    Raises:
+        Untraceable: If a rule does something that has no pointwise graph.
+    """
+    outputs, guards = _trace(parts, rows, step, present, has_params, stretch=1.0)
+    again, guards_again = _trace(parts, rows, step, present, has_params, stretch=1.25)
+    # A number that the symbols lost sight of (math.sqrt, int()) would differ between the two.
+    if outputs != again or guards != guards_again:
+        raise Untraceable("it computes with its numbers in a way that cannot be followed")
+    outputs = _with_sign(outputs)
+    identity = {s: n.args[0] for s, n in outputs.items() if n.op == "input" and s != UPDATE}
+    computed = {s: n for s, n in outputs.items() if s not in identity}
+    applied = {**computed, UPDATE: Node("add", (input_node(PARAMETER), computed[UPDATE]))}
+    kernels = {"update": make_kernel(computed), "apply": make_kernel(applied)}
+    passes, zero = {}, {}
+    for mode, graph in (("update", computed), ("apply", applied)):
+        bars = derive(graph)
+        passed = {s: n.args[0] for s, n in bars.items() if n.op == "input"}
+        name = f"backward_{mode}"
+        kernels[name] = make_kernel(
+            {s: n for s, n in bars.items() if s not in passed and n.op != "number"}
+        )
+        passes[name] = passed
+        zero[name] = [s for s, n in bars.items() if n.op == "number"]
+    return Program(
+        kernels,
+        _compile(source for source, _ in guards),
+        tuple(outcome for _, outcome in guards),
+        {name: _compile(kernel.numbers) for name, kernel in kernels.items()},
+        identity,
+        passes,
+        zero,
+    )
+
+
+def flat_values(rows: Sequence[dict[str, Any]]) -> list[float] | None:
+    """Return the numbers of all parts in a fixed order; ``None`` if one is no plain number."""
+    values: list[float] = []
+    for row in rows:
+        for value in row.values():
+            for number in value if type(value) is tuple else (value,):
+                if type(number) is float or type(number) is int:
+                    values.append(number)
+                elif type(number) is not bool:
+                    return None
+    return values
+
+
+def flags_of(rows: Sequence[dict[str, Any]]) -> tuple[bool, ...]:
+    """Return the flags of all parts in a fixed order."""
+    return tuple(value for row in rows for value in row.values() if type(value) is bool)
+
+
+def _symbolic_rows(rows: Sequence[dict[str, Any]], stretch: float) -> list[dict[str, Any]]:
+    position = 0
+
+    def symbol(number: Any) -> Any:
+        nonlocal position
+        if isinstance(number, bool):
+            return number
+        position += 1
+        value = float(number)
+        value = 1 - (1 - value) / stretch if 0 < value < 1 else value * stretch
+        return SymbolicNumber(value, f"h[{position - 1}]")
+
+    return [
+        {
+            name: tuple(map(symbol, value)) if isinstance(value, tuple) else symbol(value)
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+
+
+def _trace(
+    parts: Sequence[Any],
+    rows: Sequence[dict[str, Any]],
+    step: float,
+    present: Sequence[bool],
+    has_params: bool,
+    stretch: float,
+) -> tuple[dict[str, Node], Guards]:
+    u: Any = SymbolicTensor(input_node(GRADIENT))
+    p = SymbolicTensor(input_node(PARAMETER)) if has_params else None
+    t = SymbolicNumber(step if step == 1 else step * stretch, "t")
+    outputs: dict[str, Node] = {}
+    position = 0
+    with torch.no_grad(), Guards() as guards:
+        for part, row in zip(parts, _symbolic_rows(rows, stretch)):
+            streams = [slot_stream(position + k) for k in range(len(part.slot_names()))]
+            slots = tuple(
+                SymbolicTensor(input_node(s)) if present[position + k] else None
+                for k, s in enumerate(streams)
+            )
+            u, new = part.rule(u, p, t, slots, **row)
+            for stream, value in zip(streams, new):
+                if value is not None:
+                    outputs[stream] = _node_of(value)
+            position += len(streams)
+    return {UPDATE: _node_of(u), **outputs}, guards
+
+
+def _node_of(value: Any) -> Node:
+    if not isinstance(value, SymbolicTensor):
+        raise Untraceable(f"it returns a {type(value).__name__}")
+    return value.node
+
+
+def _with_sign(outputs: dict[str, Node]) -> dict[str, Node]:
+    """Read the gradient times a number that is 1 or, to maximize, -1: one kernel for both."""
+    g = input_node(GRADIENT)
+    nodes = topological(outputs.values())
+    users = [node for node in nodes if g in node.args]
+    flipped = bool(users) and all(node.op == "neg" for node in users) and g not in outputs.values()
+    sign = number_node(Number("-1.0" if flipped else "1.0"))
+    signed = Node("mul", (g, sign))
+    target = Node("neg", (g,)) if flipped else g
+    replaced = substitute(list(outputs.values()), lambda node: signed if node == target else None)
+    return dict(zip(outputs, replaced))
+
+
+def _compile(sources: Any) -> Callable[[Sequence[float], float], Any]:
+    """Return a function of the hyperparameters and the step count that gives all expressions."""
+    body = "".join(f"{source}, " for source in sources)
+    return eval(f"lambda h, t: ({body})")  # sources are made by SymbolicNumber, of numbers only
+
+
+__all__ = ["Program", "build", "constant", "flags_of", "flat_values", "slot_stream"]

@@ -1,0 +1,310 @@
+"""Run rules on symbols instead of tensors, to learn the pointwise graph they compute."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torchopt.kernels.graph import ZERO, Node, Number, constant, number_node
+
+
+class Untraceable(Exception):
+    """A rule does something that has no pointwise graph; the message says what."""
+
+
+class Guards(list):
+    """The comparisons of numbers that a rule has made: expressions, with their outcome."""
+
+    active: Guards | None = None
+
+    def __enter__(self) -> Guards:
+        Guards.active = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Guards.active = None
+
+
+class SymbolicNumber(float):
+    """A number that knows how it was computed from hyperparameters and the step count.
+
+    It is a ``float``, so that rules may ask for that; every comparison is remembered as a guard:
+    the graph holds for all numbers for which the comparisons come out the same.
+    """
+
+    source: str
+
+    def __new__(cls, value: float, source: str) -> SymbolicNumber:
+        number = super().__new__(cls, value)
+        number.source = source
+        return number
+
+    def __hash__(self) -> int:
+        return hash((float(self), self.source))
+
+    def _binary(self, other: Any, symbol: str, swap: bool = False) -> Any:
+        if isinstance(other, SymbolicTensor) or not isinstance(other, (int, float)):
+            return NotImplemented
+        left, right = (other, self) if swap else (self, other)
+        value = _BINARY[symbol](float(left), float(right))
+        return SymbolicNumber(value, f"({source_of(left)} {symbol} {source_of(right)})")
+
+    def __add__(self, other: Any) -> Any:
+        return self._binary(other, "+")
+
+    def __radd__(self, other: Any) -> Any:
+        return self._binary(other, "+", swap=True)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._binary(other, "-")
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._binary(other, "-", swap=True)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._binary(other, "*")
+
+    def __rmul__(self, other: Any) -> Any:
+        return self._binary(other, "*", swap=True)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._binary(other, "/")
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self._binary(other, "/", swap=True)
+
+    def __pow__(self, other: Any, modulo: None = None) -> Any:
+        return self._binary(other, "**")
+
+    def __rpow__(self, other: Any, modulo: None = None) -> Any:
+        return self._binary(other, "**", swap=True)
+
+    def __neg__(self) -> SymbolicNumber:
+        return SymbolicNumber(-float(self), f"(-{self.source})")
+
+    def _compare(self, other: Any, symbol: str) -> bool:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        outcome = _COMPARE[symbol](float(self), float(other))
+        if Guards.active is not None:
+            Guards.active.append((f"{self.source} {symbol} {source_of(other)}", outcome))
+        return outcome
+
+    def __eq__(self, other: object) -> bool:
+        return self._compare(other, "==")
+
+    def __ne__(self, other: object) -> bool:
+        return self._compare(other, "!=")
+
+    def __lt__(self, other: Any) -> bool:
+        return self._compare(other, "<")
+
+    def __le__(self, other: Any) -> bool:
+        return self._compare(other, "<=")
+
+    def __gt__(self, other: Any) -> bool:
+        return self._compare(other, ">")
+
+    def __ge__(self, other: Any) -> bool:
+        return self._compare(other, ">=")
+
+    def __bool__(self) -> bool:
+        return self._compare(0.0, "!=")
+
+
+_BINARY: dict[str, Callable[[float, float], float]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "**": operator.pow,
+}
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+def source_of(number: Any) -> str:
+    """Return the expression of a number."""
+    return number.source if isinstance(number, SymbolicNumber) else repr(float(number))
+
+
+class SymbolicTensor:
+    """Stands for a tensor in a rule; its operations build a graph.
+
+    Torch functions arrive in :meth:`__torch_function__`; methods and operators are looked up by
+    name in the same table.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", str(function))
+        return _call(name, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FUNCTIONS:
+            return lambda *args, **kwargs: _call(name, (self, *args), kwargs)
+        raise Untraceable(f"it reads {name!r} of a tensor")
+
+    def __bool__(self) -> bool:
+        raise Untraceable("it branches on the entries of a tensor")
+
+    def __iter__(self) -> Any:
+        raise Untraceable("it iterates over a tensor")
+
+    def __hash__(self) -> int:
+        return hash(self.node)
+
+
+def _call(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if name not in FUNCTIONS:
+        raise Untraceable(f"it calls {name!r}, which has no pointwise form here")
+    try:
+        return SymbolicTensor(FUNCTIONS[name](*map(_operand, args), **kwargs))
+    except TypeError as error:
+        raise Untraceable(f"it calls {name!r} in an unknown way ({error})") from error
+
+
+def _operand(value: Any) -> Node:
+    if isinstance(value, SymbolicTensor):
+        return value.node
+    if isinstance(value, (int, float)):
+        return number_node(Number(source_of(value)))
+    raise Untraceable(f"it computes with a {type(value).__name__}")
+
+
+def _node(op: str) -> Callable[..., Node]:
+    return lambda *args: Node(op, args)
+
+
+def _swapped(op: str) -> Callable[..., Node]:
+    return lambda a, b: Node(op, (b, a))
+
+
+def _scaled(op: str) -> Callable[..., Node]:
+    def add(a: Node, b: Node, *, alpha: Any = 1) -> Node:
+        return Node(op, (a, b if _is_one(alpha) else Node("mul", (b, _operand(alpha)))))
+
+    return add
+
+
+def _is_one(value: Any) -> bool:
+    return not isinstance(value, SymbolicNumber) and value == 1
+
+
+def _lerp(start: Node, end: Node, weight: Node) -> Node:
+    # convex form: exact at both ends, whatever the weight
+    rest = number_node(Number(f"(1.0 - {weight.args[0].source})"))
+    if weight.op != "number":
+        raise Untraceable("it calls 'lerp' with a tensor as weight")
+    return Node("add", (Node("mul", (start, rest)), Node("mul", (end, weight))))
+
+
+def _addcmul(a: Node, b: Node, c: Node, *, value: Any = 1) -> Node:
+    product = b if _is_one(value) else Node("mul", (b, _operand(value)))
+    return Node("add", (a, Node("mul", (product, c))))
+
+
+def _addcdiv(a: Node, b: Node, c: Node, *, value: Any = 1) -> Node:
+    quotient = Node("div", (b, c))
+    return Node(
+        "add", (a, quotient if _is_one(value) else Node("mul", (quotient, _operand(value))))
+    )
+
+
+def _power(a: Node, exponent: Node) -> Node:
+    known = {"2.0": _square(a), "0.5": Node("sqrt", (a,)), "1.0": a}
+    known["-0.5"] = Node("reciprocal", (known["0.5"],))
+    source = exponent.args[0].source if exponent.op == "number" else None
+    if source not in known:
+        raise Untraceable("it raises a tensor to a power other than 2, 1, 1/2 and -1/2")
+    return known[source]
+
+
+def _square(a: Node) -> Node:
+    return Node("mul", (a, a))
+
+
+def _clamp(a: Node, low: Any = None, high: Any = None, **kwargs: Any) -> Node:
+    low, high = kwargs.pop("min", low), kwargs.pop("max", high)
+    if kwargs:
+        raise TypeError(f"unexpected {list(kwargs)}")
+    if low is not None:
+        low = low if isinstance(low, Node) else _operand(low)
+        a = Node("where", (Node("less", (a, low)), low, a))
+    if high is not None:
+        high = high if isinstance(high, Node) else _operand(high)
+        a = Node("where", (Node("less", (high, a)), high, a))
+    return a
+
+
+def _filled(value: float) -> Callable[..., Node]:
+    return lambda _: constant(value)
+
+
+#: Name of a torch function, method or operator -> the graph it builds.
+FUNCTIONS: dict[str, Callable[..., Node]] = {
+    "add": _scaled("add"),
+    "sub": _scaled("sub"),
+    "subtract": _scaled("sub"),
+    "mul": _node("mul"),
+    "multiply": _node("mul"),
+    "div": _node("div"),
+    "divide": _node("div"),
+    "true_divide": _node("div"),
+    "neg": _node("neg"),
+    "sqrt": _node("sqrt"),
+    "rsqrt": lambda a: Node("reciprocal", (Node("sqrt", (a,)),)),
+    "reciprocal": _node("reciprocal"),
+    "abs": _node("abs"),
+    "sign": _node("sign"),
+    "square": _square,
+    "pow": _power,
+    "maximum": _node("maximum"),
+    "minimum": _node("minimum"),
+    "clamp": _clamp,
+    "relu": lambda a: Node("maximum", (a, ZERO)),
+    "where": _node("where"),
+    "lerp": _lerp,
+    "addcmul": _addcmul,
+    "addcdiv": _addcdiv,
+    "clone": lambda a: a,
+    "zeros_like": _filled(0.0),
+    "ones_like": _filled(1.0),
+    "full_like": lambda _, value: value,
+    "lt": _node("less"),
+    "gt": _swapped("less"),
+    "le": _node("less_equal"),
+    "ge": _swapped("less_equal"),
+    "eq": _node("equal"),
+    "ne": _node("not_equal"),
+}
+
+_REFLECTED = ("add", "sub", "mul", "truediv", "pow")
+_OPERATORS = (*_REFLECTED, "neg", "abs", "lt", "gt", "le", "ge", "eq", "ne")
+
+
+def _operator(name: str, swap: bool = False) -> Callable[..., Any]:
+    function = "div" if name == "truediv" else name
+
+    def apply(self: SymbolicTensor, *others: Any) -> Any:
+        return _call(function, (*others, self) if swap else (self, *others), {})
+
+    return apply
+
+
+for _name in _OPERATORS:
+    setattr(SymbolicTensor, f"__{_name}__", _operator(_name))
+for _name in _REFLECTED:
+    setattr(SymbolicTensor, f"__r{_name}__", _operator(_name, swap=True))
