@@ -1,7 +1,7 @@
 """Install what the benchmarks compare with: ``python -m benchmarks.install_peers``.
 
-Each peer gets a virtual environment of its own under ``.venvs/`` (about 1 GB each, for torch), so
-that neither its dependencies nor its version of ``torchopt`` meet ours.
+Each peer gets a virtual environment of its own under ``.venvs/`` (up to 1 GB each), so that neither
+its dependencies nor its version of ``torchopt`` meet ours.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".venvs"
 
-#: Environment -> what pip installs there, beside torch. NumPy spares a warning of torch's.
+#: Environment -> what pip installs there. All sides take their numbers from NumPy, and those that
+#: use torch run on the version that we run on.
+TORCH = "torch"
 PEERS = {
-    "higher": ["higher==0.2.1", "numpy"],
-    "torchopt073": ["torchopt==0.7.3", "numpy"],
+    "higher": ["higher==0.2.1", "numpy", TORCH],
+    "torchopt073": ["torchopt==0.7.3", "numpy", TORCH],
+    "jax": ["jax[cpu]==0.10.2", "optax==0.2.8", "numpy"],
 }
 
 
@@ -28,12 +31,6 @@ def python_of(name: str) -> Path:
     """Return the interpreter of a peer's environment, which need not exist."""
     folder = ENVIRONMENTS / name
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
-def torch_requirement() -> str:
-    """Return the line of ``constraints.txt`` that pins torch: both sides run on the same one."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return next(line.strip() for line in lines if line.startswith("torch=="))
 
 
 def install(name: str, again: bool = False) -> None:
@@ -46,7 +43,7 @@ def install(name: str, again: bool = False) -> None:
     venv.create(python.parent.parent, with_pip=True, clear=again)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     constraints = ["--constraint", str(ROOT / "constraints.txt")]
-    subprocess.run([*pip, *constraints, torch_requirement(), *PEERS[name]], check=True)
+    subprocess.run([*pip, *constraints, *PEERS[name]], check=True)
 
 
 def main() -> int:

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
+#: A load average from which on other work disturbs.
+BUSY = 0.5
+
+
 def facts() -> dict[str, Any]:
     """Return processor, cores, load and date."""
     return {
@@ -19,6 +23,18 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def busy(found: dict[str, Any]) -> str:
+    """Return a warning if the machine had other work before the measurement, or nothing.
+
+    Threads of OpenMP spin while they wait for one that has lost its core: a step of
+    ``torch.optim.Adam(fused=True)`` over small tensors then takes 100 times as long.
+    """
+    load = found["load_average"][0]
+    if load < BUSY:
+        return ""
+    return f"The machine was busy before (load {load}): ratios on several threads may be far off."
 
 
 def cpu_model() -> str:

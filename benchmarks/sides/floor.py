@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.problems import INNER_STEPS, Problem
+from benchmarks.meta_step import Problem
+from benchmarks.sides.torch_problem import Task, in_torch
 
 
 def version() -> str:
@@ -19,26 +20,27 @@ def version() -> str:
     return f"torch {torch.__version__}"
 
 
-def prepare(problem: Problem) -> Callable[[], list[Tensor]]:
+def meta_step(problem: Problem) -> Callable[[], list[Tensor]]:
     """Return a function that computes one meta-gradient."""
-    net, loss = problem.network, problem.loss
+    built = in_torch(problem)
+    net, loss = built.network, built.loss
     initial = dict(net.named_parameters())
     names = list(initial)
 
-    def adapt_and_judge(task: object) -> Tensor:
+    def adapt_and_judge(task: Task) -> Tensor:
         weights = list(initial.values())
-        for _ in range(INNER_STEPS):
+        for _ in range(built.steps):
             fast = dict(zip(names, weights))
             value = loss(torch.func.functional_call(net, fast, task.support_x), task.support_y)
             grads = torch.autograd.grad(value, weights, create_graph=True)
-            weights = torch._foreach_add(weights, grads, alpha=-problem.adam.lr)
+            weights = torch._foreach_add(weights, grads, alpha=-built.adam.lr)
         fast = dict(zip(names, weights))
         return loss(torch.func.functional_call(net, fast, task.query_x), task.query_y)
 
-    def meta_step() -> list[Tensor]:
+    def work() -> list[Tensor]:
         net.zero_grad()
-        for task in problem.tasks:
+        for task in built.tasks:
             adapt_and_judge(task).backward()
         return [p.grad for p in initial.values()]
 
-    return meta_step
+    return work

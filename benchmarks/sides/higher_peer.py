@@ -9,29 +9,35 @@ import higher
 import torch
 from torch import Tensor
 
-from benchmarks.problems import INNER_STEPS, Problem
+from benchmarks.meta_step import Problem
+from benchmarks.sides.torch_problem import in_torch
 
 
 def version() -> str:
     """Return the version of what is measured."""
-    return f"higher {installed_version('higher')}"
+    return f"higher {installed_version('higher')}, torch {torch.__version__}"
 
 
-def prepare(problem: Problem) -> Callable[[], list[Tensor]]:
+def meta_step(problem: Problem) -> Callable[[], list[Tensor]]:
     """Return a function that computes one meta-gradient."""
-    net, loss, adam = problem.network, problem.loss, problem.adam
+    built = in_torch(problem)
+    net, loss, adam = built.network, built.loss, built.adam
     initial = list(net.parameters())
     optimizer = torch.optim.Adam(initial, adam.lr, betas=adam.betas, eps=adam.eps)
 
-    def meta_step() -> list[Tensor]:
+    def work() -> list[Tensor]:
         net.zero_grad()
-        for task in problem.tasks:
+        for task in built.tasks:
             with higher.innerloop_ctx(
                 net, optimizer, copy_initial_weights=False, track_higher_grads=True
             ) as (fast_net, inner):
-                for _ in range(INNER_STEPS):
+                for _ in range(built.steps):
                     inner.step(loss(fast_net(task.support_x), task.support_y))
                 loss(fast_net(task.query_x), task.query_y).backward()
         return [p.grad for p in initial]
 
-    return meta_step
+    return work
+
+
+#: It has no functional face, so its tasks come one after the other here too.
+vmap_step = meta_step

@@ -1,35 +1,148 @@
-"""This library: ``MetaAdam`` inside ``torchopt.inner_loop``, without fused kernels."""
+"""This library, with fused kernels where there are any."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 import torchopt
-from benchmarks.problems import INNER_STEPS, Problem
+from benchmarks import adam_step as adam_workload
+from benchmarks import meta_step as meta_workload
+from benchmarks import update_alone as update_workload
+from benchmarks.sides.import_cost import import_milliseconds
+from benchmarks.sides.kept_bytes import kept_bytes
+from benchmarks.sides.torch_problem import in_torch, tensors
 
 
 def version() -> str:
     """Return the version of what is measured."""
-    return f"torchopt {torchopt.__version__}"
+    return f"torchopt {torchopt.__version__}, torch {torch.__version__}"
 
 
-def prepare(problem: Problem) -> Callable[[], list[Tensor]]:
-    """Return a function that computes one meta-gradient."""
-    net, loss, adam = problem.network, problem.loss, problem.adam
+def _numbers(adam: Any, accelerated: bool | None) -> dict[str, Any]:
+    return {
+        "lr": adam.lr,
+        "betas": adam.betas,
+        "eps": adam.eps,
+        "use_accelerated_op": accelerated,
+    }
+
+
+def meta_step(
+    problem: meta_workload.Problem, accelerated: bool | None = None
+) -> Callable[[], list[Tensor]]:
+    """Return a function that computes one meta-gradient, by ``MetaAdam`` in an ``inner_loop``."""
+    built = in_torch(problem)
+    net, loss = built.network, built.loss
     initial = list(net.parameters())
-    optimizer = torchopt.MetaAdam(
-        net, adam.lr, betas=adam.betas, eps=adam.eps, use_accelerated_op=False
-    )
+    optimizer = torchopt.MetaAdam(net, **_numbers(problem.adam, accelerated))
 
-    def meta_step() -> list[Tensor]:
+    def work() -> list[Tensor]:
         net.zero_grad()
-        for task in problem.tasks:
+        for task in built.tasks:
             with torchopt.inner_loop(net, optimizer) as inner:
-                for _ in range(INNER_STEPS):
+                for _ in range(built.steps):
                     inner.step(loss(net(task.support_x), task.support_y))
                 loss(net(task.query_x), task.query_y).backward()
         return [p.grad for p in initial]
 
-    return meta_step
+    return work
+
+
+def vmap_step(
+    problem: meta_workload.Problem, accelerated: bool | None = None
+) -> Callable[[], list[Tensor]]:
+    """Return a function that computes the meta-gradient of all tasks in one batch."""
+    built = in_torch(problem)
+    net, loss, samples = built.network, built.loss, built.samples
+    initial = {name: p.detach() for name, p in net.named_parameters()}
+    tx = torchopt.adam(**_numbers(problem.adam, accelerated))
+
+    def loss_of(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(torch.func.functional_call(net, params, (x,)), y)
+
+    def outer_loss(params: dict[str, Tensor], *task: Tensor) -> Tensor:
+        state = tx.init(params)
+        for _ in range(built.steps):
+            grads = torch.func.grad(loss_of)(params, *task[:2])
+            updates, state = tx.update(grads, state, params, inplace=False)
+            params = torchopt.apply_updates(params, updates, inplace=False)
+        return loss_of(params, *task[2:])
+
+    of_each_task = torch.func.vmap(torch.func.grad(outer_loss), in_dims=(None, 0, 0, 0, 0))
+
+    def work() -> list[Tensor]:
+        grads = of_each_task(
+            initial, samples.support_x, samples.support_y, samples.query_x, samples.query_y
+        )
+        return [g.sum(0) for g in grads.values()]
+
+    return work
+
+
+def _update(
+    problem: update_workload.Problem, accelerated: bool | None
+) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+    """Return the inputs of a differentiable update, and a function from them to its outputs."""
+    columns = (problem.grads, problem.params, problem.first_moments, problem.second_moments)
+    grads, params, first, second = (tensors(c, requires_grad=True) for c in columns)
+    tx = torchopt.adam(**_numbers(problem.adam, accelerated))
+    state = torchopt.OptState(problem.step, {"exp_avg": first, "exp_avg_sq": second})
+
+    def update() -> list[Tensor]:
+        updates, new = tx.update(grads, state, params, inplace=False)
+        new_params = torchopt.apply_updates(params, updates, inplace=False)
+        return [*new_params, *new.slots["exp_avg"], *new.slots["exp_avg_sq"]]
+
+    return [*grads, *params, *first, *second], update
+
+
+def update_alone(
+    problem: update_workload.Problem, accelerated: bool | None = None
+) -> Callable[[], list[Tensor]]:
+    """Return a function that updates and differentiates a linear function of the outputs."""
+    inputs, update = _update(problem, accelerated)
+    coefficients = [c for column in problem.coefficients for c in tensors(column)]
+
+    def work() -> list[Tensor]:
+        return list(torch.autograd.grad(update(), inputs, coefficients))
+
+    return work
+
+
+def memory(
+    problem: update_workload.Problem, accelerated: bool | None = None
+) -> Callable[[], dict[str, list[float]]]:
+    """Return a function that measures what an update keeps beyond its inputs and outputs."""
+    inputs, update = _update(problem, accelerated)
+    return lambda: kept_bytes(inputs, update)
+
+
+def adam_step(
+    problem: adam_workload.Problem, accelerated: bool | None = None
+) -> Callable[[], list[Tensor]]:
+    """Return a function that takes one step in place."""
+    params = tensors(problem.params, problem.device, requires_grad=True)
+    for param, grad in zip(params, tensors(problem.grads, problem.device)):
+        param.grad = grad
+    optimizer = torchopt.Adam(params, **_numbers(problem.adam, accelerated))
+
+    def work() -> list[Tensor]:
+        optimizer.step()
+        return params
+
+    return work
+
+
+def import_time(processes: int) -> Callable[[], dict[str, list[float]]]:
+    """Return a function that times ``import torchopt`` in fresh processes."""
+
+    def work() -> dict[str, list[float]]:
+        return {
+            "milliseconds": [import_milliseconds("torchopt", "torch") for _ in range(processes)]
+        }
+
+    return work

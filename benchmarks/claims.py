@@ -1,0 +1,14 @@
+"""All rows of the table, in its order."""
+
+from __future__ import annotations
+
+from benchmarks import adam_step, gpu, import_time, memory, meta_step, update_alone, vmap_step
+
+
+ROWS = [
+    row
+    for workload in (meta_step, vmap_step, update_alone, adam_step, memory, gpu, import_time)
+    for row in workload.ROWS
+]
+#: What ``--only`` takes.
+KEYS = list(dict.fromkeys(row.key for row in ROWS))
