@@ -202,6 +202,8 @@ def advance(tx: Any, call: Call, apply: bool = False) -> tuple[list[Any], dict[s
 
 #: The fused engine (torchopt.kernels.fused), once it is loaded; the mathematics does without.
 accelerator: Any = None
+#: What steps in place (torchopt.kernels.inplace.Stepper), once it is loaded.
+in_place_stepper: Any = None
 
 
 def accelerates(plan: Plan) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import hyper
+from torchopt import engine, hyper
 from torchopt.engine import Call, advance, initialise
 from torchopt.optim_state import checked_groups, checked_slots, step_to_tensor, unexpected
 from torchopt.recipe import signature_of_recipe
@@ -56,6 +56,7 @@ class Optimizer(torch.optim.Optimizer):
     counts_steps: ClassVar[bool] = False
 
     transformation: GradientTransformation
+    _stepper: Any = None
 
     def __init__(self, params: Any, tx: GradientTransformation) -> None:
         check_transformation(tx, type(self).__name__)
@@ -93,7 +94,8 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
-        if all(g is None for g in grads):
+        types = set(map(type, grads))
+        if types <= {type(None)} or (type(None) not in types and self._step_in_place(grads)):
             return loss
         call = self._call(params, grads)
         updates, slots = advance(self.transformation, call)
@@ -109,6 +111,25 @@ class Optimizer(torch.optim.Optimizer):
                     state[name] = column[index]
             p.add_(u)
         return loss
+
+    def _step_in_place(self, grads: list[Tensor]) -> bool:
+        """Let a fused kernel overwrite parameters and slots; return whether one could."""
+        if not engine.accelerates(self.transformation.plan):
+            return False
+        if self._stepper is None:
+            self._stepper = engine.in_place_stepper()
+        return self._stepper.step(self, grads)
+
+    def _plain_row(self, group: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the hyperparameters of a group if all are plain numbers."""
+        row = {}
+        for name in self.transformation.hyper_specs():
+            value = group.get(name)
+            for number in value if type(value) is tuple else (value,):
+                if type(number) not in (float, int, bool):
+                    return None
+            row[name] = value
+        return row
 
     def _call(self, params: list[Tensor], grads: list[Any]) -> Call:
         names = _parameter_names(self.param_groups)

@@ -48,9 +48,7 @@ class GradientTransformation:
     """
 
     #: Fused kernels: ``None`` where they are available, ``True`` required, ``False`` never.
-    use_accelerated_op: bool | None = dataclasses.field(
-        default=None, kw_only=True, compare=False
-    )
+    use_accelerated_op: bool | None = dataclasses.field(default=None, kw_only=True, compare=False)
 
     #: The declared hyperparameters, by field name; set by :func:`transformation`.
     declared: ClassVar[dict[str, hyper.HyperSpec]] = {}

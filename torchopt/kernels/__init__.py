@@ -2,7 +2,9 @@
 
 from torchopt import engine as _engine
 from torchopt.kernels import fused as _fused
+from torchopt.kernels import inplace as _inplace
 from torchopt.kernels.explain import why as why
 
 
 _engine.accelerator = _fused
+_engine.in_place_stepper = _inplace.Stepper

@@ -271,7 +271,7 @@ def _assignment(
     kernel = program.kernels[mode]
     present = tuple(column[positions[0]] is not None for column in slots)
     rules = Rules(
-        run.parts, rows, steps, present, mode == "apply", kernel.inputs, list(kernel.outputs)
+        run.parts, rows, steps, present, mode == "apply", kernel.inputs, kernel.output_streams
     )
     group = Group(
         program, mode, len(positions), which if len(distinct) > 1 else None, numbers, rules
@@ -294,7 +294,7 @@ def _compute(
         sources = {"g": leaves.g, "p": leaves.p}
         sources.update({slot_stream(k): columns[name] for k, name in enumerate(run.slots)})
         outputs = call(group, [sources[s][k] for s in streams for k in positions])
-        for stream, column in group.columns(list(group.kernel.outputs), outputs).items():
+        for stream, column in group.columns(group.kernel.output_streams, outputs).items():
             target = results if stream == UPDATE else new[run.slots[int(stream[1:])]]
             for k, value in zip(positions, column):
                 target[k] = value

@@ -7,6 +7,7 @@ evaluated once per call, outside of the loop over entries.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Union
@@ -107,29 +108,32 @@ def substitute(outputs: Sequence[Node], replace: Callable[[Node], Node | None]) 
     return [rebuilt[output] for output in outputs]
 
 
-class Kernel(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
     """A graph ready to be generated: named outputs, and its numbers in a fixed order.
 
     Attributes:
         outputs: Stream -> node, in order.
         numbers: The expressions of the numbers, in the order in which the kernel takes them.
         text: The graph as text: two kernels with the same text compute the same.
+        name: A name made of the text, under which a backend keeps the kernel.
+        inputs: The input streams that are read, in order.
+        output_streams: The keys of ``outputs``.
     """
 
     outputs: dict[str, Node]
     numbers: tuple[str, ...]
     text: str
+    name: str = dataclasses.field(init=False)
+    inputs: list[str] = dataclasses.field(init=False)
+    output_streams: list[str] = dataclasses.field(init=False)
 
-    @property
-    def name(self) -> str:
-        """A name made of the text, under which a backend keeps the kernel."""
-        return f"k{hashlib.sha1(self.text.encode()).hexdigest()[:16]}"
-
-    @property
-    def inputs(self) -> list[str]:
-        """The input streams that are read."""
+    def __post_init__(self) -> None:
         nodes = topological(self.outputs.values())
-        return [node.args[0] for node in nodes if node.op == "input"]
+        digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        object.__setattr__(self, "name", f"k{digest[:16]}")
+        object.__setattr__(self, "inputs", [n.args[0] for n in nodes if n.op == "input"])
+        object.__setattr__(self, "output_streams", list(self.outputs))
 
 
 def make_kernel(outputs: Mapping[str, Node]) -> Kernel:

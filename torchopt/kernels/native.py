@@ -130,9 +130,83 @@ class Library:
             values.buffer_info()[0],
             0,
         )
-        code = self._run(ctypes.byref(call))
+        self.run_call(ctypes.byref(call))
+
+    def run_call(self, call: Any) -> None:
+        """Make a call."""
+        code = self._run(call)
         if code != 0:
             raise RuntimeError(f"The fused engine refused a call (code {code}); please report it.")
+
+
+class InPlaceCall:
+    """A call that is made again and again over the same parameters and slots.
+
+    Args:
+        kernel: What :meth:`Library.find` returned.
+        dtype: A value of :data:`DTYPES`.
+        narrow_in: For each input stream, whether it has the parameters' dtype.
+        narrow_out: The same for output streams.
+        sizes: Entries of each tensor.
+        inputs: Addresses by stream; ``None`` for the gradients, which each call gives.
+        outputs: Addresses by stream.
+    """
+
+    def __init__(
+        self,
+        kernel: int,
+        dtype: int,
+        narrow_in: Sequence[bool],
+        narrow_out: Sequence[bool],
+        sizes: Sequence[int],
+        inputs: Sequence[Sequence[int] | None],
+        outputs: Sequence[Sequence[int]],
+    ) -> None:
+        count = len(sizes)
+        self._library = library()
+        self._sizes = array("q", sizes)
+        self._in = array("q")
+        self._gradients: slice | None = None
+        for k, column in enumerate(inputs):
+            if column is None:
+                self._gradients = slice(k * count, (k + 1) * count)
+            self._in.extend(array("q", column or [0] * count))
+        self._out = array("q", [address for column in outputs for address in column])
+        self._numbers = array("d", [])
+        self._call = _Call(
+            kernel,
+            dtype,
+            sum(1 << k for k, narrow in enumerate(narrow_in) if narrow),
+            sum(1 << k for k, narrow in enumerate(narrow_out) if narrow),
+            count,
+            0,
+            1,
+            self._sizes.buffer_info()[0],
+            None,
+            self._in.buffer_info()[0],
+            self._out.buffer_info()[0],
+            None,
+            0,
+        )
+        self._reference = ctypes.byref(self._call)
+
+    def numbers(self, values: Sequence[float]) -> None:
+        """Set the kernel's numbers."""
+        self._numbers = array("d", values)
+        self._call.numbers = self._numbers.buffer_info()[0]
+
+    def run(self, gradients: Sequence[int]) -> None:
+        """Run with gradients at these addresses."""
+        if self._gradients is not None:
+            self._in[self._gradients] = array("q", gradients)
+        self._call.done = 0
+        self._call.threads = torch.get_num_threads()
+        self._library.run_call(self._reference)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last call has written everything."""
+        return bool(self._call.done)
 
 
 @functools.cache

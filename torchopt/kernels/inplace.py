@@ -1,0 +1,219 @@
+"""The object-oriented face's fast path: one kernel call that overwrites parameters and slots.
+
+What does not change from step to step (addresses, sizes, the program) is kept; everything that a
+user could have changed since is compared before the kernel runs. Whatever does not fit is left to
+the general path.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.engine import Plan
+from torchopt.kernels import backends, native
+from torchopt.kernels.fused import PLAIN, hindered
+from torchopt.kernels.launch import OF_PARAMETERS, slot_dtype
+from torchopt.kernels.matching import Run, runs_from
+from torchopt.kernels.program import Program, slot_stream
+
+
+MODE = "apply"
+_dtype_of = Tensor.dtype.__get__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Prepared:
+    """The parameters of one group, their states and slots, and where they are in memory."""
+
+    def __init__(self, plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        self.run: Run = runs_from(plan, 0)[0]
+        self.params, self.states = params, states
+        self.columns = [[s.get(name) for s in states] for name in self.run.slots]
+        self.present = tuple(column[0] is not None for column in self.columns)
+        self.kept = [c for c, there in zip(self.columns, self.present) if there]
+        self.kept_names = [n for n, there in zip(self.run.slots, self.present) if there]
+        self.lengths = list(map(len, states))
+        self.sizes = list(map(Tensor.numel, params))
+        self.addresses = [list(map(Tensor.data_ptr, column)) for column in (params, *self.kept)]
+        self.program: Program | None = None
+        self.call: native.InPlaceCall | None = None
+
+    @staticmethod
+    def make(plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> Prepared | None:
+        """Return the prepared group, or ``None`` if kernels cannot overwrite it."""
+        runs = runs_from(plan, 0) if plan.parts else []
+        if not runs or runs[0].last != len(plan.parts) or not params or not all(states):
+            return None
+        if backends.unavailable("cpu") or not all(p.is_cpu for p in params):
+            return None
+        made = Prepared(plan, params, states)
+        return made if made._fits() else None
+
+    def _fits(self) -> bool:
+        """Check once what stays true as long as the tensors are the same objects."""
+        for column, there in zip(self.columns, self.present):
+            if any((x is not None) != there for x in column):
+                return False
+        tensors = [x for column in (self.params, *self.kept) for x in column]
+        if not PLAIN.issuperset(map(type, tensors)):
+            return False
+        if {x.layout for x in tensors} != {torch.strided} or any(map(Tensor.is_neg, tensors)):
+            return False
+        if not all(x.is_cpu for x in tensors):
+            return False
+        shapes = [p.shape for p in self.params]
+        if any([x.shape for x in column] != shapes for column in self.kept):
+            return False
+        dtype = self.params[0].dtype
+        if dtype not in native.DTYPES or any(p.dtype != dtype for p in self.params):
+            return False
+        if any(x.dtype != slot_dtype(dtype) for column in self.kept for x in column):
+            return False
+        if not all(map(Tensor.is_contiguous, tensors)):
+            return False
+        flat = [address for column in self.addresses for address in column]
+        used = [a for a, n in zip(flat, self.sizes * len(self.addresses)) if n]
+        return len(set(used)) == len(used)  # what is overwritten must not be two things at once
+
+    def is_current(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> bool:
+        """Whether parameters, states and slots are the same objects at the same places.
+
+        The size of a tensor at the same address can have changed only within the same storage, so
+        for slots, which are the optimizer's own, the address says enough.
+        """
+        if len(params) != len(self.params) or list(map(len, states)) != self.lengths:
+            return False
+        if not all(map(operator.is_, params, self.params)):
+            return False
+        if not all(map(operator.is_, states, self.states)):
+            return False
+        for name, column in zip(self.kept_names, self.kept):
+            if not all(map(operator.is_, map(operator.itemgetter(name), states), column)):
+                return False
+        for column, addresses in zip((self.params, *self.kept), self.addresses):
+            if list(map(Tensor.data_ptr, column)) != addresses:
+                return False
+        return list(map(Tensor.numel, params)) == self.sizes and all(
+            map(Tensor.is_contiguous, params)
+        )
+
+    def takes(self, grads: Sequence[Tensor]) -> bool:
+        """Whether kernels can read the gradients as they are."""
+        return (
+            PLAIN.issuperset(map(type, grads))
+            and set(map(_dtype_of, grads)) == {self.params[0].dtype}
+            and all(map(Tensor.is_contiguous, grads))
+            and list(map(Tensor.numel, grads)) == self.sizes
+            and not any(map(Tensor.is_neg, grads))
+        )
+
+    def plan_step(self, row: dict[str, Any], t: int) -> bool:
+        """Choose the program for these numbers; return whether there is one."""
+        rows = self.run.rows(row)
+        variant = self.run.variant(rows, t, self.present, has_params=True)
+        program = variant.program
+        if program is None or backends.missing(self.params[0].device, program, MODE):
+            return False
+        if program is not self.program:
+            self.program, self.call = program, self._make_call(program)
+        assert self.call is not None
+        self.call.numbers(program.numbers[MODE](self.run.values(rows), t))
+        return True
+
+    def _make_call(self, program: Program) -> native.InPlaceCall:
+        kernel = program.kernels[MODE]
+        kept = [slot_stream(k) for k, there in enumerate(self.present) if there]
+        places = dict(zip(("p", *kept), self.addresses))
+        position = backends.find(kernel.name)
+        assert position is not None, "plan_step has asked"
+        return native.InPlaceCall(
+            position,
+            native.DTYPES[self.params[0].dtype],
+            [stream in OF_PARAMETERS for stream in kernel.inputs],
+            [stream in OF_PARAMETERS for stream in kernel.output_streams],
+            self.sizes,
+            [places.get(stream) for stream in kernel.inputs],
+            [places["p" if stream == "u" else stream] for stream in kernel.output_streams],
+        )
+
+    def execute(self, grads: Sequence[Tensor]) -> None:
+        """Overwrite parameters and slots."""
+        assert self.call is not None
+        self.call.run(list(map(Tensor.data_ptr, grads)))
+
+
+class Stepper:
+    """Steps of one optimizer, all groups together."""
+
+    def __init__(self) -> None:
+        self.prepared: list[Prepared] = []
+
+    def step(self, optimizer: Any, grads: Sequence[Any]) -> bool:
+        """Take one step in place, if kernels can take all of it; return whether they did.
+
+        Nothing has changed if not. An interrupt leaves either the old values or all new ones.
+        """
+        plan = optimizer.transformation.plan
+        states = list(optimizer.state.values())
+        groups = optimizer.param_groups
+        if len(grads) != len(states) or hindered():
+            return False
+        counts = optimizer._counts_steps()
+        begin, work = 0, []
+        for k, group in enumerate(groups):
+            params = group["params"]
+            own = slice(begin, begin + len(params))
+            begin += len(params)
+            prepared = self._prepare(k, plan, params, states[own], optimizer)
+            step = _common_step(states[own], counts)
+            row = optimizer._plain_row(group)
+            if prepared is None or step is None or row is None:
+                return False
+            if not prepared.takes(grads[own]) or not prepared.plan_step(row, step + 1):
+                return False
+            work.append((prepared, grads[own], step + 1))
+        for prepared, own_grads, step in work:
+            _commit(prepared, own_grads, step, counts)
+        return True
+
+    def _prepare(
+        self, k: int, plan: Plan, params: list[Tensor], states: list[Any], optimizer: Any
+    ) -> Prepared | None:
+        if k < len(self.prepared) and self.prepared[k].is_current(params, states):
+            return self.prepared[k]
+        del self.prepared[k:]
+        if not all(map(operator.is_, map(optimizer.state.get, params), states)):
+            return None  # the states stand in another order
+        made = Prepared.make(plan, list(params), states)
+        if made is not None:
+            self.prepared.append(made)
+        return made
+
+
+def _common_step(states: Sequence[dict[str, Any]], counts: bool) -> int | None:
+    """Return how many steps all parameters have taken, or ``None`` if they differ."""
+    if not counts:
+        return 1  # a state without a count counts as one, as in Optimizer
+    try:
+        steps = set(map(operator.itemgetter("step"), states))
+    except KeyError:
+        return None
+    step = steps.pop() if len(steps) == 1 else None
+    return step if type(step) is int else None
+
+
+def _commit(prepared: Prepared, grads: Sequence[Tensor], step: int, counts: bool) -> None:
+    try:
+        prepared.execute(grads)
+        if counts:
+            for state in prepared.states:
+                state["step"] = step
+    except BaseException:  # a KeyboardInterrupt must not leave new values beside old counts
+        if prepared.call is not None and prepared.call.done and counts:
+            for state in prepared.states:
+                state["step"] = step
+        raise
