@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchopt import tree
 from torchopt.numerics import exact
+from torchopt.packed import Packed
 from torchopt.typing import PyTree, Step
 
 
@@ -29,6 +30,17 @@ class Call:
     names: Callable[[], Sequence[str]]
     reference: PyTree  # a tree with the structure of the parameters, for masks
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pack_slots: bool = False  # whether new slots may come back as Packed
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """What all gradients and parameters of a call have in common: the usual case."""
+
+    types: set[type]
+    shapes: list[torch.Size]
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclasses.dataclass
@@ -43,6 +55,7 @@ class Leaves:
         hyper: The part's hyperparameters of each parameter.
         index: Positions among all parameters of ``call``.
         call: The whole call.
+        common: What is known of ``g`` and ``p``, if they are alike.
     """
 
     g: list[Tensor]
@@ -52,6 +65,7 @@ class Leaves:
     hyper: list[dict[str, Any]]
     index: list[int]
     call: Call
+    common: Common | None = None
 
     def name(self, position: int) -> str:
         """Return the quoted name of a parameter, for error messages."""
@@ -63,7 +77,7 @@ class Leaves:
             field: [values[k] for k in positions] if len(values := getattr(self, field)) else []
             for field in ("g", "p", "t", "slots", "hyper", "index")
         }
-        return dataclasses.replace(self, **picked)
+        return dataclasses.replace(self, common=None, **picked)
 
 
 class Plan:
@@ -160,6 +174,8 @@ def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [None] * len(call.p) for name in tx.slot_names()}
     rows = [call.hyper[i] for i in index]
     for position, part in enumerate(tx.plan.parts):
+        if not tx.plan.slots[position] and not hasattr(part, "init_all_slots"):
+            continue
         leaves = Leaves(params, params, [], [], tx.plan.rows_of(position, rows), index, call)
         for i, values in zip(index, part_slots(part, leaves)):
             for name, value in zip(tx.plan.slots[position], values):
@@ -180,19 +196,27 @@ def advance(tx: Any, call: Call, apply: bool = False) -> tuple[list[Any], dict[s
     With ``apply`` the new parameters are returned instead of the updates.
     """
     index = [i for i, g in enumerate(call.g) if g is not None]
-    _check_gradients(tx, call, index)
-    results: list[Any] = [None] * len(call.g)
-    slots = {name: list(column) for name, column in call.slots.items()}
+    common = _common(call) if len(index) == len(call.g) else None
+    if common is None:
+        _check_gradients(tx, call, index)
     if not index:
-        return results, slots
+        return [None] * len(call.g), dict(call.slots)
+    whole = len(index) == len(call.g)
     leaves = _leaves(call, index)
-    columns = {name: [column[i] for i in index] for name, column in slots.items()}
+    leaves.common = common
+    columns: dict[str, Any] = dict(call.slots)
+    if not whole:
+        columns = {name: [column[i] for i in index] for name, column in columns.items()}
     # a kernel reads half precision as it is
     fused = (
         accelerator.take_whole(tx.plan, leaves, columns, apply) if accelerates(tx.plan) else None
     )
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)
+    if whole:
+        return fused, columns
+    results: list[Any] = [None] * len(call.g)
+    slots = {name: list(column) for name, column in call.slots.items()}
     for position, i in enumerate(index):
         results[i] = fused[position]
         for name, column in columns.items():
@@ -217,8 +241,8 @@ def accelerates(plan: Plan) -> bool:
     for part in plan.parts:
         if part.use_accelerated_op:
             raise RuntimeError(
-                "use_accelerated_op=True requires a fused kernel, but torch.compile is at work, which "
-                "fuses the rules itself. Pass None to use kernels where they are available."
+                "use_accelerated_op=True requires a fused kernel, but torch.compile is at work, "
+                "which fuses the rules itself. Pass None to use kernels where they are available."
             )
     return False
 
@@ -242,10 +266,14 @@ def _advance_by_parts(
     is_complex = [g.is_complex() for g in given.g]
     enter = [_view_as_real if c else _to_compute_dtype for c in is_complex]
 
-    def entered(column: list[Any]) -> list[Any]:
+    def entered(column: Any) -> Any:
+        if isinstance(column, Packed) and not any(is_complex):
+            return column  # slots in half precision are float32 already
         return [None if x is None else convert(x) for convert, x in zip(enter, column)]
 
     leaves = dataclasses.replace(given, g=entered(given.g), p=entered(given.p))
+    if any(x is not y for x, y in zip(leaves.g, given.g)):
+        leaves.common = None
     own = {name: entered(column) for name, column in columns.items()}
     # the sum is taken in the parameters' own dtype
     applies = apply and all(x is y for x, y in zip(leaves.g, given.g))
@@ -257,6 +285,10 @@ def _advance_by_parts(
         u = _leave(u, c, given.g[position].dtype)
         results.append(given.p[position] + u if apply and not applied else u)
     for name, column in own.items():
+        if isinstance(column, Packed):
+            columns[name] = column
+            continue
+        columns[name] = list(columns[name])
         for position, (c, value) in enumerate(zip(is_complex, column)):
             if value is not None:
                 old = columns[name][position]
@@ -276,7 +308,7 @@ def run(
     """
     g, position = leaves.g, 0
     while position < len(plan.parts):
-        own = dataclasses.replace(leaves, g=g)
+        own = leaves if g is leaves.g else dataclasses.replace(leaves, g=g, common=None)
         fused = None
         if accelerates(plan):
             fused = accelerator.take_run(plan, position, own, columns, apply)
@@ -333,6 +365,31 @@ def _refuse_update(tx: Any, update: Any, g: Tensor, name: str) -> None:
         f"{tx!r} returned an update of {given} for the gradient of {name}, whose shape is "
         f"{tuple(g.shape)}. A rule must return a tensor of the shape of its gradient."
     )
+
+
+def _common(call: Call) -> Common | None:
+    """Return what gradients and parameters have in common, or ``None`` if they need a closer look.
+
+    In the first case everything that :func:`_check_gradients` asks for holds.
+    """
+    g, p = call.g, call.p
+    if not g or any(x is None for x in p):
+        return None
+    types = {*map(type, g), *map(type, p)}
+    if not all(issubclass(t, Tensor) for t in types):
+        return None
+    shapes = [x.shape for x in g]
+    dtypes = {x.dtype for x in g} | {x.dtype for x in p}
+    devices = {x.device for x in g} | {x.device for x in p}
+    if (
+        len(dtypes) > 1
+        or len(devices) > 1
+        or not g[0].is_floating_point()
+        or {x.layout for x in g} | {x.layout for x in p} != {torch.strided}
+        or [x.shape for x in p] != shapes
+    ):
+        return None
+    return Common(types, shapes, g[0].dtype, g[0].device)
 
 
 def _check_gradients(tx: Any, call: Call, index: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ from torchopt.inner_gradient import differentiate
 from torchopt.meta_state import GroupState, check_groups, checked_state
 from torchopt.module_state import ParameterSite, parameter_sites
 from torchopt.opt_state import OptState
+from torchopt.packed import Packed, PackedDict
 from torchopt.recipe import signature_of_recipe
 from torchopt.state import extract_state_dict
 from torchopt.transform import GradientTransformation, check_transformation
@@ -171,27 +172,31 @@ class MetaOptimizer:
         params = [entry.site.tensor for entry in entries]
         single = len(self.param_groups) == 1
         names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
-        steps: list[Any] = [
-            self._states[entry.group].steps.get(entry.name, 0) + 1 for entry in entries
-        ]
+        known = [state.steps for state in self._states]
+        steps: list[Any] = [known[entry.group].get(entry.name, 0) + 1 for entry in entries]
+        specs = self.transformation.hyper_specs()
         rows: list[dict[str, Any]] = []
         for index, group in enumerate(self.param_groups):
-            for name, spec in self.transformation.hyper_specs().items():
+            for name, spec in specs.items():
                 hyper.check(name, group[name], spec)  # they may have been changed since
-            own = [k for k, entry in enumerate(entries) if entry.group == index]
+            own = [k for k, entry in enumerate(entries) if single or entry.group == index]
             count = max((steps[k] for k in own), default=1) - 1
-            own_names = [entries[k].name for k in own]
-            specs = self.transformation.hyper_specs()
+            own_names = names if single else [entries[k].name for k in own]
             rows += hyper.resolve(
                 group, specs, [params[k] for k in own], lambda n=own_names: n, count
             )
         call = Call(grads, params, steps, {}, rows, lambda: names, dict(zip(names, params)))
-        fresh = [entry.name not in self._states[entry.group].steps for entry in entries]
+        fresh = [step == 1 and e.name not in known[e.group] for step, e in zip(steps, entries)]
         initial = {}
         if any(fresh):  # at the first step, or for parameters that were frozen until now
             missing = [p if new else None for p, new in zip(params, fresh)]
             initial = initialise(self.transformation, dataclasses.replace(call, p=missing))
+        call.pack_slots = single and (not known[0] or known[0].keys() == set(names))
+        packed = {} if any(fresh) or not single else self._states[0].packed_slots(names)
         for slot in self.transformation.slot_names():
+            if slot in packed:
+                call.slots[slot] = packed[slot]
+                continue
             call.slots[slot] = [
                 initial[slot][k] if new else self._states[entry.group].slots[slot].get(entry.name)
                 for k, (entry, new) in enumerate(zip(entries, fresh))
@@ -203,7 +208,11 @@ class MetaOptimizer:
     ) -> None:
         states = [
             GroupState(
-                dict(state.steps), {slot: dict(column) for slot, column in state.slots.items()}
+                dict(state.steps),
+                {
+                    slot: {} if isinstance(slots[slot], Packed) else dict(column)
+                    for slot, column in state.slots.items()
+                },
             )
             for state in self._states
         ]
@@ -211,9 +220,15 @@ class MetaOptimizer:
             state = states[entry.group]
             step = call.t[k] if call.g[k] is not None else call.t[k] - 1
             state.steps[entry.name] = int(step)
-            for slot, column in slots.items():
-                value = column[k]
-                state.slots[slot][entry.name] = value if track or value is None else value.detach()
+        names = [entry.name for entry in entries]
+        for slot, column in slots.items():
+            if isinstance(column, Packed) and len(names) == len(column):
+                kept = column if track else column.detach()
+                states[0].slots[slot] = PackedDict(names, kept)
+                continue
+            for entry, value in zip(entries, column):
+                kept = value if track or value is None else value.detach()
+                states[entry.group].slots[slot][entry.name] = kept
         self._states = states
 
     # State ------------------------------------------------------------------------------------
@@ -259,7 +274,8 @@ class MetaOptimizer:
             for group in self.param_groups
         ]
         states = [
-            dataclasses.asdict(GroupState(s.steps, {})) | {"slots": s.slots} for s in self._states
+            {"steps": s.steps, "slots": {slot: dict(c) for slot, c in s.slots.items()}}
+            for s in self._states
         ]
         detach = lambda x: x.detach() if isinstance(x, Tensor) else x  # noqa: E731
         return tree.tree_map(detach, {"state": states, "param_groups": groups})

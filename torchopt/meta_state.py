@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchopt import hyper, tree
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
+from torchopt.packed import PackedDict, Packed
 
 
 @dataclasses.dataclass
@@ -18,7 +19,15 @@ class GroupState:
     """Step counts and slots of one group by parameter name."""
 
     steps: dict[str, int]
-    slots: dict[str, dict[str, Any]]
+    slots: dict[str, Any]  # slot -> parameter name -> tensor
+
+    def packed_slots(self, names: Sequence[str]) -> dict[str, Packed]:
+        """Return the slots that are packed for just these parameters."""
+        return {
+            slot: column.packed
+            for slot, column in self.slots.items()
+            if isinstance(column, PackedDict) and list(column.names) == list(names)
+        }
 
 
 def checked_state(optimizer: Any, module: nn.Module, state: OptState) -> GroupState:

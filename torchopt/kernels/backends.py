@@ -13,6 +13,9 @@ from torchopt.kernels.program import Program
 
 NOT_LOADED = "the kernels for"
 
+#: The compute capability from which on torch, too, compiles with Triton.
+OLDEST_GPU = (7, 0)
+
 
 def unavailable(device_type: str) -> str:
     """Return why no kernel runs on a type of device; the empty string if some do."""
@@ -32,16 +35,35 @@ def _cuda_unavailable() -> str:
         return f"{NOT_LOADED} GPUs need triton, which is not installed"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    return ""
+    from torchopt.kernels import triton_backend
+
+    problem = triton_backend.hindrance()
+    return f"{NOT_LOADED} GPUs are not loaded: {problem}" if problem else ""
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str:
+    """Return why Triton has no compiler for one of the GPUs, or the empty string."""
+    if torch.version.hip is not None:
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_GPU:
+        return ""
+    return (
+        f"triton needs a GPU of compute capability {'.'.join(map(str, OLDEST_GPU))} or newer, "
+        f"this one has {'.'.join(map(str, capability))}"
+    )
 
 
 def missing(device: torch.device, program: Program, mode: str) -> str:
     """Return why a device cannot run a program; the empty string if it can."""
     reason = unavailable(device.type)
-    if reason or device.type != "cpu":
-        return reason  # kernels for GPUs are generated when they are needed
+    if reason:
+        return reason
     if "g" not in program.kernels[mode].inputs and "p" not in program.kernels[mode].inputs:
         return "its rule reads neither gradient nor parameter"
+    if device.type == "cuda":
+        return _too_old(device)  # kernels for GPUs are generated when they are needed
     for name in (mode, f"backward_{mode}"):
         kernel = program.kernels[name]
         if kernel.outputs and find(kernel.name) is None:

@@ -8,7 +8,7 @@ Nothing is saved but the inputs: gradients, parameters and slots exist anyway.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 
 from torchopt.kernels.graph import Kernel
-from torchopt.kernels.launch import launch
+from torchopt.kernels.launch import Column, launch
 from torchopt.kernels.program import UPDATE, Program
+from torchopt.kernels.rules import Rules
+from torchopt.packed import Packed, Packing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,23 +30,23 @@ class Group:
     """Parameters that one kernel updates.
 
     Tensors are flat lists, stream by stream: all gradients, then all parameters, and so on, for
-    ``inputs``; the updates, then each new slot, for ``outputs``.
+    ``inputs``; the updates, then each new slot, for ``outputs``. A packed stream is one tensor.
 
     Attributes:
+        program: The kernels, of one parameter.
         mode: ``"update"`` or ``"apply"``: whether what comes out is added to the parameters.
         count: How many parameters.
-        rows: Which row of numbers each parameter has; ``None`` if there is one only.
-        numbers: Kernel -> rows of its numbers.
+        indices: Which row of numbers each parameter has; ``None`` if there is one only.
+        values: Rows of hyperparameters and the step count, from which the numbers are computed.
         rule: The same computation by the rules: the inputs to the outputs.
-        program: The kernels, of one parameter.
     """
 
     program: Program
     mode: str
     count: int
-    rows: list[int] | None
-    numbers: dict[str, list[tuple[float, ...]]]
-    rule: Callable[..., tuple[Tensor, ...]]
+    indices: list[int] | None
+    values: list[tuple[Sequence[float], int]]
+    rule: Rules
 
     @property
     def kernel(self) -> Kernel:
@@ -56,19 +58,58 @@ class Group:
         """The backward kernel."""
         return self.program.kernels[f"backward_{self.mode}"]
 
-    def columns(self, streams: Sequence[str], tensors: Sequence[Any]) -> dict[str, list[Any]]:
-        """Return flat tensors by stream."""
-        n = self.count
-        return {s: list(tensors[k * n : (k + 1) * n]) for k, s in enumerate(streams)}
+    def numbers(self, name: str) -> list[tuple[float, ...]]:
+        """Return the rows of a kernel's numbers."""
+        function = self.program.numbers[name]
+        return [function(values, step) for values, step in self.values]
+
+    def columns(
+        self, streams: Sequence[str], items: Sequence[Any], packed: frozenset[str] = frozenset()
+    ) -> dict[str, Sequence[Any]]:
+        """Return flat items by stream; packed streams have one."""
+        if not packed:
+            n = self.count
+            return {s: items[k * n : (k + 1) * n] for k, s in enumerate(streams)}
+        columns, begin = {}, 0
+        for stream in streams:
+            end = begin + (1 if stream in packed else self.count)
+            columns[stream] = items[begin:end]
+            begin = end
+        return columns
+
+    def launch_columns(
+        self, streams: Sequence[str], items: Sequence[Any], packed: frozenset[str]
+    ) -> dict[str, Column]:
+        """Return flat tensors by stream as :func:`launch` takes them."""
+        columns: dict[str, Column] = {}
+        for stream, column in self.columns(streams, items, packed).items():
+            if stream not in packed:
+                columns[stream] = list(column)
+            elif column[0] is None:
+                columns[stream] = [None] * self.count
+            else:
+                assert self.rule.packing is not None
+                columns[stream] = Packed(column[0], self.rule.packing)
+        return columns
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the forward kernel on real tensors."""
-        kernel = self.kernel
-        inputs = self.columns(kernel.inputs, tensors)
-        wanted: dict[str, Any] = dict.fromkeys(kernel.outputs)
+        kernel, rule = self.kernel, self.rule
+        inputs = self.launch_columns(kernel.inputs, tensors, rule.packed_in)
+        wanted: dict[str, Any] = {
+            s: rule.packing if s in rule.packed_out else None for s in kernel.output_streams
+        }
         like = inputs["p"] if "p" in inputs else inputs["g"]
-        outputs = launch(kernel, inputs, like, wanted, self.numbers[self.mode], self.rows)
-        return tuple(x for column in outputs.values() for x in column)  # pyright: ignore[reportReturnType]
+        outputs = launch(kernel, inputs, like, wanted, self.numbers(self.mode), self.indices)  # pyright: ignore[reportArgumentType]
+        return tuple(_flat(outputs))
+
+
+def _flat(outputs: dict[str, Column]) -> Iterator[Any]:
+    for column in outputs.values():
+        if isinstance(column, Packed):
+            yield column.flat
+        else:
+            yield from column
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,12 +119,12 @@ class BackwardCall:
     Attributes:
         group: The forward call.
         given: For each output of the forward pass, whether its derivative is there.
-        wanted: Input stream -> for each parameter, whether the derivative by it is wanted.
+        wanted: Input stream -> for each of its tensors, whether the derivative by it is wanted.
     """
 
     group: Group
     given: list[bool]
-    wanted: dict[str, list[bool]]
+    wanted: dict[str, Sequence[bool]]
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
         """Return the incoming derivatives, ``None`` where there is none, and the inputs."""
@@ -93,24 +134,29 @@ class BackwardCall:
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the backward kernel on real tensors; return what is wanted."""
-        group, kernel = self.group, self.group.backward_kernel
+        group, kernel, rule = self.group, self.group.backward_kernel, self.group.rule
         bars, saved = self.split(tensors)
         forward = group.kernel
-        inputs = group.columns(forward.inputs, saved)
+        inputs = group.launch_columns(forward.inputs, saved, rule.packed_in)
         like = inputs["p"] if "p" in inputs else inputs["g"]
-        columns = {
-            **inputs,
-            **group.columns([f"bar_{s}" for s in forward.outputs], bars),
-        }
+        streams = [f"bar_{s}" for s in forward.output_streams]
+        packed = frozenset(f"bar_{s}" for s in rule.packed_out)
+        columns = inputs | group.launch_columns(streams, bars, packed)
+        wanted: dict[str, Any] = {}
+        for stream in kernel.output_streams:
+            wanted[stream] = self.wanted[stream]
+            if stream in rule.packed_in:
+                needed = self.wanted[stream][0]
+                wanted[stream] = rule.packing if needed else [False] * group.count
         outputs = launch(
             kernel,
             {s: columns[s] for s in kernel.inputs},
-            like,
-            {s: self.wanted[s] for s in kernel.outputs},
-            group.numbers[f"backward_{group.mode}"],
-            group.rows,
+            like,  # pyright: ignore[reportArgumentType]
+            wanted,
+            group.numbers(f"backward_{group.mode}"),
+            group.indices,
         )
-        return tuple(x for column in outputs.values() for x in column if x is not None)
+        return tuple(x for x in _flat(outputs) if x is not None)
 
     def rule(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Compute the same by differentiating the rules."""
@@ -138,7 +184,8 @@ class BackwardCall:
         )
 
     def _wanted(self, by_input: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        columns = self.group.columns(self.group.kernel.inputs, by_input)
+        packed = self.group.rule.packed_in
+        columns = self.group.columns(self.group.kernel.inputs, by_input, packed)
         return tuple(
             x
             for stream in self.group.backward_kernel.outputs
@@ -163,27 +210,28 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         group: Group = ctx.group
-        saved, n = ctx.saved_tensors, group.count
-        streams, kernel = group.kernel.inputs, group.backward_kernel
-        program = group.program
-        passes = program.passes[f"backward_{group.mode}"]
-        needs = group.columns(streams, ctx.needs_input_grad[1:])
-        wanted = {s: needs[s] for s in kernel.outputs}
-        derivatives: dict[str, list[Any]] = {}
-        if any(bar is not None for bar in bars) and any(any(w) for w in wanted.values()):
+        rule, kernel = group.rule, group.backward_kernel
+        needs = group.columns(rule.inputs, ctx.needs_input_grad[1:], rule.packed_in)
+        wanted = {s: needs[s] for s in kernel.output_streams}
+        derivatives: dict[str, Sequence[Any]] = {}
+        given = [bar for bar in bars if bar is not None]
+        if given and any(map(any, wanted.values())):
             call = BackwardCall(group, [bar is not None for bar in bars], wanted)
-            given = [bar for bar in bars if bar is not None]
-            found = iter(_backward(call, [*given, *saved]))
-            for stream in kernel.outputs:
-                derivatives[stream] = [next(found) if w else None for w in wanted[stream]]
-        incoming = group.columns([f"bar_{s}" for s in group.kernel.outputs], bars)
-        for stream, bar in passes.items():
-            derivatives[stream] = [b if w else None for b, w in zip(incoming[bar], needs[stream])]
-        return (None, *(x for s in streams for x in derivatives.get(s, [None] * n)))
+            found = iter(_backward(call, [*given, *ctx.saved_tensors]))
+            for stream, mask in wanted.items():
+                derivatives[stream] = [next(found) if needed else None for needed in mask]
+        streams = [f"bar_{s}" for s in rule.outputs]
+        incoming = group.columns(streams, bars, frozenset(f"bar_{s}" for s in rule.packed_out))
+        for stream, bar in group.program.passes[f"backward_{group.mode}"].items():
+            derivatives[stream] = _passed(incoming[bar], needs[stream], rule.packing)
+        result: list[Any] = [None]
+        for stream, mask in needs.items():
+            result += derivatives.get(stream, [None] * len(mask))
+        return tuple(result)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, group: Group, *tensors: Tensor) -> Any:
-        batched = _batched(info.batch_size, in_dims[1:], tensors, group.count)
+        batched = _batched(info.batch_size, in_dims[1:], tensors)
         outputs = Fused.apply(group, *batched)
         return outputs, (0,) * len(outputs)
 
@@ -207,10 +255,31 @@ class FusedBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: BackwardCall, *tensors: Tensor) -> Any:
-        bars, _ = call.split(tensors)
-        batched = _batched(info.batch_size, in_dims[1:], tensors, 0)
+        batched = _batched(info.batch_size, in_dims[1:], tensors)
         outputs = FusedBackward.apply(call, *batched)
         return outputs, (0,) * len(outputs)
+
+
+def _passed(
+    bars: Sequence[Tensor | None], needs: Sequence[bool], packing: Packing | None
+) -> list[Tensor | None]:
+    """Return incoming derivatives as those by an input whose derivative is 1."""
+    if len(bars) < len(needs):  # one packed output, many inputs
+        assert packing is not None
+        bars = [None] * len(needs) if bars[0] is None else packing.unpack(bars[0])
+    elif len(bars) > len(needs):
+        assert packing is not None
+        there = [
+            torch.zeros(shape, **_like(bars)) if bar is None else bar
+            for bar, shape in zip(bars, packing.shapes)
+        ]
+        bars = [packing.pack(there)] if any(bar is not None for bar in bars) else [None]
+    return [bar if needed else None for bar, needed in zip(bars, needs)]
+
+
+def _like(bars: Sequence[Tensor | None]) -> dict[str, Any]:
+    bar = next((bar for bar in bars if bar is not None), None)
+    return {} if bar is None else {"dtype": bar.dtype, "device": bar.device}
 
 
 def _backward(call: BackwardCall, tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -218,14 +287,14 @@ def _backward(call: BackwardCall, tensors: list[Tensor]) -> Sequence[Tensor]:
         return call.rule(*tensors)
     if any(map(is_legacy_batchedtensor, tensors)):
         return call.rule_by_autograd(*tensors)
+    if call.group.rule.packing is not None and peek_interpreter_stack() is not None:
+        return call.rule(*tensors)  # a batch of flat tensors has another layout
     if torch.is_grad_enabled() or peek_interpreter_stack() is not None:
         return FusedBackward.apply(call, *tensors)
     return call.run(tensors)
 
 
-def _batched(
-    size: int, dims: Sequence[int | None], tensors: Sequence[Tensor], count: int
-) -> list[Tensor]:
+def _batched(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Move batch dimensions to the front, and give one to tensors that have none."""
     return [
         x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)

@@ -7,6 +7,7 @@ take are computed by the rules, one by one, and the reason is told to whoever as
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,14 +22,16 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 from torch.autograd import forward_ad
 
-from torchopt.engine import Leaves, Plan, run_by_rules
+from torchopt.engine import Common, Leaves, Plan, run_by_rules
 from torchopt.kernels import backends
 from torchopt.kernels.differentiable import Fused, Group
+from torchopt.kernels.graph import Kernel
 from torchopt.kernels.launch import slot_dtype
 from torchopt.kernels.matching import Run, runs_from, unjoined
 from torchopt.kernels.program import UPDATE, slot_stream
 from torchopt.kernels.rules import Rules
 from torchopt.module_state import FastWeight
+from torchopt.packed import Packed, Packing
 
 
 #: Tensors that are what they seem. Others (DTensor, FakeTensor, a user's subclass) may have no
@@ -138,8 +141,6 @@ class Assignment(NamedTuple):
 
     positions: list[int]
     group: Group
-    streams: list[str]
-    identity: dict[str, str]
 
 
 def assign(
@@ -149,37 +150,48 @@ def assign(
     mode = "apply" if apply else "update"
     slots = [columns[name] for name in run.slots]
     unfit: dict[int, str] = {}
-    sorted_: dict[tuple[Any, ...], tuple[Any, list[int], dict[int, Any]]] = {}
+    takers: dict[tuple[Any, ...], _Taker] = {}
     for key, positions in _classes(leaves, slots).items():
-        row, t, present, has_params, dtype, device, reason = key[1], *key[2:]
+        _, t, present, has_params, dtype, device, reason = key
+        row = leaves.hyper[positions[0]]
+        read = None if reason else run.read(row)
         if not reason:
-            rows = run.rows(leaves.hyper[positions[0]])
-            variant = run.variant(rows, t, present, has_params)
+            variant = run.variant(row, read, t, present, has_params)
             reason = variant.reason
             if variant.program is not None:
                 reason = backends.missing(device, variant.program, mode)
             if apply and not has_params:
                 reason = "there are no parameters to add to"
-        if reason:
+        if reason or read is None:
             unfit.update(dict.fromkeys(positions, reason))
             continue
-        target = sorted_.setdefault((id(variant.program), dtype, device), (variant.program, [], {}))
-        target[1].extend(positions)
-        target[2].update(dict.fromkeys(positions, rows))
-    return [
-        _assignment(run, leaves, slots, mode, program, positions, rows)
-        for program, positions, rows in sorted_.values()
-    ], unfit
+        key = (id(variant.program), dtype, device)
+        taker = takers.setdefault(key, _Taker(variant.program, present))
+        taker.indices += [len(taker.values)] * len(positions)
+        taker.values.append((read[0], t))
+        taker.positions += positions
+    return [_assignment(run, leaves, slots, mode, taker) for taker in takers.values()], unfit
 
 
-def _classes(leaves: Leaves, slots: list[list[Any]]) -> dict[tuple[Any, ...], list[int]]:
+@dataclasses.dataclass
+class _Taker:
+    """A program and the parameters that it takes, in classes with the same numbers."""
+
+    program: Any
+    present: tuple[bool, ...]
+    positions: list[int] = dataclasses.field(default_factory=list)
+    indices: list[int] = dataclasses.field(default_factory=list)
+    values: list[tuple[list[float], int]] = dataclasses.field(default_factory=list)
+
+
+def _classes(leaves: Leaves, slots: list[Any]) -> dict[tuple[Any, ...], list[int]]:
     """Sort parameters by everything that a kernel depends on.
 
-    The keys are: a running number of the row of hyperparameters, the row, the step count, which
-    slots are there, whether the parameter is, dtype, device, and why none of this matters.
+    The keys are: which row of hyperparameters, the step count, which slots are there, whether the
+    parameter is, dtype, device, and why none of this matters.
     """
     classes: dict[tuple[Any, ...], list[int]] = {}
-    whole = _uniform(leaves, slots)
+    whole = _common_class(leaves, slots)
     if whole is not None:
         return {whole: list(range(len(leaves.g)))}
     for k, (g, p, t, row) in enumerate(zip(leaves.g, leaves.p, leaves.t, leaves.hyper)):
@@ -187,44 +199,42 @@ def _classes(leaves: Leaves, slots: list[list[Any]]) -> dict[tuple[Any, ...], li
         present = tuple(x is not None for x in own)
         reason = _unfit(g, p, [x for x in own if x is not None])
         step = t if type(t) is int else None
-        key = (id(row), None, step, present, p is not None, g.dtype, g.device, reason)
+        key = (id(row), step, present, p is not None, g.dtype, g.device, reason)
         classes.setdefault(key, []).append(k)
     return classes
 
 
-def _uniform(leaves: Leaves, slots: list[list[Any]]) -> tuple[Any, ...] | None:
+def _common_class(leaves: Leaves, slots: list[Any]) -> tuple[Any, ...] | None:
     """Return the one key that all parameters share, or ``None``: the usual case, checked fast."""
-    g, p, t, row = leaves.g, leaves.p, leaves.t[0], leaves.hyper[0]
-    if (
-        type(t) is not int
-        or any(x is not row for x in leaves.hyper)
-        or any(x != t for x in leaves.t)
-    ):
+    t, row, common = leaves.t[0], leaves.hyper[0], leaves.common
+    if common is None or not common.types <= PLAIN or common.dtype not in DTYPES:
         return None
-    has_params = p[0] is not None
-    present = tuple(column[0] is not None for column in slots)
-    kept = [column for column, there in zip(slots, present) if there]
-    columns = [g, p, *kept] if has_params else [g, *kept]
-    if not PLAIN.issuperset({type(x) for column in columns for x in column}):
+    if type(t) is not int or any(x is not row for x in leaves.hyper) or set(leaves.t) != {t}:
         return None
+    present = tuple(_is_there(column, 0) for column in slots)
     for column, there in zip(slots, present):
+        if there and not _slots_fit(column, common):
+            return None
         if not there and any(x is not None for x in column):
             return None
-    shapes = [x.shape for x in g]
-    if any([x.shape for x in column] != shapes for column in columns[1:]):
-        return None
-    dtype, device = g[0].dtype, g[0].device
-    of_parameters = columns[:2] if has_params else columns[:1]
-    if dtype not in DTYPES or {x.dtype for column in of_parameters for x in column} != {dtype}:
-        return None
-    if kept and {x.dtype for column in kept for x in column} != {slot_dtype(dtype)}:
-        return None
-    if {x.layout for column in columns for x in column} != {torch.strided}:
-        return None
-    if not all(x.is_cpu for column in columns for x in column):
-        if {x.device for column in columns for x in column} != {device}:
-            return None
-    return (0, None, t, present, has_params, dtype, device, "")
+    has_params = leaves.p[0] is not None
+    return (0, t, present, has_params, common.dtype, common.device, "")
+
+
+def _slots_fit(column: Any, common: Common) -> bool:
+    """Whether the slots of all parameters are plain tensors that fit the parameters."""
+    dtype, device = slot_dtype(common.dtype), common.device
+    if isinstance(column, Packed):
+        flat = column.flat
+        fits = flat.dtype == dtype and flat.device == device
+        return fits and column.packing.shapes == common.shapes
+    return (
+        PLAIN.issuperset(map(type, column))
+        and [x.shape for x in column] == common.shapes
+        and {x.dtype for x in column} == {dtype}
+        and {x.layout for x in column} == {torch.strided}
+        and {x.device for x in column} == {device}
+    )
 
 
 def _unfit(g: Tensor, p: Tensor | None, slots: list[Tensor]) -> str:
@@ -249,53 +259,69 @@ def _unfit(g: Tensor, p: Tensor | None, slots: list[Tensor]) -> str:
     return ""
 
 
-def _assignment(
-    run: Run,
-    leaves: Leaves,
-    slots: list[list[Any]],
-    mode: str,
-    program: Any,
-    positions: list[int],
-    rows_of: dict[int, Any],
-) -> Assignment:
-    """Gather the numbers of one kernel call; parameters with one row of numbers share it."""
-    rows = [rows_of[k] for k in positions]
-    steps = [leaves.t[k] for k in positions]
-    distinct: dict[tuple[int, int], int] = {}
-    which = [distinct.setdefault((id(row), t), len(distinct)) for row, t in zip(rows, steps)]
-    values = {key: run.values(rows[which.index(k)]) for key, k in distinct.items()}
-    numbers = {
-        name: [program.numbers[name](values[key], key[1]) for key in distinct]
-        for name in (mode, f"backward_{mode}")
-    }
+def _assignment(run: Run, leaves: Leaves, slots: list[Any], mode: str, taker: _Taker) -> Assignment:
+    """Gather all that one kernel call needs."""
+    program, positions = taker.program, taker.positions
     kernel = program.kernels[mode]
-    present = tuple(column[positions[0]] is not None for column in slots)
     rules = Rules(
-        run.parts, rows, steps, present, mode == "apply", kernel.inputs, kernel.output_streams
+        run,
+        [leaves.hyper[k] for k in positions],
+        [leaves.t[k] for k in positions],
+        taker.present,
+        mode == "apply",
+        kernel.inputs,
+        kernel.output_streams,
+        *_packing(leaves, slots, kernel, positions),
     )
-    group = Group(
-        program, mode, len(positions), which if len(distinct) > 1 else None, numbers, rules
-    )
-    return Assignment(positions, group, kernel.inputs, program.identity)
+    indices = taker.indices if len(taker.values) > 1 else None
+    return Assignment(positions, Group(program, mode, len(positions), indices, taker.values, rules))
+
+
+def _is_there(column: Any, position: int) -> bool:
+    return isinstance(column, Packed) or column[position] is not None
+
+
+def _packing(
+    leaves: Leaves, slots: list[Any], kernel: Kernel, positions: list[int]
+) -> tuple[frozenset[str], frozenset[str], Packing | None]:
+    """Return which streams are packed, and how."""
+    if get_interpreter_stack() or positions != list(range(len(leaves.g))):
+        return frozenset(), frozenset(), None
+    packed = {slot_stream(k): c for k, c in enumerate(slots) if isinstance(c, Packed)}
+    packed_in = frozenset(s for s in kernel.inputs if s in packed)
+    packed_out: frozenset[str] = frozenset()
+    if leaves.call.pack_slots and len(positions) == len(leaves.call.g):
+        packed_out = frozenset(s for s in kernel.output_streams if s != UPDATE)
+    if not packed_in and not packed_out:
+        return packed_in, packed_out, None
+    known = next(iter(packed.values()), None)
+    return packed_in, packed_out, known.packing if known else Packing([g.shape for g in leaves.g])
 
 
 def _compute(
     run: Run,
     leaves: Leaves,
-    columns: dict[str, list[Any]],
+    columns: dict[str, Any],
     assignments: list[Assignment],
     rest: list[int],
     apply: bool,
 ) -> list[Tensor]:
     """Run the kernels, and the rules for the parameters that no kernel takes."""
     results: list[Any] = [None] * len(leaves.g)
-    new = {name: list(columns[name]) for name in run.slots}
-    for positions, group, streams, _ in assignments:
-        sources = {"g": leaves.g, "p": leaves.p}
-        sources.update({slot_stream(k): columns[name] for k, name in enumerate(run.slots)})
-        outputs = call(group, [sources[s][k] for s in streams for k in positions])
-        for stream, column in group.columns(group.kernel.output_streams, outputs).items():
-            target = results if stream == UPDATE else new[run.slots[int(stream[1:])]]
+    new: dict[str, Any] = {}
+    for positions, group in assignments:
+        outputs = call(group, _inputs(run, leaves, columns, positions, group))
+        rule = group.rule
+        for stream, column in group.columns(rule.outputs, outputs, rule.packed_out).items():
+            if stream in rule.packed_out:
+                assert rule.packing is not None
+                new[run.slots[int(stream[1:])]] = Packed(column[0], rule.packing)
+                continue
+            target = results
+            if stream != UPDATE:
+                name = run.slots[int(stream[1:])]
+                target = new.setdefault(name, None) or list(columns[name])
+                new[name] = target
             for k, value in zip(positions, column):
                 target[k] = value
     if rest:
@@ -305,9 +331,26 @@ def _compute(
             u = by_rule[position]
             results[k] = leaves.p[k] + u.to(leaves.p[k].dtype) if apply else u
             for name in run.slots:
-                new[name][k] = own[name][position]
+                new.setdefault(name, list(columns[name]))[k] = own[name][position]
     columns.update(new)
     return results
+
+
+def _inputs(
+    run: Run, leaves: Leaves, columns: dict[str, Any], positions: list[int], group: Group
+) -> list[Tensor]:
+    """Return the tensors of a group, stream by stream."""
+    sources = {"g": leaves.g, "p": leaves.p}
+    sources.update({slot_stream(k): columns[name] for k, name in enumerate(run.slots)})
+    tensors: list[Tensor] = []
+    whole = positions == list(range(len(leaves.g)))
+    for stream in group.rule.inputs:
+        source = sources[stream]
+        if stream in group.rule.packed_in:
+            tensors.append(source.flat)
+        else:
+            tensors += source if whole else [source[k] for k in positions]
+    return tensors
 
 
 def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:

@@ -113,15 +113,17 @@ class Prepared:
 
     def plan_step(self, row: dict[str, Any], t: int) -> bool:
         """Choose the program for these numbers; return whether there is one."""
-        rows = self.run.rows(row)
-        variant = self.run.variant(rows, t, self.present, has_params=True)
+        read = self.run.read(row)
+        if read is None:
+            return False
+        variant = self.run.variant(row, read, t, self.present, has_params=True)
         program = variant.program
         if program is None or backends.missing(self.params[0].device, program, MODE):
             return False
         if program is not self.program:
             self.program, self.call = program, self._make_call(program)
         assert self.call is not None
-        self.call.numbers(program.numbers[MODE](self.run.values(rows), t))
+        self.call.numbers(program.numbers[MODE](read[0], t))
         return True
 
     def _make_call(self, program: Program) -> native.InPlaceCall:

@@ -7,67 +7,79 @@ strided and on one device; anything about its layout is checked, and mended by a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Union
 
 import torch
 from torch import Tensor
 
 from torchopt.kernels import backends, native
 from torchopt.kernels.graph import Kernel
+from torchopt.packed import Packed, Packing
 
 
 #: Streams that have the dtype of the parameters; the others are float32 if that is half precision.
 OF_PARAMETERS = frozenset({"g", "p", "u", "bar_u"})
 
 Numbers = Sequence[float]
+#: One tensor of each parameter, ``None`` for zeros.
+Column = Union[list[Tensor | None], Packed]
 
 
 def launch(
     kernel: Kernel,
-    inputs: dict[str, list[Tensor | None]],
+    inputs: dict[str, Column],
     like: list[Tensor],
-    wanted: dict[str, list[bool] | None],
+    wanted: dict[str, list[bool] | Packing | None],
     numbers: Sequence[Numbers],
     rows: Sequence[int] | None,
-) -> dict[str, list[Tensor | None]]:
+) -> dict[str, Column]:
     """Return new tensors with the outputs of a kernel.
 
     Args:
         kernel: What to compute.
-        inputs: Stream -> one tensor of each parameter; ``None`` reads as zeros.
+        inputs: Stream -> one tensor of each parameter, perhaps packed; ``None`` reads as zeros.
         like: For each parameter the tensor whose shape, layout and device its outputs get.
-        wanted: Output stream -> which parameters need it; ``None`` for all.
+        wanted: Output stream -> which parameters need it; ``None`` for all, a packing for all in
+            one flat tensor.
         numbers: Rows of the kernel's numbers.
         rows: The row of each parameter; ``None`` for the only one.
     """
     like, inputs = _same_layout(like, inputs)
-    outputs: dict[str, list[Tensor | None]] = {}
-    for stream in kernel.outputs:
-        dtype = None if stream in OF_PARAMETERS else slot_dtype(like[0].dtype)
+    own = like[0].dtype
+    outputs: dict[str, Column] = {}
+    for stream in kernel.output_streams:
+        dtype = own if stream in OF_PARAMETERS else slot_dtype(own)
         mask = wanted[stream]
-        if mask is None:
-            outputs[stream] = _empty(like, dtype)  # pyright: ignore[reportArgumentType]
-        else:
+        if isinstance(mask, Packing):
+            flat = torch.empty(mask.total, dtype=dtype, device=like[0].device)
+            outputs[stream] = Packed(flat, mask)
+        elif mask is not None and not all(mask):
             outputs[stream] = [
                 torch.empty_like(x, dtype=dtype) if needed else None
                 for x, needed in zip(like, mask)
             ]
+        elif dtype == own:
+            outputs[stream] = list(map(torch.empty_like, like))
+        else:
+            outputs[stream] = [torch.empty_like(x, dtype=dtype) for x in like]
     run(kernel, inputs, outputs, like, numbers, rows)
     return outputs
 
 
 def run(
     kernel: Kernel,
-    inputs: dict[str, list[Tensor | None]],
-    outputs: dict[str, list[Tensor | None]],
+    inputs: dict[str, Column],
+    outputs: dict[str, Column],
     like: list[Tensor],
     numbers: Sequence[Numbers],
     rows: Sequence[int] | None,
 ) -> None:
     """Run a kernel from tensors into tensors; for each parameter all have one dense layout."""
     if like[0].is_cuda:
-        from torchopt.kernels.triton import backend
+        from torchopt.kernels import triton_backend
 
-        backend.run(kernel, inputs, outputs, like, numbers, rows)
+        unpacked = [{s: list(column) for s, column in c.items()} for c in (inputs, outputs)]
+        triton_backend.run(kernel, *unpacked, like, numbers, rows)
         return
     library = native.library()
     position = backends.find(kernel.name)
@@ -86,8 +98,11 @@ def run(
     )
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+def addresses(tensors: Column) -> list[int]:
     """Return the address of every tensor, 0 for ``None``."""
+    if isinstance(tensors, Packed):
+        start, size = tensors.flat.data_ptr(), tensors.flat.element_size()
+        return [start + size * offset for offset in tensors.packing.offsets]
     try:
         return list(map(Tensor.data_ptr, tensors))  # pyright: ignore[reportArgumentType]
     except TypeError:
@@ -99,32 +114,34 @@ def slot_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _empty(like: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-    if dtype is None or dtype == like[0].dtype:
-        return list(map(torch.empty_like, like))
-    return [torch.empty_like(x, dtype=dtype) for x in like]
-
-
 def _mask(streams: Sequence[str]) -> int:
     return sum(1 << k for k, stream in enumerate(streams) if stream in OF_PARAMETERS)
 
 
 def _same_layout(
-    like: list[Tensor], inputs: dict[str, list[Tensor | None]]
-) -> tuple[list[Tensor], dict[str, list[Tensor | None]]]:
+    like: list[Tensor], inputs: dict[str, Column]
+) -> tuple[list[Tensor], dict[str, Column]]:
     """Return everything with one dense layout for each parameter; copies where it is another."""
-    given = [x for column in inputs.values() for x in column if x is not None]
-    # an expanded, transposed, overlapping tensor is not contiguous; the negative bit is lazy data
-    if (
-        all(map(Tensor.is_contiguous, given))
-        and all(map(Tensor.is_contiguous, like))
-        and not any(map(Tensor.is_neg, given))
-    ):
-        return like, inputs
-    # empty_like keeps the strides of a dense tensor and gives every other one dense strides
-    templates = [torch.empty_like(x) for x in like]
+    given = [x for column in inputs.values() if type(column) is list for x in column]
+    if like is not inputs.get("p"):
+        given += like
+    try:
+        # an expanded, transposed, overlapping tensor is not contiguous; a negative bit is lazy data
+        if all(map(Tensor.is_contiguous, given)) and not any(map(Tensor.is_neg, given)):
+            return like, inputs
+    except TypeError:  # None among them
+        given = [x for x in given if x is not None]
+        if all(map(Tensor.is_contiguous, given)) and not any(map(Tensor.is_neg, given)):
+            return like, inputs
+    # empty_like keeps the strides of a dense tensor and gives every other one dense strides; what
+    # is packed is contiguous
+    packed = any(isinstance(column, Packed) for column in inputs.values())
+    layout = torch.contiguous_format if packed else torch.preserve_format
+    templates = [torch.empty_like(x, memory_format=layout) for x in like]
     return templates, {
-        stream: [
+        stream: column
+        if isinstance(column, Packed)
+        else [
             None if x is None else _with_strides(x, template)
             for x, template in zip(column, templates)
         ]

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from torchopt.engine import Plan
-from torchopt.kernels.program import Program, build, flags_of, flat_values
+from torchopt.kernels.program import Program, build
 from torchopt.kernels.tracing import Untraceable
 from torchopt.transform import ElementwiseTransformation
 
@@ -30,6 +30,7 @@ class Run:
         self.parts = plan.parts[first:last]
         self.slots = [name for names in plan.slots[first:last] for name in names]
         self.variants: list[Variant] = []
+        self.public = [name for fields in plan.fields[first:last] for name in fields.values()]
 
     def rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the hyperparameters of each part, of one parameter."""
@@ -38,20 +39,35 @@ class Run:
             for fields in self.plan.fields[self.first : self.last]
         ]
 
-    def values(self, rows: list[dict[str, Any]]) -> list[float]:
-        """Return the numbers of all parts."""
-        values = flat_values(rows)
-        assert values is not None, "a program was found for them"
-        return values
+    def read(self, row: dict[str, Any]) -> tuple[list[float], tuple[bool, ...]] | None:
+        """Return the numbers and the flags of one parameter; ``None`` if one is a tensor."""
+        values: list[float] = []
+        flags = []
+        for name in self.public:
+            value = row[name]
+            kind = type(value)
+            if kind is bool:
+                flags.append(value)
+            elif kind is float or kind is int:
+                values.append(value)
+            elif kind is tuple and all(type(v) is float or type(v) is int for v in value):
+                values += value
+            else:
+                return None
+        return values, tuple(flags)
 
     def variant(
-        self, rows: list[dict[str, Any]], t: Any, present: tuple[bool, ...], has_params: bool
+        self,
+        row: dict[str, Any],
+        read: tuple[list[float], tuple[bool, ...]] | None,
+        t: Any,
+        present: tuple[bool, ...],
+        has_params: bool,
     ) -> Variant:
-        """Return the program for these hyperparameters, or why there is none."""
-        values = flat_values(rows)
-        flags = flags_of(rows)
-        if values is None:
-            return Variant(flags, present, has_params, None, "a hyperparameter is a tensor")
+        """Return the program for a row of hyperparameters (read by :meth:`read`), or why not."""
+        if read is None:
+            return Variant((), present, has_params, None, "a hyperparameter is a tensor")
+        values, flags = read
         if type(t) is not int:
             return Variant(flags, present, has_params, None, "the step count is a tensor")
         for known in self.variants:
@@ -63,7 +79,7 @@ class Run:
             ):
                 return known
         try:
-            program = build(self.parts, rows, t, present, has_params)
+            program = build(self.parts, self.rows(row), t, present, has_params)
             made = Variant(flags, present, has_params, program)
         except Untraceable as error:
             made = Variant(flags, present, has_params, None, f"its rule is not pointwise: {error}")

@@ -13,7 +13,6 @@ from torchopt.kernels.graph import (
     Kernel,
     Node,
     Number,
-    constant,
     input_node,
     make_kernel,
     number_node,
@@ -109,24 +108,6 @@ def build(
     )
 
 
-def flat_values(rows: Sequence[dict[str, Any]]) -> list[float] | None:
-    """Return the numbers of all parts in a fixed order; ``None`` if one is no plain number."""
-    values: list[float] = []
-    for row in rows:
-        for value in row.values():
-            for number in value if type(value) is tuple else (value,):
-                if type(number) is float or type(number) is int:
-                    values.append(number)
-                elif type(number) is not bool:
-                    return None
-    return values
-
-
-def flags_of(rows: Sequence[dict[str, Any]]) -> tuple[bool, ...]:
-    """Return the flags of all parts in a fixed order."""
-    return tuple(value for row in rows for value in row.values() if type(value) is bool)
-
-
 def _symbolic_rows(rows: Sequence[dict[str, Any]], stretch: float) -> list[dict[str, Any]]:
     position = 0
 
@@ -199,6 +180,3 @@ def _compile(sources: Any) -> Callable[[Sequence[float], float], Any]:
     """Return a function of the hyperparameters and the step count that gives all expressions."""
     body = "".join(f"{source}, " for source in sources)
     return eval(f"lambda h, t: ({body})")  # sources are made by SymbolicNumber, of numbers only
-
-
-__all__ = ["Program", "build", "constant", "flags_of", "flat_values", "slot_stream"]

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from torchopt.engine import HALF
+from torchopt.kernels.matching import Run
 from torchopt.kernels.program import GRADIENT, PARAMETER, UPDATE, slot_stream
+from torchopt.packed import Packing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,31 +19,51 @@ class Rules:
     """The parts of a run, applied to flat tensors as a kernel is.
 
     Attributes:
-        parts: The transformations.
-        rows: For each parameter, the hyperparameters of each part.
+        run: The transformations.
+        rows: The hyperparameters of each parameter.
         steps: The step count of each parameter.
         present: For each slot, whether it is a tensor.
         apply: Whether the update is added to the parameter.
         inputs: The streams of the tensors.
         outputs: The streams of the results.
+        packed_in: Those of ``inputs`` that are one flat tensor for all parameters.
+        packed_out: Those of ``outputs`` that shall be.
+        packing: Where the parameters stand in flat tensors.
     """
 
-    parts: Sequence[Any]
-    rows: list[list[dict[str, Any]]]
+    run: Run
+    rows: list[dict[str, Any]]
     steps: list[int]
     present: tuple[bool, ...]
     apply: bool
     inputs: list[str]
     outputs: list[str]
+    packed_in: frozenset[str] = frozenset()
+    packed_out: frozenset[str] = frozenset()
+    packing: Packing | None = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs, stream by stream."""
-        count = len(self.steps)
-        results = []
-        for k in range(count):
-            given = {s: tensors[j * count + k] for j, s in enumerate(self.inputs)}
-            results.append(self._one(given, self.rows[k], self.steps[k]))
-        return tuple(result[stream] for stream in self.outputs for result in results)
+        count, rest = len(self.steps), list(tensors)
+        columns: dict[str, Sequence[Tensor]] = {}
+        for stream in self.inputs:
+            if stream in self.packed_in:
+                assert self.packing is not None
+                columns[stream] = self.packing.unpack(rest.pop(0))
+            else:
+                columns[stream], rest = rest[:count], rest[count:]
+        results = [
+            self._one({s: c[k] for s, c in columns.items()}, self.run.rows(row), self.steps[k])
+            for k, row in enumerate(self.rows)
+        ]
+        flat: list[Tensor] = []
+        for stream in self.outputs:
+            column = [result[stream] for result in results]
+            if stream in self.packed_out:
+                assert self.packing is not None
+                column = [self.packing.pack(column)]
+            flat += column
+        return tuple(flat)
 
     def _one(self, given: dict[str, Tensor], rows: list[dict[str, Any]], t: int) -> dict[str, Any]:
         g = given.get(GRADIENT, given.get(PARAMETER))
@@ -51,7 +73,7 @@ class Rules:
         p = _wide(given.get(PARAMETER, g))
         results: dict[str, Any] = {}
         position = 0
-        for part, row in zip(self.parts, rows):
+        for part, row in zip(self.run.parts, rows):
             streams = [slot_stream(position + k) for k in range(len(part.slot_names()))]
             slots = tuple(
                 given.get(s, u) if self.present[position + k] else None

@@ -1,0 +1,82 @@
+"""Slots of several parameters in one flat tensor, taken apart only when somebody looks.
+
+A differentiable optimizer hands its slots from step to step. Kept in one tensor for all parameters
+they cost one allocation and one edge of the graph instead of one for each parameter.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Packing:
+    """Where each of several tensors stands in a flat one.
+
+    Attributes:
+        shapes: The shape of each tensor.
+        sizes: How many entries each has.
+        offsets: Where each begins.
+        total: How many entries the flat tensor has.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size]) -> None:
+        self.shapes = list(shapes)
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.offsets = [0, *itertools.accumulate(self.sizes)][:-1]
+        self.total = sum(self.sizes)
+
+    def unpack(self, flat: Tensor) -> list[Tensor]:
+        """Return views of the flat tensor, connected to it by the graph."""
+        with torch.enable_grad():
+            parts = flat.split(self.sizes)
+            return [part.view(shape) for part, shape in zip(parts, self.shapes)]
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return a flat tensor with the entries of all."""
+        return torch.cat([x.reshape(-1) for x in tensors])
+
+
+class Packed(Sequence):
+    """A list of tensors that is one flat tensor until it is looked at."""
+
+    def __init__(self, flat: Tensor, packing: Packing) -> None:
+        self.flat, self.packing = flat, packing
+        self._tensors: list[Tensor] | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors: copies, so that each can be detached or changed by itself."""
+        if self._tensors is None:
+            with torch.enable_grad():
+                self._tensors = [x.clone() for x in self.packing.unpack(self.flat)]
+        return self._tensors
+
+    def __len__(self) -> int:
+        return len(self.packing.sizes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tensors()[index]
+
+    def detach(self) -> Packed:
+        """Return the same without history."""
+        return Packed(self.flat.detach(), self.packing)
+
+
+class PackedDict(Mapping):
+    """The slots of named parameters, over a :class:`Packed` list."""
+
+    def __init__(self, names: Sequence[str], packed: Packed) -> None:
+        self.names, self.packed = tuple(names), packed
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.packed[self.names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
