@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchopt import tree
 from torchopt.numerics import exact
-from torchopt.packed import Packed
+from torchopt.packed import Packed, Packing
 from torchopt.typing import PyTree, Step
 
 
@@ -183,6 +183,28 @@ def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
     return columns
 
 
+def initialise_packed(tx: Any, call: Call) -> dict[str, Any] | None:
+    """Return the initial slots of all parameters packed; ``None`` if they have to be made singly.
+
+    The parts must treat entries alike, whatever tensor they are in, and have one row of
+    hyperparameters for all.
+    """
+    elementwise = all(getattr(part, "elementwise", False) for part in tx.plan.parts)
+    row = call.hyper[0] if call.hyper else {}
+    common = _common(call)
+    if not elementwise or common is None or any(other is not row for other in call.hyper):
+        return None
+    packing = Packing(common.shapes)
+    flat = _to_compute_dtype(packing.pack([p.detach() for p in call.p]))
+    columns: dict[str, Any] = {}
+    for position, part in enumerate(tx.plan.parts):
+        if tx.plan.slots[position]:
+            (own,) = tx.plan.rows_of(position, [row])
+            for name, value in zip(tx.plan.slots[position], part.init_slots(flat, **own)):
+                columns[name] = [None] * len(call.p) if value is None else Packed(value, packing)
+    return columns
+
+
 def part_slots(part: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
     """Return the initial slots of one part for the parameters ``leaves.p``."""
     if hasattr(part, "init_all_slots"):
@@ -245,6 +267,11 @@ def accelerates(plan: Plan) -> bool:
                 "which fuses the rules itself. Pass None to use kernels where they are available."
             )
     return False
+
+
+def packs(plan: Plan) -> bool:
+    """Whether packed slots pay: kernels compute the whole plan, and read them as they are."""
+    return accelerates(plan) and accelerator.covers(plan)
 
 
 def _leaves(call: Call, index: list[int]) -> Leaves:

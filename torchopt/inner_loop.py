@@ -49,7 +49,8 @@ def inner_loop(
         torch.Size([1, 2])
     """
     optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
-    modules = [module, *(group["params"] for group in optimizer.param_groups)]
+    modules = {id(m): m for m in (module, *(group["params"] for group in optimizer.param_groups))}
+    modules = list(modules.values())
     before = [extract_state_dict(m, with_buffers=restore_buffers) for m in modules]
     optimizer_before = optimizer.extract_state()
     groups_before = [dict(group) for group in optimizer.param_groups]
@@ -59,7 +60,7 @@ def inner_loop(
     if restore_buffers:
         copies: dict[int, Tensor] = {}
         for m in modules:
-            for _, owner, attribute, buffer in list(named_places(m, "_buffers")):
+            for _, owner, attribute, buffer in named_places(m, "_buffers"):
                 if id(buffer) not in copies:
                     copies[id(buffer)] = buffer.clone()
                     copies[id(copies[id(buffer)])] = copies[id(buffer)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Concatenate, ParamSpec
 
 from torchopt import hyper, tree
-from torchopt.engine import Call, advance, initialise
+from torchopt.engine import Call, advance, initialise, initialise_packed, packs
 from torchopt.inner_gradient import differentiate
 from torchopt.meta_state import GroupState, check_groups, checked_state
 from torchopt.module_state import ParameterSite, parameter_sites
@@ -187,12 +187,18 @@ class MetaOptimizer:
             )
         call = Call(grads, params, steps, {}, rows, lambda: names, dict(zip(names, params)))
         fresh = [step == 1 and e.name not in known[e.group] for step, e in zip(steps, entries)]
+        complete = single and (not known[0] or known[0].keys() == set(names))
+        call.pack_slots = complete and packs(self.transformation.plan)
+        packed: dict[str, Any] = {}
+        if call.pack_slots:
+            if not known[0]:
+                packed = initialise_packed(self.transformation, call) or {}
+            elif not any(fresh):
+                packed = self._states[0].packed_slots(names)
         initial = {}
-        if any(fresh):  # at the first step, or for parameters that were frozen until now
+        if any(fresh) and not packed:  # at the first step, or for parameters that were frozen
             missing = [p if new else None for p, new in zip(params, fresh)]
             initial = initialise(self.transformation, dataclasses.replace(call, p=missing))
-        call.pack_slots = single and (not known[0] or known[0].keys() == set(names))
-        packed = {} if any(fresh) or not single else self._states[0].packed_slots(names)
         for slot in self.transformation.slot_names():
             if slot in packed:
                 call.slots[slot] = packed[slot]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,12 +75,32 @@ def parameter_sites(module: nn.Module) -> dict[str, ParameterSite]:
     return {site.name: site for site in sites.values()}
 
 
-def named_places(module: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Yield (dotted name, owner, attribute, tensor) of ``_parameters`` or ``_buffers``."""
-    for prefix, owner in module.named_modules():
-        for attribute, tensor in getattr(owner, kind).items():
-            if tensor is not None:
-                yield (f"{prefix}.{attribute}" if prefix else attribute), owner, attribute, tensor
+def named_places(module: nn.Module, kind: str) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """Return (dotted name, owner, attribute, tensor) of ``_parameters`` or ``_buffers``.
+
+    In the order of ``named_modules()``, whose nested generators take twice the time.
+    """
+    found: list[tuple[str, nn.Module, str, Tensor]] = []
+    _collect_places("", module, kind, set(), found)
+    return found
+
+
+def _collect_places(
+    prefix: str,
+    module: nn.Module,
+    kind: str,
+    seen: set[nn.Module],
+    found: list[tuple[str, nn.Module, str, Tensor]],
+) -> None:
+    if module in seen:
+        return
+    seen.add(module)
+    for attribute, tensor in getattr(module, kind).items():
+        if tensor is not None:
+            found.append((prefix + attribute, module, attribute, tensor))
+    for name, child in module._modules.items():
+        if child is not None:
+            _collect_places(f"{prefix}{name}.", child, kind, seen, found)
 
 
 def place_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
@@ -102,9 +122,9 @@ def place_all(
     module: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> None:
     """Put tensors by dotted name; every name must exist."""
-    for name, owner, attribute, _ in list(named_places(module, "_parameters")):
+    for name, owner, attribute, _ in named_places(module, "_parameters"):
         if name in params:
             place_parameter(owner, attribute, params[name])
-    for name, owner, attribute, _ in list(named_places(module, "_buffers")):
+    for name, owner, attribute, _ in named_places(module, "_buffers"):
         if name in buffers:
             owner._buffers[attribute] = buffers[name]

@@ -263,7 +263,7 @@ def stop_gradient(target: T) -> T:
                 site.place(
                     nn.Parameter(site.tensor.detach(), requires_grad=site.tensor.requires_grad)
                 )
-        for _, owner, attribute, buffer in list(named_places(target, "_buffers")):
+        for _, owner, attribute, buffer in named_places(target, "_buffers"):
             if buffer.grad_fn is not None:
                 owner._buffers[attribute] = buffer.detach()
     elif isinstance(target, HoldsState):

@@ -58,6 +58,8 @@ class GradientTransformation:
     optional_slots: ClassVar[frozenset[str]] = frozenset()
     #: Whether the rule reads the step count (bias correction).
     uses_step: ClassVar[bool] = False
+    #: Whether rule and initial slots depend on each entry of a parameter by itself.
+    elementwise: ClassVar[bool] = False
     #: Whether the rule is right for sparse gradients.
     accepts_sparse: ClassVar[bool] = False
 
@@ -223,6 +225,8 @@ class GradientTransformation:
 
 class ElementwiseTransformation(GradientTransformation):
     """A transformation whose rule treats each parameter by itself, entry by entry."""
+
+    elementwise: ClassVar[bool] = True
 
     def rule(
         self,

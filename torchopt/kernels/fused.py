@@ -116,6 +116,12 @@ def take_whole(
     return _compute(runs[0], leaves, columns, groups, [], apply)
 
 
+def covers(plan: Plan) -> bool:
+    """Whether one run of kernels can stand for a whole plan, as far as that is known beforehand."""
+    runs = runs_from(plan, 0) if plan.parts else []
+    return bool(runs) and runs[0].last == len(plan.parts) and not hindered()
+
+
 def hindered() -> str:
     """Return why nothing can be fused here and now; the empty string if nothing is in the way."""
     if torch.compiler.is_compiling():

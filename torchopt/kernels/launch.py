@@ -78,8 +78,7 @@ def run(
     if like[0].is_cuda:
         from torchopt.kernels import triton_backend
 
-        unpacked = [{s: list(column) for s, column in c.items()} for c in (inputs, outputs)]
-        triton_backend.run(kernel, *unpacked, like, numbers, rows)
+        triton_backend.run(kernel, inputs, outputs, like, numbers, rows)
         return
     library = native.library()
     position = backends.find(kernel.name)
