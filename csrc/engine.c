@@ -91,7 +91,7 @@ int64_t torchopt_find(const char *name) {
  * kernel together stay in the first-level cache. */
 #define BLOCK 256
 /* Entries below which a second thread costs more than it saves, and what threads divide. */
-#define GRAIN 32768
+#define GRAIN 65536
 #define ALIGNED 1024
 
 static const double zeros[BLOCK]; /* zero bytes, whatever the type */

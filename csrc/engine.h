@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 /* Layout of this interface; torchopt/kernels/native.py refuses another one. */
-#define TORCHOPT_ABI 1
+#define TORCHOPT_ABI 2
 
 #define MAX_STREAMS 24
 
@@ -47,6 +47,8 @@ EXPORT int64_t torchopt_run(struct call *call);
 EXPORT int64_t torchopt_find(const char *name);
 EXPORT int64_t torchopt_count(void);
 EXPORT const char *torchopt_instruction_set(void);
+/* Use the OpenMP team whose GOMP_parallel this is; NULL: threads of our own. */
+EXPORT void torchopt_use_team(void *function);
 EXPORT int64_t torchopt_select(const char *instruction_set);
 
 /* threads.c: run task(context, k) for k in 0..count-1, each on one thread. */

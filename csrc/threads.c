@@ -1,4 +1,8 @@
-/* A small pool of threads. No OpenMP: torch brings its own, and two runtimes in one process fight.
+/* Threads. This library links no OpenMP: torch brings its own, and two runtimes in one process fight.
+ * On Linux the loader hands over the entry of the very runtime that torch has loaded, so that both
+ * share one team of threads: those of a second pool would compete with torch's, which go on
+ * spinning for a while after each of its operations. Elsewhere, and after fork (which no OpenMP
+ * team survives), there is a small pool of our own.
  *
  * One call at a time has the pool; a call that finds it taken (another Python thread) runs on its
  * own thread alone. After fork the child has no workers and starts its own when it needs them.
@@ -6,6 +10,8 @@
 #include "engine.h"
 
 #if defined(_WIN32)
+
+void torchopt_use_team(void *function) { (void)function; }
 
 void run_in_parallel(void (*task)(void *, int64_t), void *context, int64_t count) {
   for (int64_t k = 0; k < count; ++k) task(context, k);
@@ -50,6 +56,26 @@ static void *work(void *unused) {
   return NULL;
 }
 
+/* GOMP_parallel of the OpenMP runtime that torch uses, or NULL. */
+typedef void (*team_function)(void (*task)(void *), void *context, unsigned threads,
+                              unsigned flags);
+static team_function team = NULL;
+
+struct team_work {
+  void (*task)(void *, int64_t);
+  void *context;
+  int64_t count, next;
+};
+
+static void take_team_shares(void *context) {
+  struct team_work *work = context;
+  for (;;) {
+    int64_t share = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+    if (share >= work->count) return;
+    work->task(work->context, share);
+  }
+}
+
 static void before_fork(void) {
   pthread_mutex_lock(&owner);
   pthread_mutex_lock(&lock);
@@ -61,7 +87,8 @@ static void after_fork_in_parent(void) {
 }
 
 static void after_fork_in_child(void) {
-  workers = 0; /* threads do not survive fork */
+  workers = 0; /* threads do not survive fork, and a team of OpenMP would wait for them */
+  team = NULL;
   next_share = shares = unfinished = 0;
   pthread_cond_init(&work_came, NULL);
   pthread_cond_init(&work_done, NULL);
@@ -73,11 +100,17 @@ static void watch_fork(void) {
   pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }
 
+static pthread_once_t watching = PTHREAD_ONCE_INIT;
+
+void torchopt_use_team(void *function) {
+  pthread_once(&watching, watch_fork);
+  team = (team_function)function;
+}
+
 /* Called with the lock held. Signals stay with the threads of Python. */
 static void start_workers(int64_t wanted) {
-  static pthread_once_t once = PTHREAD_ONCE_INIT;
   sigset_t all, before;
-  pthread_once(&once, watch_fork);
+  pthread_once(&watching, watch_fork);
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   while (workers < wanted && workers < MAX_WORKERS) {
@@ -90,6 +123,11 @@ static void start_workers(int64_t wanted) {
 }
 
 void run_in_parallel(void (*task)(void *, int64_t), void *context, int64_t count) {
+  if (team != NULL) {
+    struct team_work work = {task, context, count, 0};
+    team(take_team_shares, &work, (unsigned)count, 0);
+    return;
+  }
   if (pthread_mutex_trylock(&owner) != 0) {
     for (int64_t k = 0; k < count; ++k) task(context, k);
     return;

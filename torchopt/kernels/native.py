@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 
-ABI = 1
+ABI = 2
 LIBRARY = Path(__file__).with_name("_fused.dll" if os.name == "nt" else "_fused.so")
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 REINSTALL = "reinstall torchopt where a C compiler is at hand"
@@ -63,6 +64,9 @@ class Library:
         self._library.torchopt_select.argtypes = [ctypes.c_char_p]
         self._library.torchopt_select.restype = ctypes.c_int64
         self._library.torchopt_instruction_set.restype = ctypes.c_char_p
+        self._library.torchopt_use_team.argtypes = [ctypes.c_void_p]
+        self._library.torchopt_use_team.restype = None
+        self._library.torchopt_use_team(_entry_of_openmp())
         self._run = self._library.torchopt_run
 
     @property
@@ -228,6 +232,25 @@ def library() -> Library:
     if isinstance(loaded, Unavailable):
         raise loaded
     return loaded
+
+
+def _entry_of_openmp() -> int | None:
+    """Return the address of ``GOMP_parallel`` of the OpenMP runtime that torch has loaded.
+
+    ``None`` if there is none, or more than one: then the library uses threads of its own.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None  # not Linux
+    paths = set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*", maps))
+    if len(paths) != 1:
+        return None
+    try:
+        runtime = ctypes.CDLL(paths.pop(), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 def _check_file(path: Path) -> None:
