@@ -286,9 +286,7 @@ def _leaves(call: Call, index: list[int]) -> Leaves:
     )
 
 
-def _advance_by_parts(
-    tx: Any, given: Leaves, columns: dict[str, list[Any]], apply: bool
-) -> list[Tensor]:
+def _advance_by_parts(tx: Any, given: Leaves, columns: dict[str, Any], apply: bool) -> list[Tensor]:
     """Convert to the dtype of computation, run the parts one after the other, convert back."""
     is_complex = [g.is_complex() for g in given.g]
     enter = [_view_as_real if c else _to_compute_dtype for c in is_complex]

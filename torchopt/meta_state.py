@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchopt import hyper, tree
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
-from torchopt.packed import PackedDict, Packed
+from torchopt.packed import Packed, PackedDict
 
 
 @dataclasses.dataclass

@@ -120,16 +120,9 @@ class Optimizer(torch.optim.Optimizer):
             self._stepper = engine.in_place_stepper()
         return self._stepper.step(self, grads)
 
-    def _plain_row(self, group: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the hyperparameters of a group if all are plain numbers."""
-        row = {}
-        for name in self.transformation.hyper_specs():
-            value = group.get(name)
-            for number in value if type(value) is tuple else (value,):
-                if type(number) not in (float, int, bool):
-                    return None
-            row[name] = value
-        return row
+    def _row(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the hyperparameters of a group as they are now."""
+        return {name: group[name] for name in self.transformation.hyper_specs()}
 
     def _call(self, params: list[Tensor], grads: list[Any]) -> Call:
         names = _parameter_names(self.param_groups)

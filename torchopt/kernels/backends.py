@@ -21,7 +21,7 @@ def unavailable(device_type: str) -> str:
     """Return why no kernel runs on a type of device; the empty string if some do."""
     if device_type == "cpu":
         loaded = native.load()
-        if isinstance(loaded, native.Unavailable):
+        if isinstance(loaded, native.UnavailableError):
             return f"{NOT_LOADED} the CPU are not loaded: {loaded}"
         return ""
     if device_type == "cuda":

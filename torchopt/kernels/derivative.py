@@ -1,7 +1,7 @@
 r"""Reverse-mode differentiation of pointwise graphs: backward kernels are derived, not written.
 
-For :math:`y = f(a, b)` and the incoming :math:`\bar y = \partial L / \partial y` each operation adds
-to :math:`\bar a` and :math:`\bar b`:
+For :math:`y = f(a, b)` and the incoming :math:`\bar y = \partial L / \partial y` each operation
+adds to :math:`\bar a` and :math:`\bar b`:
 
 =================  ======================================================================
 ``a + b``          :math:`\bar a \mathrel{+}= \bar y,\; \bar b \mathrel{+}= \bar y`
@@ -73,7 +73,7 @@ def _add(bars: dict[Node, Node], node: Node, bar: Node) -> None:
         bars[node] = add(bars[node], bar) if node in bars else bar
 
 
-# Operations that leave out what is known beforehand -------------------------------------------------
+# Operations that leave out what is known beforehand -----------------------------------------------
 
 
 def add(a: Node, b: Node) -> Node:
@@ -115,7 +115,7 @@ def _source(node: Node) -> str:
     return node.args[0].source
 
 
-# The table above, as code ---------------------------------------------------------------------------
+# The table above, as code -------------------------------------------------------------------------
 
 Collect = Callable[[Node, Node], None]
 
@@ -166,17 +166,15 @@ def _abs_rule(y: Node, bar: Node, to: Collect) -> None:
 
 
 def _extremum_rule(y: Node, bar: Node, to: Collect) -> None:
-    a, b = y.args
-    if y.op == "minimum":
-        a, b = b, a  # a is now the one that must be larger for y to be y.args[0]
     first, second = y.args
-    if is_number(second):  # clamp and relu: nothing where they are equal, as torch does
-        to(first, _where(Node("less", (b, a)), bar, ZERO))
+    # nan is smaller than nothing: its derivative passes, as in torch
+    smaller = (first, second) if y.op == "maximum" else (second, first)
+    if is_number(second):  # relu: nothing where they are equal
+        to(first, _where(Node("less_equal", smaller), ZERO, bar))
         return
-    equal = Node("equal", (first, second))
-    half = mul(bar, HALF)
-    to(first, _where(equal, half, _where(Node("less", (b, a)), bar, ZERO)))
-    to(second, _where(equal, half, _where(Node("less", (a, b)), bar, ZERO)))
+    equal, half = Node("equal", (first, second)), mul(bar, HALF)
+    to(first, _where(equal, half, _where(Node("less", smaller), ZERO, bar)))
+    to(second, _where(equal, half, _where(Node("less", smaller[::-1]), ZERO, bar)))
 
 
 def _where_rule(y: Node, bar: Node, to: Collect) -> None:

@@ -162,7 +162,7 @@ class BackwardCall:
         """Compute the same by differentiating the rules."""
         group = self.group
         bars, saved = self.split(tensors)
-        outputs, vjp = torch.func.vjp(group.rule, *saved)
+        outputs, vjp = torch.func.vjp(group.rule, *saved)  # pyright: ignore[reportAssignmentType]
         full = tuple(torch.zeros_like(o) if b is None else b for o, b in zip(outputs, bars))
         return self._wanted(vjp(full))
 
@@ -230,7 +230,7 @@ class Fused(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, group: Group, *tensors: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, group: Group, *tensors: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         batched = _batched(info.batch_size, in_dims[1:], tensors)
         outputs = Fused.apply(group, *batched)
         return outputs, (0,) * len(outputs)
@@ -250,11 +250,11 @@ class FusedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _, vjp = torch.func.vjp(ctx.call.rule, *ctx.saved_tensors)
+        _, vjp = torch.func.vjp(ctx.call.rule, *ctx.saved_tensors)  # pyright: ignore[reportAssignmentType]
         return (None, *vjp(bars))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, call: BackwardCall, *tensors: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, call: BackwardCall, *tensors: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         batched = _batched(info.batch_size, in_dims[1:], tensors)
         outputs = FusedBackward.apply(call, *batched)
         return outputs, (0,) * len(outputs)

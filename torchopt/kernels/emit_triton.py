@@ -6,20 +6,21 @@ One launch computes all tensors of a call. Each program of the launch takes one 
 ``owners``
     For each program the number of its tensor.
 ``records``
-    For each tensor its number of entries, the first program that works on it, its row of numbers,
-    and the addresses of its input and output streams. Address 0 reads as zeros, and what would be
-    written there is dropped.
+    For each tensor its number of entries, how many of them may be moved several at once (all, if
+    its addresses are multiples of :data:`ALIGNMENT`, else none), the first program that works on
+    it, its row of numbers, and the addresses of its input and output streams. Address 0 reads as
+    zeros, and what would be written there is dropped.
 ``numbers``
     Rows of the kernel's numbers in float64; they are rounded to the type of the arithmetic.
 
 The arithmetic is float64 if the tensors are, else float32. Every operation is rounded by itself,
 as by torch's operators: square roots and quotients correctly, and products and sums are not
-contracted to fused multiply-adds, as long as the kernel is launched with :data:`OPTIONS`.
+contracted to fused multiply-adds, as long as the kernel is launched with :data:`OPTIONS`. What may
+still differ from torch in the last bit: on a GPU torch divides by a number by multiplying with its
+reciprocal, and Triton 3.2 takes subnormal float32 numbers for zero in roots and quotients.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from torchopt.kernels.graph import Kernel, Node, topological
 from torchopt.kernels.launch import OF_PARAMETERS
@@ -31,8 +32,11 @@ BLOCK = 1024
 #: How to launch: 8 entries for each thread, and no contraction.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
-#: What stands in a record before the addresses: entries, first program, row of numbers.
-RECORD_HEAD = 3
+#: Bytes that Triton moves at once, if it knows that an address is a multiple of that.
+ALIGNMENT = 16
+
+#: How many fields of a record stand before the addresses.
+RECORD_HEAD = 4
 
 #: Operation -> the expression; ``R`` is the type of the arithmetic. These are the expressions of
 #: emit_c.py. A comparison with ``nan`` is false, but for ``!=``, so ``maximum`` and ``minimum``
@@ -42,11 +46,7 @@ EXPRESSIONS = {
     "add": "{0} + {1}",
     "sub": "{0} - {1}",
     "mul": "{0} * {1}",
-    "div": "DIVIDE({0}, {1})",
     "neg": "{0} * -1.0",
-    "sqrt": "SQRT({0})",
-    "root_slope": "tl.where({0} == 0, 0.0, DIVIDE(0.5, {0}))",
-    "reciprocal": "DIVIDE(1.0, {0})",
     "abs": "tl.abs({0})",
     "sign": "({0} > 0).to(R) - ({0} < 0).to(R)",
     "maximum": "tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})",
@@ -58,53 +58,58 @@ EXPRESSIONS = {
     "where": "tl.where({0}, {1}, {2})",
 }
 
-#: Type of the arithmetic -> what the names in the expressions stand for. In float32 ``/`` and
-#: ``tl.sqrt`` are approximations; in float64 they are correctly rounded.
-MEANINGS = {
-    "float32": {"R": "tl.float32", "SQRT": "tl.math.sqrt_rn", "DIVIDE": "tl.math.div_rn"},
-    "float64": {"R": "tl.float64", "SQRT": "tl.sqrt", "DIVIDE": "divide"},
+#: Type of the arithmetic -> the expressions that differ: in float32 ``/`` and ``tl.sqrt`` are
+#: approximations, in float64 they are correctly rounded (and the others do not exist).
+ROUNDED = {
+    "float32": {
+        "div": "tl.math.div_rn({0}, {1})",
+        "sqrt": "tl.math.sqrt_rn({0})",
+        "root_slope": "tl.where({0} == 0, 0.0, tl.math.div_rn(0.5, {0}))",
+        "reciprocal": "tl.math.div_rn(1.0, {0})",
+    },
+    "float64": {
+        "div": "{0} / {1}",
+        "sqrt": "tl.sqrt({0})",
+        "root_slope": "tl.where({0} == 0, 0.0, 0.5 / {0})",
+        "reciprocal": "1.0 / {0}",
+    },
 }
 
 
 def source(kernel: Kernel, stored: str) -> str:
-    """Return the Python source of a kernel: a function of that name, to be given to ``triton.jit``.
+    """Return the Python source of a kernel: a function of its name, to be given to ``triton.jit``.
 
     Args:
         kernel: What to compute.
         stored: The dtype of the parameters, by its name in both Triton and torch. Other streams
             have the dtype of the arithmetic.
     """
-    real = arithmetic(stored)
-    outputs = list(kernel.outputs)
-    addresses = [f"in_{s}" for s in kernel.inputs] + [f"out_{s}" for s in outputs]
+    addresses = [f"in_{s}" for s in kernel.inputs] + [f"out_{s}" for s in kernel.outputs]
     lines = [
         "owner = tl.load(owners + tl.program_id(0)).to(tl.int64)",
         f"record = records + owner * {RECORD_HEAD + len(addresses)}",
-        "size = tl.load(record)",
-        f"start = (tl.program_id(0) - tl.load(record + 1)) * {BLOCK}",
-        f"row = numbers + tl.load(record + 2) * {len(kernel.numbers)}",
+        f"start = (tl.program_id(0) - tl.load(record + 2)) * {BLOCK}",
+        f"row = numbers + tl.load(record + 3) * {len(kernel.numbers)}",
         f"entry = tl.arange(0, {BLOCK})",
-        *(
-            f"n{k} = tl.load(row + {k}).to({MEANINGS[real]['R']})"
-            for k in range(len(kernel.numbers))
-        ),
     ]
+    for k in range(len(kernel.numbers)):
+        lines.append(f"n{k} = tl.load(row + {k}).to(tl.{arithmetic(stored)})")
     for position, name in enumerate(addresses, RECORD_HEAD):
-        kind = f"tl.{_stored(name.split('_', 1)[1], stored)}"
         lines += [
-            f"{name} = tl.multiple_of(tl.load(record + {position}), ALIGNMENT)",
-            f"at_{name} = {name}.to(tl.pointer_type({kind})) + start + entry",
+            f"{name} = tl.load(record + {position})",
+            # compared entry by entry: Triton's interpreter spreads no truth value over a block
+            f"has_{name} = tl.full(({BLOCK},), {name}, tl.int64) != 0",
         ]
-    # A block that is full is read and written without a mask for each entry, which would keep the
-    # compiler from moving several entries at once.
+    # Full blocks of aligned tensors are moved several entries at once. A mask with a value of its
+    # own for each entry would prevent that, so the same is written twice.
     lines += [
-        f"if start + {BLOCK} <= size:",
-        *(f"    {line}" for line in _body(kernel, stored, "")),
+        f"if start + {BLOCK} <= tl.load(record + 1):",
+        *(f"    {line}" for line in _body(kernel, stored, aligned=True)),
         "else:",
-        "    inside = entry < size - start",
-        *(f"    {line}" for line in _body(kernel, stored, " & inside")),
+        "    inside = entry < tl.load(record) - start",
+        *(f"    {line}" for line in _body(kernel, stored, aligned=False)),
     ]
-    head = f"def {kernel.name}(owners, records, numbers, ALIGNMENT: tl.constexpr):"
+    head = f"def {kernel.name}(owners, records, numbers):"
     return "\n".join([head, *(f"    {line}" for line in lines)]) + "\n"
 
 
@@ -113,39 +118,46 @@ def arithmetic(stored: str) -> str:
     return "float64" if stored == "float64" else "float32"
 
 
-def _stored(stream: str, stored: str) -> str:
-    return stored if stream in OF_PARAMETERS else arithmetic(stored)
+def _type_of(stream: str, stored: str) -> str:
+    return f"tl.{stored if stream in OF_PARAMETERS else arithmetic(stored)}"
 
 
-def _body(kernel: Kernel, stored: str, inside: str) -> list[str]:
+def _body(kernel: Kernel, stored: str, aligned: bool) -> list[str]:
     """Return the lines that read, compute and write the entries of one block."""
-    real = arithmetic(stored)
+    real = f"tl.{arithmetic(stored)}"
+    expressions = {**EXPRESSIONS, **ROUNDED[arithmetic(stored)]}
     names: dict[Node, str] = {}
-    numbers = list(kernel.numbers)
     loads: list[str] = []
     lines: list[str] = []
     for node in topological(kernel.outputs.values()):
         if node.op == "input":
             (stream,) = node.args
             names[node] = stream
-            mask = f"mask=(in_{stream} != 0){inside}"
-            cast = f".to({MEANINGS[real]['R']})" if _stored(stream, stored) != real else ""
-            loads.append(f"{stream} = tl.load(at_in_{stream}, {mask}, other=0.0){cast}")
+            place = _place(f"in_{stream}", _type_of(stream, stored), aligned)
+            loads.append(f"{stream} = tl.load({place}, other=0.0).to({real})")
         elif node.op == "number":
-            names[node] = f"n{numbers.index(node.args[0].source)}"
+            names[node] = f"n{kernel.numbers.index(node.args[0].source)}"
         else:
             names[node] = f"x{len(lines)}"
-            value = expression(node.op, [names[a] for a in node.args], real)
-            lines.append(f"{names[node]} = {value}")
-    stores = [
-        f"tl.store(at_out_{s}, {names[n]}.to(tl.{_stored(s, stored)}), mask=(out_{s} != 0){inside})"
-        for s, n in kernel.outputs.items()
-    ]
+            value = expressions[node.op].format(*(names[a] for a in node.args))
+            lines.append(f"{names[node]} = {value.replace('(R)', f'({real})')}")
+    stores = []
+    for stream, node in kernel.outputs.items():
+        kind = _type_of(stream, stored)
+        place = _place(f"out_{stream}", kind, aligned, f"{names[node]}.to({kind})")
+        stores.append(f"tl.store({place})")
     return [*loads, *lines, *stores]
 
 
-def expression(op: str, arguments: Sequence[str], real: str) -> str:
-    """Return the text of an operation in the type of the arithmetic."""
-    template = EXPRESSIONS[op]
-    if real == "float64":
-        template = template.replace("DIVIDE(0.5, {0})", "0.5 / {0}")
+def _place(name: str, kind: str, aligned: bool, *value: str) -> str:
+    """Return the arguments of a load or a store: where, what, and under which condition.
+
+    A stream of half precision is moved 8 bytes at once: as many entries as of the float32 streams
+    beside it, or else entries would have to change threads.
+    """
+    pointer = f"{name}.to(tl.pointer_type({kind}))"
+    if aligned:
+        together = ALIGNMENT // 2 if kind in ("tl.bfloat16", "tl.float16") else ALIGNMENT
+        pointer = f"tl.multiple_of({pointer}, {together})"
+    mask = f"mask=has_{name}" if aligned else f"mask=has_{name} & inside"
+    return ", ".join([f"{pointer} + start + entry", *value, mask])

@@ -160,19 +160,19 @@ def assign(
     for key, positions in _classes(leaves, slots).items():
         _, t, present, has_params, dtype, device, reason = key
         row = leaves.hyper[positions[0]]
-        read = None if reason else run.read(row)
+        read, program = run.read(row), None
         if not reason:
             variant = run.variant(row, read, t, present, has_params)
-            reason = variant.reason
-            if variant.program is not None:
-                reason = backends.missing(device, variant.program, mode)
+            program, reason = variant.program, variant.reason
+            if program is not None:
+                reason = backends.missing(device, program, mode)
             if apply and not has_params:
                 reason = "there are no parameters to add to"
         if reason or read is None:
             unfit.update(dict.fromkeys(positions, reason))
             continue
-        key = (id(variant.program), dtype, device)
-        taker = takers.setdefault(key, _Taker(variant.program, present))
+        key = (id(program), dtype, device)
+        taker = takers.setdefault(key, _Taker(program, present, has_params))
         taker.indices += [len(taker.values)] * len(positions)
         taker.values.append((read[0], t))
         taker.positions += positions
@@ -185,9 +185,10 @@ class _Taker:
 
     program: Any
     present: tuple[bool, ...]
+    has_params: bool
     positions: list[int] = dataclasses.field(default_factory=list)
     indices: list[int] = dataclasses.field(default_factory=list)
-    values: list[tuple[list[float], int]] = dataclasses.field(default_factory=list)
+    values: list[tuple[Sequence[float], int]] = dataclasses.field(default_factory=list)
 
 
 def _classes(leaves: Leaves, slots: list[Any]) -> dict[tuple[Any, ...], list[int]]:
@@ -272,8 +273,9 @@ def _assignment(run: Run, leaves: Leaves, slots: list[Any], mode: str, taker: _T
     rules = Rules(
         run,
         [leaves.hyper[k] for k in positions],
-        [leaves.t[k] for k in positions],
+        [int(leaves.t[k]) for k in positions],
         taker.present,
+        taker.has_params,
         mode == "apply",
         kernel.inputs,
         kernel.output_streams,
@@ -365,7 +367,7 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
         return Fused.apply(group, *tensors)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         # past the argument binding of Function.apply, which is for functorch and costs time
-        return super(torch.autograd.Function, Fused).apply(group, *tensors)
+        return super(torch.autograd.Function, Fused).apply(group, *tensors)  # pyright: ignore[reportAttributeAccessIssue]
     return group.run(tensors)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Union
+from weakref import WeakValueDictionary
 
 
 class Number(NamedTuple):
@@ -19,17 +20,35 @@ class Number(NamedTuple):
     source: str
 
 
-class Node(NamedTuple):
-    """One value per entry.
+class Node:
+    """One value per entry. Equal nodes are one object, so that shared values are seen at once.
 
     Attributes:
         op: A key of :data:`OPERATIONS`, or ``"input"`` or ``"number"``.
         args: Nodes; for ``"input"`` the name of the stream, for ``"number"`` a :class:`Number`.
     """
 
+    __slots__ = ("__weakref__", "args", "op")
+
     op: str
     args: tuple[Any, ...]
 
+    def __new__(cls, op: str, args: tuple[Any, ...]) -> Node:  # noqa: D102
+        node = _NODES.get((op, args))
+        if node is None:
+            node = super().__new__(cls)
+            node.op, node.args = op, args
+            _NODES[op, args] = node
+        return node
+
+    def __repr__(self) -> str:
+        return f"Node({self.op!r}, {self.args!r})"
+
+    def __reduce__(self) -> Any:
+        return Node, (self.op, self.args)
+
+
+_NODES: WeakValueDictionary[tuple[str, tuple[Any, ...]], Node] = WeakValueDictionary()
 
 Operand = Union[Node, Number]
 
@@ -82,17 +101,16 @@ def is_number(node: Node) -> bool:
 def topological(outputs: Iterable[Node]) -> list[Node]:
     """Return every node that the outputs need, arguments first; the order depends on them only."""
     order: dict[Node, None] = {}
-
-    def visit(node: Node) -> None:
+    stack = [(output, False) for output in reversed(list(outputs))]
+    while stack:
+        node, arguments_done = stack.pop()
         if node in order:
-            return
-        if node.op not in ("input", "number"):
-            for argument in node.args:
-                visit(argument)
-        order[node] = None
-
-    for output in outputs:
-        visit(output)
+            continue
+        if arguments_done or node.op in ("input", "number"):
+            order[node] = None
+            continue
+        stack.append((node, True))
+        stack += [(argument, False) for argument in reversed(node.args)]
     return list(order)
 
 

@@ -32,7 +32,7 @@ class Prepared:
     def __init__(self, plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         self.run: Run = runs_from(plan, 0)[0]
         self.params, self.states = params, states
-        self.columns = [[s.get(name) for s in states] for name in self.run.slots]
+        self.columns: list[list[Any]] = [[s.get(name) for s in states] for name in self.run.slots]
         self.present = tuple(column[0] is not None for column in self.columns)
         self.kept = [c for c, there in zip(self.columns, self.present) if there]
         self.kept_names = [n for n, there in zip(self.run.slots, self.present) if there]
@@ -58,7 +58,7 @@ class Prepared:
         for column, there in zip(self.columns, self.present):
             if any((x is not None) != there for x in column):
                 return False
-        tensors = [x for column in (self.params, *self.kept) for x in column]
+        tensors: list[Any] = [x for column in (self.params, *self.kept) for x in column]
         if not PLAIN.issuperset(map(type, tensors)):
             return False
         if {x.layout for x in tensors} != {torch.strided} or any(map(Tensor.is_neg, tensors)):
@@ -120,6 +120,9 @@ class Prepared:
         program = variant.program
         if program is None or backends.missing(self.params[0].device, program, MODE):
             return False
+        kept = {slot_stream(k) for k, there in enumerate(self.present) if there}
+        if not kept.issuperset(program.kernels[MODE].output_streams[1:]):
+            return False  # a slot that is not there yet has to be made
         if program is not self.program:
             self.program, self.call = program, self._make_call(program)
         assert self.call is not None
@@ -172,8 +175,8 @@ class Stepper:
             begin += len(params)
             prepared = self._prepare(k, plan, params, states[own], optimizer)
             step = _common_step(states[own], counts)
-            row = optimizer._plain_row(group)
-            if prepared is None or step is None or row is None:
+            row = optimizer._row(group)
+            if prepared is None or step is None:
                 return False
             if not prepared.takes(grads[own]) or not prepared.plan_step(row, step + 1):
                 return False

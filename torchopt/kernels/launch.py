@@ -7,7 +7,7 @@ strided and on one device; anything about its layout is checked, and mended by a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ OF_PARAMETERS = frozenset({"g", "p", "u", "bar_u"})
 
 Numbers = Sequence[float]
 #: One tensor of each parameter, ``None`` for zeros.
-Column = Union[list[Tensor | None], Packed]
+Column = Union[list[Any], Packed]
 
 
 def launch(
@@ -87,7 +87,7 @@ def run(
         position,
         native.DTYPES[like[0].dtype],
         _mask(kernel.inputs),
-        _mask(kernel.outputs),
+        _mask(kernel.output_streams),
         list(map(Tensor.numel, like)),
         [address for stream in kernel.inputs for address in addresses(inputs[stream])],
         [address for stream in kernel.outputs for address in addresses(outputs[stream])],
@@ -121,7 +121,7 @@ def _same_layout(
     like: list[Tensor], inputs: dict[str, Column]
 ) -> tuple[list[Tensor], dict[str, Column]]:
     """Return everything with one dense layout for each parameter; copies where it is another."""
-    given = [x for column in inputs.values() if type(column) is list for x in column]
+    given: list[Any] = [x for column in inputs.values() if type(column) is list for x in column]
     if like is not inputs.get("p"):
         given += like
     try:

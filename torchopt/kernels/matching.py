@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 from torchopt.engine import Plan
 from torchopt.kernels.program import Program, build
-from torchopt.kernels.tracing import Untraceable
+from torchopt.kernels.tracing import UntraceableError
 from torchopt.transform import ElementwiseTransformation
 
 
@@ -50,10 +51,11 @@ class Run:
                 flags.append(value)
             elif kind is float or kind is int:
                 values.append(value)
-            elif kind is tuple and all(type(v) is float or type(v) is int for v in value):
-                values += value
             else:
-                return None
+                for number in value if kind is tuple else (value,):
+                    if not isinstance(number, numbers.Real):
+                        return None
+                    values.append(float(number))
         return values, tuple(flags)
 
     def variant(
@@ -81,7 +83,7 @@ class Run:
         try:
             program = build(self.parts, self.rows(row), t, present, has_params)
             made = Variant(flags, present, has_params, program)
-        except Untraceable as error:
+        except UntraceableError as error:
             made = Variant(flags, present, has_params, None, f"its rule is not pointwise: {error}")
         except Exception as error:
             made = Variant(flags, present, has_params, None, f"its rule cannot be traced: {error}")

@@ -23,7 +23,7 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 REINSTALL = "reinstall torchopt where a C compiler is at hand"
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """The native library cannot be used; the message says why and what to do."""
 
 
@@ -55,7 +55,7 @@ class Library:
         try:
             self._library = ctypes.CDLL(str(path))  # releases the GIL while it runs
         except OSError as error:
-            raise Unavailable(f"{path.name} does not load ({error}); {REINSTALL}") from error
+            raise UnavailableError(f"{path.name} does not load ({error}); {REINSTALL}") from error
         _check_symbols(self._library, path)
         self._library.torchopt_run.argtypes = [ctypes.c_void_p]
         self._library.torchopt_run.restype = ctypes.c_int64
@@ -214,11 +214,11 @@ class InPlaceCall:
 
 
 @functools.cache
-def load() -> Library | Unavailable:
+def load() -> Library | UnavailableError:
     """Return the library, or why there is none."""
     try:
         return Library(LIBRARY)
-    except Unavailable as error:
+    except UnavailableError as error:
         return error
 
 
@@ -226,10 +226,10 @@ def library() -> Library:
     """Return the library.
 
     Raises:
-        Unavailable: If there is none.
+        UnavailableError: If there is none.
     """
     loaded = load()
-    if isinstance(loaded, Unavailable):
+    if isinstance(loaded, UnavailableError):
         raise loaded
     return loaded
 
@@ -256,18 +256,18 @@ def _entry_of_openmp() -> int | None:
 def _check_file(path: Path) -> None:
     """Look at the file before any of its code can run: loading a broken one may crash."""
     if not path.exists():
-        raise Unavailable(f"torchopt was installed without its C library; {REINSTALL}")
+        raise UnavailableError(f"torchopt was installed without its C library; {REINSTALL}")
     try:
         facts = json.loads(Path(f"{path}.json").read_text())
     except (OSError, ValueError) as error:
-        raise Unavailable(f"{path.name}.json cannot be read ({error}); {REINSTALL}") from error
+        raise UnavailableError(f"{path.name}.json cannot be read ({error}); {REINSTALL}") from error
     if facts["machine"] != platform.machine() or facts["system"] != platform.system():
-        raise Unavailable(
+        raise UnavailableError(
             f"{path.name} was built for {facts['system']} on {facts['machine']}, this is "
             f"{platform.system()} on {platform.machine()}; {REINSTALL}"
         )
     if hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
-        raise Unavailable(f"{path.name} is damaged (its checksum differs); {REINSTALL}")
+        raise UnavailableError(f"{path.name} is damaged (its checksum differs); {REINSTALL}")
 
 
 def _check_symbols(loaded: Any, path: Path) -> None:
@@ -277,15 +277,15 @@ def _check_symbols(loaded: Any, path: Path) -> None:
         start = ctypes.c_char.in_dll(loaded, "torchopt_compiled_for")
         compiled_for = ctypes.string_at(ctypes.addressof(start)).decode()
     except ValueError as error:
-        raise Unavailable(f"{path.name} is no library of torchopt's; {REINSTALL}") from error
+        raise UnavailableError(f"{path.name} is no library of torchopt's; {REINSTALL}") from error
     if abi != ABI:
-        raise Unavailable(f"{path.name} has interface {abi} instead of {ABI}; {REINSTALL}")
+        raise UnavailableError(f"{path.name} has interface {abi} instead of {ABI}; {REINSTALL}")
     order = ["DEFAULT", "AVX2", "AVX512"]
     here = torch.backends.cpu.get_cpu_capability()
     if compiled_for != "DEFAULT" and (
         here not in order or order.index(here) < order.index(compiled_for)
     ):
-        raise Unavailable(
+        raise UnavailableError(
             f"{path.name} was compiled for {compiled_for}, this processor has {here}; {REINSTALL} "
             "without flags such as -march=native"
         )

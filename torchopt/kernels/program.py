@@ -19,7 +19,7 @@ from torchopt.kernels.graph import (
     substitute,
     topological,
 )
-from torchopt.kernels.tracing import Guards, SymbolicNumber, SymbolicTensor, Untraceable
+from torchopt.kernels.tracing import Guards, SymbolicNumber, SymbolicTensor, UntraceableError
 
 
 #: The streams that every run has: the gradient comes in as ``g``, the parameter as ``p``, and
@@ -40,7 +40,7 @@ class Program:
         kernels: ``"update"``, ``"apply"``, ``"backward_update"`` and ``"backward_apply"``.
         guards: Conditions on the numbers, as a tuple of truth values and the function giving them.
         numbers: For each kernel, the function that gives its numbers.
-        identity: Output stream -> input stream, for outputs that are inputs unchanged.
+        identity: Slots that stay what they are.
         passes: For each backward kernel, streams whose derivative is one incoming stream unchanged.
         zero: For each backward kernel, input streams that nothing depends on.
     """
@@ -49,7 +49,7 @@ class Program:
     guards: Callable[[Sequence[float], float], tuple[bool, ...]]
     outcome: tuple[bool, ...]
     numbers: dict[str, Callable[[Sequence[float], float], tuple[float, ...]]]
-    identity: dict[str, str]
+    identity: list[str]
     passes: dict[str, dict[str, str]]
     zero: dict[str, list[str]]
 
@@ -75,15 +75,17 @@ def build(
         has_params: Whether the parameter is known.
 
     Raises:
-        Untraceable: If a rule does something that has no pointwise graph.
+        UntraceableError: If a rule does something that has no pointwise graph.
     """
-    outputs, guards = _trace(parts, rows, step, present, has_params, stretch=1.0)
-    again, guards_again = _trace(parts, rows, step, present, has_params, stretch=1.25)
-    # A number that the symbols lost sight of (math.sqrt, int()) would differ between the two.
-    if outputs != again or guards != guards_again:
-        raise Untraceable("it computes with its numbers in a way that cannot be followed")
+    traces = []
+    for decoy in SymbolicNumber.decoys:
+        SymbolicNumber.decoy = decoy
+        traces.append(_trace(parts, rows, step, present, has_params))
+    if traces[0] != traces[1]:
+        raise UntraceableError("it computes with its numbers in a way that cannot be followed")
+    outputs, guards = traces[0]
     outputs = _with_sign(outputs)
-    identity = {s: n.args[0] for s, n in outputs.items() if n.op == "input" and s != UPDATE}
+    identity = [s for s, node in outputs.items() if node == input_node(s)]
     computed = {s: n for s, n in outputs.items() if s not in identity}
     applied = {**computed, UPDATE: Node("add", (input_node(PARAMETER), computed[UPDATE]))}
     kernels = {"update": make_kernel(computed), "apply": make_kernel(applied)}
@@ -108,7 +110,7 @@ def build(
     )
 
 
-def _symbolic_rows(rows: Sequence[dict[str, Any]], stretch: float) -> list[dict[str, Any]]:
+def _symbolic_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     position = 0
 
     def symbol(number: Any) -> Any:
@@ -116,9 +118,7 @@ def _symbolic_rows(rows: Sequence[dict[str, Any]], stretch: float) -> list[dict[
         if isinstance(number, bool):
             return number
         position += 1
-        value = float(number)
-        value = 1 - (1 - value) / stretch if 0 < value < 1 else value * stretch
-        return SymbolicNumber(value, f"h[{position - 1}]")
+        return SymbolicNumber(float(number), f"h[{position - 1}]")
 
     return [
         {
@@ -135,21 +135,20 @@ def _trace(
     step: float,
     present: Sequence[bool],
     has_params: bool,
-    stretch: float,
 ) -> tuple[dict[str, Node], Guards]:
     u: Any = SymbolicTensor(input_node(GRADIENT))
     p = SymbolicTensor(input_node(PARAMETER)) if has_params else None
-    t = SymbolicNumber(step if step == 1 else step * stretch, "t")
+    t = SymbolicNumber(step, "t")
     outputs: dict[str, Node] = {}
     position = 0
     with torch.no_grad(), Guards() as guards:
-        for part, row in zip(parts, _symbolic_rows(rows, stretch)):
+        for part, row in zip(parts, _symbolic_rows(rows)):
             streams = [slot_stream(position + k) for k in range(len(part.slot_names()))]
             slots = tuple(
                 SymbolicTensor(input_node(s)) if present[position + k] else None
                 for k, s in enumerate(streams)
             )
-            u, new = part.rule(u, p, t, slots, **row)
+            u, new = part.rule(u, p, t, slots, **row)  # pyright: ignore[reportArgumentType]
             for stream, value in zip(streams, new):
                 if value is not None:
                     outputs[stream] = _node_of(value)
@@ -159,7 +158,7 @@ def _trace(
 
 def _node_of(value: Any) -> Node:
     if not isinstance(value, SymbolicTensor):
-        raise Untraceable(f"it returns a {type(value).__name__}")
+        raise UntraceableError(f"it returns a {type(value).__name__}")
     return value.node
 
 
@@ -169,7 +168,8 @@ def _with_sign(outputs: dict[str, Node]) -> dict[str, Node]:
     nodes = topological(outputs.values())
     users = [node for node in nodes if g in node.args]
     flipped = bool(users) and all(node.op == "neg" for node in users) and g not in outputs.values()
-    sign = number_node(Number("-1.0" if flipped else "1.0"))
+    # "+1.0" and not the constant 1, which the derivative would leave out
+    sign = number_node(Number("-1.0" if flipped else "+1.0"))
     signed = Node("mul", (g, sign))
     target = Node("neg", (g,)) if flipped else g
     replaced = substitute(list(outputs.values()), lambda node: signed if node == target else None)

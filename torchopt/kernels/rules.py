@@ -23,6 +23,7 @@ class Rules:
         rows: The hyperparameters of each parameter.
         steps: The step count of each parameter.
         present: For each slot, whether it is a tensor.
+        has_params: Whether the rules are given the parameter.
         apply: Whether the update is added to the parameter.
         inputs: The streams of the tensors.
         outputs: The streams of the results.
@@ -35,6 +36,7 @@ class Rules:
     rows: list[dict[str, Any]]
     steps: list[int]
     present: tuple[bool, ...]
+    has_params: bool
     apply: bool
     inputs: list[str]
     outputs: list[str]
@@ -70,7 +72,7 @@ class Rules:
         assert g is not None, "every kernel reads the gradient or the parameter"
         u = _wide(g)
         # what the kernel does not read has no influence, but a rule may ask whether it is there
-        p = _wide(given.get(PARAMETER, g))
+        p = _wide(given.get(PARAMETER, g)) if self.has_params else None
         results: dict[str, Any] = {}
         position = 0
         for part, row in zip(self.run.parts, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torchopt.kernels.graph import ZERO, Node, Number, constant, number_node
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """A rule does something that has no pointwise graph; the message says what."""
 
 
@@ -29,25 +30,44 @@ class Guards(list):
 class SymbolicNumber(float):
     """A number that knows how it was computed from hyperparameters and the step count.
 
-    It is a ``float``, so that rules may ask for that; every comparison is remembered as a guard:
-    the graph holds for all numbers for which the comparisons come out the same.
+    It is a ``float``, as rules and torch ask for one, but what is stored in it as such is a decoy:
+    whatever turns it into a plain number behind our back (``math.sqrt``) computes with the decoy.
+    A rule is traced with two decoys, and is refused if that makes a difference. What can be seen
+    (``int``, ``%``, a dictionary key) is refused at once. Every comparison is remembered as a
+    guard: the graph holds for all numbers for which the comparisons come out the same.
     """
 
+    #: Far from each other and from all numbers that occur.
+    decoys = (7.1e150, 3.3e-150)
+    decoy = decoys[0]
+
+    value: float
     source: str
 
-    def __new__(cls, value: float, source: str) -> SymbolicNumber:
-        number = super().__new__(cls, value)
-        number.source = source
+    def __new__(cls, value: float, source: str) -> SymbolicNumber:  # noqa: D102
+        number = super().__new__(cls, cls.decoy)
+        number.value, number.source = value, source
         return number
 
-    def __hash__(self) -> int:
-        return hash((float(self), self.source))
+    def _lost(self, *_: Any) -> Any:
+        raise UntraceableError("it computes with its numbers in a way that cannot be followed")
+
+    __float__ = __int__ = __index__ = __trunc__ = __round__ = __floor__ = __ceil__ = _lost
+    as_integer_ratio = is_integer = hex = _lost
+    __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __divmod__ = __rdivmod__ = _lost
+    __hash__ = __format__ = __repr__ = __str__ = __complex__ = _lost
+
+    def __abs__(self) -> SymbolicNumber:
+        return SymbolicNumber(abs(self.value), f"abs({self.source})")
+
+    def __pos__(self) -> SymbolicNumber:
+        return self
 
     def _binary(self, other: Any, symbol: str, swap: bool = False) -> Any:
-        if isinstance(other, SymbolicTensor) or not isinstance(other, (int, float)):
+        if not isinstance(other, (int, float)):
             return NotImplemented
         left, right = (other, self) if swap else (self, other)
-        value = _BINARY[symbol](float(left), float(right))
+        value = _BINARY[symbol](value_of(left), value_of(right))
         return SymbolicNumber(value, f"({source_of(left)} {symbol} {source_of(right)})")
 
     def __add__(self, other: Any) -> Any:
@@ -81,12 +101,12 @@ class SymbolicNumber(float):
         return self._binary(other, "**", swap=True)
 
     def __neg__(self) -> SymbolicNumber:
-        return SymbolicNumber(-float(self), f"(-{self.source})")
+        return SymbolicNumber(-self.value, f"(-{self.source})")
 
     def _compare(self, other: Any, symbol: str) -> bool:
         if not isinstance(other, (int, float)):
             return NotImplemented
-        outcome = _COMPARE[symbol](float(self), float(other))
+        outcome = _COMPARE[symbol](self.value, value_of(other))
         if Guards.active is not None:
             Guards.active.append((f"{self.source} {symbol} {source_of(other)}", outcome))
         return outcome
@@ -132,7 +152,15 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 def source_of(number: Any) -> str:
     """Return the expression of a number."""
-    return number.source if isinstance(number, SymbolicNumber) else repr(float(number))
+    if type(number) is SymbolicNumber:
+        return number.source
+    number = float(number)
+    return repr(number) if math.isfinite(number) else f"float('{number}')"
+
+
+def value_of(number: Any) -> float:
+    """Return the value that a number has in this trace."""
+    return number.value if type(number) is SymbolicNumber else float(number)
 
 
 class SymbolicTensor:
@@ -155,13 +183,13 @@ class SymbolicTensor:
     def __getattr__(self, name: str) -> Any:
         if name in FUNCTIONS:
             return lambda *args, **kwargs: _call(name, (self, *args), kwargs)
-        raise Untraceable(f"it reads {name!r} of a tensor")
+        raise UntraceableError(f"it reads {name!r} of a tensor")
 
     def __bool__(self) -> bool:
-        raise Untraceable("it branches on the entries of a tensor")
+        raise UntraceableError("it branches on the entries of a tensor")
 
     def __iter__(self) -> Any:
-        raise Untraceable("it iterates over a tensor")
+        raise UntraceableError("it iterates over a tensor")
 
     def __hash__(self) -> int:
         return hash(self.node)
@@ -169,11 +197,11 @@ class SymbolicTensor:
 
 def _call(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if name not in FUNCTIONS:
-        raise Untraceable(f"it calls {name!r}, which has no pointwise form here")
+        raise UntraceableError(f"it calls {name!r}, which has no pointwise form here")
     try:
         return SymbolicTensor(FUNCTIONS[name](*map(_operand, args), **kwargs))
     except TypeError as error:
-        raise Untraceable(f"it calls {name!r} in an unknown way ({error})") from error
+        raise UntraceableError(f"it calls {name!r} in an unknown way ({error})") from error
 
 
 def _operand(value: Any) -> Node:
@@ -181,7 +209,7 @@ def _operand(value: Any) -> Node:
         return value.node
     if isinstance(value, (int, float)):
         return number_node(Number(source_of(value)))
-    raise Untraceable(f"it computes with a {type(value).__name__}")
+    raise UntraceableError(f"it computes with a {type(value).__name__}")
 
 
 def _node(op: str) -> Callable[..., Node]:
@@ -200,14 +228,14 @@ def _scaled(op: str) -> Callable[..., Node]:
 
 
 def _is_one(value: Any) -> bool:
-    return not isinstance(value, SymbolicNumber) and value == 1
+    return type(value) is not SymbolicNumber and value == 1
 
 
 def _lerp(start: Node, end: Node, weight: Node) -> Node:
+    if weight.op != "number":
+        raise UntraceableError("it calls 'lerp' with a tensor as weight")
     # convex form: exact at both ends, whatever the weight
     rest = number_node(Number(f"(1.0 - {weight.args[0].source})"))
-    if weight.op != "number":
-        raise Untraceable("it calls 'lerp' with a tensor as weight")
     return Node("add", (Node("mul", (start, rest)), Node("mul", (end, weight))))
 
 
@@ -228,7 +256,7 @@ def _power(a: Node, exponent: Node) -> Node:
     known["-0.5"] = Node("reciprocal", (known["0.5"],))
     source = exponent.args[0].source if exponent.op == "number" else None
     if source not in known:
-        raise Untraceable("it raises a tensor to a power other than 2, 1, 1/2 and -1/2")
+        raise UntraceableError("it raises a tensor to a power other than 2, 1, 1/2 and -1/2")
     return known[source]
 
 

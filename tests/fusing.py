@@ -1,0 +1,101 @@
+"""Runs of one optimizer on all faces; shared by the tests of the fused engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import nonzero
+from torch import Tensor, nn
+
+import torchopt
+from torchopt.kernels import native
+
+
+Result = list[Tensor]
+Shapes = tuple[tuple[int, ...], ...]
+SHAPES: Shapes = ((3, 4), (5,), ())
+
+needs_library = pytest.mark.skipif(
+    isinstance(native.load(), native.UnavailableError), reason="the C library is not built"
+)
+
+
+@pytest.fixture(name="kernel_calls")
+def kernel_calls_fixture(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A list that grows with each call of a native kernel."""
+    calls: list[int] = []
+    original = native.Library.run_call
+
+    def counted(self: Any, call: Any) -> None:
+        original(self, call)
+        calls.append(1)
+
+    monkeypatch.setattr(native.Library, "run_call", counted)
+    return calls
+
+
+def data(
+    dtype: torch.dtype = torch.float64, steps: int = 5, shapes: Shapes = SHAPES, seed: int = 0
+) -> tuple[Result, list[Result]]:
+    """Parameters, and the gradients of some steps."""
+    torch.manual_seed(seed)
+    params = [nonzero(*shape).to(dtype) for shape in shapes]
+    return params, [[nonzero(*shape).to(dtype) for shape in shapes] for _ in range(steps)]
+
+
+def slots_of(columns: Any) -> Result:
+    return [x for column in columns for x in column if x is not None]
+
+
+def functional(tx: Any, params: Result, grads: list[Result], inplace: bool = False) -> Result:
+    params = [p.clone() for p in params]
+    state = tx.init(params)
+    for own in grads:
+        own = [g.clone() for g in own]
+        updates, state = tx.update(own, state, params, inplace=inplace)
+        params = torchopt.apply_updates(params, updates, inplace=inplace)
+    return [*params, *slots_of(state.slots.values())]
+
+
+def functional_default(tx: Any, params: Result, grads: list[Result]) -> Result:
+    return functional(tx, params, grads, inplace=True)
+
+
+def differentiable(tx: Any, params: Result, grads: list[Result]) -> Result:
+    net = nn.ParameterList(p.clone() for p in params)
+    optimizer = torchopt.MetaOptimizer(net, tx)
+    for own in grads:  # the gradient of g * p is g
+        optimizer.step(sum((p * g).sum() for p, g in zip(net, own)))
+    (state,) = optimizer.extract_state()
+    names = [str(k) for k in range(len(params))]
+    slots = [[slot[name] for name in names if name in slot] for slot in state.slots.values()]
+    return [x.detach() for x in (*net, *slots_of(slots))]
+
+
+def object_oriented(tx: Any, params: Result, grads: list[Result]) -> Result:
+    own = [nn.Parameter(p.clone()) for p in params]
+    optimizer = torchopt.Optimizer(own, tx)
+    for gs in grads:
+        for p, g in zip(own, gs):
+            p.grad = g.clone()
+        optimizer.step()
+    slots = [[optimizer.state[p].get(name) for p in own] for name in tx.slot_names()]
+    return [x.detach() for x in (*own, *slots_of(slots))]
+
+
+FACES: dict[str, Callable[[Any, Result, list[Result]], Result]] = {
+    "functional": functional,
+    "functional-default": functional_default,
+    "differentiable": differentiable,
+    "object-oriented": object_oriented,
+}
+
+
+def copy_of(tree: Any) -> Any:
+    """A tree with its tensors cloned."""
+    return torch.utils._pytree.tree_map(
+        lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree
+    )

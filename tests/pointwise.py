@@ -1,0 +1,126 @@
+"""Pointwise graphs in plain torch, and optimizers of a user's own: the oracles of kernel tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchopt import ElementwiseTransformation, numerics, transformation
+from torchopt.hyper import hyper
+from torchopt.kernels.graph import Kernel, Node, topological
+from torchopt.kernels.program import Program, build
+
+
+#: What each operation means. Written down here anew, not taken from the library.
+MEANING: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "neg": torch.neg,
+    "sqrt": numerics.root,
+    "root_slope": lambda y: torch.where(y == 0, 0.0, 0.5 / y),
+    "reciprocal": torch.reciprocal,
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "less": torch.lt,
+    "less_equal": torch.le,
+    "equal": torch.eq,
+    "not_equal": torch.ne,
+    "where": torch.where,
+}
+
+
+def exact_root(x: Tensor) -> Tensor:
+    """The square root rounded correctly, as C gives it; that of torch may be off by one unit."""
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.sqrt(x.numpy()))
+
+
+def evaluate(
+    outputs: Mapping[str, Node],
+    inputs: Mapping[str, Tensor],
+    number: Callable[[str], float],
+    exact: bool = False,
+) -> dict[str, Tensor]:
+    """Compute a graph by torch, one operation after the other.
+
+    Args:
+        outputs: The graph.
+        inputs: A tensor for each input stream.
+        number: The value of the expression of a number.
+        exact: Whether to give the bits of IEEE arithmetic instead of a graph to differentiate.
+    """
+    meaning = {**MEANING, "sqrt": exact_root} if exact else MEANING
+    like = next(iter(inputs.values()))
+    values: dict[Node, Tensor] = {}
+    for node in topological(outputs.values()):
+        if node.op == "input":
+            values[node] = inputs[node.args[0]]
+        elif node.op == "number":
+            values[node] = torch.tensor(number(node.args[0].source), dtype=like.dtype)
+        else:
+            values[node] = meaning[node.op](*(values[a] for a in node.args))
+    return {stream: values[node].expand_as(like) for stream, node in outputs.items()}
+
+
+def evaluate_kernel(
+    kernel: Kernel,
+    inputs: Mapping[str, Tensor],
+    row: tuple[float, ...] | list[float],
+    exact: bool = False,
+) -> dict[str, Tensor]:
+    """Compute a kernel by torch, its numbers given by position as a kernel takes them."""
+    return evaluate(kernel.outputs, inputs, lambda s: row[kernel.numbers.index(s)], exact)
+
+
+def constant_value(source: str) -> float:
+    """The value of a number that is written out; no variables."""
+    return float(eval(source, {"__builtins__": {}}, {}))
+
+
+def user_optimizer(
+    rule: Callable[..., Any], slots: tuple[str, ...] = (), **defaults: float
+) -> Callable[..., ElementwiseTransformation]:
+    """Return a class as a user would write it, from its rule ``(g, p, t, slots, **hyper)``."""
+
+    def method(self: Any, g: Any, p: Any, t: Any, slots: Any, *args: Any, **values: Any) -> Any:
+        return rule(g, p, t, slots, **values)
+
+    namespace = {
+        "__annotations__": dict.fromkeys(defaults, float),
+        "__module__": __name__,
+        "slots": slots,
+        "uses_step": True,
+        "rule": method,
+        **{name: hyper(value) for name, value in defaults.items()},
+    }
+    return transformation(type("User", (ElementwiseTransformation,), namespace))
+
+
+def program_of(tx: Any, step: int = 2, has_params: bool = True) -> Program:
+    """Trace a transformation with the slots that it starts with."""
+    rows = [part.hyperparameters() for part in tx.parts]
+    present = [
+        slot is not None
+        for part in tx.parts
+        for slot in part.init_slots(torch.zeros(1), **part.hyperparameters())
+    ]
+    return build(tx.parts, rows, step, present, has_params)
+
+
+def values_of(tx: Any) -> list[float]:
+    """The numbers among the hyperparameters, in the order in which programs take them."""
+    values = []
+    for part in tx.parts:
+        for value in part.hyperparameters().values():
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, bool):
+                    values.append(number)
+    return values
