@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Concatenate, ParamSpec
 
 from torchopt import hyper, tree
+from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance, initialise, initialise_packed, packs
 from torchopt.inner_gradient import differentiate
 from torchopt.meta_state import GroupState, check_groups, checked_state
@@ -155,10 +156,15 @@ class MetaOptimizer:
         new_weights = [
             w if w is None or track else w.detach().requires_grad_(True) for w in weights
         ]
-        self._remember(entries, call, slots, track)
-        for entry, weight in zip(entries, new_weights):
-            if weight is not None:
-                entry.site.place(weight)
+        states = self._next_states(entries, call, slots, track)
+
+        def write() -> None:
+            self._states = states
+            for entry, weight in zip(entries, new_weights):
+                if weight is not None:
+                    entry.site.place(weight)
+
+        all_or_nothing(write)
 
     def _trainable(self) -> list[_Entry]:
         return [
@@ -209,9 +215,10 @@ class MetaOptimizer:
             ]
         return call
 
-    def _remember(
+    def _next_states(
         self, entries: list[_Entry], call: Call, slots: dict[str, list[Any]], track: bool
-    ) -> None:
+    ) -> list[GroupState]:
+        """Return the states after the step."""
         states = [
             GroupState(
                 dict(state.steps),
@@ -235,7 +242,7 @@ class MetaOptimizer:
             for entry, value in zip(entries, column):
                 kept = value if track or value is None else value.detach()
                 states[entry.group].slots[slot][entry.name] = kept
-        self._states = states
+        return states
 
     # State ------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Concatenate, ParamSpec
 
 from torchopt import engine, hyper
+from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance, initialise
 from torchopt.optim_state import checked_groups, checked_slots, step_to_tensor, unexpected
 from torchopt.recipe import signature_of_recipe
@@ -98,18 +99,29 @@ class Optimizer(torch.optim.Optimizer):
         if types <= {type(None)} or (type(None) not in types and self._step_in_place(grads)):
             return loss
         call = self._call(params, grads)
-        updates, slots = advance(self.transformation, call)
+        dense = all(g is None or g.layout == torch.strided for g in grads)
+        # a sparse update is added in place: the sum would be a whole new parameter
+        values, slots = advance(self.transformation, call, apply=dense)
         counts = self._counts_steps()
-        for index, (p, u) in enumerate(zip(params, updates)):
-            if u is None:
-                continue
-            state = self.state[p]
-            if counts:
-                state["step"] = call.t[index]
-            for name, column in slots.items():
-                if column[index] is not None:
-                    state[name] = column[index]
-            p.add_(u)
+
+        def write() -> None:
+            for index, (p, value) in enumerate(zip(params, values)):
+                if value is None:
+                    continue
+                state = self.state[p]
+                if counts:
+                    state["step"] = call.t[index]
+                for name, column in slots.items():
+                    if column[index] is not None:
+                        state[name] = column[index]
+                if dense:
+                    p.copy_(value)
+
+        all_or_nothing(write)
+        if not dense:
+            for p, value in zip(params, values):
+                if value is not None:
+                    p.add_(value)
         return loss
 
     def _step_in_place(self, grads: list[Tensor]) -> bool:

@@ -7,12 +7,15 @@ the general path.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from torchopt.engine import Plan
 from torchopt.kernels import backends, native
@@ -37,8 +40,20 @@ class Prepared:
         self.kept = [c for c, there in zip(self.columns, self.present) if there]
         self.kept_names = [n for n, there in zip(self.run.slots, self.present) if there]
         self.lengths = list(map(len, states))
+        self.shapes = [p.shape for p in params]
         self.sizes = list(map(Tensor.numel, params))
         self.addresses = [list(map(Tensor.data_ptr, column)) for column in (params, *self.kept)]
+        size = params[0].element_size()
+        slot_size = 8 if size == 8 else 4
+        written = [
+            (address, address + n * (slot_size if k else size))
+            for k, column in enumerate(self.addresses)
+            for address, n in zip(column, self.sizes)
+            if n
+        ]
+        self.starts = [start for start, _ in sorted(written)]
+        self.stops = [stop for _, stop in sorted(written)]
+        self.apart: list[int] = []  # addresses of gradients known to lie elsewhere
         self.program: Program | None = None
         self.call: native.InPlaceCall | None = None
 
@@ -65,8 +80,7 @@ class Prepared:
             return False
         if not all(x.is_cpu for x in tensors):
             return False
-        shapes = [p.shape for p in self.params]
-        if any([x.shape for x in column] != shapes for column in self.kept):
+        if any([x.shape for x in column] != self.shapes for column in self.kept):
             return False
         dtype = self.params[0].dtype
         if dtype not in native.DTYPES or any(p.dtype != dtype for p in self.params):
@@ -75,9 +89,8 @@ class Prepared:
             return False
         if not all(map(Tensor.is_contiguous, tensors)):
             return False
-        flat = [address for column in self.addresses for address in column]
-        used = [a for a, n in zip(flat, self.sizes * len(self.addresses)) if n]
-        return len(set(used)) == len(used)  # what is overwritten must not be two things at once
+        # what is overwritten must not be two things at once
+        return not any(stop > start for stop, start in zip(self.stops, self.starts[1:]))
 
     def is_current(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> bool:
         """Whether parameters, states and slots are the same objects at the same places.
@@ -97,8 +110,10 @@ class Prepared:
         for column, addresses in zip((self.params, *self.kept), self.addresses):
             if list(map(Tensor.data_ptr, column)) != addresses:
                 return False
-        return list(map(Tensor.numel, params)) == self.sizes and all(
-            map(Tensor.is_contiguous, params)
+        return (
+            [p.shape for p in params] == self.shapes
+            and all(map(Tensor.is_contiguous, params))
+            and not any(map(Tensor.is_neg, params))
         )
 
     def takes(self, grads: Sequence[Tensor]) -> bool:
@@ -107,9 +122,25 @@ class Prepared:
             PLAIN.issuperset(map(type, grads))
             and set(map(_dtype_of, grads)) == {self.params[0].dtype}
             and all(map(Tensor.is_contiguous, grads))
-            and list(map(Tensor.numel, grads)) == self.sizes
+            and [g.shape for g in grads] == self.shapes
             and not any(map(Tensor.is_neg, grads))
+            and self._lie_apart(list(map(Tensor.data_ptr, grads)))
         )
+
+    def _lie_apart(self, addresses: list[int]) -> bool:
+        """Whether gradients share no memory with what is overwritten."""
+        if addresses == self.apart:
+            return True
+        size = self.params[0].element_size()
+        for address, n in zip(addresses, self.sizes):
+            next_ = bisect.bisect_right(self.starts, address)
+            if n and (
+                (next_ and self.stops[next_ - 1] > address)
+                or (next_ < len(self.starts) and self.starts[next_] < address + n * size)
+            ):
+                return False
+        self.apart = addresses
+        return True
 
     def plan_step(self, row: dict[str, Any], t: int) -> bool:
         """Choose the program for these numbers; return whether there is one."""
@@ -145,10 +176,22 @@ class Prepared:
             [places["p" if stream == "u" else stream] for stream in kernel.output_streams],
         )
 
-    def execute(self, grads: Sequence[Tensor]) -> None:
-        """Overwrite parameters and slots."""
+    def begin(self) -> None:
+        """Forget that an earlier step was done."""
         assert self.call is not None
-        self.call.run(list(map(Tensor.data_ptr, grads)))
+        self.call.done = False
+
+    @property
+    def done(self) -> bool:
+        """Whether everything has been written since :meth:`begin`."""
+        return self.call is not None and self.call.done
+
+    def execute(self) -> None:
+        """Overwrite parameters and slots; the gradients are those that :meth:`takes` has seen."""
+        assert self.call is not None
+        # autograd must see that saved tensors have changed, as after any operation in place
+        increment_version([*self.params, *itertools.chain.from_iterable(self.kept)])
+        self.call.run(self.apart)
 
 
 class Stepper:
@@ -180,9 +223,8 @@ class Stepper:
                 return False
             if not prepared.takes(grads[own]) or not prepared.plan_step(row, step + 1):
                 return False
-            work.append((prepared, grads[own], step + 1))
-        for prepared, own_grads, step in work:
-            _commit(prepared, own_grads, step, counts)
+            work.append((prepared, step + 1))
+        _commit(work, counts)
         return True
 
     def _prepare(
@@ -211,14 +253,22 @@ def _common_step(states: Sequence[dict[str, Any]], counts: bool) -> int | None:
     return step if type(step) is int else None
 
 
-def _commit(prepared: Prepared, grads: Sequence[Tensor], step: int, counts: bool) -> None:
+def _commit(work: Sequence[tuple[Prepared, int]], counts: bool) -> None:
+    """Overwrite all groups; an interrupt leaves all old values or, once begun, all new ones."""
+    for prepared, _ in work:
+        prepared.begin()
     try:
-        prepared.execute(grads)
+        _write(work, counts)
+    except BaseException:
+        if any(prepared.done for prepared, _ in work):
+            _write(work, counts)
+        raise
+
+
+def _write(work: Sequence[tuple[Prepared, int]], counts: bool) -> None:
+    for prepared, step in work:
+        if not prepared.done:
+            prepared.execute()
         if counts:
             for state in prepared.states:
                 state["step"] = step
-    except BaseException:  # a KeyboardInterrupt must not leave new values beside old counts
-        if prepared.call is not None and prepared.call.done and counts:
-            for state in prepared.states:
-                state["step"] = step
-        raise

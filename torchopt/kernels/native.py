@@ -203,14 +203,17 @@ class InPlaceCall:
         """Run with gradients at these addresses."""
         if self._gradients is not None:
             self._in[self._gradients] = array("q", gradients)
-        self._call.done = 0
         self._call.threads = torch.get_num_threads()
         self._library.run_call(self._reference)
 
     @property
     def done(self) -> bool:
-        """Whether the last call has written everything."""
+        """Whether everything has been written since this was set to ``False``."""
         return bool(self._call.done)
+
+    @done.setter
+    def done(self, value: bool) -> None:
+        self._call.done = int(value)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,10 @@ from torchopt.kernels.tracing import Guards, SymbolicNumber, SymbolicTensor, Unt
 #: The streams that every run has: the gradient comes in as ``g``, the parameter as ``p``, and
 #: slot number ``k`` as ``s<k>``. What goes out as ``u`` is the update, or the new parameter.
 GRADIENT, PARAMETER, UPDATE = "g", "p", "u"
+
+
+#: Symbols note what happens to them in one place: one trace at a time.
+_TRACING = threading.Lock()
 
 
 def slot_stream(position: int) -> str:
@@ -55,7 +60,10 @@ class Program:
 
     def holds(self, values: Sequence[float], step: float) -> bool:
         """Whether the guards hold for these numbers."""
-        return self.guards(values, step) == self.outcome
+        try:
+            return self.guards(values, step) == self.outcome
+        except ArithmeticError:  # a later comparison that the rule would not have come to
+            return False
 
 
 def build(
@@ -78,9 +86,10 @@ def build(
         UntraceableError: If a rule does something that has no pointwise graph.
     """
     traces = []
-    for decoy in SymbolicNumber.decoys:
-        SymbolicNumber.decoy = decoy
-        traces.append(_trace(parts, rows, step, present, has_params))
+    with _TRACING:
+        for decoy in SymbolicNumber.decoys:
+            SymbolicNumber.decoy = decoy
+            traces.append(_trace(parts, rows, step, present, has_params))
     if traces[0] != traces[1]:
         raise UntraceableError("it computes with its numbers in a way that cannot be followed")
     outputs, guards = traces[0]
