@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench kernels sanitize clean
 
 demo: $(INSTALLED)  ## meta-train on real handwritten digits, a few minutes
 	$(BIN)/python examples/few_shot.py --data digits --output runs/demo --overwrite $(DEMO_FLAGS)
@@ -25,7 +25,14 @@ format: $(INSTALLED)  ## let the formatter rewrite what lint would refuse
 bench: $(INSTALLED)  ## ratios against the peers that benchmarks/install_peers.py has installed
 	$(BIN)/python -m benchmarks
 
-$(INSTALLED): pyproject.toml constraints.txt
+kernels: $(INSTALLED)  ## generate csrc/kernels.inc anew, after a change of rules or catalogue
+	$(BIN)/python -m torchopt.kernels.generate
+
+sanitize:  ## the C core under three sanitizers and with guard pages, about a minute; needs no Python
+	$(MAKE) --no-print-directory -C csrc/tests -j2
+
+# The C library is built by the installation, so its sources are what `make test` looks at as well.
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -33,4 +40,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis torchopt/kernels/_fused.*

@@ -1,7 +1,8 @@
 """Build the fused engine: a plain C library beside the package, loaded with ctypes.
 
 It knows neither Python nor torch, so one wheel serves every version of both. Without a working C
-compiler the package installs without it and runs unfused.
+compiler the package installs without it and runs unfused; set ``TORCHOPT_REQUIRE_FUSED=1`` to let
+the build fail instead.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,11 +20,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 
-NAME = "torchopt.kernels._fused"
 #: Instruction sets with kernels of their own -> compiler flags; the best is chosen at run time.
+#: Those that take longest to compile come first. csrc/tests/Makefile repeats these flags.
 X86 = {
-    "generic": [],
-    "avx2": ["-mavx2", "-mfma"],
     "avx512": [
         "-mavx512f",
         "-mavx512dq",
@@ -31,6 +31,8 @@ X86 = {
         "-mfma",
         "-mprefer-vector-width=512",
     ],
+    "avx2": ["-mavx2", "-mfma"],
+    "generic": [],
 }
 #: Errors in errno and floating-point traps are read by nobody; without these flags roots and
 #: choices are not vectorised. Nothing here changes a result: no -ffast-math, and no product and
@@ -44,6 +46,7 @@ FLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=off",
 ]
+WINDOWS_FLAGS = ["/O2", "/std:c11"]
 
 
 def instruction_sets() -> dict[str, list[str]]:
@@ -64,71 +67,78 @@ class BuildFused(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        for stale in _with_facts(target):
+            stale.unlink(missing_ok=True)  # a library of older sources is worse than none
         try:
-            self._build(Path(self.get_ext_fullpath(ext.name)))
+            self._build(target)
         except Exception as error:
+            if os.environ.get("TORCHOPT_REQUIRE_FUSED"):
+                raise
             print(
                 f"torchopt: no fused kernels, the package will run unfused ({error})",
                 file=sys.stderr,
             )
-            if os.environ.get("TORCHOPT_REQUIRE_FUSED"):
-                raise
 
     def copy_extensions_to_source(self) -> None:
-        """Copy what has been built; nothing if there was no compiler."""
+        """Put what has been built beside the sources, for an editable installation."""
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             inplace, built = self._get_inplace_equivalent(build_py, ext)
-            for suffix in ("", ".json"):
-                if Path(built + suffix).exists():
-                    self.copy_file(built + suffix, inplace + suffix)
+            for here, there in zip(_with_facts(Path(inplace)), _with_facts(Path(built))):
+                here.unlink(missing_ok=True)  # a process may run it: never write into the file
+                if there.exists():
+                    self.copy_file(str(there), str(here))
 
     def get_outputs(self) -> list[str]:
-        return [name for name in super().get_outputs() if Path(name).exists()]
+        files = [file for name in super().get_outputs() for file in _with_facts(Path(name))]
+        return [str(file) for file in files if file.exists()]
 
     def _build(self, target: Path) -> None:
-        flags = FLAGS if os.name == "posix" else ["/O2", "/std:c11"]
+        flags = FLAGS if os.name == "posix" else WINDOWS_FLAGS
         sets = instruction_sets()
-        macros = [("TORCHOPT_X86", None)] if len(sets) > 1 else []
-        objects = self.compiler.compile(
-            ["csrc/engine.c", "csrc/threads.c"],
-            output_dir=self.build_temp,
-            macros=macros,
-            depends=["csrc/engine.h"],
-            extra_postargs=flags,
-        )
-        for name, own in sets.items():
-            objects += self.compiler.compile(
-                ["csrc/kernels.c"],
-                output_dir=str(Path(self.build_temp) / name),
-                macros=[("TORCHOPT_ISA", name)],
-                depends=["csrc/engine.h", "csrc/kernels.inc"],
-                extra_postargs=flags + own,
-            )
+        macros = [("TORCHOPT_X86", None)] if "avx2" in sets else []
+        jobs = [
+            (["csrc/kernels.c"], name, [*macros, ("TORCHOPT_ISA", name)], flags + own)
+            for name, own in sets.items()
+        ]
+        jobs.append((["csrc/engine.c", "csrc/threads.c"], "core", macros, flags))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [file for files in pool.map(self._compile, jobs) for file in files]
         target.parent.mkdir(parents=True, exist_ok=True)
         libraries = ["m", "pthread"] if os.name == "posix" else []
         self.compiler.link_shared_object(objects, str(target), libraries=libraries)
-        content = target.read_bytes()
-        facts = {
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "machine": platform.machine(),
-            "system": platform.system(),
-        }
-        Path(f"{target}.json").write_text(json.dumps(facts) + "\n")
+        _write_facts(target)
+
+    def _compile(self, job: tuple[list[str], str, list, list[str]]) -> list[str]:
+        sources, name, macros, flags = job
+        folder = str(Path(self.build_temp, name))
+        return self.compiler.compile(sources, folder, macros, extra_postargs=flags)
 
 
 class Wheel(bdist_wheel):
     """Tag the wheel for the platform, but for no version of Python; a pure one if unfused."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        _, _, machine = super().get_tag()
-        return "py3", "none", machine if self._has_library() else "any"
+        self.root_is_pure = not self.get_finalized_command("build_ext").get_outputs()
+        return "py3", "none", super().get_tag()[2]
 
-    def _has_library(self) -> bool:
-        return any(Path(self.bdist_dir or "build").rglob("_fused.*"))
+
+def _with_facts(library: Path) -> list[Path]:
+    """Return a library and the file beside it that torchopt/kernels/native.py reads first."""
+    return [library, Path(f"{library}.json")]
+
+
+def _write_facts(library: Path) -> None:
+    facts = {
+        "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
+    _with_facts(library)[1].write_text(json.dumps(facts) + "\n")
 
 
 setup(
-    ext_modules=[Extension(NAME, ["csrc/engine.c"])],
+    ext_modules=[Extension("torchopt.kernels._fused", ["csrc/engine.c"])],
     cmdclass={"build_ext": BuildFused, "bdist_wheel": Wheel},
 )

@@ -15,6 +15,13 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+/* A variable that several threads read and write. */
+#if defined(_MSC_VER)
+#define ATOMIC volatile
+#else
+#define ATOMIC _Atomic
+#endif
+
 typedef void (*kernel_function)(const void *const *in, void *const *out, const double *numbers,
                                 int64_t size);
 
@@ -24,12 +31,26 @@ struct kernel {
   kernel_function of_float, of_double;
 };
 
+/* The kernels compiled for one instruction set; a constant in kernels.c. */
+struct kernel_table {
+  const char *instruction_set;
+  const struct kernel *kernels;
+  int64_t count;
+  void (*widen[2])(const char *from, float *to, int64_t size); /* bfloat16, float16 */
+  void (*narrow[2])(const float *from, char *to, int64_t size);
+};
+
+extern const struct kernel_table torchopt_kernels_generic;
+#if defined(TORCHOPT_X86)
+extern const struct kernel_table torchopt_kernels_avx2, torchopt_kernels_avx512;
+#endif
+
 enum dtype { FLOAT64 = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
 
 /* One kernel over many tensors. */
 struct call {
   int64_t kernel;       /* its position in the table */
-  int64_t dtype;        /* of the streams that narrow_* mark; the others are float32 if it is half */
+  int64_t dtype;        /* of streams that narrow_* mark; the others are float32 if it is half */
   int64_t narrow_in;    /* bit k: input stream k has the dtype of the parameters */
   int64_t narrow_out;   /* bit k: output stream k has */
   int64_t count;        /* tensors */
@@ -51,7 +72,13 @@ EXPORT const char *torchopt_instruction_set(void);
 EXPORT void torchopt_use_team(void *function);
 EXPORT int64_t torchopt_select(const char *instruction_set);
 
-/* threads.c: run task(context, k) for k in 0..count-1, each on one thread. */
-void run_in_parallel(void (*task)(void *context, int64_t k), void *context, int64_t count);
+/* threads.c: how many bytes of all streams make one more thread worth its while. */
+int64_t bytes_worth_a_thread(void);
+
+/* Run task(context, k) for k in 0..count-1, each once, on about `wanted` threads and never
+ * more than `allowed`; the caller's is one of them. */
+typedef void (*task_function)(void *context, int64_t k);
+void run_in_parallel(task_function task, void *context, int64_t count, int64_t wanted,
+                     int64_t allowed);
 
 #endif

@@ -9,6 +9,7 @@
 
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 
 #if defined(__clang__)
 #define EACH_ENTRY \
@@ -52,7 +53,79 @@
 #define ABS fabs
 #include "kernels.inc"
 
-#define ENTRY(name, inputs, outputs) {#name, inputs, outputs, name##_float, name##_double},
-static const struct kernel table[] = {ALL_KERNELS{NULL, 0, 0, NULL, NULL}};
+/* Half precision ------------------------------------------------------------------------------ */
 
-const struct kernel *JOIN(torchopt_kernels_, TORCHOPT_ISA)(void) { return table; }
+/* The conversions choose by value and never branch, so that their loops can be vectorised; memcpy
+ * because half-precision tensors may lie at any address. */
+
+static float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+static uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+static float from_float16(uint16_t half) {
+  uint32_t sign = (uint32_t)(half & 0x8000u) << 16, rest = (uint32_t)(half & 0x7fffu) << 13;
+  /* 2^112 undoes the difference of the exponents' biases, and makes subnormal numbers normal */
+  uint32_t finite = float_to_bits(bits_to_float(rest) * 0x1p112f);
+  return bits_to_float(sign | (rest >= 0x0f800000u ? rest | 0x7f800000u : finite));
+}
+
+static uint16_t to_float16(float value) { /* round to nearest, ties to even */
+  uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+  /* the difference of the biases, and almost half a unit */
+  uint32_t normal = (rest + 0xc8000fffu + (rest >> 13 & 1u)) >> 13;
+  /* let an addition round: the sum's last bit is worth one unit of a subnormal half */
+  uint32_t subnormal = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;
+  uint32_t finite = rest < 0x38800000u ? subnormal : normal;
+  uint32_t large = rest > 0x7f800000u ? 0x7e00u : 0x7c00u; /* nan; infinity, from 65520 on */
+  return (uint16_t)(sign | (rest < 0x477ff000u ? finite : large));
+}
+
+static float from_bfloat16(uint16_t half) { return bits_to_float((uint32_t)half << 16); }
+
+static uint16_t to_bfloat16(float value) {
+  uint32_t bits = float_to_bits(value), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+#define WIDEN(name)                                                    \
+  static void widen_##name(const char *from, float *to, int64_t size) { \
+    for (int64_t i = 0; i < size; ++i) {                               \
+      uint16_t half;                                                   \
+      memcpy(&half, from + 2 * i, 2);                                  \
+      to[i] = from_##name(half);                                       \
+    }                                                                  \
+  }
+#define NARROW(name)                                                    \
+  static void narrow_##name(const float *from, char *to, int64_t size) { \
+    for (int64_t i = 0; i < size; ++i) {                                \
+      uint16_t half = to_##name(from[i]);                               \
+      memcpy(to + 2 * i, &half, 2);                                     \
+    }                                                                   \
+  }
+WIDEN(bfloat16)
+WIDEN(float16)
+NARROW(bfloat16)
+NARROW(float16)
+
+/* The table ----------------------------------------------------------------------------------- */
+
+#define ENTRY(name, inputs, outputs) {#name, inputs, outputs, name##_float, name##_double},
+static const struct kernel kernels[] = {ALL_KERNELS};
+
+#define STRING_(a) #a
+#define STRING(a) STRING_(a)
+const struct kernel_table JOIN(torchopt_kernels_, TORCHOPT_ISA) = {
+    STRING(TORCHOPT_ISA),
+    kernels,
+    sizeof kernels / sizeof kernels[0],
+    {widen_bfloat16, widen_float16},
+    {narrow_bfloat16, narrow_float16},
+};

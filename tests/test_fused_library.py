@@ -23,6 +23,7 @@ from torchopt.kernels import backends, fused, native, why
 
 
 pytestmark = needs_library
+BUILT = native.LIBRARY
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
@@ -239,13 +240,17 @@ def test_required_without_the_library(without: Path) -> None:
     assert not optimizer.state.get(p)
 
 
-def test_a_broken_library_is_no_worse_than_none(library: Path, without: Path) -> None:
-    shutil.copy(library, without)
-    shutil.copy(facts_of(library), facts_of(without))
-    facts_incomplete(without)
+@pytest.mark.parametrize("fault", [facts_incomplete, truncated, a_directory, other_processor])
+def test_a_broken_library_is_no_worse_than_none(
+    fault: Callable[[Path], None], without: Path
+) -> None:
+    for suffix in ("", ".json"):
+        shutil.copy(f"{BUILT}{suffix}", f"{without}{suffix}")
+    fault(without)
     params, grads = data(steps=2)
     with pytest.warns(UserWarning, match="Optimizers run unfused"):
         FACES["functional"](torchopt.adam(0.1), params, grads)
+    assert not torchopt.accelerated_op_available()
 
 
 FIRST_USE = """

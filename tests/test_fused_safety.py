@@ -267,7 +267,7 @@ def test_an_interrupt_leaves_all_old_or_all_new(
     found = set()
     for at in at_lines:
         optimizer = make_optimizer(steps_before, groups, missing)
-        assert Interrupter(at).run(optimizer.step)
+        Interrupter(at).run(optimizer.step)
         after = snapshot(optimizer)
         assert equal(after, old) or equal(after, new), f"torn at line {at}"
         found.add(equal(after, new))
@@ -329,7 +329,7 @@ def test_an_interrupted_meta_step_leaves_all_old_or_all_new() -> None:
     new = look(net, optimizer)
     for at in at_lines:
         net, optimizer, step = make()
-        assert Interrupter(at).run(step)
+        Interrupter(at).run(step)
         after = look(net, optimizer)
         assert equal(after, old) or equal(after, new), f"torn at line {at}"
 

@@ -79,10 +79,6 @@ def test_maximize_shares_the_kernels_of_minimize() -> None:
 # Numbers that get lost ----------------------------------------------------------------------------
 
 
-def by_step(numbers: dict[int, float], t: Any, otherwise: float) -> float:
-    return numbers.get(t, otherwise)
-
-
 #: Rules that are pointwise in their tensors but do with numbers what symbols may lose sight of.
 NUMBERS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "sqrt(lr)": lambda g, t, lr: g * math.sqrt(lr),
@@ -108,9 +104,6 @@ NUMBERS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "format": lambda g, t, lr: g * float(f"{lr:.3f}"),
     "lr or 1": lambda g, t, lr: g * (lr or 1.0),
     "not lr": lambda g, t, lr: g * (3.0 if not lr else -2.0),
-    "is_integer": lambda g, t, lr: (
-        g * (2.0 if t.is_integer() else 3.0) if isinstance(t, float) else g * 2.0
-    ),
     "lr < inf": lambda g, t, lr: g * (-lr if lr < math.inf else 1.0),
     "lr != nan": lambda g, t, lr: g * (-lr if lr != math.nan else 1.0),
     "a guard that divides": lambda g, t, lr: g * (-lr if t == 1 or 1 / (t - 1) > 0.3 else lr),

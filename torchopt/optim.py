@@ -99,14 +99,17 @@ class Optimizer(torch.optim.Optimizer):
         if types <= {type(None)} or (type(None) not in types and self._step_in_place(grads)):
             return loss
         call = self._call(params, grads)
-        dense = all(g is None or g.layout == torch.strided for g in grads)
-        # a sparse update is added in place: the sum would be a whole new parameter
-        values, slots = advance(self.transformation, call, apply=dense)
+        updates, slots = advance(self.transformation, call)
         counts = self._counts_steps()
+        _refuse_overlapping([p for p, u in zip(params, updates) if u is not None])
+        versions = [p._version for p in params]
+        begun = False
 
         def write() -> None:
-            for index, (p, value) in enumerate(zip(params, values)):
-                if value is None:
+            nonlocal begun
+            again, begun = begun, True
+            for index, (p, u) in enumerate(zip(params, updates)):
+                if u is None:
                     continue
                 state = self.state[p]
                 if counts:
@@ -114,14 +117,10 @@ class Optimizer(torch.optim.Optimizer):
                 for name, column in slots.items():
                     if column[index] is not None:
                         state[name] = column[index]
-                if dense:
-                    p.copy_(value)
+                if not again or p._version == versions[index]:  # else the update has been added
+                    p.add_(u)
 
         all_or_nothing(write)
-        if not dense:
-            for p, value in zip(params, values):
-                if value is not None:
-                    p.add_(value)
         return loss
 
     def _step_in_place(self, grads: list[Tensor]) -> bool:
@@ -275,6 +274,15 @@ def from_recipe(
         return signature_of_recipe(init, documented, recipe, [own["self"], own["params"]], switches)
 
     return decorate
+
+
+def _refuse_overlapping(params: list[Tensor]) -> None:
+    for p in params:
+        if not p.is_contiguous() and torch._debug_has_internal_overlap(p) == 1:  # pyright: ignore[reportPrivateImportUsage]
+            raise RuntimeError(
+                f"A parameter of shape {tuple(p.shape)} is expanded: several entries are a single "
+                "memory location, which no update can change by itself. Give its contiguous() copy."
+            )
 
 
 def _refuse_switches(title: str, capturable: bool, differentiable: bool) -> None:

@@ -40,6 +40,7 @@ class Prepared:
         self.kept = [c for c, there in zip(self.columns, self.present) if there]
         self.kept_names = [n for n, there in zip(self.run.slots, self.present) if there]
         self.lengths = list(map(len, states))
+        self.dtype = params[0].dtype
         self.shapes = [p.shape for p in params]
         self.sizes = list(map(Tensor.numel, params))
         self.addresses = [list(map(Tensor.data_ptr, column)) for column in (params, *self.kept)]
@@ -112,6 +113,7 @@ class Prepared:
                 return False
         return (
             [p.shape for p in params] == self.shapes
+            and set(map(_dtype_of, params)) == {self.dtype}
             and all(map(Tensor.is_contiguous, params))
             and not any(map(Tensor.is_neg, params))
         )
@@ -128,19 +130,23 @@ class Prepared:
         )
 
     def _lie_apart(self, addresses: list[int]) -> bool:
-        """Whether gradients share no memory with what is overwritten."""
-        if addresses == self.apart:
-            return True
-        size = self.params[0].element_size()
-        for address, n in zip(addresses, self.sizes):
-            next_ = bisect.bisect_right(self.starts, address)
-            if n and (
-                (next_ and self.stops[next_ - 1] > address)
-                or (next_ < len(self.starts) and self.starts[next_] < address + n * size)
-            ):
+        """Whether the gradients share no memory with what is overwritten here; remembered."""
+        if addresses != self.apart:
+            if self.overwrites(addresses, self.sizes, self.params[0].element_size()):
                 return False
-        self.apart = addresses
+            self.apart = addresses
         return True
+
+    def overwrites(self, addresses: list[int], sizes: list[int], entry: int) -> bool:
+        """Whether tensors share memory with parameters or slots of this group."""
+        for address, n in zip(addresses, sizes):
+            following = bisect.bisect_right(self.starts, address)
+            if n and (
+                (following and self.stops[following - 1] > address)
+                or (following < len(self.starts) and self.starts[following] < address + n * entry)
+            ):
+                return True
+        return False
 
     def plan_step(self, row: dict[str, Any], t: int) -> bool:
         """Choose the program for these numbers; return whether there is one."""
@@ -224,6 +230,11 @@ class Stepper:
             if not prepared.takes(grads[own]) or not prepared.plan_step(row, step + 1):
                 return False
             work.append((prepared, step + 1))
+        for one, _ in work:
+            for other, _ in work:
+                entry = one.params[0].element_size()
+                if one is not other and other.overwrites(one.apart, one.sizes, entry):
+                    return False
         _commit(work, counts)
         return True
 

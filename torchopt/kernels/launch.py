@@ -44,7 +44,9 @@ def launch(
         numbers: Rows of the kernel's numbers.
         rows: The row of each parameter; ``None`` for the only one.
     """
-    like, inputs = _same_layout(like, inputs)
+    packed = any(isinstance(column, Packed) for column in inputs.values())
+    packed = packed or any(isinstance(mask, Packing) for mask in wanted.values())
+    like, inputs = _same_layout(like, inputs, packed)
     own = like[0].dtype
     outputs: dict[str, Column] = {}
     for stream in kernel.output_streams:
@@ -118,7 +120,7 @@ def _mask(streams: Sequence[str]) -> int:
 
 
 def _same_layout(
-    like: list[Tensor], inputs: dict[str, Column]
+    like: list[Tensor], inputs: dict[str, Column], packed: bool
 ) -> tuple[list[Tensor], dict[str, Column]]:
     """Return everything with one dense layout for each parameter; copies where it is another."""
     given: list[Any] = [x for column in inputs.values() if type(column) is list for x in column]
@@ -134,7 +136,6 @@ def _same_layout(
             return like, inputs
     # empty_like keeps the strides of a dense tensor and gives every other one dense strides; what
     # is packed is contiguous
-    packed = any(isinstance(column, Packed) for column in inputs.values())
     layout = torch.contiguous_format if packed else torch.preserve_format
     templates = [torch.empty_like(x, memory_format=layout) for x in like]
     return templates, {

@@ -262,14 +262,18 @@ def _check_file(path: Path) -> None:
         raise UnavailableError(f"torchopt was installed without its C library; {REINSTALL}")
     try:
         facts = json.loads(Path(f"{path}.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UnavailableError(f"{path.name}.json cannot be read ({error}); {REINSTALL}") from error
+        facts = {name: str(facts[name]) for name in ("machine", "system", "sha256")}
+        content = path.read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnavailableError(
+            f"{path.name}.json cannot be read ({error!r}); {REINSTALL}"
+        ) from error
     if facts["machine"] != platform.machine() or facts["system"] != platform.system():
         raise UnavailableError(
             f"{path.name} was built for {facts['system']} on {facts['machine']}, this is "
             f"{platform.system()} on {platform.machine()}; {REINSTALL}"
         )
-    if hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:
+    if hashlib.sha256(content).hexdigest() != facts["sha256"]:
         raise UnavailableError(f"{path.name} is damaged (its checksum differs); {REINSTALL}")
 
 
@@ -286,7 +290,9 @@ def _check_symbols(loaded: Any, path: Path) -> None:
     order = ["DEFAULT", "AVX2", "AVX512"]
     here = torch.backends.cpu.get_cpu_capability()
     if compiled_for != "DEFAULT" and (
-        here not in order or order.index(here) < order.index(compiled_for)
+        compiled_for not in order
+        or here not in order
+        or order.index(here) < order.index(compiled_for)
     ):
         raise UnavailableError(
             f"{path.name} was compiled for {compiled_for}, this processor has {here}; {REINSTALL} "
