@@ -154,3 +154,29 @@ def test_a_parameter_that_cannot_be_written_is_refused(setting: bool | None) -> 
     assert torch.equal(good, before)
     assert not optimizer.state.get(good)
     assert not optimizer.state.get(bad)
+
+
+@pytest.mark.parametrize("shift", [0, 7])
+def test_parameters_of_two_groups_that_overlap(shift: int) -> None:
+    """Fused or not, what is read has the same age."""
+    results = []
+    for setting in (None, False):
+        torch.manual_seed(3)
+        base = nonzero(70)
+        params = [nn.Parameter(base[:60]), nn.Parameter(base[shift : shift + 60])]
+        groups = [{"params": [p], "weight_decay": 0.5} for p in params]
+        steps(torchopt.Adam(groups, lr=0.1, use_accelerated_op=setting), params, 4)
+        results.append(base)
+    assert_close(results[0], results[1])
+
+
+def test_parameters_made_in_inference_mode() -> None:
+    """They have no version to count, and are updated all the same."""
+    with torch.inference_mode():
+        for setting in (None, False):
+            p = nn.Parameter(torch.ones(3))
+            optimizer = torchopt.SGD([p], 0.1, momentum=0.5, use_accelerated_op=setting)
+            for _ in range(3):
+                p.grad = torch.ones(3)
+                optimizer.step()
+            assert_close(p, torch.full((3,), 1 - 0.1 * (1 + 1.5 + 1.75)), times=4)

@@ -102,7 +102,7 @@ class Optimizer(torch.optim.Optimizer):
         updates, slots = advance(self.transformation, call)
         counts = self._counts_steps()
         _refuse_overlapping([p for p, u in zip(params, updates) if u is not None])
-        versions = [p._version for p in params]
+        versions = [None if p.is_inference() else p._version for p in params]
         begun = False
 
         def write() -> None:
@@ -117,7 +117,8 @@ class Optimizer(torch.optim.Optimizer):
                 for name, column in slots.items():
                     if column[index] is not None:
                         state[name] = column[index]
-                if not again or p._version == versions[index]:  # else the update has been added
+                version = versions[index]
+                if not again or (version is not None and p._version == version):
                     p.add_(u)
 
         all_or_nothing(write)

@@ -205,6 +205,7 @@ class Stepper:
 
     def __init__(self) -> None:
         self.prepared: list[Prepared] = []
+        self.separate: list[Prepared] = []  # groups known to share no memory
 
     def step(self, optimizer: Any, grads: Sequence[Any]) -> bool:
         """Take one step in place, if kernels can take all of it; return whether they did.
@@ -230,6 +231,12 @@ class Stepper:
             if not prepared.takes(grads[own]) or not prepared.plan_step(row, step + 1):
                 return False
             work.append((prepared, step + 1))
+        groups_now = [prepared for prepared, _ in work]
+        if groups_now != self.separate:  # what two groups overwrite must not be one thing
+            spans = sorted(s for one in groups_now for s in zip(one.starts, one.stops))
+            if any(stop > start for (_, stop), (start, _) in zip(spans, spans[1:])):
+                return False
+            self.separate = groups_now
         for one, _ in work:
             for other, _ in work:
                 entry = one.params[0].element_size()

@@ -29,7 +29,7 @@ GRADIENT, PARAMETER, UPDATE = "g", "p", "u"
 
 
 #: Symbols note what happens to them in one place: one trace at a time.
-_TRACING = threading.Lock()
+_TRACING = threading.RLock()
 
 
 def slot_stream(position: int) -> str:
