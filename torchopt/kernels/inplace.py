@@ -234,7 +234,7 @@ class Stepper:
         groups_now = [prepared for prepared, _ in work]
         if groups_now != self.separate:  # what two groups overwrite must not be one thing
             spans = sorted(s for one in groups_now for s in zip(one.starts, one.stops))
-            if any(stop > start for (_, stop), (start, _) in zip(spans, spans[1:])):
+            if any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans)):
                 return False
             self.separate = groups_now
         for one, _ in work:
