@@ -207,8 +207,9 @@ static void run_share(void *context, int64_t share) {
 /* Calls -------------------------------------------------------------------------------------- */
 
 /* Shares of each thread. One that wakes late, or shares its core with another process, takes fewer
- * of them. */
-#define SHARES 4
+ * of them. No more of them: a thread that returns to the entries it had in the last call finds
+ * them in its cache. */
+#define SHARES 2
 /* Shares are multiples of so many entries: no two threads write to one vector. */
 #define ALIGNED 1024
 /* More entries than any machine holds; what is computed from fewer does not overflow. */

@@ -111,7 +111,7 @@ static void watch_fork(void) {
  * it gains from less than 1 million bytes in all; one that sleeps breaks even at 5 to 7 million. To
  * wake a thread of the pool delays the caller by 10 us, and it arrives 50 us later: two threads
  * break even between 5 and 12 million bytes in all, and gain a half at 15 to 30 million. */
-int64_t bytes_worth_a_thread(void) { return team != NULL ? 1500000 : 4000000; }
+int64_t bytes_worth_a_thread(void) { return team != NULL ? 1500000 : 6000000; }
 
 static pthread_once_t watching = PTHREAD_ONCE_INIT;
 

@@ -335,7 +335,7 @@ static void test_refused(void) {
 /* Threads -------------------------------------------------------------------------------------- */
 
 #define TENSORS 40
-#define ENTRIES 100000 /* of a tensor, about: enough work for several threads */
+#define ENTRIES 160000 /* of a tensor, about: enough work for several threads */
 
 /* Scale many tensors of many sizes in place by so many threads, and look at every entry: one that
  * is visited twice, or not at all, has another value. */
