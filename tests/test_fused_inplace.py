@@ -75,8 +75,29 @@ def test_from_the_second_step_on(case: Case, in_place: list[bool]) -> None:
     params = [nn.Parameter(p) for p in make_two()]
     optimizer = torchopt.Optimizer(params, case.tx())
     steps(optimizer, params, 4)
-    has_state = bool(optimizer.state[params[0]])
-    assert in_place == [False, has_state, has_state, has_state]
+    assert in_place == [False, True, True, True]
+
+
+def test_a_slot_that_only_some_parameters_have() -> None:
+    def drive(optimizer: Any, params: list[nn.Parameter]) -> None:
+        steps(optimizer, params, 3)
+        optimizer.state[params[1]]["max_exp_avg_sq"] = nonzero(*params[1].shape).abs()
+        steps(optimizer, params, 2)
+
+    assert_same(drive)
+
+
+def test_momentum_buffer_taken_away_from_one_parameter() -> None:
+    results = []
+    for setting in (None, False):
+        torch.manual_seed(2)
+        params = [nn.Parameter(p) for p in make_two()]
+        optimizer = torchopt.SGD(params, 0.1, momentum=0.9, use_accelerated_op=setting)
+        steps(optimizer, params, 2)
+        del optimizer.state[params[1]]["momentum_buffer"]
+        steps(optimizer, params, 2)
+        results.append([p.detach() for p in params])
+    assert_close(results[0], results[1], times=4)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

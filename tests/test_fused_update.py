@@ -345,3 +345,11 @@ def test_against_torch_optim() -> None:
     tx = torchopt.adamw(0.1, weight_decay=0.1, amsgrad=True, use_accelerated_op=True)
     actual = object_oriented(tx, params, grads)[: len(params)]
     assert_close(actual, [p.detach() for p in own])
+
+
+def test_required_of_a_part_that_has_no_kernel() -> None:
+    """``True`` is never quietly ignored, not even for a part that no kernel could compute."""
+    params, (grads,) = data(steps=1)
+    tx = torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.adam()).with_accelerated_op(True)
+    with pytest.raises(RuntimeError, match="ClipGradNorm: it is not elementwise"):
+        tx.update(grads, tx.init(params), params, inplace=False)

@@ -240,7 +240,11 @@ def test_nothing_to_do() -> None:
     kernel = ADAM["update"]
     inputs = tensors_for(kernel, torch.float32, (0, 0))
     outputs = places_for(kernel, inputs["g"])
+    before = dict(triton_backend._functions)
+    triton_backend._functions.clear()
     triton_backend.run(kernel, inputs, outputs, inputs["g"], rows_for(kernel), [0, 1])
+    assert not triton_backend._functions, "a kernel was made for nothing"
+    triton_backend._functions.update(before)
 
 
 def test_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Union
 
 import torch
 from torch import Tensor
 
 from torchopt import tree
-from torchopt.numerics import exact
+from torchopt.gradient_checks import Common, check_gradients, common_of
+from torchopt.numerics import exact, to_compute_dtype
 from torchopt.packed import Packed, Packing
+from torchopt.plan import Plan
 from torchopt.typing import PyTree, Step
-
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass
@@ -31,16 +30,6 @@ class Call:
     reference: PyTree  # a tree with the structure of the parameters, for masks
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     pack_slots: bool = False  # whether new slots may come back as Packed
-
-
-@dataclasses.dataclass(frozen=True)
-class Common:
-    """What all gradients and parameters of a call have in common: the usual case."""
-
-    types: set[type]
-    shapes: list[torch.Size]
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclasses.dataclass
@@ -80,68 +69,6 @@ class Leaves:
         return dataclasses.replace(self, common=None, **picked)
 
 
-class Plan:
-    """Where each part of a transformation finds its hyperparameters and slots by public name."""
-
-    def __init__(self, parts: Sequence[Any]) -> None:
-        self.parts = tuple(parts)
-        self.hyper_specs: dict[str, Any] = {}
-        self.values: dict[str, Any] = {}
-        self.slot_names: tuple[str, ...] = ()
-        self.optional_slots: set[str] = set()
-        self.fields: list[dict[str, str]] = []
-        self.slots: list[tuple[str, ...]] = []
-        for part in self.parts:
-            specs = part.hyper_specs()
-            fields = {name: _free_name(name, self.hyper_specs) for name in specs}
-            self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
-            names = tuple(_free_name(name, self.slot_names) for name in part.slot_names())
-            self.fields.append(fields)
-            self.slots.append(names)
-            self.slot_names += names
-            values = part.hyperparameters()
-            self.values.update({fields[name]: values[name] for name in specs})
-            own = part.slot_names()
-            self.optional_slots |= {n for n, slot in zip(names, own) if slot in part.optional_slots}
-
-    def check_slots(self, given: Iterable[str], owner: object) -> None:
-        """Refuse a state that another transformation has made.
-
-        Raises:
-            ValueError: Naming the slots that are unknown or missing.
-        """
-        names = set(given)
-        unknown = sorted(names - set(self.slot_names))
-        missing = [n for n in self.slot_names if n not in names and n not in self.optional_slots]
-        if unknown or missing:
-            what = f"has {unknown}" if unknown else f"lacks {missing}"
-            raise ValueError(
-                f"The state belongs to another optimizer: it {what}, while {owner} keeps "
-                f"{list(self.slot_names)}."
-            )
-
-    def rows_of(self, position: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Pick a part's own hyperparameters; rows that are one object stay one object."""
-        fields = self.fields[position]
-        previous: dict[str, Any] | None = None
-        picked: dict[str, Any] = {}
-        result = []
-        for row in rows:
-            if row is not previous:
-                picked = {name: row[public] for name, public in fields.items()}
-                previous = row
-            result.append(picked)
-        return result
-
-
-def _free_name(name: str, taken: Any) -> str:
-    candidate, occurrence = name, 1
-    while candidate in taken:
-        occurrence += 1
-        candidate = f"{name}_{occurrence}"
-    return candidate
-
-
 def step_list(old: Union[Step, list[Any]], count: int) -> list[Step]:
     """Return the step count of every parameter at this update."""
     if isinstance(old, list):
@@ -170,7 +97,7 @@ def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
             raise TypeError(
                 f"Parameter {name} must be a tensor or None, got {type(call.p[i]).__name__}."
             )
-    params = [_to_compute_dtype(call.p[i].detach()) for i in index]
+    params = [to_compute_dtype(call.p[i].detach()) for i in index]
     columns: dict[str, list[Any]] = {name: [None] * len(call.p) for name in tx.slot_names()}
     rows = [call.hyper[i] for i in index]
     for position, part in enumerate(tx.plan.parts):
@@ -189,13 +116,13 @@ def initialise_packed(tx: Any, call: Call) -> dict[str, Any] | None:
     The parts must treat entries alike, whatever tensor they are in, and have one row of
     hyperparameters for all.
     """
-    elementwise = all(getattr(part, "elementwise", False) for part in tx.plan.parts)
+    elementwise = all(part.elementwise for part in tx.plan.parts)
     row = call.hyper[0] if call.hyper else {}
-    common = _common(call)
+    common = common_of(call)
     if not elementwise or common is None or any(other is not row for other in call.hyper):
         return None
     packing = Packing(common.shapes)
-    flat = _to_compute_dtype(packing.pack([p.detach() for p in call.p]))
+    flat = to_compute_dtype(packing.pack([p.detach() for p in call.p]))
     columns: dict[str, Any] = {}
     for position, part in enumerate(tx.plan.parts):
         if tx.plan.slots[position]:
@@ -218,9 +145,9 @@ def advance(tx: Any, call: Call, apply: bool = False) -> tuple[list[Any], dict[s
     With ``apply`` the new parameters are returned instead of the updates.
     """
     index = [i for i, g in enumerate(call.g) if g is not None]
-    common = _common(call) if len(index) == len(call.g) else None
+    common = common_of(call) if len(index) == len(call.g) else None
     if common is None:
-        _check_gradients(tx, call, index)
+        check_gradients(tx, call, index)
     if not index:
         return [None] * len(call.g), dict(call.slots)
     whole = len(index) == len(call.g)
@@ -289,7 +216,7 @@ def _leaves(call: Call, index: list[int]) -> Leaves:
 def _advance_by_parts(tx: Any, given: Leaves, columns: dict[str, Any], apply: bool) -> list[Tensor]:
     """Convert to the dtype of computation, run the parts one after the other, convert back."""
     is_complex = [g.is_complex() for g in given.g]
-    enter = [_view_as_real if c else _to_compute_dtype for c in is_complex]
+    enter = [_view_as_real if c else to_compute_dtype for c in is_complex]
 
     def entered(column: Any) -> Any:
         if isinstance(column, Packed) and not any(is_complex):
@@ -363,15 +290,6 @@ def run_by_rules(
     return g
 
 
-def _to_compute_dtype(x: Tensor) -> Tensor:
-    """Half precision is computed, and its slots are kept, in float32.
-
-    In float16 the default eps and small squared gradients are zero, and in bfloat16 a beta of
-    0.999 is 1, so rules evaluated in these dtypes give infinite or frozen updates.
-    """
-    return x.float() if x.dtype in HALF else x
-
-
 def _view_as_real(x: Tensor) -> Tensor:
     """A complex parameter is updated as its real and imaginary parts, as torch.optim does."""
     return torch.view_as_real(x) if x.is_complex() else x
@@ -390,81 +308,3 @@ def _refuse_update(tx: Any, update: Any, g: Tensor, name: str) -> None:
         f"{tx!r} returned an update of {given} for the gradient of {name}, whose shape is "
         f"{tuple(g.shape)}. A rule must return a tensor of the shape of its gradient."
     )
-
-
-def _common(call: Call) -> Common | None:
-    """Return what gradients and parameters have in common, or ``None`` if they need a closer look.
-
-    In the first case everything that :func:`_check_gradients` asks for holds.
-    """
-    g, p = call.g, call.p
-    if not g or any(x is None for x in p):
-        return None
-    types = {*map(type, g), *map(type, p)}
-    if not all(issubclass(t, Tensor) for t in types):
-        return None
-    shapes = [x.shape for x in g]
-    dtypes = {x.dtype for x in g} | {x.dtype for x in p}
-    devices = {x.device for x in g} | {x.device for x in p}
-    if (
-        len(dtypes) > 1
-        or len(devices) > 1
-        or not g[0].is_floating_point()
-        or {x.layout for x in g} | {x.layout for x in p} != {torch.strided}
-        or [x.shape for x in p] != shapes
-    ):
-        return None
-    return Common(types, shapes, g[0].dtype, g[0].device)
-
-
-def _check_gradients(tx: Any, call: Call, index: Sequence[int]) -> None:
-    for i in index:
-        g, p = call.g[i], call.p[i]
-        if not isinstance(g, Tensor):
-            name = tree.quoted(call.names()[i])
-            raise TypeError(
-                f"The gradient of {name} must be a tensor or None, got {type(g).__name__}."
-            )
-        if g.layout != torch.strided:
-            _check_sparse(tx, call, i)
-        elif not (g.is_floating_point() or g.is_complex()):
-            name = tree.quoted(call.names()[i])
-            raise TypeError(
-                f"The gradient of {name} must be floating-point or complex, got {g.dtype}."
-            )
-        if p is None and any(x is not None for x in call.p):
-            name = tree.quoted(call.names()[i])
-            raise ValueError(f"{name} has a gradient but its parameter is None.")
-        if p is not None:
-            _check_same("parameter", g, p, call, i)
-            continue
-        for column in call.slots.values():
-            if column[i] is not None:
-                _check_same("state", g, column[i], call, i)
-                break
-
-
-def _check_sparse(tx: Any, call: Call, i: int) -> None:
-    for position, part in enumerate(tx.plan.parts):
-        (row,) = tx.plan.rows_of(position, [call.hyper[i]])
-        if not part.takes_sparse(**row):
-            raise TypeError(
-                f"The gradient of {tree.quoted(call.names()[i])} is sparse ({call.g[i].layout}), "
-                f"and {type(part).__name__} has no sparse rule. Use to_dense(), or an embedding "
-                "with sparse=False."
-            )
-
-
-def _check_same(what: str, g: Tensor, p: Tensor, call: Call, i: int) -> None:
-    if what == "state":
-        same_dtype = g.dtype == p.dtype or g.dtype in HALF
-    else:
-        same_dtype = g.dtype == p.dtype
-    if g.shape == p.shape and same_dtype and g.device == p.device:
-        return
-    message = (
-        f"The gradient of {tree.quoted(call.names()[i])} does not fit its {what}: gradient "
-        f"{g.dtype} {tuple(g.shape)} on {g.device}, {what} {p.dtype} {tuple(p.shape)} on "
-        f"{p.device}."
-    )
-    raise (ValueError if same_dtype else TypeError)(message)

@@ -14,6 +14,16 @@ from torch.autograd import forward_ad
 
 
 Scalar = Union[float, Tensor]
+HALF = (torch.float16, torch.bfloat16)
+
+
+def to_compute_dtype(x: Tensor) -> Tensor:
+    """Return a tensor in the dtype of computation: half precision in float32, as its slots are.
+
+    In float16 the default eps and small squared gradients are zero, and in bfloat16 a beta of
+    0.999 is 1, so rules evaluated in these dtypes give infinite or frozen updates.
+    """
+    return x.float() if x.dtype in HALF else x
 
 
 def is_zero(value: object) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchopt import hyper
-from torchopt.engine import HALF
+from torchopt.numerics import HALF
 
 
 def unexpected(optimizer: Any, given: Any) -> str:

@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from torchopt import hyper, tree
-from torchopt.engine import Leaves, Plan, advance, initialise, next_step, step_list
+from torchopt.engine import Leaves, advance, initialise, next_step, step_list
 from torchopt.functional import gather_call, hyper_values, slot_trees, state_slots
 from torchopt.opt_state import OptState
+from torchopt.plan import Plan
 from torchopt.recording import refuse_recorded
 from torchopt.typing import Step, TensorTree
 from torchopt.values import describe, same

@@ -20,7 +20,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 
 from torchopt.kernels.graph import Kernel
 from torchopt.kernels.launch import Column, launch
-from torchopt.kernels.program import UPDATE, Program
+from torchopt.kernels.program import Program
 from torchopt.kernels.rules import Rules
 from torchopt.packed import Packed, Packing
 
@@ -300,6 +300,3 @@ def _batched(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -
         x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
         for x, dim in zip(tensors, dims)
     ]
-
-
-__all__ = ["UPDATE", "BackwardCall", "Fused", "FusedBackward", "Group"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchopt.kernels.graph import Kernel, topological
+from torchopt.kernels.graph import Kernel
 
 
 #: Operation -> the C expression. ``R`` is float or double; the macros are in csrc/kernels.c.
@@ -32,25 +32,16 @@ TRUTH = ("less", "less_equal", "equal", "not_equal")
 
 def function(kernel: Kernel) -> str:
     """Return the C function of a kernel; ``in`` and ``out`` hold its streams in order."""
-    names: dict[object, str] = {}
-    loads, lines = [], []
-    inputs = kernel.inputs
-    numbers = list(kernel.numbers)
-    for node in topological(kernel.outputs.values()):
-        if node.op == "input":
-            names[node] = node.args[0]
-            loads.append(f"const R {node.args[0]} = in_{node.args[0]}[i];")
-        elif node.op == "number":
-            names[node] = f"n{numbers.index(node.args[0].source)}"
-        else:
-            names[node] = f"x{len(lines)}"
-            value = EXPRESSIONS[node.op].format(*(names[a] for a in node.args))
-            kind = "int" if node.op in TRUTH else "R"
-            lines.append(f"const {kind} {names[node]} = {value};")
-    stores = [f"out_{s}[i] = {names[n]};" for s, n in kernel.outputs.items()]
-    head = [f"const R *const in_{s} = in[{k}];" for k, s in enumerate(inputs)]
-    head += [f"R *const out_{s} = out[{k}];" for k, s in enumerate(kernel.outputs)]
-    head += [f"const R n{k} = (R)n[{k}];" for k in range(len(numbers))]
+    listing = kernel.listing
+    loads = [f"const R {s} = in_{s}[i];" for s in listing.inputs]
+    lines = [
+        f"const {'int' if op in TRUTH else 'R'} {name} = {EXPRESSIONS[op].format(*args)};"
+        for name, op, args in listing.statements
+    ]
+    stores = [f"out_{s}[i] = {name};" for s, name in listing.results.items()]
+    head = [f"const R *const in_{s} = in[{k}];" for k, s in enumerate(listing.inputs)]
+    head += [f"R *const out_{s} = out[{k}];" for k, s in enumerate(listing.results)]
+    head += [f"const R n{k} = (R)n[{k}];" for k in range(len(listing.numbers))]
     body = "\n".join(
         [*(f"  {line}" for line in head), "  EACH_ENTRY {"]
         + [f"    {line}" for line in (*loads, *lines, *stores)]

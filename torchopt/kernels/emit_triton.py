@@ -22,7 +22,7 @@ reciprocal, and Triton 3.2 takes subnormal float32 numbers for zero in roots and
 
 from __future__ import annotations
 
-from torchopt.kernels.graph import Kernel, Node, topological
+from torchopt.kernels.graph import Kernel
 from torchopt.kernels.launch import OF_PARAMETERS
 
 
@@ -126,25 +126,18 @@ def _body(kernel: Kernel, stored: str, aligned: bool) -> list[str]:
     """Return the lines that read, compute and write the entries of one block."""
     real = f"tl.{arithmetic(stored)}"
     expressions = {**EXPRESSIONS, **ROUNDED[arithmetic(stored)]}
-    names: dict[Node, str] = {}
-    loads: list[str] = []
-    lines: list[str] = []
-    for node in topological(kernel.outputs.values()):
-        if node.op == "input":
-            (stream,) = node.args
-            names[node] = stream
-            place = _place(f"in_{stream}", _type_of(stream, stored), aligned)
-            loads.append(f"{stream} = tl.load({place}, other=0.0).to({real})")
-        elif node.op == "number":
-            names[node] = f"n{kernel.numbers.index(node.args[0].source)}"
-        else:
-            names[node] = f"x{len(lines)}"
-            value = expressions[node.op].format(*(names[a] for a in node.args))
-            lines.append(f"{names[node]} = {value.replace('(R)', f'({real})')}")
-    stores = []
-    for stream, node in kernel.outputs.items():
+    listing = kernel.listing
+    loads, stores = [], []
+    for stream in listing.inputs:
+        place = _place(f"in_{stream}", _type_of(stream, stored), aligned)
+        loads.append(f"{stream} = tl.load({place}, other=0.0).to({real})")
+    lines = [
+        f"{name} = {expressions[op].format(*args).replace('(R)', f'({real})')}"
+        for name, op, args in listing.statements
+    ]
+    for stream, name in listing.results.items():
         kind = _type_of(stream, stored)
-        place = _place(f"out_{stream}", kind, aligned, f"{names[node]}.to({kind})")
+        place = _place(f"out_{stream}", kind, aligned, f"{name}.to({kind})")
         stores.append(f"tl.store({place})")
     return [*loads, *lines, *stores]
 

@@ -7,7 +7,6 @@ take are computed by the rules, one by one, and the reason is told to whoever as
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,22 +21,14 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 from torch.autograd import forward_ad
 
-from torchopt.engine import Common, Leaves, Plan, run_by_rules
+from torchopt.engine import Leaves, run_by_rules
 from torchopt.kernels import backends
+from torchopt.kernels.assignment import assign
 from torchopt.kernels.differentiable import Fused, Group
-from torchopt.kernels.graph import Kernel
-from torchopt.kernels.launch import slot_dtype
-from torchopt.kernels.matching import Run, runs_from, unjoined
+from torchopt.kernels.matching import Run, runs_from, unjoined, whole_run
 from torchopt.kernels.program import UPDATE, slot_stream
-from torchopt.kernels.rules import Rules
-from torchopt.module_state import FastWeight
-from torchopt.packed import Packed, Packing
-
-
-#: Tensors that are what they seem. Others (DTensor, FakeTensor, a user's subclass) may have no
-#: address, and are computed by the rules.
-PLAIN = {Tensor, torch.nn.Parameter, FastWeight, torch.nn.Buffer}
-DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+from torchopt.packed import Packed
+from torchopt.plan import Plan
 
 
 class Result(NamedTuple):
@@ -70,36 +61,17 @@ def take_run(
         columns: The slots by public name; receives the new ones.
         apply: Whether to add the updates to the parameters, if the run is the last one.
     """
-    runs = runs_from(plan, first)
-    if not runs:
-        _tell(
-            leaves,
-            [
-                (Run(plan, first, first + 1), k, unjoined(plan.parts[first]))
-                for k in range(len(leaves.g))
-            ],
-        )
-        return None
-    noted: list[Failure] = []
-    hindrance = hindered()
-    for run in runs:
-        if hindrance:
-            noted += [(run, k, hindrance) for k in range(len(leaves.g))]
-            break
+    single = Run(plan, first, first + 1)
+    reason = hindered() or unjoined(plan.parts[first])
+    unfit = dict.fromkeys(range(len(leaves.g)), reason)
+    for run in [] if reason else runs_from(plan, first):
         applies = apply and run.last == len(plan.parts)
         groups, unfit = assign(run, leaves, columns, applies)
-        noted += [(run, k, why) for k, why in unfit.items()]
         if groups:
-            noted = [(run, k, why) for k, why in unfit.items()]
-            _refuse_if_required(run, leaves, noted)
-            _tell(leaves, noted)
-            g = _compute(run, leaves, columns, groups, list(unfit), applies)
-            return Result(run.last, g, applies)
-    # the rules compute the first part, and the next is asked for anew
-    shortest = runs[-1]
-    noted = [(shortest, k, reason) for run, k, reason in noted if run is runs[-1] or hindrance]
-    _refuse_if_required(shortest, leaves, noted)
-    _tell(leaves, noted)
+            _answer_for(run, leaves, unfit)
+            return Result(run.last, _compute(run, leaves, columns, groups, unfit, applies), applies)
+    # the rules compute the first part, and the next one is asked for anew
+    _answer_for(single, leaves, unfit)
     return None
 
 
@@ -107,19 +79,16 @@ def take_whole(
     plan: Plan, leaves: Leaves, columns: dict[str, list[Any]], apply: bool
 ) -> list[Tensor] | None:
     """Compute a plan that is one run, if kernels take every parameter as it is; else ``None``."""
-    runs = runs_from(plan, 0) if plan.parts else []
-    if not runs or runs[0].last != len(plan.parts) or hindered():
+    run = whole_run(plan)
+    if run is None or hindered():
         return None
-    groups, unfit = assign(runs[0], leaves, columns, apply)
-    if unfit:
-        return None
-    return _compute(runs[0], leaves, columns, groups, [], apply)
+    groups, unfit = assign(run, leaves, columns, apply)
+    return None if unfit else _compute(run, leaves, columns, groups, {}, apply)
 
 
 def covers(plan: Plan) -> bool:
     """Whether one run of kernels can stand for a whole plan, as far as that is known beforehand."""
-    runs = runs_from(plan, 0) if plan.parts else []
-    return bool(runs) and runs[0].last == len(plan.parts) and not hindered()
+    return whole_run(plan) is not None and not hindered()
 
 
 def hindered() -> str:
@@ -138,186 +107,18 @@ def hindered() -> str:
     return ""
 
 
-#: A run, the position of a parameter, and why no kernel computes the one for the other.
-Failure = tuple[Run, int, str]
-
-
-class Assignment(NamedTuple):
-    """Parameters that one kernel can take, by position, and all it needs to know."""
-
-    positions: list[int]
-    group: Group
-
-
-def assign(
-    run: Run, leaves: Leaves, columns: dict[str, list[Any]], apply: bool
-) -> tuple[list[Assignment], dict[int, str]]:
-    """Sort parameters by the kernel that takes them; those none takes come with the reason."""
-    mode = "apply" if apply else "update"
-    slots = [columns[name] for name in run.slots]
-    unfit: dict[int, str] = {}
-    takers: dict[tuple[Any, ...], _Taker] = {}
-    for key, positions in _classes(leaves, slots).items():
-        _, t, present, has_params, dtype, device, reason = key
-        row = leaves.hyper[positions[0]]
-        read, program = run.read(row), None
-        if not reason:
-            variant = run.variant(row, read, t, present, has_params)
-            program, reason = variant.program, variant.reason
-            if program is not None:
-                reason = backends.missing(device, program, mode)
-            if apply and not has_params:
-                reason = "there are no parameters to add to"
-        if reason or read is None:
-            unfit.update(dict.fromkeys(positions, reason))
-            continue
-        key = (id(program), dtype, device)
-        taker = takers.setdefault(key, _Taker(program, present, has_params))
-        taker.indices += [len(taker.values)] * len(positions)
-        taker.values.append((read[0], t))
-        taker.positions += positions
-    return [_assignment(run, leaves, slots, mode, taker) for taker in takers.values()], unfit
-
-
-@dataclasses.dataclass
-class _Taker:
-    """A program and the parameters that it takes, in classes with the same numbers."""
-
-    program: Any
-    present: tuple[bool, ...]
-    has_params: bool
-    positions: list[int] = dataclasses.field(default_factory=list)
-    indices: list[int] = dataclasses.field(default_factory=list)
-    values: list[tuple[Sequence[float], int]] = dataclasses.field(default_factory=list)
-
-
-def _classes(leaves: Leaves, slots: list[Any]) -> dict[tuple[Any, ...], list[int]]:
-    """Sort parameters by everything that a kernel depends on.
-
-    The keys are: which row of hyperparameters, the step count, which slots are there, whether the
-    parameter is, dtype, device, and why none of this matters.
-    """
-    classes: dict[tuple[Any, ...], list[int]] = {}
-    whole = _common_class(leaves, slots)
-    if whole is not None:
-        return {whole: list(range(len(leaves.g)))}
-    for k, (g, p, t, row) in enumerate(zip(leaves.g, leaves.p, leaves.t, leaves.hyper)):
-        own = [column[k] for column in slots]
-        present = tuple(x is not None for x in own)
-        reason = _unfit(g, p, [x for x in own if x is not None])
-        step = t if type(t) is int else None
-        key = (id(row), step, present, p is not None, g.dtype, g.device, reason)
-        classes.setdefault(key, []).append(k)
-    return classes
-
-
-def _common_class(leaves: Leaves, slots: list[Any]) -> tuple[Any, ...] | None:
-    """Return the one key that all parameters share, or ``None``: the usual case, checked fast."""
-    t, row, common = leaves.t[0], leaves.hyper[0], leaves.common
-    if common is None or not common.types <= PLAIN or common.dtype not in DTYPES:
-        return None
-    if type(t) is not int or any(x is not row for x in leaves.hyper) or set(leaves.t) != {t}:
-        return None
-    present = tuple(_is_there(column, 0) for column in slots)
-    for column, there in zip(slots, present):
-        if there and not _slots_fit(column, common):
-            return None
-        if not there and any(x is not None for x in column):
-            return None
-    has_params = leaves.p[0] is not None
-    return (0, t, present, has_params, common.dtype, common.device, "")
-
-
-def _slots_fit(column: Any, common: Common) -> bool:
-    """Whether the slots of all parameters are plain tensors that fit the parameters."""
-    dtype, device = slot_dtype(common.dtype), common.device
-    if isinstance(column, Packed):
-        flat = column.flat
-        fits = flat.dtype == dtype and flat.device == device
-        return fits and column.packing.shapes == common.shapes
-    return (
-        PLAIN.issuperset(map(type, column))
-        and [x.shape for x in column] == common.shapes
-        and {x.dtype for x in column} == {dtype}
-        and {x.layout for x in column} == {torch.strided}
-        and {x.device for x in column} == {device}
-    )
-
-
-def _unfit(g: Tensor, p: Tensor | None, slots: list[Tensor]) -> str:
-    """Return why a kernel cannot take one parameter."""
-    tensors = [g, *slots] if p is None else [g, p, *slots]
-    for x in tensors:
-        if type(x) not in PLAIN:
-            return f"{type(x).__name__} is no plain tensor"
-        if x.layout != torch.strided:
-            return f"the layout is {x.layout}"
-        if x.shape != g.shape:
-            return f"shapes differ: {tuple(g.shape)} and {tuple(x.shape)}"
-        if x.device != g.device:
-            return f"devices differ: {g.device} and {x.device}"
-    if g.dtype not in DTYPES:
-        return f"the dtype is {g.dtype}"
-    if p is not None and p.dtype != g.dtype:
-        return f"dtypes differ: {g.dtype} and {p.dtype}"
-    for x in slots:
-        if x.dtype != slot_dtype(g.dtype):
-            return f"a slot is {x.dtype}"
-    return ""
-
-
-def _assignment(run: Run, leaves: Leaves, slots: list[Any], mode: str, taker: _Taker) -> Assignment:
-    """Gather all that one kernel call needs."""
-    program, positions = taker.program, taker.positions
-    kernel = program.kernels[mode]
-    rules = Rules(
-        run,
-        [leaves.hyper[k] for k in positions],
-        [int(leaves.t[k]) for k in positions],
-        taker.present,
-        taker.has_params,
-        mode == "apply",
-        kernel.inputs,
-        kernel.output_streams,
-        *_packing(leaves, slots, kernel, positions),
-    )
-    indices = taker.indices if len(taker.values) > 1 else None
-    return Assignment(positions, Group(program, mode, len(positions), indices, taker.values, rules))
-
-
-def _is_there(column: Any, position: int) -> bool:
-    return isinstance(column, Packed) or column[position] is not None
-
-
-def _packing(
-    leaves: Leaves, slots: list[Any], kernel: Kernel, positions: list[int]
-) -> tuple[frozenset[str], frozenset[str], Packing | None]:
-    """Return which streams are packed, and how."""
-    if get_interpreter_stack() or positions != list(range(len(leaves.g))):
-        return frozenset(), frozenset(), None
-    packed = {slot_stream(k): c for k, c in enumerate(slots) if isinstance(c, Packed)}
-    packed_in = frozenset(s for s in kernel.inputs if s in packed)
-    packed_out: frozenset[str] = frozenset()
-    if leaves.call.pack_slots and len(positions) == len(leaves.call.g):
-        packed_out = frozenset(s for s in kernel.output_streams if s != UPDATE)
-    if not packed_in and not packed_out:
-        return packed_in, packed_out, None
-    known = next(iter(packed.values()), None)
-    return packed_in, packed_out, known.packing if known else Packing([g.shape for g in leaves.g])
-
-
 def _compute(
     run: Run,
     leaves: Leaves,
     columns: dict[str, Any],
-    assignments: list[Assignment],
-    rest: list[int],
+    groups: list[tuple[list[int], Group]],
+    unfit: dict[int, str],
     apply: bool,
 ) -> list[Tensor]:
     """Run the kernels, and the rules for the parameters that no kernel takes."""
     results: list[Any] = [None] * len(leaves.g)
     new: dict[str, Any] = {}
-    for positions, group in assignments:
+    for positions, group in groups:
         outputs = call(group, _inputs(run, leaves, columns, positions, group))
         rule = group.rule
         for stream, column in group.columns(rule.outputs, outputs, rule.packed_out).items():
@@ -328,11 +129,13 @@ def _compute(
             target = results
             if stream != UPDATE:
                 name = run.slots[int(stream[1:])]
-                target = new.setdefault(name, None) or list(columns[name])
-                new[name] = target
+                if name not in new:
+                    new[name] = list(columns[name])
+                target = new[name]
             for k, value in zip(positions, column):
                 target[k] = value
-    if rest:
+    if unfit:
+        rest = list(unfit)
         own = {name: [columns[name][k] for k in rest] for name in run.slots}
         by_rule = run_by_rules(run.plan, run.first, run.last, leaves.subset(rest), own)
         for position, k in enumerate(rest):
@@ -371,11 +174,14 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
     return group.run(tensors)
 
 
-def _refuse_if_required(run: Run, leaves: Leaves, noted: list[Failure]) -> None:
-    """Raise if a part that requires kernels does not get them."""
-    if _asked.get() is not None:
-        return
-    for _, k, reason in noted:
+def _answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:
+    """Tell why parameters are not fused, or refuse it if a part requires kernels."""
+    lines = _asked.get()
+    for k, reason in unfit.items():
+        if lines is not None:
+            names = ", ".join(type(part).__name__ for part in run.parts)
+            lines.append(f"{names} of {leaves.name(k)}: {reason}")
+            continue
         for part in run.parts:
             if part.use_accelerated_op:
                 raise RuntimeError(
@@ -383,6 +189,8 @@ def _refuse_if_required(run: Run, leaves: Leaves, noted: list[Failure]) -> None:
                     f"have one for {type(part).__name__}: {reason}. Pass None to use kernels "
                     "where they are available."
                 )
+        if reason.startswith(backends.NOT_LOADED):
+            _warn_once(reason)
 
 
 _asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)
@@ -396,18 +204,6 @@ def asking(lines: list[str]) -> Iterator[None]:
         yield
     finally:
         _asked.reset(token)
-
-
-def _tell(leaves: Leaves, noted: list[Failure]) -> None:
-    lines = _asked.get()
-    if lines is not None:
-        for run, k, reason in noted:
-            names = ", ".join(type(part).__name__ for part in run.parts)
-            lines.append(f"{names} of {leaves.name(k)}: {reason}")
-    elif noted:
-        for reason in {reason for _, _, reason in noted}:
-            if reason.startswith(backends.NOT_LOADED):
-                _warn_once(reason)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 
@@ -49,8 +49,6 @@ class Node:
 
 
 _NODES: WeakValueDictionary[tuple[str, tuple[Any, ...]], Node] = WeakValueDictionary()
-
-Operand = Union[Node, Number]
 
 #: Operations of a graph and how many arguments they take. Comparisons give a truth value, which
 #: only ``where`` reads. ``root_slope`` is the derivative of ``sqrt`` by its value: 1/(2x), 0 at 0.
@@ -126,51 +124,80 @@ def substitute(outputs: Sequence[Node], replace: Callable[[Node], Node | None]) 
     return [rebuilt[output] for output in outputs]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Kernel:
-    """A graph ready to be generated: named outputs, and its numbers in a fixed order.
+class Listing(NamedTuple):
+    """A graph in the order of its computation, with a name for every value.
 
     Attributes:
-        outputs: Stream -> node, in order.
-        numbers: The expressions of the numbers, in the order in which the kernel takes them.
-        text: The graph as text: two kernels with the same text compute the same.
-        name: A name made of the text, under which a backend keeps the kernel.
-        inputs: The input streams that are read, in order.
-        output_streams: The keys of ``outputs``.
+        inputs: The input streams that are read, which are also the names of their values.
+        numbers: The expressions of its numbers; number ``k`` is named ``n<k>``.
+        statements: ``(name, operation, names of its arguments)``.
+        results: Output stream -> the name of its value.
     """
 
-    outputs: dict[str, Node]
-    numbers: tuple[str, ...]
-    text: str
-    name: str = dataclasses.field(init=False)
-    inputs: list[str] = dataclasses.field(init=False)
-    output_streams: list[str] = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        nodes = topological(self.outputs.values())
-        digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
-        object.__setattr__(self, "name", f"k{digest[:16]}")
-        object.__setattr__(self, "inputs", [n.args[0] for n in nodes if n.op == "input"])
-        object.__setattr__(self, "output_streams", list(self.outputs))
+    inputs: list[str]
+    numbers: list[str]
+    statements: list[tuple[str, str, list[str]]]
+    results: dict[str, str]
 
 
-def make_kernel(outputs: Mapping[str, Node]) -> Kernel:
-    """Number the nodes of a graph and write it as text.
-
-    Numbers appear in the text by position, not by expression: a kernel does not know what its
-    numbers mean, so graphs that differ only in them share it.
-    """
+def listing(outputs: Mapping[str, Node]) -> Listing:
+    """Name the values of a graph."""
     names: dict[Node, str] = {}
     numbers: dict[str, int] = {}
-    lines = []
+    inputs: list[str] = []
+    statements: list[tuple[str, str, list[str]]] = []
     for node in topological(outputs.values()):
         if node.op == "input":
             names[node] = node.args[0]
+            inputs.append(node.args[0])
         elif node.op == "number":
             source = node.args[0].source
             names[node] = f"n{numbers.setdefault(source, len(numbers))}"
         else:
-            names[node] = f"x{len(lines)}"
-            lines.append(f"{names[node]} = {node.op} " + " ".join(names[a] for a in node.args))
-    lines += [f"{stream} <- {names[node]}" for stream, node in outputs.items()]
-    return Kernel(dict(outputs), tuple(numbers), "\n".join(lines))
+            names[node] = f"x{len(statements)}"
+            statements.append((names[node], node.op, [names[a] for a in node.args]))
+    return Listing(inputs, list(numbers), statements, {s: names[n] for s, n in outputs.items()})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """A graph ready to be generated, and found, by its text.
+
+    Numbers appear in the text by position, not by expression: a kernel does not know what its
+    numbers mean, so graphs that differ only in them share it.
+
+    Attributes:
+        outputs: Stream -> node, in order.
+        listing: The graph in the order of its computation.
+        text: The graph as text: two kernels with the same text compute the same.
+        name: A name made of the text, under which a backend keeps the kernel.
+        inputs: The input streams that are read, in order.
+        numbers: The expressions of the numbers, in the order in which the kernel takes them.
+        output_streams: The keys of ``outputs``.
+    """
+
+    outputs: dict[str, Node]
+    listing: Listing
+    text: str
+    name: str
+    inputs: list[str]
+    numbers: tuple[str, ...]
+    output_streams: list[str]
+
+
+def make_kernel(outputs: Mapping[str, Node]) -> Kernel:
+    """Return the kernel of a graph."""
+    listed = listing(outputs)
+    lines = [f"{name} = {op} {' '.join(args)}" for name, op, args in listed.statements]
+    lines += [f"{stream} <- {name}" for stream, name in listed.results.items()]
+    text = "\n".join(lines)
+    digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+    return Kernel(
+        dict(outputs),
+        listed,
+        text,
+        f"k{digest[:16]}",
+        listed.inputs,
+        tuple(listed.numbers),
+        list(outputs),
+    )

@@ -10,70 +10,75 @@ from __future__ import annotations
 import bisect
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from torchopt.engine import Plan
 from torchopt.kernels import backends, native
-from torchopt.kernels.fused import PLAIN, hindered
-from torchopt.kernels.launch import OF_PARAMETERS, slot_dtype
-from torchopt.kernels.matching import Run, runs_from
-from torchopt.kernels.program import Program, slot_stream
+from torchopt.kernels.assignment import PLAIN
+from torchopt.kernels.fused import hindered
+from torchopt.kernels.launch import narrow_mask, slot_dtype
+from torchopt.kernels.matching import Run, whole_run
+from torchopt.kernels.program import GRADIENT, Program, slot_stream
+from torchopt.plan import Plan
 
 
 MODE = "apply"
 _dtype_of = Tensor.dtype.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_layout_of = Tensor.layout.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Prepared:
     """The parameters of one group, their states and slots, and where they are in memory."""
 
-    def __init__(self, plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> None:
-        self.run: Run = runs_from(plan, 0)[0]
+    def __init__(
+        self,
+        run: Run,
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        columns: list[list[Any]],
+    ) -> None:
+        self.run = run
         self.params, self.states = params, states
-        self.columns: list[list[Any]] = [[s.get(name) for s in states] for name in self.run.slots]
-        self.present = tuple(column[0] is not None for column in self.columns)
-        self.kept = [c for c, there in zip(self.columns, self.present) if there]
+        self.present = tuple(column[0] is not None for column in columns)
+        self.kept = [c for c, there in zip(columns, self.present) if there]
         self.kept_names = [n for n, there in zip(self.run.slots, self.present) if there]
         self.lengths = list(map(len, states))
         self.dtype = params[0].dtype
         self.shapes = [p.shape for p in params]
         self.sizes = list(map(Tensor.numel, params))
         self.addresses = [list(map(Tensor.data_ptr, column)) for column in (params, *self.kept)]
-        size = params[0].element_size()
-        slot_size = 8 if size == 8 else 4
-        written = [
-            (address, address + n * (slot_size if k else size))
-            for k, column in enumerate(self.addresses)
-            for address, n in zip(column, self.sizes)
-            if n
-        ]
-        self.starts = [start for start, _ in sorted(written)]
-        self.stops = [stop for _, stop in sorted(written)]
+        written = sorted(
+            (address, address + x.nbytes)
+            for column, addresses in zip((params, *self.kept), self.addresses)
+            for x, address in zip(column, addresses)
+            if x.nbytes
+        )
+        self.starts = [start for start, _ in written]
+        self.stops = [stop for _, stop in written]
         self.apart: list[int] = []  # addresses of gradients known to lie elsewhere
         self.program: Program | None = None
-        self.call: native.InPlaceCall | None = None
+        self.call: native.KernelCall | None = None
 
     @staticmethod
     def make(plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> Prepared | None:
         """Return the prepared group, or ``None`` if kernels cannot overwrite it."""
-        runs = runs_from(plan, 0) if plan.parts else []
-        if not runs or runs[0].last != len(plan.parts) or not params or not all(states):
+        run = whole_run(plan)
+        if run is None or not params or backends.unavailable("cpu"):
             return None
-        if backends.unavailable("cpu") or not all(p.is_cpu for p in params):
+        if not all(p.is_cpu and p.layout == torch.strided for p in params):
             return None
-        made = Prepared(plan, params, states)
+        columns: list[list[Any]] = [[s.get(name) for s in states] for name in run.slots]
+        if any(len({x is None for x in column}) > 1 for column in columns):
+            return None  # some parameters have the slot, and others have not
+        made = Prepared(run, params, states, columns)
         return made if made._fits() else None
 
     def _fits(self) -> bool:
         """Check once what stays true as long as the tensors are the same objects."""
-        for column, there in zip(self.columns, self.present):
-            if any((x is not None) != there for x in column):
-                return False
         tensors: list[Any] = [x for column in (self.params, *self.kept) for x in column]
         if not PLAIN.issuperset(map(type, tensors)):
             return False
@@ -83,7 +88,7 @@ class Prepared:
             return False
         if any([x.shape for x in column] != self.shapes for column in self.kept):
             return False
-        dtype = self.params[0].dtype
+        dtype = self.dtype
         if dtype not in native.DTYPES or any(p.dtype != dtype for p in self.params):
             return False
         if any(x.dtype != slot_dtype(dtype) for column in self.kept for x in column):
@@ -91,7 +96,7 @@ class Prepared:
         if not all(map(Tensor.is_contiguous, tensors)):
             return False
         # what is overwritten must not be two things at once
-        return not any(stop > start for stop, start in zip(self.stops, self.starts[1:]))
+        return not _overlap(zip(self.starts, self.stops))
 
     def is_current(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> bool:
         """Whether parameters, states and slots are the same objects at the same places.
@@ -122,7 +127,8 @@ class Prepared:
         """Whether kernels can read the gradients as they are."""
         return (
             PLAIN.issuperset(map(type, grads))
-            and set(map(_dtype_of, grads)) == {self.params[0].dtype}
+            and set(map(_layout_of, grads)) == {torch.strided}
+            and set(map(_dtype_of, grads)) == {self.dtype}
             and all(map(Tensor.is_contiguous, grads))
             and [g.shape for g in grads] == self.shapes
             and not any(map(Tensor.is_neg, grads))
@@ -163,23 +169,27 @@ class Prepared:
         if program is not self.program:
             self.program, self.call = program, self._make_call(program)
         assert self.call is not None
-        self.call.numbers(program.numbers[MODE](read[0], t))
+        self.call.set_numbers(program.numbers[MODE](read[0], t))
         return True
 
-    def _make_call(self, program: Program) -> native.InPlaceCall:
+    def _make_call(self, program: Program) -> native.KernelCall:
         kernel = program.kernels[MODE]
         kept = [slot_stream(k) for k, there in enumerate(self.present) if there]
         places = dict(zip(("p", *kept), self.addresses))
         position = backends.find(kernel.name)
         assert position is not None, "plan_step has asked"
-        return native.InPlaceCall(
+        count = len(self.sizes)
+        inputs = [places.get(stream, [0] * count) for stream in kernel.inputs]
+        outputs = [places["p" if stream == "u" else stream] for stream in kernel.output_streams]
+        return native.KernelCall(
+            native.library(),
             position,
-            native.DTYPES[self.params[0].dtype],
-            [stream in OF_PARAMETERS for stream in kernel.inputs],
-            [stream in OF_PARAMETERS for stream in kernel.output_streams],
+            native.DTYPES[self.dtype],
+            narrow_mask(kernel.inputs),
+            narrow_mask(kernel.output_streams),
             self.sizes,
-            [places.get(stream) for stream in kernel.inputs],
-            [places["p" if stream == "u" else stream] for stream in kernel.output_streams],
+            list(itertools.chain.from_iterable(inputs)),
+            list(itertools.chain.from_iterable(outputs)),
         )
 
     def begin(self) -> None:
@@ -195,9 +205,18 @@ class Prepared:
     def execute(self) -> None:
         """Overwrite parameters and slots; the gradients are those that :meth:`takes` has seen."""
         assert self.call is not None
+        assert self.program is not None
         # autograd must see that saved tensors have changed, as after any operation in place
         increment_version([*self.params, *itertools.chain.from_iterable(self.kept)])
-        self.call.run(self.apart)
+        inputs = self.program.kernels[MODE].inputs
+        if GRADIENT in inputs:
+            self.call.set_input(inputs.index(GRADIENT), self.apart)
+        self.call.run()
+
+
+def _overlap(spans: Iterable[tuple[int, int]]) -> bool:
+    """Whether stretches of memory, sorted by where they start, overlap."""
+    return any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans))
 
 
 class Stepper:
@@ -233,8 +252,7 @@ class Stepper:
             work.append((prepared, step + 1))
         groups_now = [prepared for prepared, _ in work]
         if groups_now != self.separate:  # what two groups overwrite must not be one thing
-            spans = sorted(s for one in groups_now for s in zip(one.starts, one.stops))
-            if any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans)):
+            if _overlap(sorted(s for one in groups_now for s in zip(one.starts, one.stops))):
                 return False
             self.separate = groups_now
         for one, _ in work:
@@ -261,8 +279,9 @@ class Stepper:
 
 def _common_step(states: Sequence[dict[str, Any]], counts: bool) -> int | None:
     """Return how many steps all parameters have taken, or ``None`` if they differ."""
-    if not counts:
-        return 1  # a state without a count counts as one, as in Optimizer
+    if not counts:  # a state without a count counts as one step, as in Optimizer
+        kept = set(map(bool, states))
+        return int(kept.pop()) if len(kept) == 1 else None
     try:
         steps = set(map(operator.itemgetter("step"), states))
     except KeyError:

@@ -1,7 +1,7 @@
 """Run a kernel over lists of real tensors: layouts, outputs, addresses.
 
-This is the only place where addresses of tensors are taken. Every tensor that comes here is dense,
-strided and on one device; anything about its layout is checked, and mended by a copy.
+Every tensor that comes here is dense, strided and on one device; anything else about its layout is
+checked, and mended by a copy. Only here and in inplace.py are addresses of tensors taken.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def run(
     library.run(
         position,
         native.DTYPES[like[0].dtype],
-        _mask(kernel.inputs),
-        _mask(kernel.output_streams),
+        narrow_mask(kernel.inputs),
+        narrow_mask(kernel.output_streams),
         list(map(Tensor.numel, like)),
         [address for stream in kernel.inputs for address in addresses(inputs[stream])],
         [address for stream in kernel.outputs for address in addresses(outputs[stream])],
@@ -115,7 +115,8 @@ def slot_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _mask(streams: Sequence[str]) -> int:
+def narrow_mask(streams: Sequence[str]) -> int:
+    """Return, as bits, which streams have the dtype of the parameters."""
     return sum(1 << k for k, stream in enumerate(streams) if stream in OF_PARAMETERS)
 
 
@@ -123,17 +124,13 @@ def _same_layout(
     like: list[Tensor], inputs: dict[str, Column], packed: bool
 ) -> tuple[list[Tensor], dict[str, Column]]:
     """Return everything with one dense layout for each parameter; copies where it is another."""
-    given: list[Any] = [x for column in inputs.values() if type(column) is list for x in column]
-    if like is not inputs.get("p"):
-        given += like
-    try:
-        # an expanded, transposed, overlapping tensor is not contiguous; a negative bit is lazy data
-        if all(map(Tensor.is_contiguous, given)) and not any(map(Tensor.is_neg, given)):
-            return like, inputs
-    except TypeError:  # None among them
-        given = [x for x in given if x is not None]
-        if all(map(Tensor.is_contiguous, given)) and not any(map(Tensor.is_neg, given)):
-            return like, inputs
+    columns = [column for column in inputs.values() if type(column) is list]
+    if not any(column is like for column in columns):
+        columns.append(like)
+    given: list[Any] = [x for column in columns for x in column if x is not None]
+    # an expanded, transposed, overlapping tensor is not contiguous; a negative bit is lazy data
+    if all(map(Tensor.is_contiguous, given)) and not any(map(Tensor.is_neg, given)):
+        return like, inputs
     # empty_like keeps the strides of a dense tensor and gives every other one dense strides; what
     # is packed is contiguous
     layout = torch.contiguous_format if packed else torch.preserve_format

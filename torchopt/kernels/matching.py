@@ -6,10 +6,9 @@ import dataclasses
 import numbers
 from typing import Any
 
-from torchopt.engine import Plan
 from torchopt.kernels.program import Program, build
 from torchopt.kernels.tracing import UntraceableError
-from torchopt.transform import ElementwiseTransformation
+from torchopt.plan import Plan
 
 
 @dataclasses.dataclass
@@ -96,21 +95,22 @@ def runs_from(plan: Plan, first: int) -> list[Run]:
     cache: dict[int, list[Run]] = plan.__dict__.setdefault("runs", {})
     if first not in cache:
         last = first
-        while last < len(plan.parts) and can_join(plan.parts[last]):
+        while last < len(plan.parts) and not unjoined(plan.parts[last]):
             last += 1
         cache[first] = [Run(plan, first, end) for end in range(last, first, -1)]
     return cache[first]
 
 
-def can_join(part: Any) -> bool:
-    """Whether a part may be in a run at all."""
-    return not unjoined(part)
+def whole_run(plan: Plan) -> Run | None:
+    """Return the run that is the whole plan, if all its parts can be in one."""
+    runs = runs_from(plan, 0) if plan.parts else []
+    return runs[0] if runs and runs[0].last == len(plan.parts) else None
 
 
 def unjoined(part: Any) -> str:
     """Return why a part can be in no run; the empty string if it can."""
     if part.use_accelerated_op is False:
         return "use_accelerated_op is False"
-    if not isinstance(part, ElementwiseTransformation):
+    if not part.elementwise:
         return "it is not elementwise"
     return ""

@@ -116,25 +116,11 @@ class Library:
             rows: The row of each tensor; ``None``: the only one.
             width: The length of a row.
         """
-        arrays = [array("q", values) for values in (sizes, inputs, outputs, rows or ())]
-        values = array("d", numbers)
-        addresses = [a.buffer_info()[0] for a in arrays]
-        call = _Call(
-            kernel,
-            dtype,
-            narrow_in,
-            narrow_out,
-            len(arrays[0]),
-            width,
-            torch.get_num_threads(),
-            addresses[0],
-            addresses[3] if rows is not None else None,
-            addresses[1],
-            addresses[2],
-            values.buffer_info()[0],
-            0,
+        call = KernelCall(
+            self, kernel, dtype, narrow_in, narrow_out, sizes, inputs, outputs, rows, width
         )
-        self.run_call(ctypes.byref(call))
+        call.set_numbers(numbers)
+        call.run()
 
     def run_call(self, call: Any) -> None:
         """Make a call."""
@@ -143,66 +129,58 @@ class Library:
             raise RuntimeError(f"The fused engine refused a call (code {code}); please report it.")
 
 
-class InPlaceCall:
-    """A call that is made again and again over the same parameters and slots.
+class KernelCall:
+    """A call of a kernel, which can be made again; the arguments are those of :meth:`Library.run`.
 
-    Args:
-        kernel: What :meth:`Library.find` returned.
-        dtype: A value of :data:`DTYPES`.
-        narrow_in: For each input stream, whether it has the parameters' dtype.
-        narrow_out: The same for output streams.
-        sizes: Entries of each tensor.
-        inputs: Addresses by stream; ``None`` for the gradients, which each call gives.
-        outputs: Addresses by stream.
+    It keeps the arrays that ``struct call`` points to.
     """
 
     def __init__(
         self,
+        library: Library,
         kernel: int,
         dtype: int,
-        narrow_in: Sequence[bool],
-        narrow_out: Sequence[bool],
+        narrow_in: int,
+        narrow_out: int,
         sizes: Sequence[int],
-        inputs: Sequence[Sequence[int] | None],
-        outputs: Sequence[Sequence[int]],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        rows: Sequence[int] | None = None,
+        width: int = 0,
     ) -> None:
-        count = len(sizes)
-        self._library = library()
-        self._sizes = array("q", sizes)
-        self._in = array("q")
-        self._gradients: slice | None = None
-        for k, column in enumerate(inputs):
-            if column is None:
-                self._gradients = slice(k * count, (k + 1) * count)
-            self._in.extend(array("q", column or [0] * count))
-        self._out = array("q", [address for column in outputs for address in column])
-        self._numbers = array("d", [])
+        self._library = library
+        self._arrays = [array("q", values) for values in (sizes, inputs, outputs, rows or ())]
+        self._numbers = array("d")
+        addresses = [a.buffer_info()[0] for a in self._arrays]
         self._call = _Call(
             kernel,
             dtype,
-            sum(1 << k for k, narrow in enumerate(narrow_in) if narrow),
-            sum(1 << k for k, narrow in enumerate(narrow_out) if narrow),
-            count,
-            0,
+            narrow_in,
+            narrow_out,
+            len(sizes),
+            width,
             1,
-            self._sizes.buffer_info()[0],
-            None,
-            self._in.buffer_info()[0],
-            self._out.buffer_info()[0],
+            addresses[0],
+            addresses[3] if rows is not None else None,
+            addresses[1],
+            addresses[2],
             None,
             0,
         )
         self._reference = ctypes.byref(self._call)
 
-    def numbers(self, values: Sequence[float]) -> None:
-        """Set the kernel's numbers."""
+    def set_numbers(self, values: Sequence[float]) -> None:
+        """Set the rows of the kernel's numbers."""
         self._numbers = array("d", values)
         self._call.numbers = self._numbers.buffer_info()[0]
 
-    def run(self, gradients: Sequence[int]) -> None:
-        """Run with gradients at these addresses."""
-        if self._gradients is not None:
-            self._in[self._gradients] = array("q", gradients)
+    def set_input(self, position: int, addresses: Sequence[int]) -> None:
+        """Let an input stream be at other addresses."""
+        count = len(self._arrays[0])
+        self._arrays[1][position * count : (position + 1) * count] = array("q", addresses)
+
+    def run(self) -> None:
+        """Run the kernel."""
         self._call.threads = torch.get_num_threads()
         self._library.run_call(self._reference)
 

@@ -45,18 +45,14 @@ class Program:
         kernels: ``"update"``, ``"apply"``, ``"backward_update"`` and ``"backward_apply"``.
         guards: Conditions on the numbers, as a tuple of truth values and the function giving them.
         numbers: For each kernel, the function that gives its numbers.
-        identity: Slots that stay what they are.
         passes: For each backward kernel, streams whose derivative is one incoming stream unchanged.
-        zero: For each backward kernel, input streams that nothing depends on.
     """
 
     kernels: dict[str, Kernel]
     guards: Callable[[Sequence[float], float], tuple[bool, ...]]
     outcome: tuple[bool, ...]
     numbers: dict[str, Callable[[Sequence[float], float], tuple[float, ...]]]
-    identity: list[str]
     passes: dict[str, dict[str, str]]
-    zero: dict[str, list[str]]
 
     def holds(self, values: Sequence[float], step: float) -> bool:
         """Whether the guards hold for these numbers."""
@@ -94,11 +90,11 @@ def build(
         raise UntraceableError("it computes with its numbers in a way that cannot be followed")
     outputs, guards = traces[0]
     outputs = _with_sign(outputs)
-    identity = [s for s, node in outputs.items() if node == input_node(s)]
-    computed = {s: n for s, n in outputs.items() if s not in identity}
+    # a slot that stays what it is needs no output
+    computed = {s: node for s, node in outputs.items() if node is not input_node(s)}
     applied = {**computed, UPDATE: Node("add", (input_node(PARAMETER), computed[UPDATE]))}
     kernels = {"update": make_kernel(computed), "apply": make_kernel(applied)}
-    passes, zero = {}, {}
+    passes = {}
     for mode, graph in (("update", computed), ("apply", applied)):
         bars = derive(graph)
         passed = {s: n.args[0] for s, n in bars.items() if n.op == "input"}
@@ -107,15 +103,12 @@ def build(
             {s: n for s, n in bars.items() if s not in passed and n.op != "number"}
         )
         passes[name] = passed
-        zero[name] = [s for s, n in bars.items() if n.op == "number"]
     return Program(
         kernels,
         _compile(source for source, _ in guards),
         tuple(outcome for _, outcome in guards),
         {name: _compile(kernel.numbers) for name, kernel in kernels.items()},
-        identity,
         passes,
-        zero,
     )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from torchopt.engine import HALF
 from torchopt.kernels.matching import Run
 from torchopt.kernels.program import GRADIENT, PARAMETER, UPDATE, slot_stream
+from torchopt.numerics import to_compute_dtype
 from torchopt.packed import Packing
 
 
@@ -70,9 +70,9 @@ class Rules:
     def _one(self, given: dict[str, Tensor], rows: list[dict[str, Any]], t: int) -> dict[str, Any]:
         g = given.get(GRADIENT, given.get(PARAMETER))
         assert g is not None, "every kernel reads the gradient or the parameter"
-        u = _wide(g)
+        u = to_compute_dtype(g)
         # what the kernel does not read has no influence, but a rule may ask whether it is there
-        p = _wide(given.get(PARAMETER, g)) if self.has_params else None
+        p = to_compute_dtype(given.get(PARAMETER, g)) if self.has_params else None
         results: dict[str, Any] = {}
         position = 0
         for part, row in zip(self.run.parts, rows):
@@ -87,7 +87,3 @@ class Rules:
         u = u.to(g.dtype)
         results[UPDATE] = given[PARAMETER] + u if self.apply else u
         return results
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF else x

@@ -1,0 +1,193 @@
+"""Which parameters one kernel call takes, and why no kernel takes the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    get_interpreter_stack,
+)
+
+from torchopt.engine import Leaves
+from torchopt.gradient_checks import Common
+from torchopt.kernels import backends, native
+from torchopt.kernels.differentiable import Group
+from torchopt.kernels.graph import Kernel
+from torchopt.kernels.launch import slot_dtype
+from torchopt.kernels.matching import Run
+from torchopt.kernels.program import UPDATE, slot_stream
+from torchopt.kernels.rules import Rules
+from torchopt.module_state import FastWeight
+from torchopt.packed import Packed, Packing
+
+
+#: Tensors that are what they seem. Others (DTensor, FakeTensor, a user's subclass) may have no
+#: address, and are computed by the rules.
+PLAIN = {Tensor, torch.nn.Parameter, FastWeight, torch.nn.Buffer}
+
+
+def assign(
+    run: Run, leaves: Leaves, columns: dict[str, list[Any]], apply: bool
+) -> tuple[list[tuple[list[int], Group]], dict[int, str]]:
+    """Sort parameters by the kernel that takes them.
+
+    Returns:
+        Positions and what one kernel call needs, for each kernel; and for each position that none
+        takes, the reason.
+    """
+    mode = "apply" if apply else "update"
+    slots = [columns[name] for name in run.slots]
+    unfit: dict[int, str] = {}
+    takers: dict[tuple[Any, ...], _Taker] = {}
+    for key, positions in _classes(leaves, slots).items():
+        _, t, present, has_params, dtype, device, reason = key
+        row = leaves.hyper[positions[0]]
+        read, program = run.read(row), None
+        if not reason:
+            variant = run.variant(row, read, t, present, has_params)
+            program, reason = variant.program, variant.reason
+            if program is not None:
+                reason = backends.missing(device, program, mode)
+            if apply and not has_params:
+                reason = "there are no parameters to add to"
+        if reason or read is None:
+            unfit.update(dict.fromkeys(positions, reason))
+            continue
+        key = (id(program), dtype, device)
+        taker = takers.setdefault(key, _Taker(program, present, has_params))
+        taker.indices += [len(taker.values)] * len(positions)
+        taker.values.append((read[0], t))
+        taker.positions += positions
+    groups = [(t.positions, _group(run, leaves, slots, mode, t)) for t in takers.values()]
+    return groups, unfit
+
+
+@dataclasses.dataclass
+class _Taker:
+    """A program and the parameters that it takes, in classes with the same numbers."""
+
+    program: Any
+    present: tuple[bool, ...]
+    has_params: bool
+    positions: list[int] = dataclasses.field(default_factory=list)
+    indices: list[int] = dataclasses.field(default_factory=list)
+    values: list[tuple[Sequence[float], int]] = dataclasses.field(default_factory=list)
+
+
+def _classes(leaves: Leaves, slots: list[Any]) -> dict[tuple[Any, ...], list[int]]:
+    """Sort parameters by everything that a kernel depends on.
+
+    The keys are: which row of hyperparameters, the step count, which slots are there, whether the
+    parameter is, dtype, device, and why none of this matters.
+    """
+    classes: dict[tuple[Any, ...], list[int]] = {}
+    whole = _common_class(leaves, slots)
+    if whole is not None:
+        return {whole: list(range(len(leaves.g)))}
+    for k, (g, p, t, row) in enumerate(zip(leaves.g, leaves.p, leaves.t, leaves.hyper)):
+        own = [column[k] for column in slots]
+        present = tuple(x is not None for x in own)
+        reason = _unfit(g, p, [x for x in own if x is not None])
+        step = t if type(t) is int else None
+        key = (id(row), step, present, p is not None, g.dtype, g.device, reason)
+        classes.setdefault(key, []).append(k)
+    return classes
+
+
+def _common_class(leaves: Leaves, slots: list[Any]) -> tuple[Any, ...] | None:
+    """Return the one key that all parameters share, or ``None``: the usual case, checked fast."""
+    t, row, common = leaves.t[0], leaves.hyper[0], leaves.common
+    if common is None or not common.types <= PLAIN or common.dtype not in native.DTYPES:
+        return None
+    if type(t) is not int or any(x is not row for x in leaves.hyper) or set(leaves.t) != {t}:
+        return None
+    present = tuple(_is_there(column, 0) for column in slots)
+    for column, there in zip(slots, present):
+        if there and not _slots_fit(column, common):
+            return None
+        if not there and any(x is not None for x in column):
+            return None
+    has_params = leaves.p[0] is not None
+    return (0, t, present, has_params, common.dtype, common.device, "")
+
+
+def _slots_fit(column: Any, common: Common) -> bool:
+    """Whether the slots of all parameters are plain tensors that fit the parameters."""
+    dtype, device = slot_dtype(common.dtype), common.device
+    if isinstance(column, Packed):
+        flat = column.flat
+        fits = flat.dtype == dtype and flat.device == device
+        return fits and column.packing.shapes == common.shapes
+    return (
+        PLAIN.issuperset(map(type, column))
+        and [x.shape for x in column] == common.shapes
+        and {x.dtype for x in column} == {dtype}
+        and {x.layout for x in column} == {torch.strided}
+        and {x.device for x in column} == {device}
+    )
+
+
+def _unfit(g: Tensor, p: Tensor | None, slots: list[Tensor]) -> str:
+    """Return why a kernel cannot take one parameter."""
+    tensors = [g, *slots] if p is None else [g, p, *slots]
+    for x in tensors:
+        if type(x) not in PLAIN:
+            return f"{type(x).__name__} is no plain tensor"
+        if x.layout != torch.strided:
+            return f"the layout is {x.layout}"
+        if x.shape != g.shape:
+            return f"shapes differ: {tuple(g.shape)} and {tuple(x.shape)}"
+        if x.device != g.device:
+            return f"devices differ: {g.device} and {x.device}"
+    if g.dtype not in native.DTYPES:
+        return f"the dtype is {g.dtype}"
+    if p is not None and p.dtype != g.dtype:
+        return f"dtypes differ: {g.dtype} and {p.dtype}"
+    for x in slots:
+        if x.dtype != slot_dtype(g.dtype):
+            return f"a slot is {x.dtype}"
+    return ""
+
+
+def _group(run: Run, leaves: Leaves, slots: list[Any], mode: str, taker: _Taker) -> Group:
+    """Gather all that one kernel call needs."""
+    program, positions = taker.program, taker.positions
+    kernel = program.kernels[mode]
+    rules = Rules(
+        run,
+        [leaves.hyper[k] for k in positions],
+        [int(leaves.t[k]) for k in positions],
+        taker.present,
+        taker.has_params,
+        mode == "apply",
+        kernel.inputs,
+        kernel.output_streams,
+        *_packing(leaves, slots, kernel, positions),
+    )
+    indices = taker.indices if len(taker.values) > 1 else None
+    return Group(program, mode, len(positions), indices, taker.values, rules)
+
+
+def _is_there(column: Any, position: int) -> bool:
+    return isinstance(column, Packed) or column[position] is not None
+
+
+def _packing(
+    leaves: Leaves, slots: list[Any], kernel: Kernel, positions: list[int]
+) -> tuple[frozenset[str], frozenset[str], Packing | None]:
+    """Return which streams are packed, and how."""
+    if get_interpreter_stack() or positions != list(range(len(leaves.g))):
+        return frozenset(), frozenset(), None
+    packed = {slot_stream(k): c for k, c in enumerate(slots) if isinstance(c, Packed)}
+    packed_in = frozenset(s for s in kernel.inputs if s in packed)
+    packed_out: frozenset[str] = frozenset()
+    if leaves.call.pack_slots and len(positions) == len(leaves.call.g):
+        packed_out = frozenset(s for s in kernel.output_streams if s != UPDATE)
+    if not packed_in and not packed_out:
+        return packed_in, packed_out, None
+    known = next(iter(packed.values()), None)
+    return packed_in, packed_out, known.packing if known else Packing([g.shape for g in leaves.g])
