@@ -27,6 +27,13 @@ from typing import Any
 import torch
 from common.baselines import fine_tuned, pretrain, with_fresh_head
 from common.checkpoints import MetricsFile, write_atomically
+from common.command import (
+    device,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    prepare_folder,
+)
 from common.datasets import DataSplit, load_digits_split, load_omniglot
 from common.episodes import EpisodeSampler
 from common.maml import INNER_OPTIMIZERS, Accuracy, Learner, Params, measured_accuracy
@@ -107,7 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--first-order", action="store_true", help="ignore second derivatives")
     add("--test-tasks", type=positive_int, default=600, help="tasks of the final test")
     add("--seed", type=int, default=0, help="of everything random")
-    add("--device", default="cpu", help="such as cpu or cuda:0")
+    add("--device", type=device, default="cpu", help="such as cpu or cuda:0")
     add("--threads", type=positive_int, default=2, help="CPU threads")
     time_help = "seconds of meta-training after which it ends; 0 for no limit " + depends
     add("--time-budget", type=non_negative_float, default=argparse.SUPPRESS, help=time_help)
@@ -123,30 +130,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return argparse.Namespace(**values)
 
 
-def positive_int(text: str) -> int:
-    """Read a whole number >= 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """Read a number > 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be > 0, got {value}")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """Read a number >= 0."""
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be >= 0, got {value}")
-    return value
-
-
 class FewShotRun:
     """One run: data, meta-training, baselines, test, report."""
 
@@ -155,9 +138,9 @@ class FewShotRun:
         self.settings = Settings(**{name: getattr(args, name) for name in Settings.__annotations__})
         self.folder: Path = args.output
         self.checkpoint = self.folder / "checkpoint.pt"
-        self._prepare_folder()
+        prepare_folder(self.folder, self.checkpoint, args.resume, args.overwrite)
         torch.set_num_threads(args.threads)
-        self.device = torch.device(args.device)
+        self.device = args.device
         self.split = self._load()
         self.network = self._network(self.settings.ways, stream=1)
         params = {name: p.detach() for name, p in self.network.named_parameters()}
@@ -167,19 +150,6 @@ class FewShotRun:
         budget = args.time_budget or None
         self.training = MetaTraining(self.settings, self.learner, params, sampler, budget)
         self.writer = tensorboard_writer(self.folder / "tensorboard") if args.tensorboard else None
-
-    def _prepare_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "writable", lambda path: path.write_text(""))
-            (self.folder / "writable").unlink()
-        except OSError as error:
-            raise SystemExit(f"Cannot write to the output folder {self.folder}: {error}") from error
-        if self.checkpoint.exists() and not (self.args.resume or self.args.overwrite):
-            raise SystemExit(
-                f"{self.folder} holds a run already. Pass --resume to go on with it, --overwrite "
-                "to start anew, or another --output."
-            )
 
     def _load(self) -> DataSplit:
         if self.args.data == "digits":

@@ -1,0 +1,195 @@
+"""What the command lines of the examples share: options, folder, finished work, intervals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.checkpoints import check_settings, write_atomically
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every example has.
+
+    Args:
+        name: The example's name; its results go to ``runs/NAME``.
+        description: One line for ``--help``.
+    """
+    result = argparse.ArgumentParser(
+        prog=name,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = result.add_argument
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", type=device, default="cpu", help="such as cpu or cuda:0")
+    add("--threads", type=positive_int, default=2, help="CPU threads")
+    add("--output", type=Path, default=Path("runs") / name, help="folder for all results")
+    add("--resume", action="store_true", help="go on with the run in the output folder")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    return result
+
+
+def positive_int(text: str) -> int:
+    """Read a whole number >= 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Read a number > 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be > 0, got {value}")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """Read a number >= 0."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {value}")
+    return value
+
+
+def device(text: str) -> torch.device:
+    """Read the name of a device that this machine has."""
+    try:
+        result = torch.device(text)
+        torch.empty(0, device=result)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from error
+    return result
+
+
+def prepare_folder(folder: Path, marker: Path, resume: bool, overwrite: bool) -> None:
+    """Make the output folder, before time is spent.
+
+    Args:
+        folder: The folder.
+        marker: A file in it that exists if it holds a run.
+        resume: Whether to go on with that run.
+        overwrite: Whether to start anew nevertheless.
+
+    Raises:
+        SystemExit: If it cannot be written to, or holds a run and neither option was given.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "writable", lambda path: path.write_text(""))
+        (folder / "writable").unlink()
+    except OSError as error:
+        raise SystemExit(f"Cannot write to the output folder {folder}: {error}") from error
+    if marker.exists() and not (resume or overwrite):
+        raise SystemExit(
+            f"{folder} holds a run already. Pass --resume to go on with it, --overwrite "
+            "to start anew, or another --output."
+        )
+
+
+class Jobs:
+    """Independent parts of a run (a method and a seed, say), the finished ones kept on disk.
+
+    Metrics are JSON lines in ``metrics.jsonl``. A job's lines are written when it has ended, so
+    that an interrupted run loses at most the job it was in.
+
+    Args:
+        folder: The output folder; :func:`prepare_folder` is called on it.
+        settings: What determines the numbers; a run is resumed with the same ones only.
+        resume: Whether to keep the jobs that are finished.
+        overwrite: Whether to start anew in a folder that holds a run.
+
+    Raises:
+        SystemExit: If the folder cannot be used.
+        ValueError: If the run in it had other settings.
+    """
+
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], resume: bool, overwrite: bool
+    ) -> None:
+        self.folder, self.path = folder, folder / "metrics.jsonl"
+        prepare_folder(folder, self.path, resume, overwrite)
+        self.rows: list[dict[str, Any]] = []
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        if resume and self.path.exists():
+            head, *self.rows = _whole_lines(self.path)
+            check_settings(head["settings"], settings, self.path)
+        self._write([{"settings": settings}, *self.rows])
+
+    def finished(self, **job: Any) -> bool:
+        """Whether there are lines of this job."""
+        return any(all(row.get(k) == v for k, v in job.items()) for row in self.rows)
+
+    def run(
+        self, job: dict[str, Any], work: Callable[[], Iterable[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """Return the lines of a job, from the disk if it is finished.
+
+        Args:
+            job: What names it, such as ``{"method": "maml", "seed": 3}``; part of each line.
+            work: Does it and returns its metrics.
+        """
+        if not self.finished(**job):
+            self.rows += [{**job, **row} for row in work()]
+            head = _whole_lines(self.path)[:1]
+            self._write([*head, *self.rows])
+        return [row for row in self.rows if all(row.get(k) == v for k, v in job.items())]
+
+    def save_results(self, results: dict[str, Any]) -> None:
+        """Write ``results.json``: what the run gave, for the table of the examples."""
+        text = json.dumps(results, indent=2) + "\n"
+        write_atomically(self.folder / "results.json", lambda path: path.write_text(text))
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.path, lambda path: path.write_text(text))
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); start anew with --overwrite.") from error
+    if not rows or "settings" not in rows[0]:
+        raise ValueError(f"{path} is not of this example; start anew with --overwrite.")
+    return rows
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with half the width of its 95 % interval (Student's t)."""
+
+    mean: float
+    half_width: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} ± {self.half_width:.2g}"
+
+
+#: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom, from any statistics table.
+T_QUANTILES = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return mean and 95 % interval; the interval of a single value is unknown (nan)."""
+    count = len(values)
+    if count < 2:
+        return Estimate(values[0], float("nan"), count)
+    quantile = T_QUANTILES[count - 2] if count <= 31 else 1.960
+    half_width = quantile * statistics.stdev(values) / count**0.5
+    return Estimate(statistics.fmean(values), half_width, count)
