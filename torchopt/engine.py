@@ -110,18 +110,20 @@ def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
     return columns
 
 
-def initialise_packed(tx: Any, call: Call) -> dict[str, Any] | None:
+def initialise_packed(
+    tx: Any, call: Call, packing: Packing | None = None
+) -> dict[str, Any] | None:
     """Return the initial slots of all parameters packed; ``None`` if they have to be made singly.
 
     The parts must treat entries alike, whatever tensor they are in, and have one row of
-    hyperparameters for all.
+    hyperparameters for all. ``packing`` is one that fits, if there is one already.
     """
     elementwise = all(part.elementwise for part in tx.plan.parts)
     row = call.hyper[0] if call.hyper else {}
     common = common_of(call)
     if not elementwise or common is None or any(other is not row for other in call.hyper):
         return None
-    packing = Packing(common.shapes)
+    packing = packing or Packing(common.shapes)
     flat = to_compute_dtype(packing.pack([p.detach() for p in call.p]))
     columns: dict[str, Any] = {}
     for position, part in enumerate(tx.plan.parts):
@@ -144,6 +146,10 @@ def advance(tx: Any, call: Call, apply: bool = False) -> tuple[list[Any], dict[s
 
     With ``apply`` the new parameters are returned instead of the updates.
     """
+    if call.pack_slots and accelerates(tx.plan):
+        again = accelerator.take_again(tx.plan, call, apply)
+        if again is not None:
+            return again
     index = [i for i, g in enumerate(call.g) if g is not None]
     common = common_of(call) if len(index) == len(call.g) else None
     if common is None:

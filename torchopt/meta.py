@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +17,17 @@ from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance, initialise, initialise_packed, packs
 from torchopt.inner_gradient import differentiate
 from torchopt.meta_state import GroupState, check_groups, checked_state
-from torchopt.module_state import ParameterSite, parameter_sites
+from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
 from torchopt.packed import Packed, PackedDict
 from torchopt.recipe import signature_of_recipe
 from torchopt.state import extract_state_dict
+from torchopt.steady import Entry, Steady, Trainable
 from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.values import describe, same
 
 
 P = ParamSpec("P")
-
-
-class _Entry(NamedTuple):
-    """One trainable parameter of one group at this moment."""
-
-    group: int
-    name: str
-    site: ParameterSite
 
 
 class MetaOptimizer:
@@ -77,6 +70,8 @@ class MetaOptimizer:
         self.create_graph = True
         self.param_groups: list[dict[str, Any]] = []
         self._states: list[GroupState] = []
+        self._trainable = Trainable()
+        self._steady: Steady | None = None
         groups: Any = module if isinstance(module, (list, tuple)) else [module]
         for group in groups:
             self.add_param_group(group)
@@ -147,35 +142,45 @@ class MetaOptimizer:
         """
         track = torch.is_grad_enabled()
         create_graph = (self.create_graph if create_graph is None else create_graph) and track
-        entries = self._trainable()
-        grads = differentiate(
-            loss, [entry.site.tensor for entry in entries], create_graph, retain_graph
-        )
-        call = self._call(entries, list(grads))
+        entries, params = self._trainable.now(self.param_groups)
+        grads = list(differentiate(loss, params, create_graph, retain_graph))
+        steady, call = self._next_call(entries, params, grads)
         weights, slots = advance(self.transformation, call, apply=True)
         new_weights = [
             w if w is None or track else w.detach().requires_grad_(True) for w in weights
         ]
-        states = self._next_states(entries, call, slots, track)
+        state = None if steady is None else steady.next_state(call, slots, track)
+        if state is not None:
+            states = [state]
+        else:
+            states = self._next_states(entries, call, slots, track)
+            steady = Steady.after(self.param_groups, call, states)
 
         def write() -> None:
-            self._states = states
+            self._states, self._steady = states, steady
             for entry, weight in zip(entries, new_weights):
                 if weight is not None:
                     entry.site.place(weight)
 
         all_or_nothing(write)
 
-    def _trainable(self) -> list[_Entry]:
-        return [
-            _Entry(index, name, site)
-            for index, group in enumerate(self.param_groups)
-            for name, site in parameter_sites(group["params"]).items()
-            if site.tensor.requires_grad
-        ]
+    def _forget(self) -> None:
+        """Drop what earlier steps found out: it belongs to the optimizer that this is a copy of."""
+        self._trainable, self._steady = Trainable(), None
 
-    def _call(self, entries: list[_Entry], grads: list[Any]) -> Call:
-        params = [entry.site.tensor for entry in entries]
+    def _next_call(
+        self, entries: list[Entry], params: list[Tensor], grads: list[Any]
+    ) -> tuple[Steady | None, Call]:
+        """Return the call of this step, and what is known of it if it is like the one before."""
+        steady = self._steady
+        if steady is not None:
+            groups, states = self.param_groups, self._states
+            call = steady.call(self.transformation, groups, states, entries, params, grads)
+            if call is not None:
+                return steady, call
+        return None, self._call(entries, params, grads)
+
+    def _call(self, entries: list[Entry], params: list[Tensor], grads: list[Any]) -> Call:
         single = len(self.param_groups) == 1
         names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
         known = [state.steps for state in self._states]
@@ -216,7 +221,7 @@ class MetaOptimizer:
         return call
 
     def _next_states(
-        self, entries: list[_Entry], call: Call, slots: dict[str, list[Any]], track: bool
+        self, entries: list[Entry], call: Call, slots: dict[str, list[Any]], track: bool
     ) -> list[GroupState]:
         """Return the states after the step."""
         states = [
@@ -233,7 +238,7 @@ class MetaOptimizer:
             state = states[entry.group]
             step = call.t[k] if call.g[k] is not None else call.t[k] - 1
             state.steps[entry.name] = int(step)
-        names = [entry.name for entry in entries]
+        names = tuple(entry.name for entry in entries)
         for slot, column in slots.items():
             if isinstance(column, Packed) and len(names) == len(column):
                 kept = column if track else column.detach()
@@ -319,7 +324,11 @@ class MetaOptimizer:
             {**g, "params": clone_module(g["params"])} for g in self.param_groups
         ]
         cloned._states = list(self._states)
+        cloned._forget()
         return cloned
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_trainable": Trainable(), "_steady": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MetaOptimizer:
         memo[id(self)] = cloned = copy.copy(self)
@@ -332,6 +341,7 @@ class MetaOptimizer:
         cloned.transformation = copy.deepcopy(self.transformation, memo)
         cloned.param_groups = [copy.deepcopy(group, memo) for group in self.param_groups]
         cloned._states = list(self._states)
+        cloned._forget()
         cloned.recover_state(extract_state_dict(self, by="deepcopy"))
         return cloned
 

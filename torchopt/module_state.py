@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,6 +74,46 @@ def parameter_sites(module: nn.Module) -> dict[str, ParameterSite]:
         else:
             sites[id(tensor)] = ParameterSite(name, tensor, [(owner, attribute)])
     return {site.name: site for site in sites.values()}
+
+
+class ParameterWalk:
+    """The parameters of a module, found again at little cost while its structure is the same.
+
+    Attributes:
+        module: The module.
+        sites: Its distinct parameters as they were at first.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.sites = list(parameter_sites(module).values())
+        modules = list(module.modules())
+        self._inner = [m for m in modules if m._modules]
+        self._outer = [m for m in modules if not m._modules]
+        self._children = [list(map(id, m._modules.values())) for m in self._inner]
+        self._holders = [m for m in modules if m._parameters]
+        self._others = [m for m in modules if not m._parameters]
+        self._names = [list(m._parameters) for m in self._holders]
+        self._absent = [t is None for m in modules for t in m._parameters.values()]
+        self._tied = any(len(site.owners) > 1 for site in self.sites)
+
+    def tensors(self) -> list[Tensor] | None:
+        """Return the present tensors, in the order of the sites; ``None`` to walk anew."""
+        if self._tied or any(m._modules for m in self._outer):
+            return None
+        # the modules are held by this walk, so that an id stands for one of them only
+        if [list(map(id, m._modules.values())) for m in self._inner] != self._children:
+            return None
+        dicts = [m._parameters for m in self._holders]
+        if list(map(list, dicts)) != self._names or any(m._parameters for m in self._others):
+            return None
+        found: list[Any] = list(itertools.chain.from_iterable(map(dict.values, dicts)))
+        if [t is None for t in found] != self._absent:
+            return None
+        found = [t for t in found if t is not None]
+        if len(set(map(id, found))) != len(found):
+            return None
+        return found
 
 
 def named_places(module: nn.Module, kind: str) -> list[tuple[str, nn.Module, str, Tensor]]:

@@ -22,13 +22,19 @@ class Packing:
         sizes: How many entries each has.
         offsets: Where each begins.
         total: How many entries the flat tensor has.
+        memo: What an update over it found out (torchopt.kernels.repeated), for the next one.
     """
+
+    memo: Any = None
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self.shapes = list(shapes)
         self.sizes = [shape.numel() for shape in self.shapes]
         self.offsets = [0, *itertools.accumulate(self.sizes)][:-1]
         self.total = sum(self.sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "memo"}
 
     def unpack(self, flat: Tensor) -> list[Tensor]:
         """Return views of the flat tensor, connected to it by the graph."""
@@ -69,8 +75,8 @@ class Packed(Sequence):
 class PackedDict(Mapping):
     """The slots of named parameters, over a :class:`Packed` list."""
 
-    def __init__(self, names: Sequence[str], packed: Packed) -> None:
-        self.names, self.packed = tuple(names), packed
+    def __init__(self, names: tuple[str, ...], packed: Packed) -> None:
+        self.names, self.packed = names, packed
 
     def __getitem__(self, name: str) -> Tensor:
         return self.packed[self.names.index(name)]

@@ -21,12 +21,13 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 from torch.autograd import forward_ad
 
-from torchopt.engine import Leaves, run_by_rules
+from torchopt.engine import Call, Leaves, run_by_rules
 from torchopt.kernels import backends
 from torchopt.kernels.assignment import assign
 from torchopt.kernels.differentiable import Fused, Group
 from torchopt.kernels.matching import Run, runs_from, unjoined, whole_run
 from torchopt.kernels.program import UPDATE, slot_stream
+from torchopt.kernels.repeated import group_again, remember
 from torchopt.packed import Packed
 from torchopt.plan import Plan
 
@@ -83,7 +84,29 @@ def take_whole(
     if run is None or hindered():
         return None
     groups, unfit = assign(run, leaves, columns, apply)
-    return None if unfit else _compute(run, leaves, columns, groups, {}, apply)
+    if unfit:
+        return None
+    if leaves.call.pack_slots and len(groups) == 1:
+        remember(run, leaves.call, groups[0][1], apply)
+    return _compute(run, leaves, columns, groups, {}, apply)
+
+
+def take_again(
+    plan: Plan, call: Call, apply: bool
+) -> tuple[list[Tensor], dict[str, list[Any]]] | None:
+    """Compute a call that differs from the one before in its tensors only; ``None`` if it does not.
+
+    Returns:
+        The updates, or the new parameters with ``apply``, and the new slots.
+    """
+    if hindered():
+        return None
+    again = group_again(plan, call, apply)
+    if again is None:
+        return None
+    run, group = again
+    columns: dict[str, Any] = dict(call.slots)
+    return _compute(run, call, columns, [(range(len(call.g)), group)], {}, apply), columns
 
 
 def covers(plan: Plan) -> bool:
@@ -109,9 +132,9 @@ def hindered() -> str:
 
 def _compute(
     run: Run,
-    leaves: Leaves,
+    leaves: Leaves | Call,
     columns: dict[str, Any],
-    groups: list[tuple[list[int], Group]],
+    groups: Sequence[tuple[Sequence[int], Group]],
     unfit: dict[int, str],
     apply: bool,
 ) -> list[Tensor]:
@@ -148,13 +171,17 @@ def _compute(
 
 
 def _inputs(
-    run: Run, leaves: Leaves, columns: dict[str, Any], positions: list[int], group: Group
+    run: Run,
+    leaves: Leaves | Call,
+    columns: dict[str, Any],
+    positions: Sequence[int],
+    group: Group,
 ) -> list[Tensor]:
     """Return the tensors of a group, stream by stream."""
     sources = {"g": leaves.g, "p": leaves.p}
     sources.update({slot_stream(k): columns[name] for k, name in enumerate(run.slots)})
     tensors: list[Tensor] = []
-    whole = positions == list(range(len(leaves.g)))
+    whole = list(positions) == list(range(len(leaves.g)))
     for stream in group.rule.inputs:
         source = sources[stream]
         if stream in group.rule.packed_in:

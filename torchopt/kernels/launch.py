@@ -6,6 +6,7 @@ checked, and mended by a copy. Only here and in inplace.py are addresses of tens
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Union
 
@@ -82,21 +83,28 @@ def run(
 
         triton_backend.run(kernel, inputs, outputs, like, numbers, rows)
         return
-    library = native.library()
-    position = backends.find(kernel.name)
-    assert position is not None, "the policy has found it"
-    library.run(
+    position, narrow_in, narrow_out = _facts(kernel)
+    sizes = next((c.packing.sizes for c in inputs.values() if isinstance(c, Packed)), None)
+    native.library().run(
         position,
         native.DTYPES[like[0].dtype],
-        narrow_mask(kernel.inputs),
-        narrow_mask(kernel.output_streams),
-        list(map(Tensor.numel, like)),
+        narrow_in,
+        narrow_out,
+        list(map(Tensor.numel, like)) if sizes is None else sizes,
         [address for stream in kernel.inputs for address in addresses(inputs[stream])],
         [address for stream in kernel.outputs for address in addresses(outputs[stream])],
         [number for row in numbers for number in row],
         rows,
         len(kernel.numbers),
     )
+
+
+@functools.cache
+def _facts(kernel: Kernel) -> tuple[int, int, int]:
+    """Return where the library has a kernel, and which streams have the parameters' dtype."""
+    position = backends.find(kernel.name)
+    assert position is not None, "the policy has found it"
+    return position, narrow_mask(kernel.inputs), narrow_mask(kernel.output_streams)
 
 
 def addresses(tensors: Column) -> list[int]:

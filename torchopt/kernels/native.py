@@ -27,24 +27,8 @@ class UnavailableError(Exception):
     """The native library cannot be used; the message says why and what to do."""
 
 
-class _Call(ctypes.Structure):
-    """``struct call`` of csrc/engine.h."""
-
-    _fields_ = [
-        ("kernel", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("narrow_in", ctypes.c_int64),
-        ("narrow_out", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-        ("sizes", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
-        ("in_", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("numbers", ctypes.c_void_p),
-        ("done", ctypes.c_int64),
-    ]
+#: Where entries of ``struct call`` of csrc/engine.h stand; all of them have 64 bits.
+_THREADS, _NUMBERS, _DONE = 6, 11, 12
 
 
 class Library:
@@ -149,49 +133,38 @@ class KernelCall:
         width: int = 0,
     ) -> None:
         self._library = library
-        self._arrays = [array("q", values) for values in (sizes, inputs, outputs, rows or ())]
+        self._count = len(sizes)
+        self._tables = [array("q", values) for values in (sizes, inputs, outputs, rows or ())]
         self._numbers = array("d")
-        addresses = [a.buffer_info()[0] for a in self._arrays]
-        self._call = _Call(
-            kernel,
-            dtype,
-            narrow_in,
-            narrow_out,
-            len(sizes),
-            width,
-            1,
-            addresses[0],
-            addresses[3] if rows is not None else None,
-            addresses[1],
-            addresses[2],
-            None,
-            0,
-        )
-        self._reference = ctypes.byref(self._call)
+        at = [table.buffer_info()[0] for table in self._tables]
+        rows_at = at[3] if rows is not None else 0
+        head = (kernel, dtype, narrow_in, narrow_out, self._count, width, 1)
+        self._call = array("q", (*head, at[0], rows_at, at[1], at[2], 0, 0))
+        self._address = self._call.buffer_info()[0]
 
     def set_numbers(self, values: Sequence[float]) -> None:
         """Set the rows of the kernel's numbers."""
         self._numbers = array("d", values)
-        self._call.numbers = self._numbers.buffer_info()[0]
+        self._call[_NUMBERS] = self._numbers.buffer_info()[0]
 
     def set_input(self, position: int, addresses: Sequence[int]) -> None:
         """Let an input stream be at other addresses."""
-        count = len(self._arrays[0])
-        self._arrays[1][position * count : (position + 1) * count] = array("q", addresses)
+        start = position * self._count
+        self._tables[1][start : start + self._count] = array("q", addresses)
 
     def run(self) -> None:
         """Run the kernel."""
-        self._call.threads = torch.get_num_threads()
-        self._library.run_call(self._reference)
+        self._call[_THREADS] = torch.get_num_threads()
+        self._library.run_call(self._address)
 
     @property
     def done(self) -> bool:
         """Whether everything has been written since this was set to ``False``."""
-        return bool(self._call.done)
+        return bool(self._call[_DONE])
 
     @done.setter
     def done(self, value: bool) -> None:
-        self._call.done = int(value)
+        self._call[_DONE] = int(value)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def slot_stream(position: int) -> str:
     return f"s{position}"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Program:
     """What one run computes for one parameter, as long as its guards hold.
 

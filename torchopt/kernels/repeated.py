@@ -1,0 +1,147 @@
+"""An update of packed slots like the one before: what that one found out need only be compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.engine import Call
+from torchopt.kernels.assignment import PLAIN
+from torchopt.kernels.differentiable import Group
+from torchopt.kernels.launch import slot_dtype
+from torchopt.kernels.matching import Run
+from torchopt.kernels.program import UPDATE, Program
+from torchopt.kernels.rules import Rules
+from torchopt.packed import Packed, Packing
+from torchopt.plan import Plan
+
+
+_dtype_of: Any = Tensor.dtype.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_layout_of: Any = Tensor.layout.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_device_of: Any = Tensor.device.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_shape_of: Any = Tensor.shape.__get__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclasses.dataclass
+class Memo:
+    """What an update found out.
+
+    Attributes:
+        run: All parts of the plan.
+        row: The hyperparameters of all parameters.
+        values: The numbers among them.
+        flags: The flags among them.
+        dtype: Of gradients and parameters.
+        device: Of everything.
+        present: For each slot, whether it is a tensor.
+        apply: Whether the updates were added to the parameters.
+        streams: For each program that ran, its inputs and outputs that are packed.
+    """
+
+    run: Run
+    row: dict[str, Any]
+    values: Sequence[float]
+    flags: tuple[bool, ...]
+    dtype: torch.dtype
+    device: torch.device
+    present: tuple[bool, ...]
+    apply: bool
+    streams: dict[Program, tuple[frozenset[str], frozenset[str]]] = dataclasses.field(compare=False)
+
+    def fits(self, tensors: Sequence[Any], shapes: list[torch.Size]) -> bool:
+        """Whether these are plain tensors of the same shapes, dtype and device as before."""
+        return (
+            PLAIN.issuperset(map(type, tensors))
+            and list(map(_shape_of, tensors)) == shapes
+            and set(map(_dtype_of, tensors)) == {self.dtype}
+            and set(map(_layout_of, tensors)) == {torch.strided}
+            and set(map(_device_of, tensors)) == {self.device}
+        )
+
+
+def remember(run: Run, call: Call, group: Group, apply: bool) -> None:
+    """Keep what an update of all parameters at once found out with the packing of its slots."""
+    rule = group.rule
+    if rule.packing is None or len(group.values) != 1:
+        return
+    row, read = call.hyper[0], run.read(call.hyper[0])
+    if read is None or any(other is not row for other in call.hyper):
+        return
+    packed_out = frozenset(s for s in group.kernel.output_streams if s != UPDATE)
+    if rule.packed_out != packed_out:
+        return
+    memo = rule.packing.memo
+    if (
+        memo is None
+        or memo.run is not run
+        or memo.row is not row
+        or memo.apply != apply
+        or memo.present != rule.present
+    ):
+        dtype, device = call.g[0].dtype, call.g[0].device
+        memo = rule.packing.memo = Memo(run, row, *read, dtype, device, rule.present, apply, {})
+    memo.streams[group.program] = rule.packed_in, packed_out
+
+
+def group_again(plan: Plan, call: Call, apply: bool) -> tuple[Run, Group] | None:
+    """Return what one kernel call needs if everything is as the last update had it, else ``None``.
+
+    Only the gradients, the parameters, the slots and the step count are other ones.
+    """
+    packing = _packing_of(call)
+    memo: Memo | None = None if packing is None else packing.memo
+    if packing is None or memo is None or memo.run.plan is not plan or memo.apply != apply:
+        return None
+    row, t = call.hyper[0], call.t[0]
+    if row is not memo.row or any(other is not row for other in call.hyper):
+        return None
+    if type(t) is not int or call.t.count(t) != len(call.t):
+        return None
+    dtype = slot_dtype(memo.dtype)
+    for name, there in zip(memo.run.slots, memo.present):
+        column: Any = call.slots[name]
+        if not there:
+            if any(value is not None for value in column):
+                return None
+            continue
+        if type(column) is not Packed or column.packing is not packing:
+            return None
+        if column.flat.dtype != dtype or column.flat.device != memo.device:
+            return None
+    if not memo.fits(call.g, packing.shapes) or not memo.fits(call.p, packing.shapes):
+        return None
+    return _grouped(memo, packing, call, t)
+
+
+def _grouped(memo: Memo, packing: Packing, call: Call, t: int) -> tuple[Run, Group] | None:
+    run, mode = memo.run, "apply" if memo.apply else "update"
+    read = list(memo.values), memo.flags
+    program = run.variant(memo.row, read, t, memo.present, True).program
+    streams = None if program is None else memo.streams.get(program)
+    if program is None or streams is None:
+        return None
+    kernel = program.kernels[mode]
+    rules = Rules(
+        run,
+        call.hyper,
+        call.t,
+        memo.present,
+        True,
+        memo.apply,
+        kernel.inputs,
+        kernel.output_streams,
+        *streams,
+        packing,
+    )
+    return run, Group(program, mode, len(call.g), None, [(memo.values, t)], rules)
+
+
+def _packing_of(call: Call) -> Packing | None:
+    for column in call.slots.values():
+        if type(column) is Packed:
+            return column.packing
+    return None

@@ -1,0 +1,180 @@
+"""A differentiable step like the one before: what that one found out need only be compared."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torchopt.engine import Call, initialise_packed
+from torchopt.meta_state import GroupState
+from torchopt.module_state import ParameterSite, ParameterWalk
+from torchopt.packed import Packed, PackedDict, Packing
+
+
+class Entry(NamedTuple):
+    """One parameter of one group."""
+
+    group: int
+    name: str
+    site: ParameterSite
+
+
+class Trainable:
+    """The parameters of all groups that require grad, at this moment."""
+
+    def __init__(self) -> None:
+        self._walks: list[ParameterWalk] = []
+        self._entries: list[list[Entry]] = []
+
+    def now(self, groups: Sequence[dict[str, Any]]) -> tuple[list[Entry], list[Tensor]]:
+        """Return the entries and their present tensors."""
+        entries: list[Entry] = []
+        params: list[Tensor] = []
+        for index, group in enumerate(groups):
+            own = self._look_up(index, group["params"])
+            if own is None:
+                own = self._walk(index, group["params"])
+            known = self._entries[index]
+            if all(tensor.requires_grad for tensor in own):
+                entries += known
+                params += own
+                continue
+            for entry, tensor in zip(known, own):
+                if tensor.requires_grad:
+                    entries.append(entry)
+                    params.append(tensor)
+        return entries, params
+
+    def _look_up(self, index: int, module: Any) -> list[Tensor] | None:
+        if index < len(self._walks) and self._walks[index].module is module:
+            return self._walks[index].tensors()
+        return None
+
+    def _walk(self, index: int, module: Any) -> list[Tensor]:
+        walk = ParameterWalk(module)
+        del self._walks[index:], self._entries[index:]
+        self._walks.append(walk)
+        self._entries.append([Entry(index, site.name, site) for site in walk.sites])
+        return [site.tensor for site in walk.sites]
+
+
+class Steady:
+    """The hyperparameters and the slots of a step whose next one may be like it.
+
+    Args:
+        group: The only group of the optimizer.
+        rows: Its hyperparameters, of each parameter.
+        names: The names of the parameters.
+        packing: How the slots are packed.
+        absent: Slots that no parameter has, as the state keeps them.
+    """
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        rows: list[dict[str, Any]],
+        names: tuple[str, ...],
+        packing: Packing,
+        absent: dict[str, Any],
+    ) -> None:
+        self.rows, self.names, self.packing, self.absent = rows, names, packing, absent
+        self._fields = list(rows[0])
+        self._values = [group[name] for name in self._fields]
+
+    @classmethod
+    def after(
+        cls, groups: Sequence[dict[str, Any]], call: Call, states: Sequence[GroupState]
+    ) -> Steady | None:
+        """Return what a step found out; ``None`` if the next one must look again.
+
+        Numbers cannot change behind our back; a schedule, a tensor or a dict can.
+        """
+        columns = states[0].slots
+        packed = [column for column in columns.values() if type(column) is PackedDict]
+        absent = {slot: c for slot, c in columns.items() if type(c) is not PackedDict}
+        if not call.pack_slots or not packed or any(g is None for g in call.g):
+            return None
+        row = call.hyper[0]
+        if any(other is not row for other in call.hyper):
+            return None
+        if any(value is not None for column in absent.values() for value in column.values()):
+            return None
+        if not all(_is_plain(groups[0][name]) for name in row):
+            return None
+        return cls(groups[0], call.hyper, packed[0].names, packed[0].packed.packing, absent)
+
+    def call(
+        self,
+        tx: Any,
+        groups: Sequence[dict[str, Any]],
+        states: Sequence[GroupState],
+        entries: Sequence[Entry],
+        params: list[Tensor],
+        grads: list[Any],
+    ) -> Call | None:
+        """Return the call of the next step, or ``None`` if something differs."""
+        names = self.names
+        if len(groups) != 1 or len(entries) != len(names) or any(g is None for g in grads):
+            return None
+        if not all(map(operator.is_, map(groups[0].get, self._fields), self._values)):
+            return None
+        if not all(map(operator.eq, names, (entry.name for entry in entries))):
+            return None
+        counts = set(states[0].steps.values()) or {0}
+        step = counts.pop()
+        if counts or (step and len(states[0].steps) != len(names)):
+            return None
+        reference = dict(zip(names, params))
+        call = Call(
+            grads, params, [step + 1] * len(params), {}, self.rows, lambda: names, reference
+        )
+        call.pack_slots = True
+        slots = self._slots(states[0]) if step else self._fresh_slots(tx, call)
+        if slots is None:
+            return None
+        call.slots = slots
+        return call
+
+    def _slots(self, state: GroupState) -> dict[str, Any] | None:
+        slots: dict[str, Any] = {}
+        for slot, column in state.slots.items():
+            if slot in self.absent:
+                if column is not self.absent[slot]:
+                    return None
+                slots[slot] = [None] * len(self.names)
+            elif type(column) is not PackedDict or column.names is not self.names:
+                return None
+            else:
+                slots[slot] = column.packed
+        return slots
+
+    def _fresh_slots(self, tx: Any, call: Call) -> dict[str, Any] | None:
+        """Return the slots of a first step."""
+        if [p.shape for p in call.p] != self.packing.shapes:
+            return None
+        slots = initialise_packed(tx, call, self.packing)
+        if slots is None or {slot for slot, c in slots.items() if type(c) is not Packed} != set(
+            self.absent
+        ):
+            return None
+        return slots
+
+    def next_state(self, call: Call, slots: dict[str, Any], track: bool) -> GroupState | None:
+        """Return the state after a step, ``None`` if the slots are no longer packed."""
+        columns = dict(self.absent)
+        for slot, column in slots.items():
+            if slot not in columns:
+                if type(column) is not Packed:
+                    return None
+                columns[slot] = PackedDict(self.names, column if track else column.detach())
+        return GroupState(dict.fromkeys(self.names, call.t[0]), columns)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a hyperparameter is numbers only."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return type(value) in (bool, int, float)
