@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 from typing import Any
 
@@ -29,7 +30,7 @@ class Run:
         self.plan, self.first, self.last = plan, first, last
         self.parts = plan.parts[first:last]
         self.slots = [name for names in plan.slots[first:last] for name in names]
-        self.variants: list[Variant] = []
+        self.variants = _variants_of(self.parts)
         self.public = [name for fields in plan.fields[first:last] for name in fields.values()]
 
     def rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -88,6 +89,32 @@ class Run:
             made = Variant(flags, present, has_params, None, f"its rule cannot be traced: {error}")
         self.variants.append(made)
         return made
+
+
+def _variants_of(parts: tuple[Any, ...]) -> list[Variant]:
+    """Return where to keep the programs of a run: one list for equal parts.
+
+    Transformations are often made anew in each call, and tracing takes a millisecond. All fields
+    count, for a rule may read them from itself instead of its arguments.
+    """
+    key: list[Any] = []
+    for part in parts:
+        values = [getattr(part, field.name) for field in dataclasses.fields(part)]
+        if not all(map(_is_plain, values)):
+            return []  # nothing that holds a graph, or code, is kept for good
+        key.append((type(part), *zip(map(type, values), values)))
+    return _known_variants(tuple(key))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+@functools.lru_cache(maxsize=512)
+def _known_variants(key: tuple[Any, ...]) -> list[Variant]:
+    return []
 
 
 def runs_from(plan: Plan, first: int) -> list[Run]:
