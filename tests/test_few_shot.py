@@ -84,6 +84,10 @@ class TestDigits:
         assert accuracies["MAML"] > 100 / 3 + 15  # far above chance
         assert all(r["tasks"] == 20 for r in results["results"].values())
         assert json.loads((tmp_path / "results.json").read_text()) == results
+        (claim,) = results["claims"]
+        better = max(a for name, a in accuracies.items() if name != "MAML")
+        assert not claim["holds"] or accuracies["MAML"] > better
+        assert f"{accuracies['MAML']:.1f}" in claim["measured"]
 
     @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
     @pytest.mark.parametrize("order", [[], ["--first-order"]], ids=["second", "first"])
