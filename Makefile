@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint format bench kernels sanitize clean
+.PHONY: demo test examples docs lint format bench kernels sanitize clean
 
 demo: $(INSTALLED)  ## meta-train on real handwritten digits, a few minutes
 	$(BIN)/python examples/few_shot.py --data digits --output runs/demo --overwrite $(DEMO_FLAGS)
 
 test: $(INSTALLED)  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+examples: $(INSTALLED)  ## run every example at its default size, write examples/README.md anew; 20 minutes
+	$(BIN)/python examples/reproduce.py
+
+docs: $(INSTALLED)  ## the documentation site, in build/docs; a minute or two; warnings are errors
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -d build/doctrees docs build/docs
 
 lint: $(INSTALLED)  ## style, formatting, types
 	$(BIN)/ruff check .
@@ -36,7 +42,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[examples,tensorboard,test,lint]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[examples,tensorboard,visual,docs,test,lint]"
 	touch $(INSTALLED)
 
 clean:
