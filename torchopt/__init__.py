@@ -5,6 +5,7 @@ One definition of each optimizer has three faces: functional (:func:`adam`), obj
 """
 
 from torchopt import kernels as kernels
+from torchopt import visual as visual
 from torchopt import schedules as schedule
 from torchopt import schedules as schedules
 from torchopt.accelerated_op import accelerated_op_available as accelerated_op_available

@@ -9,7 +9,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from torchopt import tree
+from torchopt import step_tags, tree
 from torchopt.gradient_checks import Common, check_gradients, common_of
 from torchopt.numerics import exact, to_compute_dtype
 from torchopt.packed import Packed, Packing
@@ -110,9 +110,7 @@ def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
     return columns
 
 
-def initialise_packed(
-    tx: Any, call: Call, packing: Packing | None = None
-) -> dict[str, Any] | None:
+def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> dict[str, Any] | None:
     """Return the initial slots of all parameters packed; ``None`` if they have to be made singly.
 
     The parts must treat entries alike, whatever tensor they are in, and have one row of
@@ -162,12 +160,15 @@ def advance(tx: Any, call: Call, apply: bool = False) -> tuple[list[Any], dict[s
     columns: dict[str, Any] = dict(call.slots)
     if not whole:
         columns = {name: [column[i] for i in index] for name, column in columns.items()}
+    first_node = step_tags.begin()
     # a kernel reads half precision as it is
     fused = (
         accelerator.take_whole(tx.plan, leaves, columns, apply) if accelerates(tx.plan) else None
     )
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)
+        if first_node >= 0:
+            step_tags.end(first_node, tx.plan, leaves, call.slots, columns, fused)
     if whole:
         return fused, columns
     results: list[Any] = [None] * len(call.g)
@@ -186,20 +187,13 @@ in_place_stepper: Any = None
 
 
 def accelerates(plan: Plan) -> bool:
-    """Whether to ask the fused engine: not while compiling, for a compiler fuses the rules itself.
+    """Whether to ask the fused engine.
 
-    Raises:
-        RuntimeError: If a part requires a kernel while compiling.
+    Not while compiling, for a compiler fuses the rules itself, unless a part requires a kernel.
     """
-    if not torch.compiler.is_compiling():
+    if accelerator is None or not torch.compiler.is_compiling():
         return accelerator is not None
-    for part in plan.parts:
-        if part.use_accelerated_op:
-            raise RuntimeError(
-                "use_accelerated_op=True requires a fused kernel, but torch.compile is at work, "
-                "which fuses the rules itself. Pass None to use kernels where they are available."
-            )
-    return False
+    return any(part.use_accelerated_op for part in plan.parts)
 
 
 def packs(plan: Plan) -> bool:

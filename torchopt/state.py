@@ -28,10 +28,18 @@ _SPELLINGS = {
 
 
 class ModuleState(NamedTuple):
-    """The tensors of a module by dotted name, tied ones under each of their names."""
+    """The tensors of a module by dotted name, tied ones under each of their names.
+
+    Example:
+        >>> import torch, torchopt
+        >>> state = torchopt.extract_state_dict(torch.nn.Linear(2, 1))
+        >>> {name: tuple(tensor.shape) for name, tensor in state.params.items()}
+        {'weight': (1, 2), 'bias': (1,)}
+    """
 
     params: dict[str, Tensor]
     buffers: dict[str, Tensor] | None  # None: extracted with_buffers=False
+    visual_contents: dict[str, Tensor] | None = None  # for make_dot: extracted enable_visual=True
     detach_buffers: bool = False
 
 
@@ -59,6 +67,8 @@ def extract_state_dict(
     device: torch.device | str | int | None = None,
     with_buffers: bool = True,
     detach_buffers: bool = False,
+    enable_visual: bool = False,
+    visual_prefix: str = "",
 ) -> Any:
     """Return the tensors of a module, a meta-optimizer or a tree, to go back to them later.
 
@@ -71,13 +81,16 @@ def extract_state_dict(
         with_buffers: Include buffers (BatchNorm statistics); modules only.
         detach_buffers: Clone buffers now and at every recovery, so that a module that updates them
             in place does not change the extracted state; modules only.
+        enable_visual: Let the state carry the names of its tensors for
+            :func:`torchopt.visual.make_dot`; modules and meta-optimizers only.
+        visual_prefix: What these names begin with, such as ``"step1."``.
 
     Returns:
         A :class:`ModuleState`, a tuple with one :class:`~torchopt.OptState` per parameter group,
         or a tree like ``target``.
 
     Raises:
-        ValueError: If ``by`` is another word.
+        ValueError: If ``by`` is another word, or a tree is to carry names.
 
     Example:
         >>> import torch, torchopt
@@ -94,10 +107,24 @@ def extract_state_dict(
         params = {name: copier(t) for name, _, _, t in named_places(target, "_parameters")}
         places = named_places(target, "_buffers") if with_buffers else ()
         buffers = {name: copier.buffer(t, detach_buffers) for name, _, _, t in places}
-        return ModuleState(params, buffers if with_buffers else None, detach_buffers)
+        visual = _prefixed(visual_prefix, {**params, **buffers}) if enable_visual else None
+        return ModuleState(params, buffers if with_buffers else None, visual, detach_buffers)
     if isinstance(target, HoldsState):
-        return tuple(tree.tree_map(copier, state) for state in target.extract_state())
+        states = tuple(tree.tree_map(copier, state) for state in target.extract_state())
+        for position, state in enumerate(states if enable_visual else ()):
+            prefix = visual_prefix if len(states) == 1 else f"{visual_prefix}{position}."
+            state.__dict__["visual_contents"] = _prefixed(prefix, tree.named_leaves(state.slots))
+        return states
+    if enable_visual or visual_prefix:
+        raise ValueError(
+            "enable_visual is for modules and meta-optimizers. Give make_dot a dict of names and "
+            f"tensors instead of a {type(target).__name__}."
+        )
     return tree.tree_map(copier, target)
+
+
+def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {prefix + name: x for name, x in tensors.items() if isinstance(x, Tensor)}
 
 
 class _Copier:

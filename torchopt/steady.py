@@ -170,7 +170,7 @@ class Steady:
                 if type(column) is not Packed:
                     return None
                 columns[slot] = PackedDict(self.names, column if track else column.detach())
-        return GroupState(dict.fromkeys(self.names, call.t[0]), columns)
+        return GroupState(dict.fromkeys(self.names, int(call.t[0])), columns)
 
 
 def _is_plain(value: Any) -> bool:

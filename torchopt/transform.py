@@ -23,7 +23,22 @@ from torchopt.values import describe, same
     frozen_default=True, field_specifiers=(hyper.hyper, hyper.flag, dataclasses.field)
 )
 def transformation(cls: type) -> type:
-    """Make a class a transformation: its annotated fields become its hyperparameters."""
+    """Make a class a transformation: its annotated fields become its hyperparameters.
+
+    Example:
+        >>> import torch, torchopt
+        >>> from torchopt.hyper import hyper
+        >>> @torchopt.transformation
+        ... class ScaleByRoot(torchopt.ElementwiseTransformation):
+        ...     floor: float = hyper(1.0, gt=0)
+        ...
+        ...     def rule(self, g, p, t, slots, *, floor):
+        ...         return g / (g.abs() + floor).sqrt(), slots
+        >>> tx = torchopt.chain(ScaleByRoot(floor=1.0), torchopt.scale(-0.1))
+        >>> g = [torch.tensor([8.0, -3.0])]
+        >>> tx.update(g, tx.init(g))[0]
+        [tensor([-0.2667,  0.1500])]
+    """
     decorated: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     decorated.declared = hyper.specs_of(decorated)
     return decorated
@@ -48,7 +63,8 @@ class GradientTransformation:
         {'w': tensor([ 0.9000, -2.1000])}
     """
 
-    #: Fused kernels: ``None`` where they are available, ``True`` required, ``False`` never.
+    #: ``None`` uses fused kernels where they are available, ``True`` requires and ``False`` forbids
+    #: them.
     use_accelerated_op: bool | None = dataclasses.field(default=None, kw_only=True, compare=False)
 
     #: The declared hyperparameters, by field name; set by :func:`transformation`.
@@ -225,7 +241,18 @@ class GradientTransformation:
 
 
 class ElementwiseTransformation(GradientTransformation):
-    """A transformation whose rule treats each parameter by itself, entry by entry."""
+    """A transformation whose rule treats each parameter by itself, entry by entry.
+
+    Example:
+        >>> import torch, torchopt
+        >>> @torchopt.transformation
+        ... class Sign(torchopt.ElementwiseTransformation):
+        ...     def rule(self, g, p, t, slots):
+        ...         return g.sign(), slots
+        >>> tx = Sign()
+        >>> tx.update([torch.tensor([0.5, -2.0])], tx.init([torch.ones(2)]))[0]
+        [tensor([ 1., -1.])]
+    """
 
     elementwise: ClassVar[bool] = True
 

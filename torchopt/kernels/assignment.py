@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -31,9 +31,13 @@ PLAIN = {Tensor, torch.nn.Parameter, FastWeight, torch.nn.Buffer}
 
 
 def assign(
-    run: Run, leaves: Leaves, columns: dict[str, list[Any]], apply: bool
+    run: Run,
+    leaves: Leaves,
+    columns: dict[str, list[Any]],
+    apply: bool,
+    types: Set[type] = PLAIN,
 ) -> tuple[list[tuple[list[int], Group]], dict[int, str]]:
-    """Sort parameters by the kernel that takes them.
+    """Sort parameters by the kernel that takes them, if their tensors are of the given types.
 
     Returns:
         Positions and what one kernel call needs, for each kernel; and for each position that none
@@ -43,7 +47,7 @@ def assign(
     slots = [columns[name] for name in run.slots]
     unfit: dict[int, str] = {}
     takers: dict[tuple[Any, ...], _Taker] = {}
-    for key, positions in _classes(leaves, slots).items():
+    for key, positions in _classes(leaves, slots, types).items():
         _, t, present, has_params, dtype, device, reason = key
         row = leaves.hyper[positions[0]]
         read, program = run.read(row), None
@@ -78,7 +82,9 @@ class _Taker:
     values: list[tuple[Sequence[float], int]] = dataclasses.field(default_factory=list)
 
 
-def _classes(leaves: Leaves, slots: list[Any]) -> dict[tuple[Any, ...], list[int]]:
+def _classes(
+    leaves: Leaves, slots: list[Any], types: Set[type]
+) -> dict[tuple[Any, ...], list[int]]:
     """Sort parameters by everything that a kernel depends on.
 
     The keys are: which row of hyperparameters, the step count, which slots are there, whether the
@@ -91,7 +97,7 @@ def _classes(leaves: Leaves, slots: list[Any]) -> dict[tuple[Any, ...], list[int
     for k, (g, p, t, row) in enumerate(zip(leaves.g, leaves.p, leaves.t, leaves.hyper)):
         own = [column[k] for column in slots]
         present = tuple(x is not None for x in own)
-        reason = _unfit(g, p, [x for x in own if x is not None])
+        reason = _unfit(g, p, [x for x in own if x is not None], types)
         step = t if type(t) is int else None
         key = (id(row), step, present, p is not None, g.dtype, g.device, reason)
         classes.setdefault(key, []).append(k)
@@ -131,11 +137,11 @@ def _slots_fit(column: Any, common: Common) -> bool:
     )
 
 
-def _unfit(g: Tensor, p: Tensor | None, slots: list[Tensor]) -> str:
+def _unfit(g: Tensor, p: Tensor | None, slots: list[Tensor], types: Set[type]) -> str:
     """Return why a kernel cannot take one parameter."""
     tensors = [g, *slots] if p is None else [g, p, *slots]
     for x in tensors:
-        if type(x) not in PLAIN:
+        if type(x) not in types:
             return f"{type(x).__name__} is no plain tensor"
         if x.layout != torch.strided:
             return f"the layout is {x.layout}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -62,8 +62,13 @@ def take_run(
         columns: The slots by public name; receives the new ones.
         apply: Whether to add the updates to the parameters, if the run is the last one.
     """
+    reason = hindered()
+    if reason and _traced(plan.parts[first]):
+        from torchopt.kernels import compiled  # with the compiler, which is large
+
+        return compiled.take_run(plan, first, leaves, columns, apply)
     single = Run(plan, first, first + 1)
-    reason = hindered() or unjoined(plan.parts[first])
+    reason = reason or unjoined(plan.parts[first])
     unfit = dict.fromkeys(range(len(leaves.g)), reason)
     for run in [] if reason else runs_from(plan, first):
         applies = apply and run.last == len(plan.parts)
@@ -80,8 +85,14 @@ def take_whole(
     plan: Plan, leaves: Leaves, columns: dict[str, list[Any]], apply: bool
 ) -> list[Tensor] | None:
     """Compute a plan that is one run, if kernels take every parameter as it is; else ``None``."""
+    if hindered():
+        if not plan.parts or not _traced(plan.parts[0]):
+            return None
+        from torchopt.kernels import compiled  # with the compiler, which is large
+
+        return compiled.take_whole(plan, leaves, columns, apply)
     run = whole_run(plan)
-    if run is None or hindered():
+    if run is None:
         return None
     groups, unfit = assign(run, leaves, columns, apply)
     if unfit:
@@ -120,6 +131,18 @@ def hindered() -> str:
         return "torch.compile fuses the rules itself"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a dispatch mode is watching (FakeTensor, make_fx, ...)"
+    return hindered_by_derivatives()
+
+
+def _traced(part: Any) -> bool:
+    """Whether a tracer is at work, to which kernels are shown as operators where required."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool(part.use_accelerated_op) and torch._C._len_torch_dispatch_stack() > 0
+
+
+def hindered_by_derivatives() -> str:
+    """Return why nothing can be fused for the derivatives that are being taken, if so."""
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives go through the rules"
     if torch._C._get_tracing_state() is not None:  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,12 +160,14 @@ def _compute(
     groups: Sequence[tuple[Sequence[int], Group]],
     unfit: dict[int, str],
     apply: bool,
+    caller: Callable[[Group, list[Tensor]], Sequence[Tensor]] | None = None,
 ) -> list[Tensor]:
     """Run the kernels, and the rules for the parameters that no kernel takes."""
+    run_group = caller or call
     results: list[Any] = [None] * len(leaves.g)
     new: dict[str, Any] = {}
     for positions, group in groups:
-        outputs = call(group, _inputs(run, leaves, columns, positions, group))
+        outputs = run_group(group, _inputs(run, leaves, columns, positions, group))
         rule = group.rule
         for stream, column in group.columns(rule.outputs, outputs, rule.packed_out).items():
             if stream in rule.packed_out:
@@ -158,6 +183,7 @@ def _compute(
             for k, value in zip(positions, column):
                 target[k] = value
     if unfit:
+        assert isinstance(leaves, Leaves), "a call that is repeated as it was fits"
         rest = list(unfit)
         own = {name: [columns[name][k] for k in rest] for name in run.slots}
         by_rule = run_by_rules(run.plan, run.first, run.last, leaves.subset(rest), own)
@@ -211,13 +237,17 @@ def _answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:
             continue
         for part in run.parts:
             if part.use_accelerated_op:
-                raise RuntimeError(
-                    f"use_accelerated_op=True requires a fused kernel, but {leaves.name(k)} cannot "
-                    f"have one for {type(part).__name__}: {reason}. Pass None to use kernels "
-                    "where they are available."
-                )
+                raise RuntimeError(refusal(part, leaves.name(k), reason))
         if reason.startswith(backends.NOT_LOADED):
             _warn_once(reason)
+
+
+def refusal(part: Any, name: str, reason: str) -> str:
+    """Return the message for a parameter that cannot have the kernel that a part requires."""
+    return (
+        f"use_accelerated_op=True requires a fused kernel, but {name} cannot have one for "
+        f"{type(part).__name__}: {reason}. Pass None to use kernels where they are available."
+    )
 
 
 _asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)

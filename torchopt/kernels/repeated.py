@@ -128,7 +128,7 @@ def _grouped(memo: Memo, packing: Packing, call: Call, t: int) -> tuple[Run, Gro
     rules = Rules(
         run,
         call.hyper,
-        call.t,
+        [t] * len(call.t),
         memo.present,
         True,
         memo.apply,

@@ -1,0 +1,242 @@
+"""Why a loss does not reach a tensor, as far as its graph tells."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.visual.graph import Extraction
+from torchopt.visual.operations import dtype_name, operation_label, saved_tensors
+from torchopt.visual.walk import Step, walk
+
+
+def reasons(found: Extraction, tensor: Tensor) -> list[str]:
+    """Return what speaks for one cause or another, the most certain first, each a line."""
+    evidence = [
+        *_made_elsewhere(found, tensor),
+        *_constants(found, tensor),
+        *_other_leaves(found, tensor),
+        *_numbers(found, tensor),
+    ]
+    cuts = list(_cut_steps(found))
+    integers = list(_integers(found))
+    if evidence or cuts:
+        return [*evidence, *cuts, *integers]
+    return [
+        "* Its values are nowhere in the graph: it was not used, or only in a form without graph "
+        "(detached, under torch.no_grad(), through .item(), or to choose, as by argmax or a "
+        "comparison).",
+        *integers,
+        *_no_steps(found),
+    ]
+
+
+def reached_leaves(found: Extraction) -> list[str]:
+    """Return a line that lists the leaves that the loss does reach."""
+    leaves = [node for node in found.graph.nodes if node.kind == "leaf"]
+    shown = []
+    for node in leaves[:10]:
+        shown.append(" = ".join(node.name.split("\n")) if node.name else f"unnamed {node.shape}")
+    more = ", ..." if len(leaves) > 10 else ""
+    return [f"* What the loss does reach ({len(leaves)}): {', '.join(shown)}{more}."]
+
+
+def _in_order(found: Extraction) -> list[int]:
+    """Return the positions of all autograd nodes in an order of computation."""
+    return sorted(range(len(found.walk.nodes)), key=found.node_of.__getitem__)
+
+
+def _steps(found: Extraction) -> list[Step]:
+    return [unit.step for unit in found.units if unit.step is not None]
+
+
+def _where(found: Extraction, position: int) -> str:
+    node = found.graph.nodes[found.node_of[position]]
+    if node.kind == "step":
+        return node.label
+    name = operation_label(found.walk.nodes[position].name())
+    if not found.walk.steps:
+        return name
+    return f"{name} (after {node.lane} step{'s' * (node.lane != 1)})"
+
+
+def _made_elsewhere(found: Extraction, tensor: Tensor) -> Iterator[str]:
+    """Look at the tensor's own history."""
+    if tensor.grad_fn is None:
+        return
+    own = walk([tensor.grad_fn])
+    if tensor._version > 0 and any(node in found.walk.index for node in own.nodes):
+        yield (
+            "* It was overwritten in place: the loss may depend on what it was before, which has "
+            "another place in the graph. Use operations that make new tensors (x = x + y)."
+        )
+        return
+    new = [s for s in own.steps if not any(own.nodes[m] in found.walk.index for m in s.members)]
+    if new:
+        last = max(new, key=lambda step: step.count or 0)
+        yield (
+            f"* It was made by {last.label}, which is not in the graph of the loss: the loss was "
+            "computed before that step or from other weights. Compute the loss with the present "
+            "weights; if you mean the initial ones, keep them before the first step "
+            "(dict(net.named_parameters()))."
+        )
+    elif any(node in found.walk.index for node in own.nodes):
+        yield (
+            "* It was computed from tensors that the loss reaches, but the loss was not computed "
+            "from it."
+        )
+
+
+def _comparable(a: Tensor, b: Tensor) -> bool:
+    strided = a.layout == torch.strided and b.layout == torch.strided
+    return strided and a.device == b.device and a.numel() == b.numel() > 0
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return _comparable(a, b) and a.data_ptr() == b.data_ptr()
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether ``b`` has the values of ``a``, or their opposites as a learning rate may."""
+    if not _comparable(a, b) or a.is_complex() != b.is_complex():
+        return False
+    a, b = a.detach().reshape(-1), b.detach().reshape(-1).to(a.dtype)
+    if bool((a == 0).all()) or bool((a.abs() == 1).all()):
+        return False  # zeros and ones prove nothing
+    return torch.equal(a, b) or torch.equal(a, -b)
+
+
+def _constants(found: Extraction, tensor: Tensor) -> Iterator[str]:
+    """Find operations that compute with its values but not with its graph."""
+    alias: collections.Counter[str] = collections.Counter()
+    equal: collections.Counter[str] = collections.Counter()
+    for position in _in_order(found):
+        for _, saved in saved_tensors(found.walk.nodes[position]):
+            if not isinstance(saved, Tensor) or saved.requires_grad:
+                continue
+            if _same_memory(saved, tensor):
+                alias[_where(found, position)] += 1
+            elif _same_values(tensor, saved):
+                equal[_where(found, position)] += 1
+    if alias:
+        yield (
+            "* Detached: its values enter as a constant, cut off by .detach(), .data, "
+            f"stop_gradient or torch.no_grad(), at {_listed(alias)}."
+        )
+    if equal:
+        yield (
+            f"* A constant with the same values enters at {_listed(equal)}: a copy without graph "
+            "(clone().detach(), deepcopy, extract_state_dict(by='deepcopy'), torch.tensor(x)) or, "
+            "for a single number, .item() or float()."
+        )
+
+
+def _other_leaves(found: Extraction, tensor: Tensor) -> Iterator[str]:
+    """Find leaves of the graph that are the tensor in another guise."""
+    for key, unit in enumerate(found.units):
+        leaf = unit.tensor
+        if unit.kind != "leaf" or leaf is None or leaf.shape != tensor.shape:
+            continue
+        name = repr(unit.names[0]) if unit.names else f"a leaf of shape {tuple(leaf.shape)}"
+        users = [b for a, b in found.graph.edges if a == key]
+        first = found.graph.nodes[min(users)].label if users else "the loss"
+        if _same_memory(leaf, tensor):
+            yield (
+                f"* The loss reaches {name} instead (it enters {first}), another tensor in the "
+                "same memory: a detached alias, as stop_gradient, detach().requires_grad_() and "
+                "nn.Parameter(x) make."
+            )
+        elif _same_values(tensor, leaf):
+            yield (
+                f"* The loss reaches {name} instead (it enters {first}), a copy with the same "
+                "values: deepcopy, extract_state_dict(by='deepcopy') or module_clone make copies "
+                "without graph; by='copy' keeps it."
+            )
+
+
+def _numbers(found: Extraction, tensor: Tensor) -> Iterator[str]:
+    """Find fused steps that took a number equal to the tensor as a hyperparameter."""
+    if tensor.numel() != 1 or tensor.is_complex():
+        return
+    value = tensor.detach().reshape(())
+    labels = []
+    for step in _steps(found):
+        rows = [row for f in step.fused for row in found.walk.nodes[f].group.rule.rows]
+        numbers = {number for row in rows for number in _numbers_in(row.values())}
+        if any(value == torch.tensor(n, dtype=value.dtype) for n in numbers - {0.0, 1.0}):
+            labels.append(step.label)
+    if labels:
+        yield (
+            f"* {_listed(collections.Counter(labels))} took the number {float(value):g} as a "
+            "hyperparameter, which equals its value: the tensor was made a number by .item() or "
+            "float(). Give the tensor itself."
+        )
+
+
+def _numbers_in(values: Any) -> Iterator[float]:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _numbers_in(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield float(value)
+
+
+def _cut_steps(found: Extraction) -> Iterator[str]:
+    """Tell where the graph of the steps is cut."""
+    constant = collections.Counter(s.label for s in _steps(found) if s.constant_gradient)
+    if constant:
+        yield (
+            f"* First-order: {_listed(constant)} took the gradient as a constant "
+            "(create_graph=False, or an inner loss that is linear in the weights). What acts on "
+            "the weights through the inner loss only is not reached then; pass create_graph=True."
+        )
+    for step in _steps(found):
+        if step.count is None or step.count < 2:
+            continue
+        if step.weights_are_leaves:
+            yield (
+                f"* Detached before {step.label}: the weights that entered it are leaves "
+                "(stop_gradient, detach or recover_state_dict after step "
+                f"{step.count - 1}), so what influenced earlier steps is not reached through them."
+            )
+        if step.constant_slots:
+            yield (
+                f"* Detached before {step.label}: its state ({', '.join(step.constant_slots)}) "
+                "carries no graph (stop_gradient or detach)."
+            )
+
+
+def _no_steps(found: Extraction) -> Iterator[str]:
+    if not found.walk.steps:
+        yield (
+            "* No optimizer step lies before the loss: it was computed from weights that no "
+            "differentiable step has made (before the steps, after the weights were restored, or "
+            "the steps ran under torch.no_grad())."
+        )
+
+
+def _integers(found: Extraction) -> Iterator[str]:
+    """Name the integers and booleans that the graph has seen: nothing flows through them."""
+    seen: collections.Counter[str] = collections.Counter()
+    for position in _in_order(found):
+        for name, saved in saved_tensors(found.walk.nodes[position]):
+            if isinstance(saved, Tensor) and saved.dim() and not _flows(saved):
+                seen[f"{_where(found, position)}: {name} of {dtype_name(saved)}"] += 1
+    if seen:
+        yield (
+            "* Nothing flows through integers and booleans. If it only decides those, it is not "
+            f"reached: {_listed(seen)}."
+        )
+
+
+def _flows(saved: Tensor) -> bool:
+    return saved.is_floating_point() or saved.is_complex()
+
+
+def _listed(texts: collections.Counter[str]) -> str:
+    shown = [f"{text} ({n} times)" if n > 1 else text for text, n in list(texts.items())[:5]]
+    return ", ".join(shown) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")

@@ -1,0 +1,326 @@
+"""The autograd graph behind tensors, and which of its nodes make up an optimizer step."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from torchopt import step_tags
+from torchopt.kernels.differentiable import Group
+from torchopt.kernels.program import GRADIENT, PARAMETER
+from torchopt.step_tags import StepTag
+
+
+#: What takes slots of several parameters out of the flat tensor they travel in.
+_UNPACKING = ("SplitWithSizesBackward", "SplitBackward", "ViewBackward", "CloneBackward")
+
+#: How many nodes in a row may be freed by recursion.
+_DEEP = 1_000
+
+
+@dataclass
+class Step:
+    """One optimizer step found in the graph.
+
+    Attributes:
+        parts: Names of the classes of its transformations.
+        count: The optimizer's step count, 1 at the first step; ``None`` if it is a tensor.
+        constant_gradient: Whether the gradient that it was given carries no graph.
+        weights_are_leaves: Whether it was given weights, none of which was computed.
+        constant_slots: The names of slots that it was given without a graph.
+        members: Positions of its nodes in :attr:`Walk.nodes`.
+        fused: The nodes among them that are fused kernels.
+    """
+
+    parts: tuple[str, ...]
+    count: int | None
+    constant_gradient: bool
+    weights_are_leaves: bool
+    constant_slots: tuple[str, ...]
+    members: list[int] = field(default_factory=list)
+    fused: list[int] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Such as ``Adam step 3``."""
+        name = optimizer_name(self.parts)
+        return f"{name} step" if self.count is None else f"{name} step {self.count}"
+
+
+@dataclass
+class Walk:
+    """The nodes that lead to some roots.
+
+    Attributes:
+        nodes: Autograd nodes, each once, in the order in which they were found.
+        index: The position of each.
+        inputs: For each node, (position or ``None``, output number) of what it was computed from.
+        steps: The optimizer steps.
+        step_of: For each node, the position of its step in ``steps``; -1 if it is in none.
+    """
+
+    nodes: list[Any]
+    index: dict[Any, int]
+    inputs: list[list[tuple[Any, int]]]
+    steps: list[Step] = field(default_factory=list)
+    step_of: list[int] = field(default_factory=list)
+
+
+def root_of(tensor: Tensor) -> tuple[Any, int] | None:
+    """Return the node and output number that stand for a tensor; ``None`` if it has no graph."""
+    if not tensor.requires_grad:
+        return None
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def walk(roots: Iterable[Any]) -> Walk:
+    """Follow the graph from some nodes to the leaves and find the optimizer steps in it."""
+    nodes: list[Any] = []
+    index: dict[Any, int] = {}
+    edges = []
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node in index:
+            continue
+        index[node] = len(nodes)
+        nodes.append(node)
+        following = node.next_functions
+        edges.append(following)
+        stack += [other for other, _ in following if other is not None and other not in index]
+    inputs = [
+        [(None if other is None else index[other], number) for other, number in following]
+        for following in edges
+    ]
+    found = Walk(nodes, index, inputs, [], [-1] * len(nodes))
+    if len(nodes) > _DEEP:
+        _let_it_be_freed(found)
+    _find_recorded_steps(found)
+    _find_fused_steps(found)
+    _fold_unpacking(found)
+    return found
+
+
+def _let_it_be_freed(found: Walk) -> None:
+    """Keep a deep graph from overflowing the stack when it is freed.
+
+    A node that Python has seen keeps its Python object, and PyTorch then frees what it was computed
+    from by recursion: 100,000 nodes in a row crash the process (torch 2.13). So the nodes are
+    divided by depth, and those that use nodes of a lower division keep all of that one alive, in a
+    list, which frees its entries one by one.
+    """
+    depths = _depths(found)
+    divisions: dict[int, list[Any]] = {}
+    for position in sorted(range(len(depths)), key=depths.__getitem__):  # freed from the end
+        divisions.setdefault(depths[position] // _DEEP, []).append(found.nodes[position])
+    for position, sources in enumerate(found.inputs):
+        used = {depths[source] // _DEEP for source, _ in sources if source is not None}
+        below = used - {depths[position] // _DEEP}
+        if below:
+            kept = [divisions[division] for division in below]
+            found.nodes[position].metadata["torchopt.nodes"] = kept
+
+
+def _depths(found: Walk) -> list[int]:
+    """Return for each node how many nodes lie before it on the longest path."""
+    users: list[list[int]] = [[] for _ in found.nodes]
+    missing = [0] * len(found.nodes)
+    for position, sources in enumerate(found.inputs):
+        for source, _ in sources:
+            if source is not None:
+                users[source].append(position)
+                missing[position] += 1
+    depths = [0] * len(found.nodes)
+    ready = [position for position, count in enumerate(missing) if not count]
+    for source in ready:  # grows while it is read
+        for user in users[source]:
+            depths[user] = max(depths[user], depths[source] + 1)
+            missing[user] -= 1
+            if not missing[user]:
+                ready.append(user)
+    return depths
+
+
+def _find_recorded_steps(found: Walk) -> None:
+    """Group the nodes of the steps that the engine has tagged.
+
+    Nodes are numbered in the order in which a thread makes them, so those of a step are an
+    interval. Where several threads have made nodes, a number alone says nothing: then what leads
+    to tagged results, by nodes of the interval and up to tagged gradients, is the step.
+    """
+    results: dict[StepTag, list[int]] = {}
+    gradients = set()
+    for position, node in enumerate(found.nodes):
+        tag = step_tags.read(node)
+        if isinstance(tag, StepTag):
+            results.setdefault(tag, []).append(position)
+        elif tag is not None:
+            gradients.add(position)
+    if not results:
+        return
+    numbers = [node._sequence_nr() for node in found.nodes]
+    one_thread = len({tag.thread for tag in results}) == 1
+    if one_thread and not any(tag.everywhere for tag in results):
+        intervals = sorted(results, key=lambda tag: tag.first)
+        starts = [tag.first for tag in intervals]
+        members: dict[StepTag, list[int]] = {tag: [] for tag in results}
+        for position, number in enumerate(numbers):
+            tag = intervals[bisect_right(starts, number) - 1]
+            if tag.first <= number < tag.last:
+                members[tag].append(position)
+    else:
+        members = {
+            tag: _leading_to(found, positions, range(tag.first, tag.last), numbers, gradients)
+            for tag, positions in results.items()
+        }
+    for tag, positions in members.items():
+        for position in positions:
+            found.step_of[position] = len(found.steps)
+        known = (tag.parts, tag.step, tag.constant_gradient, tag.weights_are_leaves)
+        # in first-order mode slots carry no graph by themselves
+        slots = () if tag.constant_gradient else tag.constant_slots
+        found.steps.append(Step(*known, slots, positions))
+
+
+def _leading_to(
+    found: Walk, results: list[int], interval: range, numbers: list[int], gradients: set[int]
+) -> list[int]:
+    members: dict[int, None] = {}
+    stack = list(results)
+    while stack:
+        position = stack.pop()
+        if position in members or position in gradients or numbers[position] not in interval:
+            continue
+        members[position] = None
+        stack += [source for source, _ in found.inputs[position] if source is not None]
+    return list(members)
+
+
+def _find_fused_steps(found: Walk) -> None:
+    """Make a step of each fused kernel, or of several that were launched one after the other."""
+    fused = [
+        (node._sequence_nr(), position, group)
+        for position, node in enumerate(found.nodes)
+        if isinstance(group := getattr(node, "group", None), Group)
+    ]
+    previous: tuple[int, Any, int | None] | None = None
+    for number, position, group in sorted(fused, key=lambda entry: entry[0]):
+        if found.step_of[position] >= 0:
+            found.steps[found.step_of[position]].fused.append(position)
+            previous = None
+            continue
+        counts = {step for _, step in group.values}
+        key = (group.rule.run, counts.pop() if len(counts) == 1 else None)
+        if previous is None or previous != (number - 1, *key):
+            parts = tuple(type(part).__name__ for part in group.rule.run.parts)
+            found.steps.append(Step(parts, key[1], True, PARAMETER in group.rule.inputs, ()))
+        step = found.steps[-1]
+        _note_inputs(found, position, group, step)
+        found.step_of[position] = len(found.steps) - 1
+        step.members.append(position)
+        step.fused.append(position)
+        previous = (number, *key)
+
+
+def fused_inputs(found: Walk, position: int) -> dict[str, Sequence[tuple[Any, int]]]:
+    """Return what a fused kernel was computed from, by stream: gradients, parameters, slots."""
+    group: Group = found.nodes[position].group
+    return group.columns(group.rule.inputs, found.inputs[position], group.rule.packed_in)
+
+
+def _note_inputs(found: Walk, position: int, group: Group, step: Step) -> None:
+    for stream, sources in fused_inputs(found, position).items():
+        present = [source for source, _ in sources if source is not None]
+        if stream == GRADIENT:
+            step.constant_gradient &= not present
+        elif stream == PARAMETER:
+            step.weights_are_leaves &= not any(found.inputs[source] for source in present)
+        elif not present:
+            name = group.rule.run.slots[int(stream[1:])]
+            step.constant_slots += () if name in step.constant_slots else (name,)
+
+
+def entering_leaves(found: Walk, step: Step) -> list[int]:
+    """Return the leaves that are the weights of a step.
+
+    What the rules compute does not tell weights from hyperparameters: there, leaves count that are
+    used outside of steps too, as weights are by the inner loss.
+    """
+    if len(step.fused) == len(step.members):
+        sources = {
+            source
+            for position in step.fused
+            for source, _ in fused_inputs(found, position).get(PARAMETER, [])
+        }
+    else:
+        sources = {source for member in step.members for source, _ in found.inputs[member]}
+        sources &= {
+            source
+            for position, inputs in enumerate(found.inputs)
+            if found.step_of[position] < 0
+            for source, _ in inputs
+        }
+    return sorted(s for s in sources if s is not None and not found.inputs[s])
+
+
+def _fold_unpacking(found: Walk) -> None:
+    """Count what takes packed slots apart to the step that they come from."""
+    for position in sorted(
+        (p for p, node in enumerate(found.nodes) if node.name().rstrip("0123456789") in _UNPACKING),
+        key=lambda p: found.nodes[p]._sequence_nr(),
+    ):
+        step = unpacked_from(found, position)
+        if step is not None and found.step_of[position] < 0:
+            found.step_of[position] = step
+            found.steps[step].members.append(position)
+
+
+def unpacked_from(found: Walk, position: int) -> int | None:
+    """Return the step whose packed slots a node takes apart, if that is what it does."""
+    name = found.nodes[position].name()
+    sources = found.inputs[position]
+    if len(sources) != 1 or sources[0][0] is None:
+        return None
+    source, number = sources[0]
+    step = found.step_of[source]
+    if step < 0:
+        return None
+    if name.startswith("Split"):
+        group = getattr(found.nodes[source], "group", None)
+        return step if isinstance(group, Group) and _is_packed(group, number) else None
+    unpacked = found.nodes[source].name().startswith(("Split", "View"))
+    return step if unpacked else None
+
+
+def _is_packed(group: Group, output: int) -> bool:
+    streams = group.columns(
+        group.rule.outputs, range(group.count * len(group.rule.outputs)), group.rule.packed_out
+    )
+    return any(s in group.rule.packed_out and output in numbers for s, numbers in streams.items())
+
+
+def optimizer_name(parts: Sequence[str]) -> str:
+    """Return the usual name of a chain of transformations, such as ``Adam``.
+
+    Signs, weight decay (except of AdamW) and learning rates say little and are left out.
+    """
+    telling = [p for p in parts if p not in ("FlipSign", "ScaleByLearningRate", "Identity")]
+    if "ScaleByAdam" in telling and "AddDecayedWeights" in telling:
+        after = telling.index("AddDecayedWeights") > telling.index("ScaleByAdam")
+        telling = ["AdamW" if p == "ScaleByAdam" and after else p for p in telling]
+    scaled = any(part.startswith(("ScaleBy", "AdamW")) for part in telling)
+    silent = ("AddDecayedWeights", "Trace") if scaled else ("AddDecayedWeights",)
+    names = [_part_name(part) for part in telling if part not in silent]
+    return " + ".join(names) or "SGD"
+
+
+def _part_name(part: str) -> str:
+    known = {"Trace": "SGD", "ScaleByRms": "RMSprop", "ScaleByStddev": "centered RMSprop"}
+    return known.get(part, re.sub("^ScaleBy(?=[A-Z])", "", part))
