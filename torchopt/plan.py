@@ -7,7 +7,15 @@ from typing import Any
 
 
 class Plan:
-    """Where each part of a transformation finds its hyperparameters and slots by public name."""
+    """Where each part of a transformation finds its hyperparameters and slots by public name.
+
+    A plan is equal to itself only: said here, because torch.compile takes it as a constant.
+    """
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = tuple(parts)
@@ -29,13 +37,6 @@ class Plan:
             self.values.update({fields[name]: values[name] for name in specs})
             own = part.slot_names()
             self.optional_slots |= {n for n, slot in zip(names, own) if slot in part.optional_slots}
-
-    # Written down, for torch's pytrees take only types that say how they compare as constants.
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
 
     def check_slots(self, given: Iterable[str], owner: object) -> None:
         """Refuse a state that another transformation has made.

@@ -311,7 +311,9 @@ class Chain(GradientTransformation):
         return self.plan.slot_names
 
     def __post_init__(self) -> None:
-        pass  # the parts have checked their own hyperparameters
+        # the parts have checked their own hyperparameters; torch.compile takes the plan as a
+        # constant, which cannot be made while it traces
+        object.__setattr__(self, "_plan", Plan(self.parts))
 
     def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
         """Return the chain with another setting of the fused kernels in all parts."""

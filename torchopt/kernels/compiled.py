@@ -19,7 +19,6 @@ import torch._dynamo
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._pytree import register_constant
 
 from torchopt.engine import Call, Leaves, run_by_rules
 from torchopt.kernels import fused, native
@@ -36,8 +35,6 @@ from torchopt.plan import Plan
 TRACED = PLAIN | {FakeTensor, FunctionalTensor}
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)
-
-register_constant(Plan)  # so that it may be handed over as it is
 
 
 # What the compiler reads --------------------------------------------------------------------------

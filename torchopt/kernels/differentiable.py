@@ -8,6 +8,7 @@ Nothing is saved but the inputs: gradients, parameters and slots exist anyway.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     peek_interpreter_stack,
 )
 
-from torchopt.kernels.graph import Kernel
+from torchopt.kernels.graph import Kernel, topological
 from torchopt.kernels.launch import Column, launch
 from torchopt.kernels.program import Program
 from torchopt.kernels.rules import Rules
@@ -194,6 +195,15 @@ class BackwardCall:
         )
 
 
+@functools.cache
+def sources(kernel: Kernel) -> dict[str, frozenset[str]]:
+    """Return, for each output stream of a kernel, the input streams that it is computed from."""
+    return {
+        stream: frozenset(n.args[0] for n in topological([node]) if n.op == "input")
+        for stream, node in kernel.outputs.items()
+    }
+
+
 class Fused(torch.autograd.Function):
     """The update of a group: ``apply(group, *inputs) -> outputs``."""
 
@@ -203,9 +213,20 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.group = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+        group: Group = inputs[0]
+        ctx.group = group
         ctx.set_materialize_grads(False)
+        if not all(ctx.needs_input_grad[1:]):
+            rule = group.rule
+            needs = group.columns(rule.inputs, ctx.needs_input_grad[1:], rule.packed_in)
+            needed = {stream for stream, mask in needs.items() if any(mask)}
+            outputs = group.columns(rule.outputs, output, rule.packed_out)
+            # as by the rules: what comes from constants is constant (slots in first-order mode)
+            constant = [s for s in outputs if needed.isdisjoint(sources(group.kernel)[s])]
+            ctx.mark_non_differentiable(*(x for stream in constant for x in outputs[stream]))
+            if needed.issubset(group.program.passes[f"backward_{group.mode}"]):
+                return  # the derivatives are those that come in; nothing needs to be kept
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -20,6 +20,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     get_interpreter_stack,
 )
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 from torchopt.engine import Call, Leaves, run_by_rules
 from torchopt.kernels import backends
@@ -30,6 +31,11 @@ from torchopt.kernels.program import UPDATE, slot_stream
 from torchopt.kernels.repeated import group_again, remember
 from torchopt.packed import Packed
 from torchopt.plan import Plan
+
+
+if hasattr(_pytree, "register_constant"):
+    # before a compiler sees the first plan; compiled.py hands it plans
+    _pytree.register_constant(Plan)
 
 
 class Result(NamedTuple):
