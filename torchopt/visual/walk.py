@@ -105,6 +105,9 @@ def walk(roots: Iterable[Any]) -> Walk:
     _find_recorded_steps(found)
     _find_fused_steps(found)
     _fold_unpacking(found)
+    for step in found.steps:
+        if step.constant_gradient:  # first order, where slots carry no graph by themselves
+            step.constant_slots = ()
     return found
 
 
@@ -184,9 +187,7 @@ def _find_recorded_steps(found: Walk) -> None:
         for position in positions:
             found.step_of[position] = len(found.steps)
         known = (tag.parts, tag.step, tag.constant_gradient, tag.weights_are_leaves)
-        # in first-order mode slots carry no graph by themselves
-        slots = () if tag.constant_gradient else tag.constant_slots
-        found.steps.append(Step(*known, slots, positions))
+        found.steps.append(Step(*known, tag.constant_slots, positions))
 
 
 def _leading_to(
