@@ -10,7 +10,7 @@ differentiated any number of times. Many independent pairs learn side by side in
 
     python examples/lola.py                          # exact and DiCE, 0 to 3 look-aheads
     python examples/lola.py --gradients exact        # seconds
-    python examples/lola.py --rounds 150 --games 1024       # the games of TorchOpt: an hour or more
+    python examples/lola.py --rounds 150 --games 1024     # games as in TorchOpt 0.7: about an hour
     python examples/lola.py --steps "DiCE paper" --rounds 150 --first-iterations 0    # that paper's
     python examples/lola.py --steps "LOLA paper" --gradients exact --look-aheads 0 1  # that paper's
     python examples/lola.py --resume                 # after an interruption
@@ -20,14 +20,14 @@ makes it more forgiving; only the shaping term, proportional to the opponent's e
 against that. Where it is too weak, the probability to cooperate after having been exploited creeps
 over 1 - 1 / (2 * discount) = 0.48, from where on defecting against that player pays, and the other
 one does. This needs neither noise nor Adam: with the steps 0.3 (inner) and 0.2 (outer) of the DiCE
-paper, which TorchOpt's example has, it happens with exact gradients too, as soon as two players
-are not exactly alike. The first steps of LOLA from indifference point at tit-for-tat; taken with
-an outer step size of 2 they go all the way, to where every probability, also that of retaliation,
-is so certain that nothing moves it any more. With half of it, as in the LOLA paper, some
-probabilities stay undecided, and cooperation breaks down now and then.
+paper, which the example of TorchOpt 0.7 has, it happens with exact gradients too, as soon as two
+players are not exactly alike. The first steps of LOLA from indifference point at tit-for-tat;
+taken with an outer step size of 2 they go all the way, to where every probability, also that of
+retaliation, is so certain that nothing moves it any more. With half of it, as in the LOLA paper,
+some probabilities stay undecided, and cooperation breaks down now and then.
 
 Such steps need good gradients while the policies are undecided, so the first iterations sample
-1,024 games for each estimate, as TorchOpt's example does in all of them, the others 64, as in the
+1,024 games for each estimate, as that of TorchOpt 0.7 does in all of them, the others 64, as in the
 DiCE paper.
 
 References: Foerster, Chen, Al-Shedivat, Whiteson, Abbeel and Mordatch, Learning with
@@ -58,7 +58,7 @@ STEPS = {
     "large": Steps(lr_in=1.0, lr_out=2.0, outer="sgd", initial_std=0.1),
     "LOLA paper": Steps(lr_in=1.0, lr_out=1.0, outer="sgd", initial_std=1.0, expand=True),
     "DiCE paper": Steps(lr_in=0.3, lr_out=0.2, outer="sgd", initial_std=0.1),
-    "TorchOpt": Steps(lr_in=0.3, lr_out=0.2, outer="adam", initial_std=0.1),
+    "TorchOpt 0.7": Steps(lr_in=0.3, lr_out=0.2, outer="adam", initial_std=0.1),
 }
 GRADIENTS = ("exact", "DiCE")
 RECORD_EVERY = 10
