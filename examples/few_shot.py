@@ -34,6 +34,7 @@ from common.checkpoints import MetricsFile, write_atomically
 from common.command import (
     device,
     non_negative_float,
+    plain_endings,
     positive_float,
     positive_int,
     prepare_folder,
@@ -334,10 +335,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if chosen.data == "sinusoid":
         return sinusoid.main(others)
     args = parse(argv)
-    try:
+    with plain_endings("few_shot"):
         return FewShotRun(args).run()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        raise SystemExit(f"few_shot: {error}") from error
 
 
 if __name__ == "__main__":

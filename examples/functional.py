@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common.command import Jobs, parser, positive_float, positive_int
+from common.command import Jobs, parser, plain_endings, positive_float, positive_int
 from common.functional_report import STYLES, report
 from common.reporting import EXTRA, progress_bar
 from torch import Tensor, nn
@@ -378,12 +378,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the example and return its results."""
     args = parse(argv)
-    try:
+    with plain_endings("functional"):
         return run(args)
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted; go on with --resume.") from None
-    except (ValueError, ImportError) as error:
-        raise SystemExit(f"functional: {error}") from error
 
 
 if __name__ == "__main__":

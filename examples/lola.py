@@ -47,10 +47,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from common.command import Jobs, non_negative_float, parser, positive_float, positive_int
+from common.command import (
+    Jobs,
+    non_negative_float,
+    parser,
+    plain_endings,
+    positive_float,
+    positive_int,
+)
 from common.lola_learning import OUTER_OPTIMIZERS, Dice, Estimator, Exact, Steps, learn
 from common.lola_report import claims, draw, last_tenth, summary, title
-from common.reporting import console, progress_bar
+from common.reporting import console, print_claims, progress_bar
 
 
 #: Step sizes, and how far from each other the players start.
@@ -170,10 +177,7 @@ class LolaRun:
     def run(self) -> dict[str, Any]:
         """Do everything and return the results."""
         began = time.monotonic()
-        try:
-            rows = self._learn()
-        except KeyboardInterrupt:
-            raise SystemExit("Interrupted; go on with --resume.") from None
+        rows = self._learn()
         done = list(zip(self.parts, rows))
         table, numbers = summary(done)
         console.print(table)
@@ -183,9 +187,7 @@ class LolaRun:
             "claims": claims(numbers, self.args.iterations, self.name),
             "seconds": round(time.monotonic() - began, 1),
         }
-        for claim in results["claims"]:
-            mark = "holds" if claim["holds"] else "does not hold"
-            console.print(f"{claim['claim']}: {claim['measured']} ({mark})")
+        print_claims(results["claims"])
         draw(self.args.output / "lola.png", done, self.args.discount, self.name)
         self.jobs.save_results(results)
         console.print(f"Figure, metrics and results are in {self.args.output}.")
@@ -214,10 +216,8 @@ class LolaRun:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the example and return its results."""
     args = parse(argv)
-    try:
+    with plain_endings("lola"):
         return LolaRun(args).run()
-    except (ValueError, ImportError) as error:
-        raise SystemExit(f"lola: {error}") from error
 
 
 if __name__ == "__main__":

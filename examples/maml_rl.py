@@ -40,7 +40,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.command import Estimate, Jobs, estimate, parser, positive_float, positive_int
+from common.command import (
+    Estimate,
+    Jobs,
+    estimate,
+    parser,
+    plain_endings,
+    positive_float,
+    positive_int,
+)
 from common.maml_rl_experiment import (
     Family,
     Settings,
@@ -50,7 +58,7 @@ from common.maml_rl_experiment import (
     meta_train,
     paths,
 )
-from common.reporting import console, progress_bar
+from common.reporting import console, print_claims, progress_bar
 from rich.table import Table
 
 
@@ -300,20 +308,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     started = time.monotonic()
     settings = {f: asdict(settings_of(args, f)) for f in args.families}
     head = {"seed": args.seed, "seeds": args.seeds, "families": settings}
-    try:
+    with plain_endings("maml_rl"):
         jobs = Jobs(args.output, head, args.resume, args.overwrite)
-    except ValueError as error:
-        raise SystemExit(f"maml_rl: {error}") from error
-    try:
         work(args, jobs)
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted; go on with --resume.") from None
     summary = Summary(jobs, args)
     console.print(summary.table())
     claims = summary.claims()
-    for claim in claims:
-        verdict = "holds" if claim["holds"] else "does not hold"
-        console.print(f"{verdict}: {claim['claim']}\n  {claim['measured']}", highlight=False)
+    print_claims(claims)
     results = {
         "settings": head,
         "seconds": round(time.monotonic() - started, 1),

@@ -30,10 +30,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from common.command import Estimate, Jobs, estimate, parser, positive_float, positive_int
+from common.command import (
+    Estimate,
+    Jobs,
+    estimate,
+    parser,
+    plain_endings,
+    positive_float,
+    positive_int,
+)
 from common.mgrl_agent import ActorCritic, Sampler, actor_critic_loss, policy_loss
 from common.mgrl_figure import draw
-from common.reporting import console, progress_bar
+from common.reporting import console, print_claims, progress_bar
 from rich.table import Table
 from torch import Tensor
 
@@ -249,6 +257,17 @@ class Summary:
         return estimate([a - b for a, b in pairs])
 
 
+def live_all(settings: Settings, methods: list[Method], jobs: Jobs) -> None:
+    """Live one life of all seeds by each method that has not lived yet."""
+    with progress_bar() as bar:
+        task = bar.add_task("lives", total=len(methods), figures="")
+        report = lambda text: bar.update(task, figures=text)  # noqa: E731
+        for method in methods:
+            bar.update(task, description=str(method))
+            jobs.run({"method": str(method)}, lambda m=method: lived(settings, m, report))
+            bar.advance(task)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the example and return its results."""
     args = parse(argv)
@@ -256,31 +275,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     started = time.monotonic()
     given = {**vars(args), "device": str(args.device)}
     settings = Settings(**{name: given[name] for name in Settings.__annotations__})
-    try:
+    with plain_endings("mgrl"):
         jobs = Jobs(args.output, asdict(settings), args.resume, args.overwrite)
-    except ValueError as error:
-        raise SystemExit(f"mgrl: {error}") from error
-    summary = Summary(jobs, args)
-    try:
-        with progress_bar() as bar:
-            methods = [*summary.fixed, *summary.learned]
-            task = bar.add_task("lives", total=len(methods), figures="")
-            for method in methods:
-                bar.update(task, description=str(method))
-                jobs.run(
-                    {"method": str(method)},
-                    lambda m=method: lived(
-                        settings, m, lambda text: bar.update(task, figures=text)
-                    ),
-                )
-                bar.advance(task)
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted; go on with --resume.") from None
+        summary = Summary(jobs, args)
+        live_all(settings, [*summary.fixed, *summary.learned], jobs)
     console.print(summary.table())
     claims = summary.claims()
-    for claim in claims:
-        verdict = "holds" if claim["holds"] else "does not hold"
-        console.print(f"{verdict}: {claim['claim']}\n  {claim['measured']}", highlight=False)
+    print_claims(claims)
     results = {
         "settings": asdict(settings),
         "seconds": round(time.monotonic() - started, 1),

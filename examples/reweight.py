@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.command import Jobs, parser, positive_float, positive_int
+from common.command import Jobs, parser, plain_endings, positive_float, positive_int
 from common.digit_data import Problem, Source, flipped, imbalanced, load_digits, load_mnist
-from common.reporting import console, progress_bar
+from common.reporting import console, print_claims, progress_bar
 from common.reweight_report import beyond_the_paper, claims, draw, tables
 from common.reweight_training import FAST, METHODS, Training, train
 
@@ -158,10 +158,7 @@ class ReweightRun:
     def run(self) -> dict[str, Any]:
         """Do everything and return the results."""
         began = time.monotonic()
-        try:
-            self._train()
-        except KeyboardInterrupt:
-            raise SystemExit("Interrupted; go on with --resume.") from None
+        self._train()
         wanted = [tuple(part.values()) for part in self.parts]
         keys = ("task", "proportion", "method", "seed")
         rows = [row for row in self.jobs.rows if tuple(row[key] for key in keys) in wanted]
@@ -175,9 +172,7 @@ class ReweightRun:
             "beyond the paper": beyond_the_paper(rows),
             "seconds": round(time.monotonic() - began, 1),
         }
-        for claim in results["claims"] + results["beyond the paper"]:
-            mark = "holds" if claim["holds"] else "does not hold"
-            console.print(f"{claim['claim']}: {claim['measured']} ({mark})")
+        print_claims(results["claims"] + results["beyond the paper"])
         draw(self.args.output / "reweight.png", rows, self.args.digits, self.args.flip_rate)
         self.jobs.save_results(results)
         console.print(f"Figure, metrics and results are in {self.args.output}.")
@@ -209,10 +204,8 @@ class ReweightRun:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the example and return its results."""
     args = parse(argv)
-    try:
+    with plain_endings("reweight"):
         return ReweightRun(args).run()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        raise SystemExit(f"reweight: {error}") from error
 
 
 if __name__ == "__main__":

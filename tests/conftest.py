@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,15 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20240)
+
+
+@pytest.fixture(scope="module")
+def examples_on_path() -> Iterator[None]:
+    """Let the examples and what they share be imported, as when they are run as scripts."""
+    folder = str(Path(__file__).parents[1] / "examples")
+    sys.path.insert(0, folder)
+    yield
+    sys.path.remove(folder)
 
 
 def nonzero(

@@ -24,18 +24,13 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 image_module = pytest.importorskip("PIL.Image")
 
+pytestmark = pytest.mark.usefixtures("examples_on_path")
+
 TINY = [
     *("--ways", "3", "--shots", "2", "--queries", "3", "--inner-steps", "2", "--meta-batch", "4"),
     *("--channels", "6", "--blocks", "2", "--pretrain-iterations", "20", "--test-tasks", "20"),
     *("--threads", "1", "--time-budget", "0"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def examples_on_path():
-    sys.path.insert(0, str(ROOT / "examples"))
-    yield
-    sys.path.remove(str(ROOT / "examples"))
 
 
 def run_here(*options: str) -> dict:

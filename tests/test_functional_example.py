@@ -3,30 +3,22 @@
 import copy
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 
-ROOT = Path(__file__).parents[1]
-
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+
+pytestmark = pytest.mark.usefixtures("examples_on_path")
 
 TINY = [
     *("--compared-steps", "20", "--members", "4", "--rates", "0.003", "0.01", "--steps", "60"),
     *("--seeds", "2", "--timed-members", "2", "3", "--timed-steps", "2", "--rounds", "2"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def examples_on_path():
-    sys.path.insert(0, str(ROOT / "examples"))
-    yield
-    sys.path.remove(str(ROOT / "examples"))
 
 
 def run_here(*options: str) -> dict:

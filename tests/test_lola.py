@@ -1,30 +1,22 @@
 """LOLA and LOLA-DiCE on the iterated prisoner's dilemma, against closed forms, and its example."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 
-ROOT = Path(__file__).parents[1]
 GAMMA = 0.96
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.usefixtures("examples_on_path")
+
 TINY = [
     *("--iterations", "20", "--exact-pairs", "3", "--dice-pairs", "2", "--games", "4"),
     *("--first-games", "8", "--first-iterations", "2", "--rounds", "6", "--threads", "1"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def examples_on_path():
-    sys.path.insert(0, str(ROOT / "examples"))
-    yield
-    sys.path.remove(str(ROOT / "examples"))
 
 
 def run(*options: str) -> dict:

@@ -4,30 +4,22 @@ import importlib
 import itertools
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-
-ROOT = Path(__file__).parents[1]
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 gymnasium = pytest.importorskip("gymnasium")
 np = pytest.importorskip("numpy")
 
+pytestmark = pytest.mark.usefixtures("examples_on_path")
+
 TINY = [
     *("--seeds", "2", "--iterations", "4", "--meta-batch", "3", "--trajectories", "4"),
     *("--test-tasks", "5", "--test-steps", "2", "--hidden", "8", "--threads", "1"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def examples_on_path():
-    sys.path.insert(0, str(ROOT / "examples"))
-    yield
-    sys.path.remove(str(ROOT / "examples"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ import importlib
 import json
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,23 +11,16 @@ import torch
 import torchopt
 
 
-ROOT = Path(__file__).parents[1]
-
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("gymnasium")
+
+pytestmark = pytest.mark.usefixtures("examples_on_path")
 
 TINY = [
     *("--seeds", "2", "--rounds", "3", "--copies", "4", "--steps", "8", "--fixed", "0.5", "0.9"),
     *("--fixed-traces", "0.95", "--start", "0.5", "--threads", "1"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def examples_on_path():
-    sys.path.insert(0, str(ROOT / "examples"))
-    yield
-    sys.path.remove(str(ROOT / "examples"))
 
 
 def run_here(*options):

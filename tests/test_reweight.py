@@ -12,23 +12,16 @@ import torch
 from torch.nn import functional
 
 
-ROOT = Path(__file__).parents[1]
-
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 numpy = pytest.importorskip("numpy")
 
+pytestmark = pytest.mark.usefixtures("examples_on_path")
+
 TINY = ["--threads", "1", "--seeds", "2", "--steps", "12", "--batch", "20"]
 TWO = ["--methods", "plain", "learned weights"]
 TINY_FLIP = [*TINY, *TWO, "--tasks", "flip", "--size", "200"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def examples_on_path():
-    sys.path.insert(0, str(ROOT / "examples"))
-    yield
-    sys.path.remove(str(ROOT / "examples"))
 
 
 def run_here(folder: Path, *options: str) -> dict:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,23 +11,16 @@ import torch.nn.functional as F  # noqa: N812
 import torchopt
 
 
-ROOT = Path(__file__).parents[1]
-
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+
+pytestmark = pytest.mark.usefixtures("examples_on_path")
 
 TINY = [
     *("--seeds", "2", "--meta-batch", "5", "--iterations", "60", "--outer-lr", "5e-3"),
     *("--test-waves", "20", "--test-steps", "2", "--test-shots", "5", "10"),
 ]
 MEAN_AMPLITUDE = (0.1 + 5) / 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def examples_on_path():
-    sys.path.insert(0, str(ROOT / "examples"))
-    yield
-    sys.path.remove(str(ROOT / "examples"))
 
 
 @pytest.fixture(autouse=True)

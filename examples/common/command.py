@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,21 @@ def prepare_folder(folder: Path, marker: Path, resume: bool, overwrite: bool) ->
             f"{folder} holds a run already. Pass --resume to go on with it, --overwrite "
             "to start anew, or another --output."
         )
+
+
+@contextlib.contextmanager
+def plain_endings(name: str) -> Iterator[None]:
+    """End a run that was interrupted, or cannot be done, with one line instead of a traceback.
+
+    Args:
+        name: The example's name, as a user typed it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted; go on with --resume.") from None
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        raise SystemExit(f"{name}: {error}") from error
 
 
 class Jobs:

@@ -51,6 +51,13 @@ def results_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
     return table
 
 
+def print_claims(claims: Sequence[dict[str, Any]]) -> None:
+    """Print what papers claim beside what was measured."""
+    for claim in claims:
+        verdict = "holds" if claim["holds"] else "does not hold"
+        console.print(f"{verdict}: {claim['claim']}\n  {claim['measured']}", highlight=False)
+
+
 def draw_curves(
     path: Path,
     title: str,

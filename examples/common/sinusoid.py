@@ -29,8 +29,8 @@ from torch.func import vmap
 
 import torchopt
 from common.checkpoints import check_settings, load_checkpoint, save_checkpoint
-from common.command import Jobs, parser, positive_float, positive_int
-from common.reporting import console, progress_bar
+from common.command import Jobs, parser, plain_endings, positive_float, positive_int
+from common.reporting import console, print_claims, progress_bar
 from common.sinusoid_report import Fit, Tested, claims, draw, table
 from common.sinusoid_tasks import (
     GRID,
@@ -204,12 +204,9 @@ class SinusoidRun:
 
     def run(self) -> dict[str, Any]:
         """Do everything and return the results."""
-        try:
-            with progress_bar() as bar:
-                for name, training in self.trained.items():
-                    self._train(bar, name, training)
-        except KeyboardInterrupt:
-            raise SystemExit("Interrupted; go on with --resume.") from None
+        with progress_bar() as bar:
+            for name, training in self.trained.items():
+                self._train(bar, name, training)
         conditions = [Condition(shots) for shots in self.args.test_shots]
         conditions.append(Condition(self.args.shots, half=True))
         with console.status("testing"):
@@ -285,9 +282,7 @@ class SinusoidRun:
             "claims": claims(tested, str(Condition(args.shots)), str(Condition(args.shots, True))),
             "seconds": round(time.monotonic() - self.started, 1),
         }
-        for claim in results["claims"]:
-            holds = "[green]holds[/]" if claim["holds"] else "[red]does not hold[/]"
-            console.print(f"{claim['claim']}: {claim['measured']} ({holds})")
+        print_claims(results["claims"])
         draw(args.output / "figure.png", args.shots, tested, shown)
         self.jobs.save_results(results)
         console.print(f"Figure, metrics, results and checkpoints are in {args.output}.")
@@ -301,7 +296,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         argv: The command line without ``--data sinusoid``.
     """
     args = parse(argv)
-    try:
+    with plain_endings("few_shot --data sinusoid"):
         return SinusoidRun(args).run()
-    except (ValueError, ImportError) as error:
-        raise SystemExit(f"few_shot --data sinusoid: {error}") from error
