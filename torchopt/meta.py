@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,15 +13,14 @@ from typing_extensions import Concatenate, ParamSpec
 
 from torchopt import hyper, tree
 from torchopt.commit import all_or_nothing
-from torchopt.engine import Call, advance, initialise, initialise_packed, packs
+from torchopt.engine import Call, advance
 from torchopt.inner_gradient import differentiate
+from torchopt.meta_call import Entry, Steady, Trainable, new_call, next_states
 from torchopt.meta_state import GroupState, check_groups, checked_state
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
-from torchopt.packed import Packed, PackedDict
 from torchopt.recipe import signature_of_recipe
 from torchopt.state import extract_state_dict
-from torchopt.steady import Entry, Steady, Trainable
 from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.values import describe, same
 
@@ -153,7 +151,7 @@ class MetaOptimizer:
         if state is not None:
             states = [state]
         else:
-            states = self._next_states(entries, call, slots, track)
+            states = next_states(self._states, entries, call, slots, track)
             steady = Steady.after(self.param_groups, call, states)
 
         def write() -> None:
@@ -172,82 +170,12 @@ class MetaOptimizer:
         self, entries: list[Entry], params: list[Tensor], grads: list[Any]
     ) -> tuple[Steady | None, Call]:
         """Return the call of this step, and what is known of it if it is like the one before."""
-        steady = self._steady
+        steady, groups, states = self._steady, self.param_groups, self._states
         if steady is not None:
-            groups, states = self.param_groups, self._states
             call = steady.call(self.transformation, groups, states, entries, params, grads)
             if call is not None:
                 return steady, call
-        return None, self._call(entries, params, grads)
-
-    def _call(self, entries: list[Entry], params: list[Tensor], grads: list[Any]) -> Call:
-        single = len(self.param_groups) == 1
-        names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
-        known = [state.steps for state in self._states]
-        steps: list[Any] = [known[entry.group].get(entry.name, 0) + 1 for entry in entries]
-        specs = self.transformation.hyper_specs()
-        rows: list[dict[str, Any]] = []
-        for index, group in enumerate(self.param_groups):
-            for name, spec in specs.items():
-                hyper.check(name, group[name], spec)  # they may have been changed since
-            own = [k for k, entry in enumerate(entries) if single or entry.group == index]
-            count = max((steps[k] for k in own), default=1) - 1
-            own_names = names if single else [entries[k].name for k in own]
-            rows += hyper.resolve(
-                group, specs, [params[k] for k in own], lambda n=own_names: n, count
-            )
-        call = Call(grads, params, steps, {}, rows, lambda: names, dict(zip(names, params)))
-        fresh = [step == 1 and e.name not in known[e.group] for step, e in zip(steps, entries)]
-        complete = single and (not known[0] or known[0].keys() == set(names))
-        call.pack_slots = complete and packs(self.transformation.plan)
-        packed: dict[str, Any] = {}
-        if call.pack_slots:
-            if not known[0]:
-                packed = initialise_packed(self.transformation, call) or {}
-            elif not any(fresh):
-                packed = self._states[0].packed_slots(names)
-        initial = {}
-        if any(fresh) and not packed:  # at the first step, or for parameters that were frozen
-            missing = [p if new else None for p, new in zip(params, fresh)]
-            initial = initialise(self.transformation, dataclasses.replace(call, p=missing))
-        for slot in self.transformation.slot_names():
-            if slot in packed:
-                call.slots[slot] = packed[slot]
-                continue
-            call.slots[slot] = [
-                initial[slot][k] if new else self._states[entry.group].slots[slot].get(entry.name)
-                for k, (entry, new) in enumerate(zip(entries, fresh))
-            ]
-        return call
-
-    def _next_states(
-        self, entries: list[Entry], call: Call, slots: dict[str, list[Any]], track: bool
-    ) -> list[GroupState]:
-        """Return the states after the step."""
-        states = [
-            GroupState(
-                dict(state.steps),
-                {
-                    slot: {} if isinstance(slots[slot], Packed) else dict(column)
-                    for slot, column in state.slots.items()
-                },
-            )
-            for state in self._states
-        ]
-        for k, entry in enumerate(entries):
-            state = states[entry.group]
-            step = call.t[k] if call.g[k] is not None else call.t[k] - 1
-            state.steps[entry.name] = int(step)
-        names = tuple(entry.name for entry in entries)
-        for slot, column in slots.items():
-            if isinstance(column, Packed) and len(names) == len(column):
-                kept = column if track else column.detach()
-                states[0].slots[slot] = PackedDict(names, kept)
-                continue
-            for entry, value in zip(entries, column):
-                kept = value if track or value is None else value.detach()
-                states[entry.group].slots[slot][entry.name] = kept
-        return states
+        return None, new_call(self.transformation, groups, states, entries, params, grads)
 
     # State ------------------------------------------------------------------------------------
 

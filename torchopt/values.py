@@ -50,3 +50,10 @@ def same(a: Any, b: Any) -> bool:
         fields = [f for f in dataclasses.fields(a) if f.compare]
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields)
     return bool(a == b)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value neither changes nor holds a tensor or code: numbers, text, their tuples."""
+    if isinstance(value, tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

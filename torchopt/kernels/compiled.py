@@ -132,33 +132,14 @@ class _RefusedError(Exception):
 
 
 def _run_operators(
-    plan: Plan,
-    extent: tuple[int, int, bool],
-    names: list[str],
-    tensors: dict[str, list[Tensor]],
-    places: dict[str, list[int]],
-    steps: list[Any],
-    rows: list[dict[str, Any]],
-    row_of_each: list[int],
+    *given: Any,
 ) -> tuple[list[Tensor], dict[str, list[tuple[int, Tensor]]], dict[str, list[Any]]]:
-    """Compute parts of a plan by operators.
+    """Return what :func:`_computed` does and, as a key, why nothing was computed.
 
-    Args:
-        plan: The transformation.
-        extent: The first part, the end of the parts, and whether to add to the parameters.
-        names: The names of the parameters.
-        tensors: ``"g"``, ``"p"`` and ``"slot ..."``: those tensors that there are.
-        places: The parameters that they belong to.
-        steps: The step counts.
-        rows: Different rows of hyperparameters.
-        row_of_each: Which of them each parameter has.
-
-    Returns:
-        The updates or new parameters; the new slots with the position of their parameter; and, as
-        a key, why nothing was computed. An exception would lose its message in the compiler.
+    An exception would lose its message in the compiler.
     """
     try:
-        results, new = _computed(plan, extent, names, tensors, places, steps, rows, row_of_each)
+        results, new = _computed(*given)
     except _RefusedError as error:
         return [], {}, {str(error): []}
     return results, new, {}
@@ -174,6 +155,21 @@ def _computed(
     rows: list[dict[str, Any]],
     row_of_each: list[int],
 ) -> tuple[list[Tensor], dict[str, list[tuple[int, Tensor]]]]:
+    """Compute parts of a plan by operators.
+
+    Args:
+        plan: The transformation.
+        extent: The first part, the end of the parts, and whether to add to the parameters.
+        names: The names of the parameters.
+        tensors: ``"g"``, ``"p"`` and ``"slot ..."``: those tensors that there are.
+        places: The parameters that they belong to.
+        steps: The step counts.
+        rows: Different rows of hyperparameters.
+        row_of_each: Which of them each parameter has.
+
+    Returns:
+        The updates or new parameters, and the new slots with the position of their parameter.
+    """
     first, last, apply = extent
     count = len(names)
     columns: dict[str, list[Any]] = {}
@@ -237,12 +233,12 @@ def _run_longest(
             unfit = dict.fromkeys(halves, reason)
         if not unfit:
             groups = [(there, _exact(run, group, there, *exact)) for there, group in groups]
-            return run.last, fused._compute(
+            return run.last, fused.compute(
                 run, leaves, columns, groups, {}, applies, _call_operator
             )
         break
     try:
-        fused._answer_for(Run(plan, first, first + 1), leaves, unfit)
+        fused.answer_for(Run(plan, first, first + 1), leaves, unfit)
     except RuntimeError as error:
         raise _RefusedError(str(error)) from error
     # somebody asks why; nothing is refused then

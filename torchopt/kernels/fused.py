@@ -80,10 +80,10 @@ def take_run(
         applies = apply and run.last == len(plan.parts)
         groups, unfit = assign(run, leaves, columns, applies)
         if groups:
-            _answer_for(run, leaves, unfit)
-            return Result(run.last, _compute(run, leaves, columns, groups, unfit, applies), applies)
+            answer_for(run, leaves, unfit)
+            return Result(run.last, compute(run, leaves, columns, groups, unfit, applies), applies)
     # the rules compute the first part, and the next one is asked for anew
-    _answer_for(single, leaves, unfit)
+    answer_for(single, leaves, unfit)
     return None
 
 
@@ -105,7 +105,7 @@ def take_whole(
         return None
     if leaves.call.pack_slots and len(groups) == 1:
         remember(run, leaves.call, groups[0][1], apply)
-    return _compute(run, leaves, columns, groups, {}, apply)
+    return compute(run, leaves, columns, groups, {}, apply)
 
 
 def take_again(
@@ -123,7 +123,7 @@ def take_again(
         return None
     run, group = again
     columns: dict[str, Any] = dict(call.slots)
-    return _compute(run, call, columns, [(range(len(call.g)), group)], {}, apply), columns
+    return compute(run, call, columns, [(range(len(call.g)), group)], {}, apply), columns
 
 
 def covers(plan: Plan) -> bool:
@@ -159,7 +159,7 @@ def hindered_by_derivatives() -> str:
     return ""
 
 
-def _compute(
+def compute(
     run: Run,
     leaves: Leaves | Call,
     columns: dict[str, Any],
@@ -233,7 +233,7 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
     return group.run(tensors)
 
 
-def _answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:
+def answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:
     """Tell why parameters are not fused, or refuse it if a part requires kernels."""
     lines = _asked.get()
     for k, reason in unfit.items():

@@ -10,6 +10,7 @@ from typing import Any
 from torchopt.kernels.program import Program, build
 from torchopt.kernels.tracing import UntraceableError
 from torchopt.plan import Plan
+from torchopt.values import is_plain
 
 
 @dataclasses.dataclass
@@ -100,16 +101,10 @@ def _variants_of(parts: tuple[Any, ...]) -> list[Variant]:
     key: list[Any] = []
     for part in parts:
         values = [getattr(part, field.name) for field in dataclasses.fields(part)]
-        if not all(map(_is_plain, values)):
+        if not all(map(is_plain, values)):
             return []  # nothing that holds a graph, or code, is kept for good
         key.append((type(part), *zip(map(type, values), values)))
     return _known_variants(tuple(key))
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
 
 
 @functools.lru_cache(maxsize=512)

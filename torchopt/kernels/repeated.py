@@ -74,17 +74,11 @@ def remember(run: Run, call: Call, group: Group, apply: bool) -> None:
     packed_out = frozenset(s for s in group.kernel.output_streams if s != UPDATE)
     if rule.packed_out != packed_out:
         return
-    memo = rule.packing.memo
-    if (
-        memo is None
-        or memo.run is not run
-        or memo.row is not row
-        or memo.apply != apply
-        or memo.present != rule.present
-    ):
-        dtype, device = call.g[0].dtype, call.g[0].device
-        memo = rule.packing.memo = Memo(run, row, *read, dtype, device, rule.present, apply, {})
+    memo = Memo(run, row, *read, call.g[0].dtype, call.g[0].device, rule.present, apply, {})
+    if memo == rule.packing.memo:
+        memo.streams = rule.packing.memo.streams  # of other programs that have run
     memo.streams[group.program] = rule.packed_in, packed_out
+    rule.packing.memo = memo
 
 
 def group_again(plan: Plan, call: Call, apply: bool) -> tuple[Run, Group] | None:

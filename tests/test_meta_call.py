@@ -208,3 +208,14 @@ def test_copies_go_their_own_ways():
     assert all(map(torch.equal, before, net.parameters()))
     optimizer.step(loss_of(net, 4))
     assert all(map(torch.equal, other.parameters(), net.parameters()))
+
+
+def test_steps_of_another_dtype_are_repeated_too(repeats):
+    net, optimizer = build(None)
+    for dtype in (torch.float64, torch.float32):
+        net.to(dtype)
+        with torchopt.inner_loop(net, optimizer) as inner:
+            for step in range(4):
+                inner.step(loss_of(net, step))
+        assert repeats[-1] is True
+        assert repeats[-2] is True

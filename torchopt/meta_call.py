@@ -1,17 +1,24 @@
-"""A differentiable step like the one before: what that one found out need only be compared."""
+"""What a differentiable step asks the engine for, and the state after it.
+
+A step like the one before takes a short way: what that one found out need only be compared.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from torchopt.engine import Call, initialise_packed
+from torchopt import hyper
+from torchopt.engine import Call, initialise, initialise_packed, packs
 from torchopt.meta_state import GroupState
 from torchopt.module_state import ParameterSite, ParameterWalk
 from torchopt.packed import Packed, PackedDict, Packing
+from torchopt.transform import GradientTransformation
+from torchopt.values import is_plain
 
 
 class Entry(NamedTuple):
@@ -61,6 +68,87 @@ class Trainable:
         return [site.tensor for site in walk.sites]
 
 
+def new_call(
+    tx: GradientTransformation,
+    groups: Sequence[dict[str, Any]],
+    states: Sequence[GroupState],
+    entries: Sequence[Entry],
+    params: list[Tensor],
+    grads: list[Any],
+) -> Call:
+    """Return the call of a step of which nothing is known."""
+    single = len(groups) == 1
+    names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
+    known = [state.steps for state in states]
+    steps: list[Any] = [known[entry.group].get(entry.name, 0) + 1 for entry in entries]
+    specs = tx.hyper_specs()
+    rows: list[dict[str, Any]] = []
+    for index, group in enumerate(groups):
+        for name, spec in specs.items():
+            hyper.check(name, group[name], spec)  # they may have been changed since
+        own = [k for k, entry in enumerate(entries) if single or entry.group == index]
+        count = max((steps[k] for k in own), default=1) - 1
+        own_names = names if single else [entries[k].name for k in own]
+        rows += hyper.resolve(group, specs, [params[k] for k in own], lambda n=own_names: n, count)
+    call = Call(grads, params, steps, {}, rows, lambda: names, dict(zip(names, params)))
+    fresh = [step == 1 and e.name not in known[e.group] for step, e in zip(steps, entries)]
+    complete = single and (not known[0] or known[0].keys() == set(names))
+    call.pack_slots = complete and packs(tx.plan)
+    packed: dict[str, Any] = {}
+    if call.pack_slots:
+        if not known[0]:
+            packed = initialise_packed(tx, call) or {}
+        elif not any(fresh):
+            packed = states[0].packed_slots(names)
+    initial = {}
+    if any(fresh) and not packed:  # at the first step, or for parameters that were frozen
+        missing = [p if new else None for p, new in zip(params, fresh)]
+        initial = initialise(tx, dataclasses.replace(call, p=missing))
+    for slot in tx.slot_names():
+        if slot in packed:
+            call.slots[slot] = packed[slot]
+            continue
+        call.slots[slot] = [
+            initial[slot][k] if new else states[entry.group].slots[slot].get(entry.name)
+            for k, (entry, new) in enumerate(zip(entries, fresh))
+        ]
+    return call
+
+
+def next_states(
+    states: Sequence[GroupState],
+    entries: Sequence[Entry],
+    call: Call,
+    slots: dict[str, list[Any]],
+    track: bool,
+) -> list[GroupState]:
+    """Return the states after a step; ``track`` says whether slots keep their graph."""
+    following = [
+        GroupState(
+            dict(state.steps),
+            {
+                slot: {} if isinstance(slots[slot], Packed) else dict(column)
+                for slot, column in state.slots.items()
+            },
+        )
+        for state in states
+    ]
+    for k, entry in enumerate(entries):
+        state = following[entry.group]
+        step = call.t[k] if call.g[k] is not None else call.t[k] - 1
+        state.steps[entry.name] = int(step)
+    names = tuple(entry.name for entry in entries)
+    for slot, column in slots.items():
+        if isinstance(column, Packed) and len(names) == len(column):
+            kept = column if track else column.detach()
+            following[0].slots[slot] = PackedDict(names, kept)
+            continue
+        for entry, value in zip(entries, column):
+            kept = value if track or value is None else value.detach()
+            following[entry.group].slots[slot][entry.name] = kept
+    return following
+
+
 class Steady:
     """The hyperparameters and the slots of a step whose next one may be like it.
 
@@ -102,7 +190,7 @@ class Steady:
             return None
         if any(value is not None for column in absent.values() for value in column.values()):
             return None
-        if not all(_is_plain(groups[0][name]) for name in row):
+        if not all(is_plain(groups[0][name]) for name in row):
             return None
         return cls(groups[0], call.hyper, packed[0].names, packed[0].packed.packing, absent)
 
@@ -171,10 +259,3 @@ class Steady:
                     return None
                 columns[slot] = PackedDict(self.names, column if track else column.detach())
         return GroupState(dict.fromkeys(self.names, int(call.t[0])), columns)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a hyperparameter is numbers only."""
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return type(value) in (bool, int, float)
