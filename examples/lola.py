@@ -10,7 +10,7 @@ differentiated any number of times. Many independent pairs learn side by side in
 
     python examples/lola.py                          # exact and DiCE, 0 to 3 look-aheads
     python examples/lola.py --gradients exact        # seconds
-    python examples/lola.py --rounds 150 --games 1024     # games as in TorchOpt 0.7: about an hour
+    python examples/lola.py --rounds 150 --games 1024     # games as in TorchOpt 0.7: far longer
     python examples/lola.py --steps "DiCE paper" --rounds 150 --first-iterations 0    # that paper's
     python examples/lola.py --steps "LOLA paper" --gradients exact --look-aheads 0 1  # that paper's
     python examples/lola.py --resume                 # after an interruption

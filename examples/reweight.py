@@ -11,7 +11,7 @@ right labels. All have the same data; all but the learned weights also train on 
     python examples/reweight.py                              # scikit-learn's digits, both tasks
     python examples/reweight.py --tasks imbalance --proportions 0.9 0.95 0.98 0.99 0.995
     python examples/reweight.py --data mnist --root DIR      # the four official files in DIR
-    python examples/reweight.py --data mnist --root DIR --full   # 8,000 steps, ten seeds: hours
+    python examples/reweight.py --data mnist --root DIR --full   # 8,000 steps, ten seeds
     python examples/reweight.py --resume                     # after an interruption
 
 What differs from the paper with scikit-learn's digits: they have 8x8 pixels, and each has about
@@ -95,7 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=positive_int, help="images in a minibatch, default depends on the task")
     add("--lr", type=positive_float, help="learning rate, default depends on the task")
     add("--channels", type=positive_int, help="of the network, default depends on the task")
-    add("--full", action="store_true", help="settings of the paper; hours")
+    add("--full", action="store_true", help="settings of the paper; takes long")
     args = options.parse_args(argv)
     if (args.data == "mnist") != (args.root is not None):
         options.error("--data mnist needs --root DIR, the folder with the official files")
