@@ -11,7 +11,7 @@ right labels. All have the same data; all but the learned weights also train on 
     python examples/reweight.py                              # scikit-learn's digits, both tasks
     python examples/reweight.py --tasks imbalance --proportions 0.9 0.95 0.98 0.99 0.995
     python examples/reweight.py --data mnist --root DIR      # the four official files in DIR
-    python examples/reweight.py --data mnist --root DIR --full   # 8,000 steps, ten seeds
+    python examples/reweight.py --data mnist --root DIR --full   # 8,000 steps
     python examples/reweight.py --resume                     # after an interruption
 
 What differs from the paper with scikit-learn's digits: they have 8x8 pixels, and each has about
@@ -32,12 +32,13 @@ import argparse
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common.command import Jobs, parser, plain_endings, positive_float, positive_int
-from common.digit_data import Problem, Source, flipped, imbalanced, load_digits, load_mnist
+from common.digit_data import Problem, flipped, imbalanced, load_digits, load_mnist
 from common.reporting import console, print_claims, progress_bar
 from common.reweight_report import beyond_the_paper, claims, draw, tables
 from common.reweight_training import FAST, METHODS, Training, train
@@ -53,7 +54,6 @@ TRAINING = {
     "flip": Training(steps=1200, batch=50, lr=0.05, momentum=0.9, decay=True, channels=16),
 }
 FULL = {"steps": 8000, "lr": 1e-3, "decay": False}  # the paper's, for MNIST
-FULL_SEEDS = 10
 PROPORTIONS = (0.9, 0.995)
 FULL_PROPORTIONS = (0.9, 0.95, 0.98, 0.99, 0.995)
 MEASUREMENTS = 10
@@ -78,12 +78,14 @@ def digit(text: str) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     options = parser("reweight", "Learn the weights of training examples from a few clean ones.")
+    options.set_defaults(threads=1)  # images and networks are too small to share out
     add = options.add_argument
+    add("--workers", type=positive_int, default=2, help="trainings at once, a process each")
     add("--data", choices=sorted(SIZES), default="digits", help="images to learn from")
     add("--root", type=Path, help="folder with the official MNIST files")
     add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="what to do")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="to compare")
-    add("--seeds", type=positive_int, help=f"how many, default 5; {FULL_SEEDS} with --full")
+    add("--seeds", type=positive_int, default=10, help="how many; the paper has ten")
     add("--digits", nargs=2, type=digit, default=[4, 9], help="the rare one and the other")
     help_text = f"share of the frequent digit, default {PROPORTIONS}; {FULL_PROPORTIONS} if --full"
     add("--proportions", nargs="+", type=share, help=help_text)
@@ -103,10 +105,45 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.error("--full needs --data mnist: its settings are for MNIST")
     if args.digits[0] == args.digits[1]:
         options.error(f"--digits: expected two different digits, got {args.digits}")
-    args.seeds = args.seeds or (FULL_SEEDS if args.full else 5)
     proportions = args.proportions or (FULL_PROPORTIONS if args.full else PROPORTIONS)
     args.proportions = sorted(set(proportions))
     return args
+
+
+def size_of(args: argparse.Namespace, task: str) -> int:
+    """Return how many training images a task has."""
+    return args.size or SIZES[args.data][task]
+
+
+def training_of(args: argparse.Namespace, task: str) -> Training:
+    """Return how the networks of a task are trained."""
+    names = ("steps", "batch", "lr", "channels")
+    given = {name: getattr(args, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(TRAINING[task], **{**(FULL if args.full else {}), **given})
+
+
+def problem_of(args: argparse.Namespace, task: str, proportion: float | None, seed: int) -> Problem:
+    """Return what a task trains and tests on.
+
+    Raises:
+        ValueError: If the data has too few images for it.
+    """
+    source = load_digits() if args.data == "digits" else load_mnist(args.root)
+    generator, size = torch.Generator().manual_seed(seed), size_of(args, task)
+    if task == "flip":
+        return flipped(source, args.flip_rate, size, args.flip_clean, generator)
+    assert proportion is not None
+    digits = (args.digits[0], args.digits[1])
+    return imbalanced(source, digits, proportion, size, args.clean, generator)
+
+
+def trained(args: argparse.Namespace, part: dict[str, Any]) -> list[dict[str, Any]]:
+    """Do one training, in whichever process, and return its metrics."""
+    torch.set_num_threads(args.threads)
+    task, seed = part["task"], part["seed"]
+    problem = problem_of(args, task, part["proportion"], seed).to(args.device)
+    return list(train(part["method"], problem, training_of(args, task), seed, MEASUREMENTS))
 
 
 class ReweightRun:
@@ -114,25 +151,16 @@ class ReweightRun:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.source: Source = load_digits() if args.data == "digits" else load_mnist(args.root)
-        self.training = {task: self._training(task) for task in args.tasks}
-        self.sizes = {task: args.size or SIZES[args.data][task] for task in args.tasks}
         self.parts = self._parts()
         if not self.parts:
             raise ValueError(f"None of the methods {args.methods} is for the tasks {args.tasks}.")
         for task, proportion in dict.fromkeys((p["task"], p["proportion"]) for p in self.parts):
-            self._problem(task, proportion, args.seed)  # refuse what cannot be made now
-        torch.set_num_threads(args.threads)
+            problem_of(args, task, proportion, args.seed)  # refuse what cannot be made now
         names = ("data", "digits", "flip_rate", "clean", "flip_clean", "seed")
-        settings = {name: getattr(args, name) for name in names} | {"sizes": self.sizes}
-        settings["training"] = {task: asdict(how) for task, how in self.training.items()}
+        settings = {name: getattr(args, name) for name in names}
+        settings["sizes"] = {task: size_of(args, task) for task in args.tasks}
+        settings["training"] = {task: asdict(training_of(args, task)) for task in args.tasks}
         self.jobs = Jobs(args.output, settings, args.resume, args.overwrite)
-
-    def _training(self, task: str) -> Training:
-        names = ("steps", "batch", "lr", "channels")
-        given = {name: getattr(self.args, name) for name in names}
-        given = {name: value for name, value in given.items() if value is not None}
-        return replace(TRAINING[task], **{**(FULL if self.args.full else {}), **given})
 
     def _parts(self) -> list[dict[str, Any]]:
         """Return what names each training; seed by seed, so that an early end has all methods."""
@@ -145,15 +173,6 @@ class ReweightRun:
             for method in TASKS[task]
             if method in args.methods
         ]
-
-    def _problem(self, task: str, proportion: float | None, seed: int) -> Problem:
-        args, generator = self.args, torch.Generator().manual_seed(seed)
-        size = self.sizes[task]
-        if task == "flip":
-            return flipped(self.source, args.flip_rate, size, args.flip_clean, generator)
-        assert proportion is not None
-        digits = (args.digits[0], args.digits[1])
-        return imbalanced(self.source, digits, proportion, size, args.clean, generator)
 
     def run(self) -> dict[str, Any]:
         """Do everything and return the results."""
@@ -179,26 +198,15 @@ class ReweightRun:
         return results
 
     def _train(self) -> None:
-        device = self.args.device
         with progress_bar() as bar:
-            total = sum(self.training[part["task"]].steps for part in self.parts)
-            progress = bar.add_task("training", total=total, figures="")
-            for part in self.parts:
-                task, method, seed = part["task"], part["method"], part["seed"]
-                how = self.training[task]
-                before = bar.tasks[0].completed
+            progress = bar.add_task("trainings", total=len(self.parts), figures="")
 
-                def work(part: dict[str, Any] = part, before: float = before) -> Any:
-                    problem = self._problem(part["task"], part["proportion"], part["seed"])
-                    how, name = self.training[part["task"]], part["method"]
-                    for row in train(name, problem.to(device), how, part["seed"], MEASUREMENTS):
-                        bar.update(progress, completed=before + row["step"])
-                        yield row
-
+            def ended(part: dict[str, Any]) -> None:
                 where = "" if part["proportion"] is None else f" {part['proportion']}"
-                bar.update(progress, figures=f"{task}{where}, {method}, seed {seed}")
-                self.jobs.run(part, work)
-                bar.update(progress, completed=before + how.steps)
+                figures = f"{part['task']}{where}, {part['method']}, seed {part['seed']}"
+                bar.update(progress, advance=1, figures=figures)
+
+            self.jobs.run_all(self.parts, partial(trained, self.args), self.args.workers, ended)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -84,6 +84,26 @@ class TestDigits:
         assert not claim["holds"] or accuracies["MAML"] > better
         assert f"{accuracies['MAML']:.1f}" in claim["measured"]
 
+    @pytest.mark.parametrize(("gain", "holds"), [(0.5, True), (0.05, False), (-0.5, False)])
+    def test_the_claim_compares_task_by_task(self, gain, holds):
+        import few_shot
+        from common.maml import Accuracy
+
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda: torch.randn(400, generator=generator, dtype=torch.float64)  # noqa: E731
+        difficulty, noise = 10 * draw(), draw()  # tasks differ by far more than learners do
+        tested = [
+            ("no meta-training", Accuracy(50 + difficulty), ""),
+            ("pre-training", Accuracy(40 + difficulty), ""),
+            ("MAML", Accuracy(50 + difficulty + noise - noise.mean() + gain), ""),
+        ]
+        claim = few_shot.claim(tested)
+        assert claim["holds"] is holds
+        half_width = 1.96 * noise.std().item() / 20
+        assert f"difference over the same 400 tasks {gain:.2f} ± {half_width:.2f}" in (
+            claim["measured"]
+        )
+
     @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
     @pytest.mark.parametrize("order", [[], ["--first-order"]], ids=["second", "first"])
     def test_inner_optimizers_and_learned_rates(self, tmp_path, optimizer, order):

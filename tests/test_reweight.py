@@ -27,7 +27,7 @@ TINY_FLIP = [*TINY, *TWO, "--tasks", "flip", "--size", "200"]
 def run_here(folder: Path, *options: str) -> dict:
     import reweight
 
-    return reweight.main(["--output", str(folder), *options])
+    return reweight.main(["--output", str(folder), "--workers", "1", *options])
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -238,6 +238,13 @@ class TestRun:
         assert len(calls) == 3 + 2
         assert resumed["accuracies"] == straight["accuracies"]
         assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "straight")
+
+    def test_several_at_once_give_the_same(self, tmp_path):
+        options = [*TINY_FLIP, "--threads", "1", "--workers"]
+        one = run_here(tmp_path / "one", *options, "1")
+        two = run_here(tmp_path / "two", *options, "2")
+        assert one["accuracies"] == two["accuracies"]
+        assert metrics_of(tmp_path / "one") == metrics_of(tmp_path / "two")
 
     def test_full_takes_the_proportions_of_the_paper(self):
         import reweight

@@ -161,6 +161,31 @@ class Jobs:
             self._write([*head, *self.rows])
         return [row for row in self.rows if all(row.get(k) == v for k, v in job.items())]
 
+    def run_all(
+        self,
+        jobs: Sequence[dict[str, Any]],
+        work: Callable[[dict[str, Any]], list[dict[str, Any]]],
+        workers: int,
+        ended: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Do the jobs that are not finished, several at once in processes of their own.
+
+        Args:
+            jobs: What names each.
+            work: Does one and returns its metrics. Must be picklable for more workers than one.
+            workers: How many are done at once; a single one is this process.
+            ended: Called for each job when its lines are on the disk, in the order of ``jobs``.
+        """
+        from joblib import Parallel, delayed
+
+        left = [job for job in jobs if not self.finished(**job)]
+        pool = Parallel(n_jobs=workers, return_as="generator")
+        results: Any = pool(delayed(work)(job) for job in left)  # a list for other `return_as`
+        with contextlib.closing(results):  # an interrupted run ends its processes
+            for job in jobs:
+                self.run(job, lambda: next(results))
+                ended(job)
+
     def save_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json``: what the run gave, for the table of the examples."""
         text = json.dumps(results, indent=2) + "\n"

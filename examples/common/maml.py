@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,14 +83,33 @@ class Learner:
 
 @dataclass
 class Accuracy:
-    """Mean accuracy over tasks in percent, with half the width of its 95 % interval."""
+    """Accuracy in percent on each task, or the difference of two on the same tasks.
 
-    mean: float
-    half_width: float
-    tasks: int
+    Attributes:
+        values: One number for each task, in double precision.
+    """
+
+    values: Tensor
+
+    @property
+    def mean(self) -> float:
+        """The mean over tasks."""
+        return self.values.mean().item()
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the 95 % interval of the mean."""
+        return 1.96 * self.values.std().item() / math.sqrt(len(self.values))
+
+    def __sub__(self, other: Accuracy) -> Accuracy:
+        return Accuracy(self.values - other.values)
 
     def __str__(self) -> str:
         return f"{self.mean:.1f} ± {self.half_width:.1f} %"
+
+    def summary(self) -> dict[str, Any]:
+        """Return what is kept of it in a file."""
+        return {"mean": self.mean, "half_width": self.half_width, "tasks": len(self.values)}
 
 
 def measured_accuracy(
@@ -108,9 +128,7 @@ def measured_accuracy(
         for start in range(0, tasks, at_once):
             batch = sampler.sample_batch(min(at_once, tasks - start)).to(device)
             results.append(learner.outcome(params, rates, batch, steps)[1])
-    values = 100 * torch.cat(results).cpu().double()
-    half_width = 1.96 * values.std().item() / math.sqrt(tasks)
-    return Accuracy(values.mean().item(), half_width, tasks)
+    return Accuracy(100 * torch.cat(results).cpu().double())
 
 
 def initial_rates(params: Params, value: float) -> Params:
