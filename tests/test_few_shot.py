@@ -100,8 +100,9 @@ class TestDigits:
         claim = few_shot.claim(tested)
         assert claim["holds"] is holds
         half_width = 1.96 * noise.std().item() / 20
-        assert f"difference over the same 400 tasks {gain:.2f} ± {half_width:.2f}" in (
-            claim["measured"]
+        assert (
+            f"difference over the same 400 tasks {gain:.2f} ± {half_width:.2f}"
+            in (claim["measured"])
         )
 
     @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
