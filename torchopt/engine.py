@@ -122,13 +122,25 @@ def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> di
     if not elementwise or common is None or any(other is not row for other in call.hyper):
         return None
     packing = packing or Packing(common.shapes)
-    flat = to_compute_dtype(packing.pack([p.detach() for p in call.p]))
+    flat: Tensor | None = None
     columns: dict[str, Any] = {}
     for position, part in enumerate(tx.plan.parts):
-        if tx.plan.slots[position]:
-            (own,) = tx.plan.rows_of(position, [row])
-            for name, value in zip(tx.plan.slots[position], part.init_slots(flat, **own)):
-                columns[name] = [None] * len(call.p) if value is None else Packed(value, packing)
+        if not tx.plan.slots[position]:
+            continue
+        (own,) = tx.plan.rows_of(position, [row])
+        if part.constant_slots:
+            one = to_compute_dtype(torch.zeros(1, dtype=common.dtype))
+            values = [
+                None if x is None else packing.filled(x.item(), x.dtype, common.device)
+                for x in part.init_slots(one, **own)
+            ]
+        else:
+            if flat is None:
+                flat = to_compute_dtype(packing.pack([p.detach() for p in call.p]))
+            slots = part.init_slots(flat, **own)
+            values = [None if x is None else Packed(x, packing) for x in slots]
+        for name, value in zip(tx.plan.slots[position], values):
+            columns[name] = [None] * len(call.p) if value is None else value
     return columns
 
 

@@ -28,6 +28,7 @@ class Packing:
     memo: Any = None
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
+        self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.shapes = list(shapes)
         self.sizes = [shape.numel() for shape in self.shapes]
         self.offsets = [0, *itertools.accumulate(self.sizes)][:-1]
@@ -46,6 +47,20 @@ class Packing:
         """Return a flat tensor with the entries of all."""
         return torch.cat([x.reshape(-1) for x in tensors])
 
+    def filled(self, value: float, dtype: torch.dtype, device: torch.device) -> Packed:
+        """Return slots that are one number everywhere; zeros take no memory."""
+        if value != 0:
+            return Packed(torch.full((self.total,), value, dtype=dtype, device=device), self)
+        key = dtype, device
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros((), dtype=dtype, device=device)
+        return Packed(self._zeros[key].expand(self.total), self)
+
+    def is_zero(self, flat: Tensor) -> bool:
+        """Whether a flat tensor is the zeros of :meth:`filled`, which nobody writes to."""
+        zero = self._zeros.get((flat.dtype, flat.device))
+        return zero is not None and flat.data_ptr() == zero.data_ptr()
+
 
 class Packed(Sequence):
     """A list of tensors that is one flat tensor until it is looked at."""
@@ -53,6 +68,14 @@ class Packed(Sequence):
     def __init__(self, flat: Tensor, packing: Packing) -> None:
         self.flat, self.packing = flat, packing
         self._tensors: list[Tensor] | None = None
+
+    def readable(self) -> Packed | None:
+        """Return the same with its entries one after the other in memory, ``None`` for zeros."""
+        if self.flat.is_contiguous():
+            return self
+        if self.packing.is_zero(self.flat):
+            return None
+        return Packed(self.flat.contiguous(), self.packing)
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors: copies, so that each can be detached or changed by itself."""

@@ -73,12 +73,20 @@ class GradientTransformation:
     slots: ClassVar[tuple[str, ...]] = ()
     #: Those of ``slots`` that some values of the hyperparameters leave out.
     optional_slots: ClassVar[frozenset[str]] = frozenset()
+    #: Whether each initial slot is one number everywhere, whatever the parameter; what overrides
+    #: :meth:`init_slots` has to say so anew.
+    constant_slots: ClassVar[bool] = True
     #: Whether the rule reads the step count (bias correction).
     uses_step: ClassVar[bool] = False
     #: Whether rule and initial slots depend on each entry of a parameter by itself.
     elementwise: ClassVar[bool] = False
     #: Whether the rule is right for sparse gradients.
     accepts_sparse: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "init_slots" in vars(cls) and "constant_slots" not in vars(cls):
+            cls.constant_slots = False
 
     def __post_init__(self) -> None:
         for name, spec in self.hyper_specs().items():

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from torchopt.kernels import backends, native
+from torchopt.kernels.alike import Alike
 from torchopt.kernels.assignment import PLAIN
 from torchopt.kernels.fused import hindered
 from torchopt.kernels.launch import narrow_mask, slot_dtype
@@ -27,8 +28,6 @@ from torchopt.plan import Plan
 
 
 MODE = "apply"
-_dtype_of = Tensor.dtype.__get__  # pyright: ignore[reportAttributeAccessIssue]
-_layout_of = Tensor.layout.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Prepared:
@@ -59,6 +58,7 @@ class Prepared:
         )
         self.starts = [start for start, _ in written]
         self.stops = [stop for _, stop in written]
+        self.known_params, self.known_grads = Alike(), Alike()
         self.apart: list[int] = []  # addresses of gradients known to lie elsewhere
         self.program: Program | None = None
         self.call: native.KernelCall | None = None
@@ -116,24 +116,26 @@ class Prepared:
         for column, addresses in zip((self.params, *self.kept), self.addresses):
             if list(map(Tensor.data_ptr, column)) != addresses:
                 return False
-        return (
-            [p.shape for p in params] == self.shapes
-            and set(map(_dtype_of, params)) == {self.dtype}
-            and all(map(Tensor.is_contiguous, params))
-            and not any(map(Tensor.is_neg, params))
-        )
+        return self.known_params.knows(params) or self._become_known(self.known_params, params)
 
     def takes(self, grads: Sequence[Tensor]) -> bool:
         """Whether kernels can read the gradients as they are."""
-        return (
-            PLAIN.issuperset(map(type, grads))
-            and set(map(_layout_of, grads)) == {torch.strided}
-            and set(map(_dtype_of, grads)) == {self.dtype}
-            and all(map(Tensor.is_contiguous, grads))
-            and [g.shape for g in grads] == self.shapes
-            and not any(map(Tensor.is_neg, grads))
-            and self._lie_apart(list(map(Tensor.data_ptr, grads)))
+        known = self.known_grads.knows(grads) or self._become_known(self.known_grads, grads)
+        return known and self._lie_apart(list(map(Tensor.data_ptr, grads)))
+
+    def _become_known(self, kinds: Alike, tensors: Sequence[Tensor]) -> bool:
+        """Check parameters or gradients of which no like were seen; return whether they fit."""
+        fit = (
+            PLAIN.issuperset(map(type, tensors))
+            and all(x.layout == torch.strided and x.is_cpu for x in tensors)
+            and {x.dtype for x in tensors} == {self.dtype}
+            and [x.shape for x in tensors] == self.shapes
+            and all(map(Tensor.is_contiguous, tensors))
+            and not any(map(Tensor.is_neg, tensors))
         )
+        if fit:
+            kinds.add(tensors)
+        return fit
 
     def _lie_apart(self, addresses: list[int]) -> bool:
         """Whether the gradients share no memory with what is overwritten here; remembered."""

@@ -47,7 +47,7 @@ def launch(
     """
     packed = any(isinstance(column, Packed) for column in inputs.values())
     packed = packed or any(isinstance(mask, Packing) for mask in wanted.values())
-    like, inputs = _same_layout(like, inputs, packed)
+    like, inputs = _same_layout(like, {s: _readable(c) for s, c in inputs.items()}, packed)
     own = like[0].dtype
     outputs: dict[str, Column] = {}
     for stream in kernel.output_streams:
@@ -126,6 +126,14 @@ def slot_dtype(dtype: torch.dtype) -> torch.dtype:
 def narrow_mask(streams: Sequence[str]) -> int:
     """Return, as bits, which streams have the dtype of the parameters."""
     return sum(1 << k for k, stream in enumerate(streams) if stream in OF_PARAMETERS)
+
+
+def _readable(column: Column) -> Column:
+    """Return a column as kernels can read it, if it is packed."""
+    if not isinstance(column, Packed):
+        return column
+    readable = column.readable()
+    return [None] * len(column) if readable is None else readable
 
 
 def _same_layout(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchopt.engine import Call
+from torchopt.kernels.alike import Alike
 from torchopt.kernels.assignment import PLAIN
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.launch import slot_dtype
@@ -18,12 +18,6 @@ from torchopt.kernels.program import UPDATE, Program
 from torchopt.kernels.rules import Rules
 from torchopt.packed import Packed, Packing
 from torchopt.plan import Plan
-
-
-_dtype_of: Any = Tensor.dtype.__get__  # pyright: ignore[reportAttributeAccessIssue]
-_layout_of: Any = Tensor.layout.__get__  # pyright: ignore[reportAttributeAccessIssue]
-_device_of: Any = Tensor.device.__get__  # pyright: ignore[reportAttributeAccessIssue]
-_shape_of: Any = Tensor.shape.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclasses.dataclass
@@ -40,6 +34,7 @@ class Memo:
         present: For each slot, whether it is a tensor.
         apply: Whether the updates were added to the parameters.
         streams: For each program that ran, its inputs and outputs that are packed.
+        known: Gradients and parameters that fitted.
     """
 
     run: Run
@@ -51,16 +46,22 @@ class Memo:
     present: tuple[bool, ...]
     apply: bool
     streams: dict[Program, tuple[frozenset[str], frozenset[str]]] = dataclasses.field(compare=False)
+    known: Alike = dataclasses.field(compare=False)
 
     def fits(self, tensors: Sequence[Any], shapes: list[torch.Size]) -> bool:
         """Whether these are plain tensors of the same shapes, dtype and device as before."""
-        return (
+        if self.known.knows(tensors):
+            return True
+        fit = (
             PLAIN.issuperset(map(type, tensors))
-            and list(map(_shape_of, tensors)) == shapes
-            and set(map(_dtype_of, tensors)) == {self.dtype}
-            and set(map(_layout_of, tensors)) == {torch.strided}
-            and set(map(_device_of, tensors)) == {self.device}
+            and [x.shape for x in tensors] == shapes
+            and {x.dtype for x in tensors} == {self.dtype}
+            and {x.layout for x in tensors} == {torch.strided}
+            and {x.device for x in tensors} == {self.device}
         )
+        if fit:
+            self.known.add(tensors)
+        return fit
 
 
 def remember(run: Run, call: Call, group: Group, apply: bool) -> None:
@@ -74,9 +75,11 @@ def remember(run: Run, call: Call, group: Group, apply: bool) -> None:
     packed_out = frozenset(s for s in group.kernel.output_streams if s != UPDATE)
     if rule.packed_out != packed_out:
         return
-    memo = Memo(run, row, *read, call.g[0].dtype, call.g[0].device, rule.present, apply, {})
-    if memo == rule.packing.memo:
-        memo.streams = rule.packing.memo.streams  # of other programs that have run
+    memo = Memo(
+        run, row, *read, call.g[0].dtype, call.g[0].device, rule.present, apply, {}, Alike()
+    )
+    if memo == rule.packing.memo:  # other programs have run
+        memo.streams, memo.known = rule.packing.memo.streams, rule.packing.memo.known
     memo.streams[group.program] = rule.packed_in, packed_out
     rule.packing.memo = memo
 

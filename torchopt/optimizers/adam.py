@@ -32,6 +32,7 @@ class ScaleByAdam(ElementwiseTransformation):
 
     slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     optional_slots = frozenset({"max_exp_avg_sq"})
+    constant_slots = True
     uses_step = True
 
     def init_slots(self, param: Tensor, *, amsgrad: bool, **_: Any) -> tuple[Tensor | None, ...]:

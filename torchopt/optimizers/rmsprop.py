@@ -37,6 +37,7 @@ class ScaleByRms(ElementwiseTransformation):
 
     slots = ("square_avg", "grad_avg")
     optional_slots = frozenset({"grad_avg"})
+    constant_slots = True
 
     def init_slots(self, param: Tensor, *, centered: bool, **_: Any) -> tuple[Tensor | None, ...]:
         """Return the initial second moment, and a mean of zeros if ``centered``."""

@@ -23,6 +23,7 @@ class Trace(ElementwiseTransformation):
 
     slots = ("momentum_buffer",)
     optional_slots = frozenset({"momentum_buffer"})
+    constant_slots = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
