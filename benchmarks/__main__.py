@@ -54,7 +54,8 @@ def chosen_rows(options: argparse.Namespace, variants: Sequence[Side]) -> list[R
         if options.against and not set(row.sides) & {*options.against}:
             continue
         rows.append(row)
-        rows += [row.renamed(OURS, side.name) for side in variants]
+        if OURS in row.sides:
+            rows += [row.renamed(OURS, side.name) for side in variants]
     return rows
 
 

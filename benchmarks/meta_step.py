@@ -80,10 +80,15 @@ CONV = Case("meta-step conv", "meta_step", {"network": "conv"}, CHECKS)
 ROWS = [
     Row("meta-mlp", MLP, "torchopt", "floor", 1.25, at_most=True),
     Row("meta-mlp", MLP, "higher", "torchopt", 2.6),
+    Row("meta-mlp", MLP, "higher", "floor", None),
     Row("meta-mlp", MLP, "torchopt-0.7.3", "torchopt", 2.4),
+    Row("meta-mlp", MLP, "torchopt-0.7.3", "floor", None),
     Row("meta-wide", WIDE, "torchopt", "floor", 1.25, at_most=True),
     Row("meta-wide", WIDE, "higher", "torchopt", 1.5),
+    Row("meta-wide", WIDE, "higher", "floor", None),
     Row("meta-wide", WIDE, "torchopt-0.7.3", "torchopt", 1.5),
+    Row("meta-wide", WIDE, "torchopt-0.7.3", "floor", None),
     Row("meta-wide", WIDE, "optax", "torchopt", 1.3),
+    Row("meta-wide", WIDE, "optax", "floor", None),
     Row("meta-conv", CONV, "torchopt", "floor", 1.03, at_most=True),
 ]

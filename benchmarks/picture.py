@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
-MET, MISSED, TARGET = "#2a7f62", "#c2533d", "#1f2937"
+COLORS = {True: "#2a7f62", False: "#c2533d", None: "#b6bcc6"}  # by whether the target is met
+TARGET = "#1f2937"
 
 
 def draw(results: Sequence[Mapping[str, Any]], clock: str, subtitle: str, path: Path) -> None:
@@ -38,13 +39,14 @@ def draw(results: Sequence[Mapping[str, Any]], clock: str, subtitle: str, path: 
 def _bar(axes: Any, height: int, result: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     value, low, high = found["value"], found["low"], found["high"]
     # from 1 on: equally fast
-    axes.barh(height, value - 1, left=1, height=0.55, color=MET if found["met"] else MISSED)
+    axes.barh(height, value - 1, left=1, height=0.55, color=COLORS[found["met"]])
     axes.plot([low, high], [height, height], color="black", linewidth=1.2)
-    # the arrow of the mark points to where the target is reached
-    marker = "<" if result["at_most"] else ">"
     target = result["target"]
-    axes.plot([target, target], [height - 0.4, height + 0.4], color=TARGET, linewidth=2)
-    axes.plot(target, height, marker=marker, color=TARGET, markersize=5)
+    if target is not None:
+        # the arrow of the mark points to where the target is reached
+        marker = "<" if result["at_most"] else ">"
+        axes.plot([target, target], [height - 0.4, height + 0.4], color=TARGET, linewidth=2)
+        axes.plot(target, height, marker=marker, color=TARGET, markersize=5)
     axes.annotate(
         f"{value:.2f}",
         (1, height),
@@ -60,7 +62,7 @@ def _decorate(axes: Any, shown: Sequence[Mapping[str, Any]], clock: str) -> None
     from matplotlib.patches import Patch
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    ends = [n for r in shown for n in (r[clock]["low"], r[clock]["high"], r["target"])]
+    ends = [n for r in shown for n in (r[clock]["low"], r[clock]["high"], r["target"] or 1)]
     least, most = min([0.6, *ends]) / 1.1, max([2, *ends]) * 1.5
     axes.set_xscale("log")
     axes.set_xlim(least, most)
@@ -74,15 +76,16 @@ def _decorate(axes: Any, shown: Sequence[Mapping[str, Any]], clock: str) -> None
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
         handles=[
-            Patch(color=MET, label="target reached"),
-            Patch(color=MISSED, label="not reached"),
+            Patch(color=COLORS[True], label="target reached"),
+            Patch(color=COLORS[False], label="not reached"),
+            Patch(color=COLORS[None], label="limit: if updates cost nothing"),
             Line2D([], [], color=TARGET, marker=">", markersize=5, label="target: at least"),
             Line2D([], [], color=TARGET, marker="<", markersize=5, label="target: at most"),
             Line2D([], [], color="black", linewidth=1.2, label="95 % interval"),
         ],
         fontsize=8,
         frameon=False,
-        ncols=5,
+        ncols=6,
         loc="upper center",
         bbox_to_anchor=(0.4, -0.06),
     )

@@ -20,6 +20,7 @@ SIDES = {
         Side(OURS, "torchopt_now", HERE),
         Side("torchopt unfused", "torchopt_unfused", HERE),
         Side("floor", "floor", HERE, same_work=False),
+        Side("empty node", "empty_node", HERE, same_work=False),
         Side("torch fused", "torch_fused", HERE),
         Side("copy", "plain_copy", HERE, same_work=False),
         Side("higher", "higher_peer", python_of("higher")),

@@ -48,13 +48,16 @@ def table(results: Sequence[Mapping[str, Any]], clock: str) -> str:
     """Return the rows as aligned text."""
     lines = [["row", "against", "ratio [95 % interval]", "target", "met"]]
     for result in results:
-        target = f"{'<=' if result['at_most'] else '>='} {result['target']:g}{result['unit']}"
+        target = "limit"
+        if result["target"] is not None:
+            target = f"{'<=' if result['at_most'] else '>='} {result['target']:g}{result['unit']}"
         if "absent" in result:
             cells = [result["absent"], target, "-"]
         else:
             found = result[clock]
             estimate = Estimate(found["value"], found["low"], found["high"])
-            cells = [f"{estimate}{result['unit']}", target, "yes" if found["met"] else "no"]
+            met = {True: "yes", False: "no", None: ""}[found["met"]]
+            cells = [f"{estimate}{result['unit']}", target, met]
         lines.append([result["row"], result["against"], *cells])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]

@@ -45,7 +45,8 @@ class Row:
         case: What is measured.
         over: The side whose time is divided, or whose number is shown.
         under: The side whose time it is divided by; ``None`` shows the number itself.
-        target: What the ratio is to reach.
+        target: What the ratio is to reach. ``None`` marks a limit: what the ratio would be if the
+            updates cost nothing.
         at_most: Whether the target is an upper bound; otherwise it is a lower one.
         factor: The ratio of times is multiplied by it: the work that ``under`` does for each unit
             of the work of ``over``, where the two differ.
@@ -57,7 +58,7 @@ class Row:
     case: Case
     over: str
     under: str | None
-    target: float
+    target: float | None
     at_most: bool = False
     factor: float = 1.0
     number: str = ""
@@ -73,8 +74,10 @@ class Row:
         """What is divided by what."""
         return " / ".join(self.sides)
 
-    def met_by(self, value: float) -> bool:
-        """Whether a value reaches the target."""
+    def met_by(self, value: float) -> bool | None:
+        """Whether a value reaches the target, if there is one."""
+        if self.target is None:
+            return None
         return value <= self.target if self.at_most else value >= self.target
 
     def renamed(self, old: str, new: str) -> Row:

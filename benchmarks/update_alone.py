@@ -47,4 +47,7 @@ def problem(tensors: int = 50, entries: int = 1000, dtype: str = "float32") -> P
 
 
 ALONE = Case("update alone, 50 x 1000, forward + backward", "update_alone", {}, CHECKS, repeats=10)
-ROWS = [Row("update", ALONE, "torchopt unfused", "torchopt", 6.0)]
+ROWS = [
+    Row("update", ALONE, "torchopt unfused", "torchopt", 6.0),
+    Row("update", ALONE, "torchopt unfused", "empty node", None),
+]

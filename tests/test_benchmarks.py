@@ -20,6 +20,7 @@ from benchmarks import (
     memory,
     pairing,
     picture,
+    profile,
     registry,
     report,
     runner,
@@ -68,6 +69,33 @@ def test_sides_are_compared_and_timed_in_processes_of_their_own():
     row = report.result_of(Row("tiny", TINY, "torchopt", "floor", 1e6, at_most=True), figures)
     assert row["wall"]["met"]
     assert row["wall"]["low"] <= row["wall"]["value"] <= row["wall"]["high"]
+
+
+def test_a_limit_has_neither_target_nor_verdict():
+    seconds = {"wall": {"seconds": [[2.0, 2.0]]}, "cpu": {"seconds": [[2.0, 2.0]]}}
+    row = report.result_of(Row("tiny", TINY, "floor", "floor", None), {"floor": seconds})
+    assert row["wall"]["value"] == 1.0
+    assert row["wall"]["met"] is None
+    line = report.table([row], "wall").splitlines()[-1]
+    assert line.endswith("limit")
+
+
+def test_a_profile_tells_where_the_time_goes(capsys):
+    found = profile.profile(TINY, "torchopt", 2)
+    milliseconds = [own for _, _, own in found]
+    assert milliseconds == sorted(milliseconds, reverse=True)
+    names = {name.partition(" ")[2] or name for name, _, _ in found}
+    assert {"step", "differentiate"} < names
+    (steps,) = [
+        count
+        for name, count, _ in found
+        if name.startswith("torchopt/meta.py") and name.endswith(" step")
+    ]
+    assert steps == 5  # of one task
+    profile.main(["adam-small", "--calls", "2", "--lines", "3", "--threads", "1"])
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert "Adam.step" in head
+    assert len(lines) == 3
 
 
 def test_an_absent_peer_is_said_with_the_command_that_installs_it():
@@ -158,6 +186,7 @@ def test_the_picture_has_a_bar_for_each_ratio(tmp_path):
         {**common, "unit": "", "wall": found},
         {**common, "unit": " ms", "wall": found},
         {**common, "unit": "", "absent": "no GPU here"},
+        {**common, "unit": "", "target": None, "wall": {**found, "met": None}},
     ]
     path = tmp_path / "images" / "picture.png"
     picture.draw(results, "wall", "a machine", path)

@@ -53,9 +53,10 @@ def ratios(rows: list[dict[str, Any]]) -> str:
     lines = [["work", "ratio of", "measured", "target", "met"]]
     for row in rows:
         sign = "≤" if row["at_most"] else "≥"
+        limit = row["target"] is None
         unit = f" {row['unit']}" if row["unit"] else ""
         lines.append([row["row"], row["against"].replace(" / ", " over "), *_measured(row, unit)])
-        lines[-1].insert(3, f"{sign} {row['target']:g}{unit}")
+        lines[-1].insert(3, "a limit" if limit else f"{sign} {row['target']:g}{unit}")
     return table(lines)
 
 
@@ -66,7 +67,7 @@ def _measured(row: dict[str, Any], unit: str) -> list[str]:
     value = f"**{found['value']:.3g}**{unit}"
     if found["low"] != found["high"]:
         value += f" [{found['low']:.3g}, {found['high']:.3g}]"
-    return [value, "yes" if found["met"] else "no"]
+    return [value, {True: "yes", False: "no", None: ""}[found["met"]]]
 
 
 def times(cases: dict[str, Any]) -> str:

@@ -1,1 +1,4 @@
-"""Data sets and task samplers shared by the examples."""
+"""What the examples share."""
+
+#: What installs everything that an example may say it needs.
+EXTRA = 'pip install "torchopt[examples]"'

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from common import EXTRA
 from common.checkpoints import check_settings, write_atomically
 
 
@@ -175,9 +176,14 @@ class Jobs:
             work: Does one and returns its metrics. Must be picklable for more workers than one.
             workers: How many are done at once; a single one is this process.
             ended: Called for each job when its lines are on the disk, in the order of ``jobs``.
-        """
-        from joblib import Parallel, delayed
 
+        Raises:
+            ImportError: If joblib is not installed.
+        """
+        try:
+            from joblib import Parallel, delayed
+        except ImportError as error:
+            raise ImportError(f"Jobs in processes of their own need joblib: {EXTRA}") from error
         left = [job for job in jobs if not self.finished(**job)]
         pool = Parallel(n_jobs=workers, return_as="generator")
         results: Any = pool(delayed(work)(job) for job in left)  # a list for other `return_as`

@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import EXTRA
+
 
 # Fixed before any accuracy was seen: the first six digits to train on, the last four to test on.
 TRAIN_DIGITS = (0, 1, 2, 3, 4, 5)
@@ -45,7 +47,6 @@ OMNIGLOT_PIXELS = 105
 OMNIGLOT_DRAWINGS = 20
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-_EXTRA = 'pip install "torchopt[examples]"'
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def load_digits_split() -> DataSplit:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(f"The digits need scikit-learn: {_EXTRA}") from error
+        raise ImportError(f"The digits need scikit-learn: {EXTRA}") from error
     bunch = load_digits()
     # scikit-learn stores 16 grey levels above white as 0 to 16.
     pixels = torch.from_numpy(bunch.images).to(torch.float32).div_(16.0).unsqueeze(1)
@@ -234,7 +235,7 @@ def _decode(path: Path, entry: str, data: bytes, image_size: int) -> np.ndarray:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError(f"Omniglot needs pillow to decode its PNG files: {_EXTRA}") from error
+        raise ImportError(f"Omniglot needs pillow to decode its PNG files: {EXTRA}") from error
     expected = (OMNIGLOT_PIXELS, OMNIGLOT_PIXELS)
     undecodable = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
     try:

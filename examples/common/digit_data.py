@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import EXTRA
+
 
 MNIST_FILES = {
     part: (f"{name}-images-idx3-ubyte", f"{name}-labels-idx1-ubyte")
     for part, name in (("train", "train"), ("test", "t10k"))
 }
 DIGITS_TEST_SHARE = 0.45  # of each digit: what is left must also fill the training set
-_EXTRA = 'pip install "torchopt[examples]"'
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def load_digits() -> Source:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise ImportError(f"The digits need scikit-learn: {_EXTRA}") from error
+        raise ImportError(f"The digits need scikit-learn: {EXTRA}") from error
     bunch = datasets.load_digits()
     pixels = torch.from_numpy(bunch.images).to(torch.float32).div_(16.0).unsqueeze(1)
     return Source(None, Images(pixels, torch.from_numpy(bunch.target).long()), distort=True)

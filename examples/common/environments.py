@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from common.reporting import EXTRA
+from common import EXTRA
 
 
 try:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.reporting import EXTRA
+from common import EXTRA
 
 
 try:

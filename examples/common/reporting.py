@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import EXTRA
 
-EXTRA = 'pip install "torchopt[examples]"'
 
 try:
     import matplotlib as mpl

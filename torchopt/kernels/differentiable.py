@@ -19,6 +19,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     peek_interpreter_stack,
 )
 
+from torchopt.kernels import levels
 from torchopt.kernels.graph import Kernel, topological
 from torchopt.kernels.launch import Column, launch
 from torchopt.kernels.program import Program
@@ -250,12 +251,6 @@ class Fused(torch.autograd.Function):
             result += derivatives.get(stream, [None] * len(mask))
         return tuple(result)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, group: Group, *tensors: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        batched = _batched(info.batch_size, in_dims[1:], tensors)
-        outputs = Fused.apply(group, *batched)
-        return outputs, (0,) * len(outputs)
-
 
 class FusedBackward(torch.autograd.Function):
     """The backward pass of a group: ``apply(call, *derivatives, *inputs)``."""
@@ -273,12 +268,6 @@ class FusedBackward(torch.autograd.Function):
     def backward(ctx: Any, *bars: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         _, vjp = torch.func.vjp(ctx.call.rule, *ctx.saved_tensors)  # pyright: ignore[reportAssignmentType]
         return (None, *vjp(bars))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, call: BackwardCall, *tensors: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        batched = _batched(info.batch_size, in_dims[1:], tensors)
-        outputs = FusedBackward.apply(call, *batched)
-        return outputs, (0,) * len(outputs)
 
 
 def _passed(
@@ -310,14 +299,4 @@ def _backward(call: BackwardCall, tensors: list[Tensor]) -> Sequence[Tensor]:
         return call.rule_by_autograd(*tensors)
     if call.group.rule.packing is not None and peek_interpreter_stack() is not None:
         return call.rule(*tensors)  # a batch of flat tensors has another layout
-    if torch.is_grad_enabled() or peek_interpreter_stack() is not None:
-        return FusedBackward.apply(call, *tensors)
-    return call.run(tensors)
-
-
-def _batched(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Move batch dimensions to the front, and give one to tensors that have none."""
-    return [
-        x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
-        for x, dim in zip(tensors, dims)
-    ]
+    return levels.apply(FusedBackward, call, tensors)

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 from torchopt.engine import Call, Leaves, run_by_rules
-from torchopt.kernels import backends
+from torchopt.kernels import backends, levels
 from torchopt.kernels.assignment import assign
 from torchopt.kernels.differentiable import Fused, Group
 from torchopt.kernels.matching import Run, runs_from, unjoined, whole_run
@@ -225,12 +225,7 @@ def _inputs(
 
 def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
     """Run a group, and record it in the graph where one is being recorded."""
-    if get_interpreter_stack():
-        return Fused.apply(group, *tensors)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        # past the argument binding of Function.apply, which is for functorch and costs time
-        return super(torch.autograd.Function, Fused).apply(group, *tensors)  # pyright: ignore[reportAttributeAccessIssue]
-    return group.run(tensors)
+    return levels.apply(Fused, group, tensors)
 
 
 def answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:

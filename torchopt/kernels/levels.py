@@ -1,0 +1,95 @@
+"""Nodes of the graph under ``torch.func``: its levels one after the other, over lists of tensors.
+
+``torch.autograd.Function.apply`` does the same for any tree of arguments, and takes it apart and
+puts it together again several times on each level: a tenth of a meta-step under ``vmap``. What a
+level does to a tensor is torch's own; only the way there is shorter. Only ``grad`` and ``vmap``
+come here; the others go through the rules (``fused.hindered_by_derivatives``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+
+def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Compute ``function.forward(call, *tensors)`` and record it wherever a graph is recorded.
+
+    Args:
+        function: A ``torch.autograd.Function`` with ``setup_context`` whose outputs, all of them
+            new tensors, have one batch dimension more, at the front, if all inputs have.
+        call: What it does, its first argument.
+        tensors: The others.
+    """
+    if functorch.peek_interpreter_stack() is None:
+        return _recorded(function, call, tensors)
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    if interpreter.key() == functorch.TransformType.Vmap:
+        return _batched(function, interpreter, call, tensors)
+    lifted = map(interpreter._cptr.lift, tensors)
+    with enable_single_level_autograd_function():
+        return _FusedAtLevel.apply(_Level(function, interpreter, call), *lifted)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _recorded(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    # what was saved under a level that has ended since is still wrapped
+    tensors = list(map(functorch.unwrap_if_dead, tensors))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        # past the argument binding of Function.apply, which is for torch.func and costs time
+        return super(torch.autograd.Function, function).apply(call, *tensors)  # pyright: ignore[reportAttributeAccessIssue]
+    return function.forward(call, *tensors)
+
+
+def _batched(
+    function: Any, interpreter: Any, call: Any, tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    level, size = interpreter.level(), interpreter.batch_size()
+    pairs = [functorch._unwrap_batched(x, level) for x in tensors]
+    if all(dim is None for _, dim in pairs):
+        with interpreter.lower():
+            return apply(function, call, tensors)
+    with interpreter.lower():
+        whole = [
+            x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0) if dim else x
+            for x, dim in pairs
+        ]
+        outputs = apply(function, call, whole)
+    return [functorch._add_batch_dim(x, 0, level) for x in outputs]
+
+
+class _Level(NamedTuple):
+    """A call as the graph of one level of ``grad`` records it."""
+
+    function: Any
+    interpreter: Any
+    call: Any
+
+
+class _FusedAtLevel(torch.autograd.function._SingleLevelFunction):
+    """The node of one level; below it are the other levels, and at last the function itself."""
+
+    @staticmethod
+    def forward(level: _Level, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        number = level.interpreter.level()
+        below = [functorch._unwrap_for_grad(x, number) for x in tensors]
+        # a node computes without grad mode, but the levels below record graphs of their own
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), level.interpreter.lower():
+            outputs = apply(level.function, level.call, below)
+        return tuple([functorch._wrap_for_grad(x, number) for x in outputs])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        level: _Level = inputs[0]
+        ctx.function = level.function
+        level.function.setup_context(ctx, (level.call, *inputs[1:]), output)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.function.backward(ctx, *bars)
