@@ -70,6 +70,32 @@ def third_derivative(q: Problem) -> Any:
     return grad(second)(q.g[0])
 
 
+def by_vjp(q: Problem, x: Tensor) -> Tensor:
+    """The derivative, taken when the level that recorded it has ended."""
+    value, vjp = torch.func.vjp(q.of_first, x)
+    return vjp(torch.ones_like(value))[0]
+
+
+def by_autograd_outside(q: Problem) -> list[Tensor]:
+    x = q.g[0].clone().requires_grad_()
+    first = grad(q.of_first)(x)
+    return [first, *torch.autograd.grad(first.sin().sum(), x)]
+
+
+def without_grad_mode(q: Problem) -> Any:
+    with torch.no_grad():
+        return grad(q.of_first)(q.g[0])
+
+
+def partly_without_grad_mode(q: Problem) -> Any:
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            constant = q.of_first(x)
+        return q.of_first(x) * constant
+
+    return grad(function)(q.g[0])
+
+
 TRANSFORMS: dict[str, Callable[[Problem], Any]] = {
     "grad by gradients": lambda q: grad(q.total)(q.g),
     "grad by parameters": lambda q: grad(lambda p: q.total(None, p))(q.p),
@@ -111,6 +137,14 @@ TRANSFORMS: dict[str, Callable[[Problem], Any]] = {
         vmap(grad(lambda p, g: q.total(g, p)), in_dims=(None, 0)), in_dims=(0, None)
     )(batched(q.p), batched(q.g)),
     "vmap of hessian": lambda q: vmap(hessian(q.of_first))(batched(q.g[0])),
+    "vjp": lambda q: by_vjp(q, q.g[0]),
+    "grad of vjp": lambda q: grad(lambda x: by_vjp(q, x).sin().sum())(q.g[0]),
+    "vmap of grad of vjp": lambda q: vmap(grad(lambda x: by_vjp(q, x).sin().sum()))(
+        batched(q.g[0])
+    ),
+    "autograd of grad": by_autograd_outside,
+    "grad without grad mode": without_grad_mode,
+    "grad partly without grad mode": partly_without_grad_mode,
     "functionalize": lambda q: functionalize(q.update)(q.g),
     "hessian by batches": lambda q: torch.autograd.functional.hessian(
         q.of_first, q.g[0], vectorize=True
@@ -121,7 +155,7 @@ TRANSFORMS: dict[str, Callable[[Problem], Any]] = {
 }
 #: Those whose values come from kernels.
 FUSED = [
-    name for name in TRANSFORMS if not any(x in name for x in ("j", "hessian", "functionalize"))
+    name for name in TRANSFORMS if not any(x in name for x in ("jvp", "jac", "hessian", "functionalize"))
 ]
 
 

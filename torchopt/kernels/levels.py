@@ -28,6 +28,8 @@ def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tenso
         call: What it does, its first argument.
         tensors: The others.
     """
+    # what a level saved that has ended since is still wrapped by it, and may be of another one
+    tensors = list(map(functorch.unwrap_if_dead, tensors))
     if functorch.peek_interpreter_stack() is None:
         return _recorded(function, call, tensors)
     interpreter: Any = retrieve_current_functorch_interpreter()
@@ -39,8 +41,6 @@ def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tenso
 
 
 def _recorded(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    # what was saved under a level that has ended since is still wrapped
-    tensors = list(map(functorch.unwrap_if_dead, tensors))
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         # past the argument binding of Function.apply, which is for torch.func and costs time
         return super(torch.autograd.Function, function).apply(call, *tensors)  # pyright: ignore[reportAttributeAccessIssue]
