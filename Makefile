@@ -13,7 +13,7 @@ demo: $(INSTALLED)  ## meta-train on real handwritten digits, a few minutes
 test: $(INSTALLED)  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-examples: $(INSTALLED)  ## run every example at its default size, write examples/README.md anew; 20 minutes
+examples: $(INSTALLED)  ## run every example at its default size, write examples/README.md anew; 10 minutes
 	$(BIN)/python examples/reproduce.py
 
 docs: $(INSTALLED)  ## the documentation site, in build/docs; a minute or two; warnings are errors

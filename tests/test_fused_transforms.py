@@ -154,9 +154,8 @@ TRANSFORMS: dict[str, Callable[[Problem], Any]] = {
     ),
 }
 #: Those whose values come from kernels.
-FUSED = [
-    name for name in TRANSFORMS if not any(x in name for x in ("jvp", "jac", "hessian", "functionalize"))
-]
+BY_RULES = ("jvp", "jac", "hessian", "functionalize")
+FUSED = [name for name in TRANSFORMS if not any(x in name for x in BY_RULES)]
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
