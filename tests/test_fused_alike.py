@@ -14,8 +14,9 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import torchopt
-from torchopt.kernels import alike, inplace
-from torchopt.kernels.alike import KINDS, Alike
+from torchopt import alike
+from torchopt.alike import KINDS, Alike
+from torchopt.kernels import inplace
 from torchopt.optimizers.adam import ScaleByAdam
 from torchopt.packed import Packed, Packing
 

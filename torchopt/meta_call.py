@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from torchopt import hyper
+from torchopt.alike import Alike
 from torchopt.engine import Call, initialise, initialise_packed, packs
 from torchopt.meta_state import GroupState
 from torchopt.module_state import ParameterSite, ParameterWalk
@@ -171,6 +172,8 @@ class Steady:
         self.rows, self.names, self.packing, self.absent = rows, names, packing, absent
         self._fields = list(rows[0])
         self._values = [group[name] for name in self._fields]
+        self._initial: dict[str, Any] = {}  # the slots of parameters like those in known
+        self._known = Alike()
 
     @classmethod
     def after(
@@ -240,7 +243,12 @@ class Steady:
         return slots
 
     def _fresh_slots(self, tx: Any, call: Call) -> dict[str, Any] | None:
-        """Return the slots of a first step."""
+        """Return the slots of a first step; the numbers that they are have no memory to share."""
+        if self._known.knows(call.p):
+            return {
+                slot: column.again() if type(column) is Packed else column
+                for slot, column in self._initial.items()
+            }
         if [p.shape for p in call.p] != self.packing.shapes:
             return None
         slots = initialise_packed(tx, call, self.packing)
@@ -248,6 +256,9 @@ class Steady:
             self.absent
         ):
             return None
+        if all(part.constant_slots for part in tx.plan.parts):
+            self._initial = slots
+            self._known.add(call.p)
         return slots
 
     def next_state(self, call: Call, slots: dict[str, Any], track: bool) -> GroupState | None:

@@ -20,7 +20,7 @@ class Packing:
     Attributes:
         shapes: The shape of each tensor.
         sizes: How many entries each has.
-        offsets: Where each begins.
+        offsets: Where each begins, in entries.
         total: How many entries the flat tensor has.
         memo: What an update over it found out (torchopt.kernels.repeated), for the next one.
     """
@@ -89,6 +89,10 @@ class Packed(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         return self.tensors()[index]
+
+    def again(self) -> Packed:
+        """Return the same, not yet looked at: its tensors will be copies of their own."""
+        return Packed(self.flat, self.packing)
 
     def detach(self) -> Packed:
         """Return the same without history."""

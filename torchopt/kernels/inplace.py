@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from torchopt.alike import Alike
 from torchopt.kernels import backends, native
-from torchopt.kernels.alike import Alike
 from torchopt.kernels.assignment import PLAIN
 from torchopt.kernels.fused import hindered
 from torchopt.kernels.launch import narrow_mask, slot_dtype

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Union
 
 import torch
@@ -91,8 +92,8 @@ def run(
         narrow_in,
         narrow_out,
         list(map(Tensor.numel, like)) if sizes is None else sizes,
-        [address for stream in kernel.inputs for address in addresses(inputs[stream])],
-        [address for stream in kernel.outputs for address in addresses(outputs[stream])],
+        list(chain.from_iterable(addresses(inputs[stream]) for stream in kernel.inputs)),
+        list(chain.from_iterable(addresses(outputs[stream]) for stream in kernel.outputs)),
         [number for row in numbers for number in row],
         rows,
         len(kernel.numbers),

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from torchopt.alike import Alike
 from torchopt.engine import Call
-from torchopt.kernels.alike import Alike
 from torchopt.kernels.assignment import PLAIN
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.launch import slot_dtype
