@@ -138,6 +138,45 @@ def test_derivatives_by_gradients_that_repeat_entries(case: Case, kind: str) -> 
     assert_close(found[0], found[1])
 
 
+#: One row of a batch, large enough to be read again and again instead of copied.
+ROWS: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: nonzero(20, 30),
+    "row of one more dimension": lambda: nonzero(2, 15, 20),
+    "channels-last": lambda: nonzero(4, 15, 10).permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "transposed": lambda: nonzero(30, 20).t(),
+    "small": lambda: nonzero(3, 5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", ["gradients", "slots", "all"])
+@pytest.mark.parametrize("kind", ROWS)
+@every_case
+def test_rows_that_are_repeated(
+    case: Case, kind: str, which: str, dtype: torch.dtype, kernel_calls: list[int]
+) -> None:
+    """A batch of which some inputs are the same for all, beside parameters that are no batch."""
+    tx, shape = case.tx(), ROWS[kind]().shape
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def column(repeated: bool, dtype: torch.dtype) -> list[Tensor]:
+        row = ROWS[kind]().abs().to(dtype)
+        batch = row.expand(3, *shape) if repeated else nonzero(3, *shape).abs().to(dtype)
+        return [nonzero(7).abs().to(dtype), batch, nonzero(4, 300).abs().to(dtype)]
+
+    g, p = column(which != "slots", dtype), column(False, dtype)
+    slots = {name: column(which != "gradients", wide) for name in tx.init(p).slots}
+    results = []
+    for turned in (list, copy_of):
+        state = torchopt.OptState(3, {name: turned(c) for name, c in slots.items()})
+        results.append(tx.update(turned(g), state, p, inplace=False))
+    actual, expected = results
+    assert len(kernel_calls) == 2, "not fused"
+    flat = torch.utils._pytree.tree_leaves
+    assert len(flat(actual)) == 3 * (1 + len(slots))
+    assert all(map(torch.equal, flat(actual), flat(expected)))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "channels-last", "sliced", "offset", "permuted"])
 @every_case
 def test_layouts_of_the_object_oriented_face(case: Case, layout: str) -> None:
