@@ -60,6 +60,13 @@ def functional(tx: Any, params: Result, grads: list[Result], inplace: bool = Fal
     return [*params, *slots_of(state.slots.values())]
 
 
+def functional_at_once(tx: Any, params: Result, grads: list[Result]) -> Result:
+    state = tx.init(params)
+    for own in grads:
+        params, state = tx.apply_gradients(own, state, params, inplace=False)
+    return [*params, *slots_of(state.slots.values())]
+
+
 def functional_default(tx: Any, params: Result, grads: list[Result]) -> Result:
     return functional(tx, params, grads, inplace=True)
 
@@ -89,6 +96,7 @@ def object_oriented(tx: Any, params: Result, grads: list[Result]) -> Result:
 FACES: dict[str, Callable[[Any, Result, list[Result]], Result]] = {
     "functional": functional,
     "functional-default": functional_default,
+    "functional-at-once": functional_at_once,
     "differentiable": differentiable,
     "object-oriented": object_oriented,
 }

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from torchopt import tree
-from torchopt.apply import apply_updates
 from torchopt.inner_gradient import differentiate
 from torchopt.opt_state import OptState
 from torchopt.state import extract_state_dict
@@ -69,9 +68,9 @@ class FuncOptimizer:
         ]
         state = self.transformation.init(params) if self.state is None else self.state
         gradient_tree = tree.unflatten(spec, grads)
-        updates, state = self.transformation.update(gradient_tree, state, params, inplace=inplace)
-        params = apply_updates(params, updates, inplace=inplace)
-        self.state = state
+        params, self.state = self.transformation.apply_gradients(
+            gradient_tree, state, params, inplace=inplace
+        )
         return params
 
     def state_dict(self) -> OptState | None:

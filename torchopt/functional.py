@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from torchopt import hyper, tree
-from torchopt.engine import Call
+from torchopt.engine import Call, advance, next_step, step_list
 from torchopt.opt_state import OptState
+from torchopt.recording import refuse_recorded
 from torchopt.typing import PyTree, Step, TensorTree
 
 
@@ -95,3 +96,49 @@ def slot_trees(
         for name, column in columns.items()
         if not column or any(value is not None for value in column)
     }
+
+
+def advance_trees(
+    tx: Any,
+    grads: PyTree,
+    state: OptState,
+    params: PyTree,
+    inplace: bool,
+    extra: dict[str, Any],
+    apply: bool = False,
+) -> tuple[list[Any], list[Any], Any, OptState]:
+    """Take a step over trees; see ``GradientTransformation.update``.
+
+    Returns:
+        The updates, or the new parameters with ``apply``; the parameters; the structure of
+        ``grads``, in whose order both are; and the new state.
+    """
+    g, spec = tree.flatten(grads)
+    p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
+    slots = state_slots(tx, state, grads, spec)
+    old_steps = (
+        state.step
+        if isinstance(state.step, (int, Tensor))
+        else tree.flatten_like(state.step, grads, spec, "The steps of the state", "grads")
+    )
+    call = gather_call(tx, grads, g, p, step_list(old_steps, len(g)), slots, extra, params)
+    if inplace:
+        columns = {
+            "grads": g,
+            **slots,
+            "hyperparameters": hyper_values(call.hyper),
+            "extra values": tree.flatten(extra)[0] if extra else [],
+        }
+        refuse_recorded("update", columns, {} if p is None else {"params": p})
+        # parameters may be leaves that require grad; the updates must not carry a graph
+        call.p = [x.detach() if isinstance(x, Tensor) else x for x in call.p]
+    results, slots = advance(tx, call, apply)
+    step = next_step(old_steps, g)
+    like = grads if params is None else params
+    if state.slots:
+        like = list(state.slots.values())[0]  # noqa: RUF015 - torch 2.6 cannot compile next
+    new_state = OptState(
+        tree.unflatten_like(like, grads, spec, step) if isinstance(step, list) else step,
+        slot_trees(like, grads, spec, slots),
+    )
+    return results, call.p, spec, new_state

@@ -10,11 +10,11 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from torchopt import hyper, tree
-from torchopt.engine import Leaves, advance, initialise, next_step, step_list
-from torchopt.functional import gather_call, hyper_values, slot_trees, state_slots
+from torchopt.apply import apply_updates
+from torchopt.engine import Leaves, initialise, step_list
+from torchopt.functional import advance_trees, gather_call, slot_trees
 from torchopt.opt_state import OptState
 from torchopt.plan import Plan
-from torchopt.recording import refuse_recorded
 from torchopt.typing import Step, TensorTree
 from torchopt.values import describe, same
 
@@ -194,35 +194,56 @@ class GradientTransformation:
                 sparse form.
             RuntimeError: If ``inplace=True`` and a gradient is being recorded through an input.
         """
-        g, spec = tree.flatten(grads)
-        p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
-        slots = state_slots(self, state, grads, spec)
-        old_steps = (
-            state.step
-            if isinstance(state.step, (int, Tensor))
-            else tree.flatten_like(state.step, grads, spec, "The steps of the state", "grads")
-        )
-        call = gather_call(self, grads, g, p, step_list(old_steps, len(g)), slots, extra, params)
-        if inplace:
-            columns = {
-                "grads": g,
-                **slots,
-                "hyperparameters": hyper_values(call.hyper),
-                "extra values": tree.flatten(extra)[0] if extra else [],
-            }
-            refuse_recorded("update", columns, {} if p is None else {"params": p})
-            # parameters may be leaves that require grad; the updates must not carry a graph
-            call.p = [x.detach() if isinstance(x, Tensor) else x for x in call.p]
-        updates, slots = advance(self, call)
-        step = next_step(old_steps, g)
-        like = grads if params is None else params
-        if state.slots:
-            like = list(state.slots.values())[0]  # noqa: RUF015 - torch 2.6 cannot compile next
-        new_state = OptState(
-            tree.unflatten_like(like, grads, spec, step) if isinstance(step, list) else step,
-            slot_trees(like, grads, spec, slots),
-        )
+        updates, _, spec, new_state = advance_trees(self, grads, state, params, inplace, extra)
         return tree.unflatten(spec, updates), new_state
+
+    def apply_gradients(
+        self,
+        grads: TensorTree,
+        state: OptState,
+        params: TensorTree,
+        *,
+        inplace: bool = True,
+        **extra: Any,
+    ) -> tuple[TensorTree, OptState]:
+        r"""Take a step: :meth:`update` and :func:`torchopt.apply_updates` in one.
+
+        .. math:: p \leftarrow p + u(g, p)
+
+        With ``inplace=False`` a fused kernel does both in one pass over memory, and both are one
+        node of the graph. The values are the same bits; in half precision the sum is rounded once
+        instead of twice.
+
+        Args:
+            grads: As for :meth:`update`.
+            state: As for :meth:`update`.
+            params: The parameters. Where the gradient is ``None`` they stay.
+            inplace: ``True`` changes the tensors in ``params`` and returns them. ``False`` makes
+                new ones, differentiable in every input.
+            **extra: As for :meth:`update`.
+
+        Returns:
+            The parameters after the step, with the structure of ``params``, and the new state.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: As :meth:`update` and
+                :func:`torchopt.apply_updates`; nothing has changed then.
+
+        Example:
+            >>> import torch, torchopt
+            >>> tx = torchopt.sgd(lr=0.1)
+            >>> params = {"w": torch.tensor([1.0, -2.0])}
+            >>> grads = {"w": torch.tensor([0.5, 0.5])}
+            >>> params, state = tx.apply_gradients(grads, tx.init(params), params, inplace=False)
+            >>> params
+            {'w': tensor([ 0.9500, -2.0500])}
+        """
+        if inplace:
+            updates, new_state = self.update(grads, state, params, **extra)
+            return apply_updates(params, updates), new_state
+        new, p, spec, new_state = advance_trees(self, grads, state, params, False, extra, True)
+        new = [old if x is None else x for x, old in zip(new, p)]
+        return tree.unflatten_like(params, grads, spec, new), new_state
 
     # Printing, comparing, hashing ---------------------------------------------------------------
 

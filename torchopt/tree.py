@@ -112,7 +112,7 @@ def unflatten_like(target: PyTree, reference: PyTree, spec: Any, leaves: Sequenc
     """Build a tree like ``target`` from leaves in the order of ``reference``; same leaf paths."""
     target_spec = flatten(target)[1]
     if target_spec == spec:
-        return unflatten(spec, leaves)
+        return unflatten(target_spec, leaves)  # dicts that are equal may differ in their order
     by_path = dict(zip(leaf_paths(reference), leaves))
     return unflatten(target_spec, [by_path[path] for path in leaf_paths(target)])
 

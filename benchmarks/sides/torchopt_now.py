@@ -68,8 +68,7 @@ def vmap_step(
         state = tx.init(params)
         for _ in range(built.steps):
             grads = torch.func.grad(loss_of)(params, *task[:2])
-            updates, state = tx.update(grads, state, params, inplace=False)
-            params = torchopt.apply_updates(params, updates, inplace=False)
+            params, state = tx.apply_gradients(grads, state, params, inplace=False)
         return loss_of(params, *task[2:])
 
     of_each_task = torch.func.vmap(torch.func.grad(outer_loss), in_dims=(None, 0, 0, 0, 0))
@@ -93,8 +92,7 @@ def _update(
     state = torchopt.OptState(problem.step, {"exp_avg": first, "exp_avg_sq": second})
 
     def update() -> list[Tensor]:
-        updates, new = tx.update(grads, state, params, inplace=False)
-        new_params = torchopt.apply_updates(params, updates, inplace=False)
+        new_params, new = tx.apply_gradients(grads, state, params, inplace=False)
         return [*new_params, *new.slots["exp_avg"], *new.slots["exp_avg_sq"]]
 
     return [*grads, *params, *first, *second], update
