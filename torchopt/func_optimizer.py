@@ -28,8 +28,9 @@ class FuncOptimizer:
         >>> import torch, torchopt
         >>> optimizer = torchopt.FuncOptimizer(torchopt.sgd(0.1))
         >>> params = {"w": torch.tensor([1.0], requires_grad=True)}
-        >>> optimizer.step(params["w"].square().sum(), params)
-        {'w': tensor([0.8000], grad_fn=<AddBackward0>)}
+        >>> params = optimizer.step(params["w"].square().sum(), params)
+        >>> params["w"].detach(), params["w"].requires_grad
+        (tensor([0.8000]), True)
     """
 
     def __init__(self, tx: GradientTransformation, *, inplace: bool = False) -> None:
