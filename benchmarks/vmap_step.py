@@ -14,5 +14,7 @@ __all__ = ["ROWS", "problem"]
 MLP = Case("mlp, 32 tasks by vmap", "vmap_step", {"network": "mlp", "tasks": 32}, CHECKS)
 ROWS = [
     Row("vmap", MLP, "higher", "torchopt", 5.0),
+    Row("vmap", MLP, "higher", "floor", None),
     Row("vmap", MLP, "optax", "torchopt", 1.1),
+    Row("vmap", MLP, "optax", "floor", None),
 ]

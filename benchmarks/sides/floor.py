@@ -44,3 +44,30 @@ def meta_step(problem: Problem) -> Callable[[], list[Tensor]]:
         return [p.grad for p in initial.values()]
 
     return work
+
+
+def vmap_step(problem: Problem) -> Callable[[], list[Tensor]]:
+    """Return a function that computes the meta-gradient of all tasks in one batch."""
+    built = in_torch(problem)
+    net, loss, samples = built.network, built.loss, built.samples
+    initial = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss_of(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(torch.func.functional_call(net, params, (x,)), y)
+
+    def outer_loss(params: dict[str, Tensor], *task: Tensor) -> Tensor:
+        for _ in range(built.steps):
+            grads = torch.func.grad(loss_of)(params, *task[:2])
+            # foreach operators have no batching rule
+            params = {n: torch.add(p, grads[n], alpha=-built.adam.lr) for n, p in params.items()}
+        return loss_of(params, *task[2:])
+
+    of_each_task = torch.func.vmap(torch.func.grad(outer_loss), in_dims=(None, 0, 0, 0, 0))
+
+    def work() -> list[Tensor]:
+        grads = of_each_task(
+            initial, samples.support_x, samples.support_y, samples.query_x, samples.query_y
+        )
+        return [g.sum(0) for g in grads.values()]
+
+    return work
