@@ -40,9 +40,9 @@ from torchopt.state import extract_state_dict as extract_state_dict
 from torchopt.state import module_clone as module_clone
 from torchopt.state import recover_state_dict as recover_state_dict
 from torchopt.state import stop_gradient as stop_gradient
+from torchopt.chaining import chain as chain
 from torchopt.transform import ElementwiseTransformation as ElementwiseTransformation
 from torchopt.transform import GradientTransformation as GradientTransformation
-from torchopt.transform import chain as chain
 from torchopt.transform import transformation as transformation
 from torchopt.transforms.basic import add_decayed_weights as add_decayed_weights
 from torchopt.transforms.basic import flip_sign as flip_sign

@@ -9,14 +9,10 @@ from torch import Tensor
 
 from torchopt import meta, optim
 from torchopt.accelerated_op import accelerated
+from torchopt.chaining import chain
 from torchopt.hyper import flag, hyper
 from torchopt.numerics import is_zero, moving_average, moving_average_of_square, over_root, root
-from torchopt.transform import (
-    ElementwiseTransformation,
-    GradientTransformation,
-    chain,
-    transformation,
-)
+from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.typing import Hyperparameter, Step
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from torchopt import meta, optim
 from torchopt.accelerated_op import accelerated
+from torchopt.chaining import chain
 from torchopt.optimizers.adam import scale_by_adam
-from torchopt.transform import GradientTransformation, chain
+from torchopt.transform import GradientTransformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.typing import Hyperparameter
 

@@ -9,14 +9,10 @@ from torch import Tensor
 
 from torchopt import meta, optim
 from torchopt.accelerated_op import accelerated
+from torchopt.chaining import chain
 from torchopt.hyper import HyperSpec, check_number, flag, hyper
 from torchopt.numerics import moving_average, moving_average_of_square, over_root
-from torchopt.transform import (
-    ElementwiseTransformation,
-    GradientTransformation,
-    chain,
-    transformation,
-)
+from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.transforms.momentum import trace
 from torchopt.typing import Hyperparameter, Step

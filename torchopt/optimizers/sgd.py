@@ -6,7 +6,8 @@ from typing import Any
 
 from torchopt import meta, optim
 from torchopt.accelerated_op import accelerated
-from torchopt.transform import GradientTransformation, chain
+from torchopt.chaining import chain
+from torchopt.transform import GradientTransformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.transforms.momentum import trace
 from torchopt.typing import Hyperparameter

@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.chaining import Chain
 from torchopt.hyper import check_number, flag, hyper
 from torchopt.numerics import add_scaled, is_zero
-from torchopt.transform import (
-    Chain,
-    ElementwiseTransformation,
-    GradientTransformation,
-    transformation,
-)
+from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
 from torchopt.transforms.wrap import masked
 from torchopt.typing import Hyperparameter, Schedule, Step
 
