@@ -60,6 +60,11 @@ class Leaves:
         """Return the quoted name of a parameter, for error messages."""
         return tree.quoted(self.call.names()[self.index[position]])
 
+    def with_tensors(self, g: list[Tensor], p: list[Any], common: Common | None) -> Leaves:
+        """Return the leaves with other gradients and parameters."""
+        # spelled out, for torch 2.6 cannot compile dataclasses.replace
+        return Leaves(g, p, self.t, self.slots, self.hyper, self.index, self.call, common)
+
     def subset(self, positions: Sequence[int]) -> Leaves:
         """Return the leaves at some positions."""
         picked = {
@@ -235,12 +240,12 @@ def _advance_by_parts(tx: Any, given: Leaves, columns: dict[str, Any], apply: bo
             return column  # slots in half precision are float32 already
         return [None if x is None else convert(x) for convert, x in zip(enter, column)]
 
-    leaves = dataclasses.replace(given, g=entered(given.g), p=entered(given.p))
-    if any(x is not y for x, y in zip(leaves.g, given.g)):
-        leaves.common = None
+    g, p = entered(given.g), entered(given.p)
+    same = all(x is y for x, y in zip(g, given.g))
+    leaves = given.with_tensors(g, p, given.common if same else None)
     own = {name: entered(column) for name, column in columns.items()}
     # the sum is taken in the parameters' own dtype
-    applies = apply and all(x is y for x, y in zip(leaves.g, given.g))
+    applies = apply and same
     updates, applied = run(tx.plan, leaves, own, applies)
     results = []
     for position, (g, c, u) in enumerate(zip(leaves.g, is_complex, updates)):
@@ -272,7 +277,8 @@ def run(
     """
     g, position = leaves.g, 0
     while position < len(plan.parts):
-        own = leaves if g is leaves.g else dataclasses.replace(leaves, g=g, common=None)
+        # the position tells, for torch 2.6 compiles `is` between lists as a comparison of tensors
+        own = leaves if position == 0 else leaves.with_tensors(g, leaves.p, None)
         fused = None
         if accelerates(plan):
             fused = accelerator.take_run(plan, position, own, columns, apply)
