@@ -11,8 +11,9 @@ import argparse
 import cProfile
 import importlib
 import pstats
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,13 +28,31 @@ CASES: dict[str, Case] = {
 }
 
 
-def profile(case: Case, side: str, calls: int) -> list[tuple[str, float, float]]:
-    """Return, by the time that it takes itself: function, calls per piece of work, milliseconds."""
+def prepared(case: Case, side: str) -> Callable[[], Any]:
+    """Return a piece of work that has been done a few times."""
     module = importlib.import_module(f"benchmarks.sides.{SIDES[side].module}")
     problem = importlib.import_module(f"benchmarks.{case.workload}").problem(**case.options)
     work = getattr(module, case.workload)(problem)
     for _ in range(3):
         work()
+    return work
+
+
+def page_faults(work: Callable[[], Any], calls: int) -> float | None:
+    """Return how many pages of memory a piece of work gets anew, where the system counts them."""
+    try:
+        import resource
+    except ImportError:
+        return None  # Windows
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls
+
+
+def profile(work: Callable[[], Any], calls: int) -> list[tuple[str, float, float]]:
+    """Return, by the time that it takes itself: function, calls per piece of work, milliseconds."""
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(calls):
@@ -68,9 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    found = profile(CASES[options.work], options.side, options.calls)
+    work = prepared(CASES[options.work], options.side)
+    faults, found = page_faults(work, options.calls), profile(work, options.calls)
     total = sum(milliseconds for _, _, milliseconds in found)
     print(f"{CASES[options.work].name}, {options.side}: {total:.3g} ms under the profiler")
+    if faults is not None:
+        print(f"{faults:.0f} page faults")
     print(f"{'share':>6} {'ms':>8} {'calls':>7}  function")
     for name, count, milliseconds in found[: options.lines]:
         share = milliseconds / total

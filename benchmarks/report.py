@@ -14,6 +14,8 @@ from benchmarks.runner import NO_GPU
 
 #: Results of one definition in double precision agree this far; anything else is printed.
 TOLERANCE = 1e-9
+#: Whether a target is met, in words; a limit has none.
+VERDICTS = {True: "yes", False: "no", None: ""}
 
 
 def result_of(row: Row, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -56,8 +58,7 @@ def table(results: Sequence[Mapping[str, Any]], clock: str) -> str:
         else:
             found = result[clock]
             estimate = Estimate(found["value"], found["low"], found["high"])
-            met = {True: "yes", False: "no", None: ""}[found["met"]]
-            cells = [f"{estimate}{result['unit']}", target, met]
+            cells = [f"{estimate}{result['unit']}", target, VERDICTS[found["met"]]]
         lines.append([result["row"], result["against"], *cells])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]

@@ -114,6 +114,21 @@ def test_parameters_without_gradient_stay(inplace: bool) -> None:
     assert state.step == {"a": 1, "b": 0, "none": 0}
 
 
+@pytest.mark.parametrize("inplace", [False, True], ids=["pure", "in place"])
+def test_a_gradient_without_its_parameter_is_refused(inplace: bool) -> None:
+    tx, p = torchopt.sgd(0.5), {"a": None, "b": nonzero(3)}
+    g, before = {"a": nonzero(2), "b": nonzero(3)}, p["b"].clone()
+    with pytest.raises(ValueError, match="'a' has a gradient but its parameter is None"):
+        tx.apply_gradients(g, tx.init(p), p, inplace=inplace)
+    assert torch.equal(p["b"], before)
+    for none in (None, {"a": None, "b": None}):
+        with pytest.raises(TypeError, match="needs the parameters"):
+            tx.apply_gradients(g, tx.init(g), none, inplace=inplace)
+    nothing, state = tx.apply_gradients({}, tx.init({}), {}, inplace=inplace)
+    assert nothing == {}
+    assert state.step == 1
+
+
 def test_in_place_changes_the_tensors_it_returns() -> None:
     tx = torchopt.sgd(0.1, momentum=0.9)
     p, g = [nonzero(3, requires_grad=True)], [nonzero(3)]

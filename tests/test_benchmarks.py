@@ -81,7 +81,7 @@ def test_a_limit_has_neither_target_nor_verdict():
 
 
 def test_a_profile_tells_where_the_time_goes(capsys):
-    found = profile.profile(TINY, "torchopt", 2)
+    found = profile.profile(profile.prepared(TINY, "torchopt"), 2)
     milliseconds = [own for _, _, own in found]
     assert milliseconds == sorted(milliseconds, reverse=True)
     names = {name.partition(" ")[2] or name for name, _, _ in found}
@@ -93,8 +93,9 @@ def test_a_profile_tells_where_the_time_goes(capsys):
     ]
     assert steps == 5  # of one task
     profile.main(["adam-small", "--calls", "2", "--lines", "3", "--threads", "1"])
-    head, _, *lines = capsys.readouterr().out.splitlines()
+    head, faults, _, *lines = capsys.readouterr().out.splitlines()
     assert "Adam.step" in head
+    assert faults.endswith(" page faults")
     assert len(lines) == 3
 
 

@@ -240,6 +240,13 @@ class GradientTransformation:
             >>> params
             {'w': tensor([ 0.9500, -2.0500])}
         """
+        # update does without parameters, and refuses if some are there and others are not
+        given, received = (any(x is not None for x in tree.flatten(t)[0]) for t in (params, grads))
+        if received and not given:
+            raise TypeError(
+                "apply_gradients needs the parameters, got none; update(grads, state) gives the "
+                "updates alone."
+            )
         if inplace:
             updates, new_state = self.update(grads, state, params, **extra)
             return apply_updates(params, updates), new_state

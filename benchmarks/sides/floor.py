@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.meta_step import Problem
-from benchmarks.sides.torch_problem import Task, in_torch
+from benchmarks.sides.torch_problem import Task, batched_meta_step, in_torch
 
 
 def version() -> str:
@@ -48,26 +48,12 @@ def meta_step(problem: Problem) -> Callable[[], list[Tensor]]:
 
 def vmap_step(problem: Problem) -> Callable[[], list[Tensor]]:
     """Return a function that computes the meta-gradient of all tasks in one batch."""
-    built = in_torch(problem)
-    net, loss, samples = built.network, built.loss, built.samples
-    initial = {name: p.detach() for name, p in net.named_parameters()}
 
-    def loss_of(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(torch.func.functional_call(net, params, (x,)), y)
+    def step(
+        grads: dict[str, Tensor], state: None, params: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], None]:
+        # one by one: foreach operators have no batching rule
+        new = {n: torch.add(p, grads[n], alpha=-problem.adam.lr) for n, p in params.items()}
+        return new, state
 
-    def outer_loss(params: dict[str, Tensor], *task: Tensor) -> Tensor:
-        for _ in range(built.steps):
-            grads = torch.func.grad(loss_of)(params, *task[:2])
-            # foreach operators have no batching rule
-            params = {n: torch.add(p, grads[n], alpha=-built.adam.lr) for n, p in params.items()}
-        return loss_of(params, *task[2:])
-
-    of_each_task = torch.func.vmap(torch.func.grad(outer_loss), in_dims=(None, 0, 0, 0, 0))
-
-    def work() -> list[Tensor]:
-        grads = of_each_task(
-            initial, samples.support_x, samples.support_y, samples.query_x, samples.query_y
-        )
-        return [g.sum(0) for g in grads.values()]
-
-    return work
+    return batched_meta_step(problem, lambda _: None, step)

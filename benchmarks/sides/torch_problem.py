@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,43 @@ def in_torch(problem: Problem) -> TorchProblem:
     samples = tensors(arrays, problem.device)
     tasks = [Task(*columns) for columns in zip(*samples)]
     return TorchProblem(network, tasks, Task(*samples), problem.adam, problem.steps)
+
+
+def batched_meta_step(
+    problem: Problem,
+    begin: Callable[[dict[str, Tensor]], Any],
+    step: Callable[[dict[str, Tensor], Any, dict[str, Tensor]], tuple[dict[str, Tensor], Any]],
+) -> Callable[[], list[Tensor]]:
+    """Return a function that computes the meta-gradient of all tasks in one batch by ``vmap``.
+
+    Args:
+        problem: The tasks.
+        begin: Returns the state of the inner optimizer for the initial parameters.
+        step: Returns parameters and state after a step, from gradients, state and parameters.
+    """
+    built = in_torch(problem)
+    net, loss, samples = built.network, built.loss, built.samples
+    initial = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss_of(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(torch.func.functional_call(net, params, (x,)), y)
+
+    def outer_loss(params: dict[str, Tensor], *task: Tensor) -> Tensor:
+        state = begin(params)
+        for _ in range(built.steps):
+            grads = torch.func.grad(loss_of)(params, *task[:2])
+            params, state = step(grads, state, params)
+        return loss_of(params, *task[2:])
+
+    of_each_task = torch.func.vmap(torch.func.grad(outer_loss), in_dims=(None, 0, 0, 0, 0))
+
+    def work() -> list[Tensor]:
+        grads = of_each_task(
+            initial, samples.support_x, samples.support_y, samples.query_x, samples.query_y
+        )
+        return [g.sum(0) for g in grads.values()]
+
+    return work
 
 
 def tensors(

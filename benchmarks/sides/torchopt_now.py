@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from benchmarks import meta_step as meta_workload
 from benchmarks import update_alone as update_workload
 from benchmarks.sides.import_cost import import_milliseconds
 from benchmarks.sides.kept_bytes import kept_bytes
-from benchmarks.sides.torch_problem import in_torch, tensors
+from benchmarks.sides.torch_problem import batched_meta_step, in_torch, tensors
 
 
 def version() -> str:
@@ -56,30 +57,8 @@ def vmap_step(
     problem: meta_workload.Problem, accelerated: bool | None = None
 ) -> Callable[[], list[Tensor]]:
     """Return a function that computes the meta-gradient of all tasks in one batch."""
-    built = in_torch(problem)
-    net, loss, samples = built.network, built.loss, built.samples
-    initial = {name: p.detach() for name, p in net.named_parameters()}
     tx = torchopt.adam(**_numbers(problem.adam, accelerated))
-
-    def loss_of(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(torch.func.functional_call(net, params, (x,)), y)
-
-    def outer_loss(params: dict[str, Tensor], *task: Tensor) -> Tensor:
-        state = tx.init(params)
-        for _ in range(built.steps):
-            grads = torch.func.grad(loss_of)(params, *task[:2])
-            params, state = tx.apply_gradients(grads, state, params, inplace=False)
-        return loss_of(params, *task[2:])
-
-    of_each_task = torch.func.vmap(torch.func.grad(outer_loss), in_dims=(None, 0, 0, 0, 0))
-
-    def work() -> list[Tensor]:
-        grads = of_each_task(
-            initial, samples.support_x, samples.support_y, samples.query_x, samples.query_y
-        )
-        return [g.sum(0) for g in grads.values()]
-
-    return work
+    return batched_meta_step(problem, tx.init, partial(tx.apply_gradients, inplace=False))
 
 
 def _update(

@@ -61,13 +61,15 @@ def ratios(rows: list[dict[str, Any]]) -> str:
 
 
 def _measured(row: dict[str, Any], unit: str) -> list[str]:
+    from benchmarks.report import VERDICTS
+
     if "absent" in row:
         return [row["absent"], ""]
     found = row["wall"]
     value = f"**{found['value']:.3g}**{unit}"
     if found["low"] != found["high"]:
         value += f" [{found['low']:.3g}, {found['high']:.3g}]"
-    return [value, {True: "yes", False: "no", None: ""}[found["met"]]]
+    return [value, VERDICTS[found["met"]]]
 
 
 def times(cases: dict[str, Any]) -> str:
