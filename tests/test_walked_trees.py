@@ -47,7 +47,7 @@ def walks_fixture(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_walked_trees_are_those_of_optree(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options: Any = {"none_is_leaf": True, "namespace": "torchopt"}
     expected = optree.tree_leaves(value, **options)
-    monkeypatch.setattr(tree, "_walks", lambda: True)
+    monkeypatch.setattr(tree, "compiler_is_old", lambda: True)
     leaves, spec = tree.flatten(value)
     assert leaves == expected
     assert tree.leaf_paths(value) == optree.tree_paths(value, **options)
@@ -57,7 +57,7 @@ def test_walked_trees_are_those_of_optree(value: Any, monkeypatch: pytest.Monkey
     assert repr(rebuilt) == repr(value)  # which says the order of keys as well
     assert optree.tree_leaves(rebuilt, **options) == expected
     # what one call has walked, another one may finish
-    monkeypatch.setattr(tree, "_walks", lambda: False)
+    monkeypatch.setattr(tree, "compiler_is_old", lambda: False)
     assert repr(tree.unflatten(spec, leaves)) == repr(value)
     assert tree.flatten_like(value, value, spec, "a", "b") == expected
 

@@ -25,7 +25,11 @@ NAMESPACE = "torchopt"
 _COMPILER_KNOWS_OPTREE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
-def _walks() -> bool:
+def compiler_is_old() -> bool:
+    """Whether a compiler is at work that has to be shown plain Python only.
+
+    It does not see through optree, and ``is`` between dicts that hold tensors ends it.
+    """
     return not _COMPILER_KNOWS_OPTREE and torch.compiler.is_compiling()
 
 
@@ -97,7 +101,7 @@ def _equal(spec: Any, other: Any) -> bool:
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
     """Return the leaves of ``tree`` and its structure."""
-    if _walks():
+    if compiler_is_old():
         leaves: list[Any] = []
         paths: list[tuple[Any, ...]] = []
         root = _walk(tree, (), leaves, paths)
@@ -121,7 +125,7 @@ def tree_map(function: Callable[..., Any], tree: PyTree) -> PyTree:
 
 def leaf_paths(tree: PyTree) -> list[tuple[Any, ...]]:
     """Return the path of every leaf, in the order of :func:`flatten`."""
-    if _walks():
+    if compiler_is_old():
         return flatten(tree)[1].paths
     return optree.tree_paths(tree, none_is_leaf=True, namespace=NAMESPACE)
 

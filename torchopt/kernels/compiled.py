@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from torchopt import tree
 from torchopt.engine import Call, Leaves, run_by_rules
 from torchopt.kernels import fused, native
 from torchopt.kernels import operators as operators  # registers them
@@ -78,9 +79,9 @@ def _take(
     names = [every_name[i] for i in leaves.index]
     rows: list[dict[str, Any]] = []
     row_of_each = []
-    previous = None
+    previous, each = None, tree.compiler_is_old()
     for k, row in enumerate(leaves.hyper):
-        if row is not previous:
+        if each or row is not previous:
             rows.append(_checked_row(plan, first, last, row, leaves.name(k)))
             previous = row
         row_of_each.append(len(rows) - 1)
