@@ -70,11 +70,8 @@ def take_run(
 def _take(
     plan: Plan, first: int, last: int, leaves: Leaves, columns: dict[str, Any], apply: bool
 ) -> list[Tensor]:
-    if not hasattr(torch._dynamo, "nonstrict_trace"):
-        raise RuntimeError(
-            "use_accelerated_op=True requires a fused kernel, which torch.compile cannot take in "
-            f"torch {torch.__version__}: it has no nonstrict_trace. Pass None to compile the rules."
-        )
+    if tree.compiler_is_old():
+        _refuse_old(leaves.g[0], _TOO_OLD)
     every_name = leaves.call.names()
     names = [every_name[i] for i in leaves.index]
     rows: list[dict[str, Any]] = []
@@ -123,6 +120,18 @@ def _checked_row(
                 if isinstance(number, Tensor):
                     raise RuntimeError(fused.refusal(part, name, "a hyperparameter is a tensor"))
     return own
+
+
+_TOO_OLD = (
+    "use_accelerated_op=True requires a fused kernel, which torch.compile can take from torch 2.13 "
+    f"on; this is torch {torch.__version__}. Pass None to compile the rules."
+)
+
+
+@torch._dynamo.allow_in_graph
+def _refuse_old(_: Tensor, message: str) -> None:
+    """Raise; what the compiler's frontend of these versions raises itself loses its message."""
+    raise RuntimeError(message)
 
 
 # What it runs -------------------------------------------------------------------------------------
@@ -203,10 +212,12 @@ def _computed(
     }
 
 
-if hasattr(torch._dynamo, "nonstrict_trace"):
-    _operate = torch._dynamo.nonstrict_trace(_run_operators)
-else:
-    _operate = _run_operators
+# other tracers call it as it is, and compilers that are too old have been refused
+_operate: Any = (
+    torch._dynamo.nonstrict_trace(_run_operators)
+    if hasattr(torch._dynamo, "nonstrict_trace")
+    else _run_operators
+)
 
 
 def _run_longest(
