@@ -102,7 +102,8 @@ class Optimizer(torch.optim.Optimizer):
         updates, slots = advance(self.transformation, call)
         counts = self._counts_steps()
         _refuse_overlapping([p for p, u in zip(params, updates) if u is not None])
-        versions = [None if p.is_inference() else p._version for p in params]
+        compiling = torch.compiler.is_compiling()  # which cannot look at inference mode
+        versions = [None if compiling or p.is_inference() else p._version for p in params]
         begun = False
 
         def write() -> None:
@@ -142,7 +143,8 @@ class Optimizer(torch.optim.Optimizer):
         rows: list[dict[str, Any]] = []
         for group in self.param_groups:
             first, last = len(rows), len(rows) + len(group["params"])
-            count = max(steps[first:last], default=1) - 1
+            own = steps[first:last]
+            count = max(own) - 1 if own else 0  # torch.compile knows no max with a default
             values = {**self.transformation.hyperparameters(), **group}
             specs = self.transformation.hyper_specs()
             group_names = names[first:last]
