@@ -4,14 +4,31 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_FLAGS ?=
+TORCHES ?= torch==2.6.0 torch
+# What has failed between versions before, and the values.
+SAMPLE ?= $(addprefix tests/test_, walked_trees.py compiled_learned.py functional_transforms.py \
+  fused_operators.py fused_update.py against_torch.py optim_state.py state.py meta.py)
 
-.PHONY: demo test examples docs lint format bench wheel kernels sanitize clean
+.PHONY: demo test test-all test-versions examples docs lint format bench wheel kernels sanitize clean
 
 demo: $(INSTALLED)  ## meta-train on real handwritten digits, a few minutes
 	$(BIN)/python examples/few_shot.py --data digits --output runs/demo --overwrite $(DEMO_FLAGS)
 
-test: $(INSTALLED)  ## all tests
+test: $(INSTALLED)  ## the tests: every law for every optimizer; a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: $(INSTALLED)  ## with all combinations of laws, optimizers, dtypes, layouts, ... as well
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+
+# Plain `pip install torch` on Linux brings the build for CUDA: gigabytes for each of them.
+test-versions: $(INSTALLED)  ## a sample of the tests with the oldest torch and the newest there is
+	for torch in $(TORCHES); do \
+	  echo "== $$torch" && $(PYTHON) -m venv "build/with-$$torch" && \
+	  "build/with-$$torch/bin/python" -m pip install -q --disable-pip-version-check \
+	    "$$torch" optree typing-extensions pytest hypothesis numpy scipy && \
+	  OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) "build/with-$$torch/bin/python" -m pytest -q \
+	    -p no:cacheprovider $(SAMPLE) || exit 1; \
+	done
 
 examples: $(INSTALLED)  ## run every example at its default size, write examples/README.md anew; 10 minutes
 	$(BIN)/python examples/reproduce.py

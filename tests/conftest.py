@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from sampling import mark_thorough
 
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_thorough(items)  # before -m deselects
 
 
 @pytest.fixture(autouse=True)

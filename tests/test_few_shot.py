@@ -139,12 +139,15 @@ class TestDigits:
 
 
 class TestResume:
-    def test_sigkill_at_random_moments_gives_the_numbers_of_an_uninterrupted_run(self, tmp_path):
+    @pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.thorough)])
+    def test_sigkill_at_random_moments_gives_the_numbers_of_an_uninterrupted_run(
+        self, tmp_path, times
+    ):
         options = ["--iterations", "60", "--checkpoint-every", "2"]
         straight = run_here(*options, "--output", str(tmp_path / "straight"))
         folder = tmp_path / "killed"
         kills = 0
-        while kills < 4:
+        while kills < times:
             process = start(*options, "--output", str(folder), "--resume")
             deadline = time.monotonic() + 60
             target = 12 * (kills + 1)
@@ -156,7 +159,7 @@ class TestResume:
                 )
                 if lines.count("\n") >= target:
                     break
-                time.sleep(0.002)
+                time.sleep(0.01)
             assert process.poll() is None, process.communicate()[0]
             os.kill(process.pid, signal.SIGKILL)
             process.wait()

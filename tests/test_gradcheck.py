@@ -80,6 +80,7 @@ class UpdateAsFunction:
         assert gradgradcheck(self, self.inputs, check_fwd_over_rev=True, **GRADCHECK)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["first-step", "third-step"])
 @every_case
 def test_every_algorithm(case: Case, steps_before: int) -> None:
@@ -181,6 +182,7 @@ TRANSFORMS: dict[str, tuple[Build, Values]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["first-step", "third-step"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_every_transform(name: str, steps_before: int) -> None:

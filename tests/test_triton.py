@@ -144,6 +144,7 @@ ADAM = program_of(torchopt.adam(0.1, weight_decay=0.1, amsgrad=True)).kernels
 
 
 @pytest.mark.usefixtures("interpreter")
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("part", range(4))
 def test_every_kernel_of_the_catalogue(dtype: torch.dtype, part: int) -> None:
