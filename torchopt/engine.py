@@ -82,15 +82,23 @@ def step_list(old: Union[Step, list[Any]], count: int) -> list[Step]:
     return [step] * count
 
 
-def next_step(old: Union[Step, list[Any]], grads: Sequence[Any]) -> Union[Step, list[Any]]:
+def next_step(
+    old: Union[Step, list[Any]], grads: Sequence[Any], params: Sequence[Any] | None
+) -> Union[Step, list[Any]]:
     """Return the step counts to remember: one number while all parameters agree."""
     if isinstance(old, Tensor):
         return old + 1
     previous = old if isinstance(old, list) else [old] * len(grads)
     steps = [step if g is None else step + 1 for step, g in zip(previous, grads)]
-    if not steps:
+    # a place in the tree that has no parameter has no count to disagree with
+    counts = steps
+    if params is not None:
+        counts = [n for n, p in zip(steps, params) if p is not None] or steps
+    if not counts:
         return old + 1 if isinstance(old, int) else old
-    return steps[0] if all(step == steps[0] for step in steps) else steps
+    if any(isinstance(count, Tensor) for count in counts):
+        return steps  # of a batch: nothing can be known
+    return counts[0] if all(count == counts[0] for count in counts) else steps
 
 
 def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:

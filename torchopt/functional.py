@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchopt import hyper, tree
+from torchopt import hyper, step_count, tree
 from torchopt.engine import Call, advance, next_step, step_list
 from torchopt.opt_state import OptState
 from torchopt.recording import refuse_recorded
@@ -77,6 +77,15 @@ def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, l
     }
 
 
+def _counts(state: OptState, grads: PyTree, spec: Any) -> Any:
+    """Return the step count so far: one for all, or a list aligned with the gradients."""
+    step = state.step
+    if isinstance(step, (int, Tensor)):
+        return step_count.read(step)
+    counts = tree.flatten_like(step, grads, spec, "The steps of the state", "grads")
+    return [step_count.read(count) for count in counts]
+
+
 def hyper_values(rows: Sequence[dict[str, Any]]) -> list[Any]:
     """Return the hyperparameters that an update uses, with pairs taken apart."""
     values: list[Any] = []
@@ -116,11 +125,7 @@ def advance_trees(
     g, spec = tree.flatten(grads)
     p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
     slots = state_slots(tx, state, grads, spec)
-    old_steps = (
-        state.step
-        if isinstance(state.step, (int, Tensor))
-        else tree.flatten_like(state.step, grads, spec, "The steps of the state", "grads")
-    )
+    old_steps = _counts(state, grads, spec)
     call = gather_call(tx, grads, g, p, step_list(old_steps, len(g)), slots, extra, params)
     if inplace:
         columns = {
@@ -133,7 +138,7 @@ def advance_trees(
         # parameters may be leaves that require grad; the updates must not carry a graph
         call.p = [x.detach() if isinstance(x, Tensor) else x for x in call.p]
     results, slots = advance(tx, call, apply)
-    step = next_step(old_steps, g)
+    step = next_step(old_steps, g, p)
     like = grads if params is None else params
     if state.slots:
         like = list(state.slots.values())[0]  # noqa: RUF015 - torch 2.6 cannot compile next

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchopt import hyper, tree
+from torchopt import hyper, step_count, tree
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
 from torchopt.packed import Packed, PackedDict
@@ -40,16 +40,18 @@ def checked_state(optimizer: Any, module: nn.Module, state: OptState) -> GroupSt
     plan.check_slots(state.slots, type(optimizer).__name__)
     sites = parameter_sites(module)
     columns = {slot: dict(column) for slot, column in state.slots.items() if column}
-    if not columns and state.step == 0:
+    count = state.step if isinstance(state.step, Mapping) else step_count.read(state.step)
+    if not columns and not isinstance(count, Mapping) and count == 0:
         return GroupState({}, {slot: {} for slot in plan.slot_names})
-    counts = state.step if isinstance(state.step, Mapping) else None
+    counts = count if isinstance(count, Mapping) else None
     names = list(next(iter(columns.values()), sites if counts is None else counts))
     trainable = [n for n, site in sites.items() if site.tensor.requires_grad or n in names]
     _check_names("the parameters", names, trainable)
-    steps: dict[str, Any] = dict.fromkeys(names, state.step) if counts is None else dict(counts)
+    steps: dict[str, Any] = dict.fromkeys(names, count) if counts is None else dict(counts)
     for what, column in {"step": steps, **columns}.items():
         _check_names(what, list(column), names)
     for name, step in steps.items():
+        step = steps[name] = step_count.read(step)
         if not isinstance(step, int) or step < 0:
             raise ValueError(
                 f"The state does not match at step[{name!r}]: {step!r} instead of a count."

@@ -87,7 +87,11 @@ def _take(
     for k, t in enumerate(leaves.t):
         if isinstance(t, Tensor):
             part = plan.parts[first]
-            raise RuntimeError(fused.refusal(part, leaves.name(k), "the step count is a tensor"))
+            reason = (
+                "the step count is a tensor (the state has been taken apart, and "
+                "OptState(int(state.step), state.slots) makes it a number again)"
+            )
+            raise RuntimeError(fused.refusal(part, leaves.name(k), reason))
     given = {"p": leaves.p}
     for slots in plan.slots[first:last]:
         for name in slots:
