@@ -46,8 +46,8 @@ def read(step: Any) -> Any:
         return step
     if step.dim():
         raise ValueError(
-            f"The step count of a state must be a 0-d tensor, got shape {tuple(step.shape)}. The state "
-            "of a batch goes through torch.func.vmap(...)."
+            f"The step count of a state must be a 0-d tensor, got shape {tuple(step.shape)}. The "
+            "state of a batch goes through torch.func.vmap(...)."
         )
     value = step
     while functorch.is_functorch_wrapped_tensor(value):
