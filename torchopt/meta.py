@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torchopt import hyper, tree
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance
 from torchopt.inner_gradient import differentiate
-from torchopt.meta_call import Entry, Steady, Trainable, new_call, next_states
+from torchopt.meta_call import Entry, Steady, Trainable, known_names, new_call, next_states
 from torchopt.meta_state import GroupState, check_groups, checked_state
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
@@ -111,8 +112,11 @@ class MetaOptimizer:
             if id(site.tensor) in taken:
                 raise ValueError(f"Parameter {name!r} belongs to another group already.")
         hyperparameters = {**self.transformation.hyperparameters(), **given}
-        names = list(sites)
-        hyper.resolve(hyperparameters, specs, [s.tensor for s in sites.values()], lambda: names, 0)
+        trained = {n: s.tensor for n, s in sites.items() if s.tensor.requires_grad}
+        around = partial(known_names, module)
+        hyper.resolve(
+            hyperparameters, specs, list(trained.values()), lambda: list(trained), 0, around
+        )
         self.param_groups.append({"params": module, **hyperparameters})
         self._states.append(GroupState({}, {slot: {} for slot in self.transformation.slot_names()}))
 

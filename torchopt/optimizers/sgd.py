@@ -27,10 +27,11 @@ def sgd(
 
     .. math::
         g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
-        b_t = \mu b_{t-1} + (1 - \tau) g_t \;\;(b_1 = g_1), \qquad
+        b_t = \mu b_{t-1} + (1 - \tau) g_t \;\;(b_1 = \mu b_0 + g_1), \qquad
         p_t = p_{t-1} - \eta\, b_t
 
-    With ``nesterov`` the step is :math:`g_t + \mu b_t`; without momentum it is :math:`g_t`.
+    A fresh buffer :math:`b_0` is zero. With ``nesterov`` the step is :math:`g_t + \mu b_t`; without
+    momentum it is :math:`g_t`.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.

@@ -53,18 +53,30 @@ class Trace(ElementwiseTransformation):
         if is_zero(momentum):
             return g, slots
         if b is None:
-            b = g.clone()
-        elif isinstance(t, Tensor):
-            b = torch.where(t == 1, g, momentum * b + (1 - dampening) * g)
-        elif t == 1:
             b = g.clone()  # a gradient buffer that is reused later must not change the state
         else:
-            b = add_scaled(momentum * b, g, 1 - dampening)
+            b = _decayed_sum(momentum * b, g, dampening, t)
         return (add_scaled(g, b, momentum) if nesterov else b), (b,)
 
     def takes_sparse(self, *, momentum: Any, **_: Any) -> bool:
         """Only if no buffer is kept."""
         return is_zero(momentum)
+
+
+def _decayed_sum(b: Tensor, g: Tensor, dampening: Any, t: Step) -> Tensor:
+    """Return ``b + (1 - dampening) * g``, at the first step ``b + g``.
+
+    A new buffer is zero, so that the first one is the gradient as in ``torch.optim``; one that was
+    given is used.
+    """
+    if is_zero(dampening):
+        return add_scaled(b, g, 1 - dampening)
+    if isinstance(t, Tensor):
+        return torch.where(t == 1, b + g, b + (1 - dampening) * g)
+    if t == 1:
+        # a number stays an expression of dampening, for which there is one kernel
+        dampening = 0.0 if isinstance(dampening, Tensor) else dampening * 0.0
+    return add_scaled(b, g, 1 - dampening)
 
 
 def trace(
@@ -73,8 +85,10 @@ def trace(
     r"""Accumulate gradients with decay, as ``torch.optim.SGD`` does.
 
     .. math::
-        b_1 = g_1, \qquad b_t = \mu\, b_{t-1} + (1 - \tau)\, g_t, \qquad
+        b_1 = \mu\, b_0 + g_1, \qquad b_t = \mu\, b_{t-1} + (1 - \tau)\, g_t, \qquad
         u_t = b_t \;\text{ or, for Nesterov, }\; g_t + \mu\, b_t
+
+    A fresh buffer :math:`b_0` is zero, and the first one the gradient.
 
     Args:
         momentum: :math:`\mu \ge 0`. The Python number 0 keeps no buffer.
