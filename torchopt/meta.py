@@ -17,7 +17,7 @@ from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance
 from torchopt.inner_gradient import differentiate
 from torchopt.meta_call import Entry, Steady, Trainable, known_names, new_call, next_states
-from torchopt.meta_state import GroupState, check_groups, checked_state
+from torchopt.meta_state import GroupState, check_groups, checked_state, state_of
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
 from torchopt.recipe import signature_of_recipe
@@ -168,7 +168,7 @@ class MetaOptimizer:
 
     def _forget(self) -> None:
         """Drop what earlier steps found out: it belongs to the optimizer that this is a copy of."""
-        self._trainable, self._steady = Trainable(), None
+        self._trainable, self._steady = Trainable(self._trainable.frozen), None
 
     def _next_call(
         self, entries: list[Entry], params: list[Tensor], grads: list[Any]
@@ -185,15 +185,8 @@ class MetaOptimizer:
 
     def extract_state(self) -> tuple[OptState, ...]:
         """Return the state by reference, one :class:`~torchopt.OptState` per group."""
-        states = []
-        for state in self._states:
-            counts = set(state.steps.values())
-            step = (counts.pop() if counts else 0) if len(counts) < 2 else dict(state.steps)
-            kept = {
-                s: dict(c) for s, c in state.slots.items() if any(v is not None for v in c.values())
-            }
-            states.append(OptState(step, kept if state.steps else {s: {} for s in state.slots}))
-        return tuple(states)
+        pairs = zip(self.param_groups, self._states)
+        return tuple(state_of(group["params"], state) for group, state in pairs)
 
     def recover_state(self, state: Any) -> None:
         """Go back to an extracted state; see :func:`torchopt.recover_state_dict`."""
@@ -208,9 +201,10 @@ class MetaOptimizer:
                 f"The state has {len(state)} groups, {type(self).__name__} has "
                 f"{len(self.param_groups)}."
             )
+        frozen = self._trainable.frozen
         self._states = [
-            checked_state(self, group["params"], saved)
-            for group, saved in zip(self.param_groups, state)
+            checked_state(self, group["params"], saved, frozen.get(index, ()))
+            for index, (group, saved) in enumerate(zip(self.param_groups, state))
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,7 +254,7 @@ class MetaOptimizer:
         return cloned
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_trainable": Trainable(), "_steady": None}
+        return {**vars(self), "_trainable": Trainable(self._trainable.frozen), "_steady": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MetaOptimizer:
         memo[id(self)] = cloned = copy.copy(self)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,9 +32,14 @@ class Entry(NamedTuple):
 
 
 class Trainable:
-    """The parameters of all groups that require grad, at this moment."""
+    """The parameters of all groups that require grad, at this moment.
 
-    def __init__(self) -> None:
+    Attributes:
+        frozen: By group, those that did not at some step: a state may be without them.
+    """
+
+    def __init__(self, frozen: Mapping[int, set[str]] | None = None) -> None:
+        self.frozen = {index: set(names) for index, names in (frozen or {}).items()}
         self._walks: list[ParameterWalk] = []
         self._entries: list[list[Entry]] = []
 
@@ -55,6 +60,8 @@ class Trainable:
                 if tensor.requires_grad:
                     entries.append(entry)
                     params.append(tensor)
+                else:
+                    self.frozen.setdefault(index, set()).add(entry.name)
         return entries, params
 
     def _look_up(self, index: int, module: Any) -> list[Tensor] | None:
