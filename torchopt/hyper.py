@@ -212,7 +212,7 @@ def match_by_name(
     by_position = isinstance(value, (list, tuple))
     if by_position and len(entries) == len(names):
         return list(entries.values())  # one entry per parameter, in order
-    keys = [_key_of(name, entries) for name in names]
+    keys: list[Any] = [_key_of(name, entries) for name in names]
     used = set(keys)
     if None not in used and all(key in used for key in entries):
         return [entries[key] for key in keys]
@@ -254,7 +254,7 @@ def _first_key(name: str, others: Sequence[str], entries: Mapping[str, Any]) -> 
 
 
 def _names_any(key: str, names: Sequence[str]) -> bool:
-    return any(name == key or name.startswith(f"{key}.") for name in names)
+    return any(not key or name == key or name.startswith(f"{key}.") for name in names)
 
 
 def has_schedule(value: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchopt import hyper, tree
+from torchopt import tree
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
 from torchopt.packed import Packed, PackedDict
@@ -106,33 +106,6 @@ def _check_slot(plan: Any, slot: str, name: str, value: Any, param: Tensor) -> N
             f"The state does not match at {slot}[{name!r}]: {given} instead of a tensor of shape "
             f"{shape}."
         )
-
-
-def check_groups(optimizer: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse saved hyperparameters of another optimizer.
-
-    Raises:
-        ValueError: Naming the hyperparameter that is missing, unknown or out of bounds.
-    """
-    specs = optimizer.transformation.hyper_specs()
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(
-            f"The state has {len(groups)} param_groups, {type(optimizer).__name__} has "
-            f"{len(optimizer.param_groups)}."
-        )
-    for group, live in zip(groups, optimizer.param_groups):
-        for name in specs:
-            code = callable(live[name]) and not isinstance(live[name], Tensor)
-            if name not in group and not code:  # schedules are not saved
-                raise ValueError(
-                    f"The state belongs to another optimizer: it lacks the hyperparameter {name!r}."
-                )
-        for name, value in group.items():
-            if name not in specs:
-                raise ValueError(
-                    f"The state belongs to another optimizer: it has the hyperparameter {name!r}."
-                )
-            hyper.check(name, value, specs[name])
 
 
 def _check_names(what: str, given: Sequence[str], wanted: Sequence[str]) -> None:

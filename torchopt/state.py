@@ -179,8 +179,8 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     Raises:
         ValueError: If ``state`` has another structure, naming the first path that differs. Nothing
             has changed then.
-        TypeError: If ``state`` is no extracted state of such a target, or ``target`` something else,
-            such as a :class:`torchopt.Optimizer`, which has its ``load_state_dict``.
+        TypeError: If ``state`` is no extracted state of such a target, or ``target`` is something
+            else, such as a :class:`torchopt.Optimizer`, which has its ``load_state_dict``.
 
     Example:
         >>> import torch, torchopt

@@ -34,8 +34,9 @@ def check_tree(function: str, target: Any) -> None:
             raise TypeError(_with_a_state(function, leaf, where))
     if len(leaves) == 1 and tree.is_leaf(target) and not _is_value(target):
         raise TypeError(
-            f"{function} takes a module, a MetaOptimizer or a tree of tensors, got {_named(target)}. "
-            "Give parameters as list(net.parameters()) or dict(net.named_parameters())."
+            f"{function} takes a module, a MetaOptimizer or a tree of tensors, got "
+            f"{_named(target)}. Give parameters as list(net.parameters()) or "
+            "dict(net.named_parameters())."
         )
 
 

@@ -180,6 +180,8 @@ class Adam(optim.Optimizer):
 class MetaAdam(meta.MetaOptimizer):
     """:func:`torchopt.adam` as a differentiable optimizer of a network."""
 
+    twin = Adam
+
     @meta.from_recipe(adam)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adam`."""

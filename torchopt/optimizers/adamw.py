@@ -89,6 +89,8 @@ class AdamW(optim.Optimizer):
 class MetaAdamW(meta.MetaOptimizer):
     """:func:`torchopt.adamw` as a differentiable optimizer of a network."""
 
+    twin = AdamW
+
     @meta.from_recipe(adamw)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adamw`."""

@@ -209,6 +209,8 @@ class RMSprop(optim.Optimizer):
 class MetaRMSProp(meta.MetaOptimizer):
     """:func:`torchopt.rmsprop` as a differentiable optimizer of a network."""
 
+    twin = RMSprop
+
     @meta.from_recipe(rmsprop)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.rmsprop`."""

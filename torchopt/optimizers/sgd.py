@@ -85,6 +85,8 @@ class SGD(optim.Optimizer):
 class MetaSGD(meta.MetaOptimizer):
     """:func:`torchopt.sgd` as a differentiable optimizer of a network."""
 
+    twin = SGD
+
     @meta.from_recipe(sgd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.sgd`."""
