@@ -32,14 +32,13 @@ def refuse_released(call: Call) -> None:
             name = tree.quoted(call.names()[k])
             raise RuntimeError(
                 f"{what} {name} of shape {tuple(column[k].shape)} has no memory: its storage was "
-                "resized to fewer bytes (untyped_storage().resize_). Give it its memory back "
-                "before the step."
+                "resized to 0 bytes (untyped_storage().resize_). Give it its memory back before "
+                "the step."
             )
 
 
 def _released(column: Iterable[Any]) -> Iterable[int]:
     for k, x in enumerate(column):
-        if type(x) in _ADDRESSED and x.layout == torch.strided and x.numel():
-            last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
-            if (last + 1) * x.element_size() > x.untyped_storage().nbytes():
-                yield k
+        addressed = type(x) in _ADDRESSED and x.layout == torch.strided and not x.is_meta
+        if addressed and not x.data_ptr() and x.numel():
+            yield k
