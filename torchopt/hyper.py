@@ -182,14 +182,12 @@ def _column(
         column = [
             v(count) if callable(v) and not isinstance(v, torch.Tensor) else v for v in matched
         ]
-        for v, leaf, leaf_name in zip(column, leaves, names()):
-            _check_shape(name, v, leaf, leaf_name)
-        return column
+        return [_fitting(name, v, *leaf) for v, *leaf in zip(column, leaves, names())]
     if callable(value) and not isinstance(value, torch.Tensor):
         value = value(count)
     if isinstance(value, torch.Tensor) and value.dim() > 0:
         for leaf, leaf_name in zip(leaves, names()):
-            _check_shape(name, value, leaf, leaf_name)
+            value = _fitting(name, value, leaf, leaf_name)
     return value
 
 
@@ -276,17 +274,42 @@ def check_number(name: str, value: Any, spec: HyperSpec | None = None) -> None:
         check(name, value, spec)
 
 
-def _check_shape(name: str, value: Any, leaf: Any, leaf_name: str) -> None:
+def numbers_in(value: Any) -> list[Any]:
+    """Return the plain numbers in a hyperparameter: itself, or those in a pair or tree."""
+    leaves = [value] if isinstance(value, torch.Tensor) else tree.flatten(value)[0]
+    return [leaf for leaf in leaves if isinstance(leaf, numbers.Real)]
+
+
+def as_numbers(value: Any) -> Any:
+    """Return the number in a tensor with one entry, if reading it does not wait for a device.
+
+    Also inside a pair or tree. For a face that records no derivative, and may have kernels then.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 and value.is_cpu else value
+    if isinstance(value, (Mapping, list, tuple)):
+        return tree.tree_map(as_numbers, value)
+    return value
+
+
+def _fitting(name: str, value: Any, leaf: Any, leaf_name: str) -> Any:
+    """Return a value that broadcasts to a leaf; one entry always does, whatever its dimensions.
+
+    Raises:
+        ValueError: If the value is a tensor that does not broadcast.
+    """
     if (
         not isinstance(value, torch.Tensor)
         or value.dim() == 0
         or not isinstance(leaf, torch.Tensor)
     ):
-        return
+        return value
     try:
         fits = torch.broadcast_shapes(value.shape, leaf.shape) == leaf.shape
     except RuntimeError:
         fits = False
+    if not fits and value.numel() == 1:
+        return value.reshape(())
     if not fits:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, which does not broadcast to parameter "
@@ -294,3 +317,4 @@ def _check_shape(name: str, value: Any, leaf: Any, leaf_name: str) -> None:
             "parameter as a "
             "dict keyed by parameter name."
         )
+    return value

@@ -131,7 +131,9 @@ def new_call(
     )
     fresh = [step == 1 and e.name not in known[e.group] for step, e in zip(steps, entries)]
     complete = single and (not known[0] or known[0].keys() == set(names))
-    call.pack_slots = complete and packs(tx.plan)
+    # what is packed is contiguous, and so is what a kernel computes with it
+    dense = all(map(Tensor.is_contiguous, params))
+    call.pack_slots = complete and dense and packs(tx.plan)
     packed: dict[str, Any] = {}
     if call.pack_slots:
         if not known[0]:

@@ -169,7 +169,8 @@ class Adam(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.Adam``.
     """
 
-    optional_hyperparameters = frozenset({"eps_root", "maximize"})
+    optional_hyperparameters = frozenset({"eps_root"})
+    former_defaults = {"amsgrad": False, "maximize": False}
     fixed_options = {"decoupled_weight_decay": False}
 
     @optim.from_recipe(adam)

@@ -78,7 +78,8 @@ class AdamW(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.AdamW``.
     """
 
-    optional_hyperparameters = frozenset({"eps_root", "maximize"})
+    optional_hyperparameters = frozenset({"eps_root"})
+    former_defaults = {"amsgrad": False, "maximize": False}
     fixed_options = {"decoupled_weight_decay": True}
 
     @optim.from_recipe(adamw)

@@ -77,6 +77,8 @@ class SGD(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.SGD``.
     """
 
+    former_defaults = {"momentum": 0.0, "nesterov": False, "maximize": False}
+
     @optim.from_recipe(sgd)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.sgd`."""
