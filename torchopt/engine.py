@@ -30,6 +30,7 @@ class Call:
     reference: PyTree  # a tree with the structure of the parameters, for masks
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     pack_slots: bool = False  # whether new slots may come back as Packed
+    known: Any = ()  # parameters that an entry of a mask may name besides; see hyper.match_by_name
 
 
 @dataclasses.dataclass
@@ -269,9 +270,11 @@ def _advance_by_parts(tx: Any, given: Leaves, columns: dict[str, Any], apply: bo
         for position, (c, value) in enumerate(zip(is_complex, column)):
             if value is not None:
                 old = columns[name][position]
-                columns[name][position] = _leave(
-                    value, c, value.dtype if old is None else old.dtype
-                )
+                if old is not None:
+                    dtype = old.dtype
+                else:  # made in this call, in the dtype of computation unless it is no such number
+                    dtype = leaves.g[position].dtype if value.is_floating_point() else value.dtype
+                columns[name][position] = _leave(value, c, dtype)
     return results
 
 
@@ -310,10 +313,33 @@ def run_by_rules(
         slots = list(zip(*(columns[name] for name in names))) if names else [()] * len(g)
         rows = plan.rows_of(position, leaves.hyper)
         own = Leaves(g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
+        before = g
         g, slots = plan.parts[position].step(own)
+        if _may_promote(rows):
+            g = [_like(u, x) for u, x in zip(g, before)]
         for name, column in zip(names, zip(*slots)):
             columns[name] = list(column)
     return g
+
+
+def _may_promote(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether a hyperparameter is a tensor, whose dtype may be wider than that of a gradient."""
+    previous: Any = None
+    for row in rows:
+        if row is not previous:
+            for value in row.values():
+                if isinstance(value, Tensor):
+                    return True
+                if isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
+                    return True
+            previous = row
+    return False
+
+
+def _like(u: Any, g: Tensor) -> Any:
+    """Return an update in the dtype of its gradient, in which the next part expects it."""
+    wider = isinstance(u, Tensor) and u.dtype != g.dtype and u.is_floating_point()
+    return u.to(g.dtype) if wider else u
 
 
 def _view_as_real(x: Tensor) -> Tensor:

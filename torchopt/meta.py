@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from torchopt import hyper, tree
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance
 from torchopt.inner_gradient import differentiate
-from torchopt.meta_call import Entry, Steady, Trainable, new_call, next_states
-from torchopt.meta_state import GroupState, check_groups, checked_state
+from torchopt.meta_call import Entry, Steady, Trainable, known_names, new_call, next_states
+from torchopt.meta_saved import loaded_form, saved_form
+from torchopt.meta_state import GroupState, checked_state, state_of
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
 from torchopt.recipe import signature_of_recipe
@@ -61,6 +63,9 @@ class MetaOptimizer:
         >>> [g.shape for g in torch.autograd.grad(outer_loss, [start, lr])]
         [torch.Size([1, 2]), torch.Size([])]
     """
+
+    #: The object-oriented class of the same algorithm, which reads the same saved states.
+    twin: ClassVar[Any] = None
 
     def __init__(self, module: nn.Module | Sequence[Any], tx: GradientTransformation) -> None:
         check_transformation(tx, type(self).__name__)
@@ -111,8 +116,11 @@ class MetaOptimizer:
             if id(site.tensor) in taken:
                 raise ValueError(f"Parameter {name!r} belongs to another group already.")
         hyperparameters = {**self.transformation.hyperparameters(), **given}
-        names = list(sites)
-        hyper.resolve(hyperparameters, specs, [s.tensor for s in sites.values()], lambda: names, 0)
+        trained = {n: s.tensor for n, s in sites.items() if s.tensor.requires_grad}
+        around = partial(known_names, module)
+        hyper.resolve(
+            hyperparameters, specs, list(trained.values()), lambda: list(trained), 0, around
+        )
         self.param_groups.append({"params": module, **hyperparameters})
         self._states.append(GroupState({}, {slot: {} for slot in self.transformation.slot_names()}))
 
@@ -164,7 +172,7 @@ class MetaOptimizer:
 
     def _forget(self) -> None:
         """Drop what earlier steps found out: it belongs to the optimizer that this is a copy of."""
-        self._trainable, self._steady = Trainable(), None
+        self._trainable, self._steady = Trainable(self._trainable.frozen), None
 
     def _next_call(
         self, entries: list[Entry], params: list[Tensor], grads: list[Any]
@@ -181,15 +189,8 @@ class MetaOptimizer:
 
     def extract_state(self) -> tuple[OptState, ...]:
         """Return the state by reference, one :class:`~torchopt.OptState` per group."""
-        states = []
-        for state in self._states:
-            counts = set(state.steps.values())
-            step = (counts.pop() if counts else 0) if len(counts) < 2 else dict(state.steps)
-            kept = {
-                s: dict(c) for s, c in state.slots.items() if any(v is not None for v in c.values())
-            }
-            states.append(OptState(step, kept if state.steps else {s: {} for s in state.slots}))
-        return tuple(states)
+        pairs = zip(self.param_groups, self._states)
+        return tuple(state_of(group["params"], state) for group, state in pairs)
 
     def recover_state(self, state: Any) -> None:
         """Go back to an extracted state; see :func:`torchopt.recover_state_dict`."""
@@ -204,44 +205,43 @@ class MetaOptimizer:
                 f"The state has {len(state)} groups, {type(self).__name__} has "
                 f"{len(self.param_groups)}."
             )
+        frozen = self._trainable.frozen
         self._states = [
-            checked_state(self, group["params"], saved)
-            for group, saved in zip(self.param_groups, state)
+            checked_state(self, group["params"], saved, frozen.get(index, ()))
+            for index, (group, saved) in enumerate(zip(self.param_groups, state))
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return state and hyperparameters, detached, in plain containers for ``torch.save``."""
-        groups = [
-            {
-                k: v
-                for k, v in group.items()
-                if k != "params" and (isinstance(v, Tensor) or not callable(v))
-            }
-            for group in self.param_groups
-        ]
-        states = [
-            {"steps": s.steps, "slots": {slot: dict(c) for slot, c in s.slots.items()}}
-            for s in self._states
-        ]
-        detach = lambda x: x.detach() if isinstance(x, Tensor) else x  # noqa: E731
-        return tree.tree_map(detach, {"state": states, "param_groups": groups})
+        """Return state and hyperparameters in ``torch.optim``'s format, for ``torch.save``.
+
+        The tensors are detached; :func:`torchopt.extract_state_dict` keeps their graph. Parameters
+        are numbered in the network's order, frozen ones too, and named. Schedules given as
+        hyperparameters are code and are left out; loading keeps the live ones.
+        """
+        return saved_form(self, self._states)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; the tensors are copied.
+        """Load what :meth:`state_dict`, here or of an optimizer of ``torch.optim``, returned.
+
+        That may be ``torch.optim``'s or ours of the same algorithm, over the same network: its
+        parameters are found by name, or else by their order. Tensors are copied.
 
         Raises:
             ValueError: If the state is that of another optimizer or network; nothing changes then.
+
+        Example:
+            >>> import torch, torchopt
+            >>> net = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+            >>> net(torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> inner = torchopt.MetaSGD(net, momentum=0.9)
+            >>> inner.load_state_dict(optimizer.state_dict())
+            >>> torchopt.extract_state_dict(inner)[0].momentum_buffer["bias"]
+            tensor([1.])
         """
-        try:
-            states = tuple(OptState(s["steps"], s["slots"]) for s in state_dict["state"])
-            groups = state_dict["param_groups"]
-            groups = [dict(group) for group in groups]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"This is no state_dict of {type(self).__name__}: {error!r}."
-            ) from error
-        check_groups(self, groups)
-        self.recover_state(extract_state_dict(states, by="deepcopy"))
+        states, groups = loaded_form(self, state_dict)
+        self.recover_state(states)
         for live, group in zip(self.param_groups, groups):
             live.update(group)
 
@@ -256,7 +256,7 @@ class MetaOptimizer:
         return cloned
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_trainable": Trainable(), "_steady": None}
+        return {**vars(self), "_trainable": Trainable(self._trainable.frozen), "_steady": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MetaOptimizer:
         memo[id(self)] = cloned = copy.copy(self)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchopt import tree
 from torchopt.module_state import named_places, parameter_sites, place_all
 from torchopt.opt_state import OptState
+from torchopt.state_targets import check_tree
 from torchopt.typing import PyTree
 
 
@@ -91,6 +92,8 @@ def extract_state_dict(
 
     Raises:
         ValueError: If ``by`` is another word, or a tree is to carry names.
+        TypeError: If there are no tensors to take, as in a :class:`torchopt.Optimizer`, whose
+            ``state_dict()`` they are.
 
     Example:
         >>> import torch, torchopt
@@ -115,6 +118,7 @@ def extract_state_dict(
             prefix = visual_prefix if len(states) == 1 else f"{visual_prefix}{position}."
             state.__dict__["visual_contents"] = _prefixed(prefix, tree.named_leaves(state.slots))
         return states
+    check_tree("extract_state_dict", target)
     if enable_visual or visual_prefix:
         raise ValueError(
             "enable_visual is for modules and meta-optimizers. Give make_dot a dict of names and "
@@ -175,7 +179,8 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     Raises:
         ValueError: If ``state`` has another structure, naming the first path that differs. Nothing
             has changed then.
-        TypeError: If ``state`` is no extracted state of such a target.
+        TypeError: If ``state`` is no extracted state of such a target, or ``target`` is something
+            else, such as a :class:`torchopt.Optimizer`, which has its ``load_state_dict``.
 
     Example:
         >>> import torch, torchopt
@@ -191,6 +196,7 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     if isinstance(target, HoldsState):
         target.recover_state(state)
         return None
+    check_tree("recover_state_dict", target)
     leaves, spec = tree.flatten(target)
     values = tree.flatten_like(state, target, spec, "The leaves of the state", "the target")
     names = tree.leaf_names(target)
@@ -272,6 +278,7 @@ def stop_gradient(target: T) -> T:
 
     Raises:
         ValueError: If a tensor of a tree is a view with history, which cannot be detached in place.
+        TypeError: If there is nothing to cut, as in a :class:`torchopt.Optimizer`.
 
     Example:
         >>> import torch, torchopt
@@ -298,6 +305,7 @@ def stop_gradient(target: T) -> T:
         # without requires_grad: an outer backward() would fill the grad of every moment
         target.recover_state(tuple(tree.tree_map(_detached, state) for state in states))
     else:
+        check_tree("stop_gradient", target)
         _detach_leaves(target)
     return target
 
@@ -343,6 +351,7 @@ def module_clone(
 
     Raises:
         ValueError: If ``by`` is another word.
+        TypeError: If ``target`` is something else, such as a :class:`torchopt.Optimizer`.
 
     Example:
         >>> import torch, torchopt
@@ -367,4 +376,5 @@ def module_clone(
         )
         cloned.recover_state(extract_state_dict(target, by=by, device=device))
         return cloned
+    check_tree("module_clone", target)
     return extract_state_dict(target, by=by, device=device)

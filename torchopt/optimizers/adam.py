@@ -169,7 +169,8 @@ class Adam(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.Adam``.
     """
 
-    optional_hyperparameters = frozenset({"eps_root", "maximize"})
+    optional_hyperparameters = frozenset({"eps_root"})
+    former_defaults = {"amsgrad": False, "maximize": False}
     fixed_options = {"decoupled_weight_decay": False}
 
     @optim.from_recipe(adam)
@@ -179,6 +180,8 @@ class Adam(optim.Optimizer):
 
 class MetaAdam(meta.MetaOptimizer):
     """:func:`torchopt.adam` as a differentiable optimizer of a network."""
+
+    twin = Adam
 
     @meta.from_recipe(adam)
     def __init__(self, module: Any) -> None:

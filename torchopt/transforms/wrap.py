@@ -98,7 +98,7 @@ def mask_leaves(mask: Any, call: Call) -> list[bool]:
     values = (
         [mask] * len(call.g)
         if isinstance(mask, bool)
-        else hyper.match_by_name("mask", mask, call.names())
+        else hyper.match_by_name("mask", mask, call.names(), call.known)
     )
     for name, value in zip(call.names(), values):
         if not isinstance(value, bool):
