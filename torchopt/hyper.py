@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchopt import tree
+from torchopt import misuse, tree
 from torchopt.typing import Step
 
 
@@ -88,10 +88,10 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
     """
     if spec.flag:
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}.")
+            raise TypeError(f"{name} must be True or False, got {misuse.short(value)}.")
     elif spec.pair:
         if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise TypeError(f"{name} must be a pair of values, got {value!r}.")
+            raise TypeError(f"{name} must be a pair of values, got {misuse.short(value)}.")
         for index, element in enumerate(value):
             check(f"{name}[{index}]", element, dataclasses.replace(spec, pair=False))
     elif isinstance(value, bool):
@@ -104,12 +104,11 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
             raise TypeError(f"{name} must be a real tensor, got dtype {value.dtype}.")
     elif isinstance(value, (Mapping, list, tuple)):
         for key, element in zip(tree.leaf_names(value), tree.flatten(value)[0]):
-            check(f"{name}[{key!r}]", element, spec)
+            check(f"{name}[{misuse.short(key)}]", element, spec)
     elif not callable(value):
-        raise TypeError(
-            f"{name} must be a number, a tensor, a schedule (count -> value) or a tree of those "
-            f"with one entry per parameter, got {type(value).__name__}: {value!r}."
-        )
+        raise TypeError(misuse.not_a_value(name, value))
+    else:
+        misuse.check_schedule(name, value)
 
 
 def resolve(
@@ -166,13 +165,16 @@ def _column(
     if isinstance(value, (Mapping, list, tuple)):
         matched = match_by_name(name, value, names(), known)
         column = [
-            v(count) if callable(v) and not isinstance(v, torch.Tensor) else v for v in matched
+            misuse.scheduled(name, v, count)
+            if callable(v) and not isinstance(v, torch.Tensor)
+            else v
+            for v in matched
         ]
         for v, leaf, leaf_name in zip(column, leaves, names()):
             _check_shape(name, v, leaf, leaf_name)
         return column
     if callable(value) and not isinstance(value, torch.Tensor):
-        value = value(count)
+        value = misuse.scheduled(name, value, count)
     if isinstance(value, torch.Tensor) and value.dim() > 0:
         for leaf, leaf_name in zip(leaves, names()):
             _check_shape(name, value, leaf, leaf_name)
@@ -201,14 +203,16 @@ def match_by_name(
             key = key.rpartition(".")[0]
         if key not in entries:
             raise ValueError(
-                f"{what} has no entry for parameter {tree.quoted(name)}; it has {list(entries)}."
+                f"{what} has no entry for parameter {tree.quoted(name)}; it has "
+                f"{misuse.some(list(entries))}."
             )
         used.add(key)
         matched.append(entries[key])
     unused = [key for key in entries if key not in used and not _names_any(key, known)]
     if unused:
         raise ValueError(
-            f"{what} has an entry {unused[0]!r} that names no parameter; parameters: {list(names)}."
+            f"{what} has an entry {unused[0]!r} that names no parameter; parameters: "
+            f"{misuse.some(names)}."
         )
     return matched
 
@@ -231,7 +235,9 @@ def check_number(name: str, value: Any, spec: HyperSpec | None = None) -> None:
         ValueError: If it is out of bounds.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}.")
+        raise TypeError(
+            f"{name} must be a number, got {type(value).__name__}: {misuse.short(value)}."
+        )
     if spec is not None:
         check(name, value, spec)
 

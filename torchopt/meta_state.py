@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchopt import hyper, tree
+from torchopt import hyper, misuse, tree
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
 from torchopt.packed import Packed, PackedDict
@@ -52,7 +52,8 @@ def checked_state(optimizer: Any, module: nn.Module, state: OptState) -> GroupSt
     for name, step in steps.items():
         if not isinstance(step, int) or step < 0:
             raise ValueError(
-                f"The state does not match at step[{name!r}]: {step!r} instead of a count."
+                f"The state does not match at step[{name!r}]: {misuse.short(step)} instead "
+                "of a count."
             )
     for slot in plan.slot_names:
         for name in names:
@@ -61,7 +62,7 @@ def checked_state(optimizer: Any, module: nn.Module, state: OptState) -> GroupSt
                 continue
             shape = tuple(sites[name].tensor.shape)
             if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-                given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+                given = misuse.short(value)
                 raise ValueError(
                     f"The state does not match at {slot}[{name!r}]: {given} instead of a "
                     f"tensor of shape {shape}."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import engine, hyper
+from torchopt import engine, hyper, misuse
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance, initialise
 from torchopt.optim_state import checked_groups, checked_slots, step_to_tensor, unexpected
@@ -60,6 +60,7 @@ class Optimizer(torch.optim.Optimizer):
     _stepper: Any = None
 
     def __init__(self, params: Any, tx: GradientTransformation) -> None:
+        misuse.check_parameters(params, type(self).__name__)
         check_transformation(tx, type(self).__name__)
         self.transformation = tx
         super().__init__(params, tx.hyperparameters())
@@ -91,6 +92,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            misuse.check_closure(closure, self)
             with torch.enable_grad():
                 loss = closure()
         params = [p for group in self.param_groups for p in group["params"]]

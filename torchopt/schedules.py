@@ -14,6 +14,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
+from torchopt import misuse
 from torchopt.numerics import exact
 from torchopt.typing import Schedule
 from torchopt.values import same
@@ -60,7 +61,7 @@ def _power(base: Any, exponent: Any) -> Any:
 
 def _check_steps(name: str, value: int, minimum: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}.")
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {misuse.short(value)}.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from torchopt import tree
+from torchopt import misuse, tree
 from torchopt.module_state import named_places, parameter_sites, place_all
 from torchopt.opt_state import OptState
 from torchopt.typing import PyTree
@@ -102,6 +102,7 @@ def extract_state_dict(
         >>> isinstance(net.weight, torch.nn.Parameter) and net.weight.is_leaf
         True
     """
+    misuse.check_target(target, "extract_state_dict")
     copier = _Copier(by, device)
     if isinstance(target, nn.Module):
         params = {name: copier(t) for name, _, _, t in named_places(target, "_parameters")}
@@ -132,7 +133,7 @@ class _Copier:
 
     def __init__(self, by: str, device: Any) -> None:
         if by not in _SPELLINGS:
-            raise ValueError(f"by must be 'reference', 'copy' or 'deepcopy', got {by!r}.")
+            raise ValueError(f"by must be 'reference', 'copy' or 'deepcopy', got {by!r:.80}.")
         self.by = _SPELLINGS[by]
         self.device = device
         self.copies: dict[int, tuple[Any, Any]] = {}
@@ -191,6 +192,8 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     if isinstance(target, HoldsState):
         target.recover_state(state)
         return None
+    misuse.check_target(target, "recover_state_dict")
+    misuse.check_recovered(target, state)
     leaves, spec = tree.flatten(target)
     values = tree.flatten_like(state, target, spec, "The leaves of the state", "the target")
     names = tree.leaf_names(target)
@@ -201,10 +204,7 @@ def recover_state_dict(target: Any, state: Any) -> Any:
 
 def _recover_module(module: nn.Module, state: Any) -> None:
     if not isinstance(state, ModuleState):
-        raise TypeError(
-            "The state of a module must be what extract_state_dict(module) returned, got "
-            f"{type(state).__name__}."
-        )
+        raise TypeError(misuse.not_a_module_state(state))
     params = {name: t for name, _, _, t in named_places(module, "_parameters")}
     buffers = {name: t for name, _, _, t in named_places(module, "_buffers")}
     for what, own, given in (
@@ -298,6 +298,7 @@ def stop_gradient(target: T) -> T:
         # without requires_grad: an outer backward() would fill the grad of every moment
         target.recover_state(tuple(tree.tree_map(_detached, state) for state in states))
     else:
+        misuse.check_target(target, "stop_gradient")
         _detach_leaves(target)
     return target
 

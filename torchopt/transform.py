@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from torchopt import hyper, tree
+from torchopt import hyper, misuse, tree
 from torchopt.apply import apply_updates
 from torchopt.engine import Leaves, initialise, step_list
 from torchopt.functional import advance_trees, gather_call, slot_trees
@@ -332,7 +332,4 @@ def check_transformation(tx: object, where: str) -> None:
         TypeError: Naming what was given and what to give.
     """
     if not isinstance(tx, GradientTransformation):
-        raise TypeError(
-            f"{where} expects a gradient transformation such as torchopt.adam(1e-3), got {tx!r} "
-            f"of type {type(tx).__name__}."
-        )
+        raise TypeError(misuse.not_a_transformation(tx, where))

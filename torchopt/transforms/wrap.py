@@ -8,7 +8,7 @@ from typing import Any, Union
 
 from torch import Tensor
 
-from torchopt import hyper, tree
+from torchopt import hyper, misuse, tree
 from torchopt.engine import Call, Leaves, part_slots, run
 from torchopt.transform import GradientTransformation, check_transformation, transformation
 from torchopt.typing import PyTree
@@ -103,7 +103,9 @@ def mask_leaves(mask: Any, call: Call) -> list[bool]:
     for name, value in zip(call.names(), values):
         if not isinstance(value, bool):
             raise TypeError(
-                f"The mask of {tree.quoted(name)} must be True or False, got {value!r}."
+                f"The mask of {tree.quoted(name)} must be True or False, got "
+                f"{misuse.short(value)}. A mask is True or False, a dict of them by name, or a "
+                "function of the parameters."
             )
     return values
 
