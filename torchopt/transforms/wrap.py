@@ -51,6 +51,12 @@ class Masked(GradientTransformation):
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
 
+    def takes_sparse(self, **hyperparameters: Any) -> bool:
+        """Whether all rules inside are right for sparse gradients."""
+        plan = self.inner.plan
+        rows = [plan.rows_of(k, [hyperparameters])[0] for k in range(len(plan.parts))]
+        return all(part.takes_sparse(**row) for part, row in zip(plan.parts, rows))
+
     def init_all_slots(self, leaves: Leaves) -> list[tuple[Any, ...]]:
         """Return the inner transformation's slots where the mask is true, else ``None``."""
         selected, chosen = self._select(leaves)
@@ -128,9 +134,9 @@ def masked(
 
     Example:
         >>> import torch, torchopt
-        >>> tx = torchopt.masked(torchopt.scale(0.0), {"w": False, "b": True})
+        >>> tx = torchopt.masked(torchopt.scale(0.5), {"w": False, "b": True})
         >>> g = {"w": torch.ones(1), "b": torch.ones(1)}
         >>> tx.update(g, tx.init(g))[0]
-        {'w': tensor([1.]), 'b': tensor([0.])}
+        {'w': tensor([1.]), 'b': tensor([0.5000])}
     """
     return Masked(inner, mask)
