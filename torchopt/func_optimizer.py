@@ -14,7 +14,7 @@ from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.typing import TensorTree
 
 
-class FuncOptimizer:
+class FuncOptimizer(misuse.NoPlainOptimizer):
     """Optimize any tree of parameters by ``params = optimizer.step(loss, params)``.
 
     Args:

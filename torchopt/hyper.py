@@ -175,9 +175,12 @@ def _column(
         return column
     if callable(value) and not isinstance(value, torch.Tensor):
         value = misuse.scheduled(name, value, count)
-    if isinstance(value, torch.Tensor) and value.dim() > 0:
-        for leaf, leaf_name in zip(leaves, names()):
-            _check_shape(name, value, leaf, leaf_name)
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 0:
+            for leaf, leaf_name in zip(leaves, names()):
+                _check_shape(name, value, leaf, leaf_name)
+    elif not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(misuse.not_a_value(name, value))  # param_groups may have been changed
     return value
 
 
@@ -204,7 +207,7 @@ def match_by_name(
         if key not in entries:
             raise ValueError(
                 f"{what} has no entry for parameter {tree.quoted(name)}; it has "
-                f"{misuse.some(list(entries))}."
+                f"{misuse.some(list(entries))}.{misuse.stray_comma(what, value)}"
             )
         used.add(key)
         matched.append(entries[key])

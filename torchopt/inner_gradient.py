@@ -27,6 +27,8 @@ def differentiate(
         raise ValueError(
             f"step expects a scalar loss, got shape {tuple(loss.shape)}; take its mean() or sum()."
         )
+    if loss.is_complex():
+        raise ValueError(f"step expects a real loss, got {loss.dtype}; take its abs() or real.")
     if not tensors:
         raise ValueError(
             "No parameter requires grad: all are frozen. Call requires_grad_(True) on those to be "

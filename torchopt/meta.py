@@ -229,9 +229,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             groups = state_dict["param_groups"]
             groups = [dict(group) for group in groups]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"This is no state_dict of {type(self).__name__}: {error!r}."
-            ) from error
+            raise ValueError(misuse.no_state_dict(state_dict, type(self).__name__)) from error
         check_groups(self, groups)
         self.recover_state(extract_state_dict(states, by="deepcopy"))
         for live, group in zip(self.param_groups, groups):

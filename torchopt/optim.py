@@ -71,11 +71,17 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: If a hyperparameter is out of bounds, or a parameter is in a group already.
         """
+        misuse.check_group(param_group, type(self).__name__)
         if isinstance(param_group, dict):
             for name, spec in self.transformation.hyper_specs().items():
                 if name in param_group:
                     hyper.check(name, param_group[name], spec)
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            if "non-leaf" not in str(error):
+                raise
+            raise ValueError(misuse.with_history(type(self).__name__)) from error
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

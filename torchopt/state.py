@@ -102,7 +102,6 @@ def extract_state_dict(
         >>> isinstance(net.weight, torch.nn.Parameter) and net.weight.is_leaf
         True
     """
-    misuse.check_target(target, "extract_state_dict")
     copier = _Copier(by, device)
     if isinstance(target, nn.Module):
         params = {name: copier(t) for name, _, _, t in named_places(target, "_parameters")}
@@ -121,6 +120,7 @@ def extract_state_dict(
             "enable_visual is for modules and meta-optimizers. Give make_dot a dict of names and "
             f"tensors instead of a {type(target).__name__}."
         )
+    misuse.check_target(target, "extract_state_dict")
     return tree.tree_map(copier, target)
 
 
@@ -132,7 +132,7 @@ class _Copier:
     """Copies tensors one way; a tensor met twice gives the same copy."""
 
     def __init__(self, by: str, device: Any) -> None:
-        if by not in _SPELLINGS:
+        if not isinstance(by, str) or by not in _SPELLINGS:
             raise ValueError(f"by must be 'reference', 'copy' or 'deepcopy', got {by!r:.80}.")
         self.by = _SPELLINGS[by]
         self.device = device
@@ -368,4 +368,5 @@ def module_clone(
         )
         cloned.recover_state(extract_state_dict(target, by=by, device=device))
         return cloned
+    misuse.check_target(target, "module_clone")
     return extract_state_dict(target, by=by, device=device)

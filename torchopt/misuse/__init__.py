@@ -13,14 +13,18 @@ from torchopt.misuse.blocks import (
 )
 from torchopt.misuse.given import (
     clipped,
+    given,
     short,
     some,
 )
 from torchopt.misuse.hyperparameters import (
+    check_joined,
     check_schedule,
+    check_values,
     no_number,
     not_a_value,
     scheduled,
+    stray_comma,
     unknown_hyperparameter,
     without_kernel,
 )
@@ -30,17 +34,23 @@ from torchopt.misuse.losses import (
     unrelated_loss,
 )
 from torchopt.misuse.transformations import (
+    check_decorated,
+    no_step,
+    not_a_result,
     not_a_transformation,
 )
 from torchopt.misuse.trees import (
     advice_for_leaf,
+    check_group,
     check_parameters,
     check_recovered,
     check_target,
     check_trees,
     different_kinds,
     no_state,
+    no_state_dict,
     not_a_module,
     not_a_module_state,
     not_an_optimizer_state,
+    with_history,
 )

@@ -41,7 +41,10 @@ class Block(contextlib.ContextDecorator, Generic[T]):
 
     def __getitem__(self, key: Any) -> Any:
         # also what Python asks when it unpacks something
-        raise TypeError(f"{self._name}(...) returns one block and no pair. {self._words()}")
+        raise TypeError(
+            f"{self._name}(...) returns one block: no pair, and nothing to iterate over. "
+            f"{self._words()}"
+        )
 
     def _words(self) -> str:
         return (
@@ -97,11 +100,10 @@ class NoPlainOptimizer:
     _elsewhere = {
         "zero_grad": "step(loss) takes the gradient of the loss itself and fills no p.grad; the "
         "outer optimizer has one: outer.zero_grad().",
-        "state": "It is returned by torchopt.extract_state_dict(optimizer) and state_dict().",
-        "defaults": "They are optimizer.transformation.hyperparameters().",
-        "init": "It keeps its own state, of which step(loss) takes care.",
-        "update": "It takes steps: step(loss). optimizer.transformation has update.",
-        "parameters": "They are in the network: optimizer.param_groups[0]['params'].parameters().",
+        "state": "it is returned by torchopt.extract_state_dict(optimizer) and state_dict().",
+        "defaults": "they are optimizer.transformation.hyperparameters().",
+        "param_groups": "its hyperparameters are optimizer.transformation.hyperparameters().",
+        "update": "it takes steps, step(loss); optimizer.transformation has update.",
     }
 
     def __getattr__(self, name: str) -> Any:

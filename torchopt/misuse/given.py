@@ -55,16 +55,19 @@ def given(value: Any) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
         return "a lambda" if value.__name__ == "<lambda>" else f"the function {value.__name__}"
+    if isinstance(value, types.MethodType):
+        return f"the method {value.__name__}"
     if isinstance(value, nn.Module):
         return f"the network {name}"
     if isinstance(value, Tensor):
         return short(value)
     if is_optimizer(value):
         return f"the optimizer {name}"
+    article = "an" if name[:1] in "AEIOU" else "a"
     if isinstance(value, (list, tuple, Mapping)):
-        return f"a {name} of length {len(value)}"
+        return f"{article} {name} of length {len(value)}"
     if is_read_once(value) or " object at 0x" in repr(value):
-        return f"a {name}"
+        return f"{article} {name}"
     return f"{name}: {short(value)}" if value is not None else "None"
 
 

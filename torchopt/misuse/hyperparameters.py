@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchopt.misuse.given import given, is_number, is_read_once, short
+from torchopt.misuse.given import clipped, given, is_number, is_read_once, short
 
 
 def check_schedule(name: str, value: Any) -> None:
@@ -40,7 +40,7 @@ def check_schedule(name: str, value: Any) -> None:
 
 def _of_class(name: str, cls: Any) -> str:
     if cls.__module__ == "torchopt.schedules":
-        return f"Call it: {name}=torchopt.schedules.{cls.__name__}(...)."
+        return f"Call it: torchopt.schedules.{cls.__name__}(...)."
     if isinstance(cls, type) and issubclass(cls, torch.optim.lr_scheduler.LRScheduler):
         return _scheduler(cls.__name__)
     return f"Give a value, or an object that is called with the count: {cls.__name__}(...)."
@@ -60,8 +60,8 @@ def not_a_value(name: str, value: Any) -> str:
         advice = f" {_scheduler(type(value).__name__)}"
     elif is_read_once(value):
         advice = (
-            " If these are parameters: torchopt.sgd(lr=...) takes none, and "
-            "torchopt.SGD(net.parameters(), lr=...) takes them first."
+            " A transformation takes no parameters; an optimizer takes them first: "
+            "torchopt.SGD(net.parameters(), lr=0.1), torchopt.Optimizer(net.parameters(), tx)."
         )
     elif isinstance(value, str) or type(value).__module__ == "numpy":
         advice = f" Write {name}=float(value), or torch.as_tensor(value)."
@@ -77,6 +77,10 @@ def scheduled(name: str, schedule: Callable[[Any], Any], count: Any) -> Any:
     Raises:
         TypeError: If it returned neither a number nor a tensor.
     """
+    if isinstance(schedule, type):
+        check_schedule(name, schedule)
+    if isinstance(schedule, nn.Module):
+        return _learned(name, schedule, count)
     value = schedule(count)
     if not isinstance(value, (int, float, Tensor)) and not is_number(value):
         raise TypeError(
@@ -84,6 +88,53 @@ def scheduled(name: str, schedule: Callable[[Any], Any], count: Any) -> Any:
             f"it returned {given(value)}."
         )
     return value
+
+
+def _learned(name: str, schedule: nn.Module, count: Any) -> Any:
+    """Return the value of a schedule that is a module, unless it is a network that cannot be."""
+    try:
+        return schedule(count)
+    except Exception as error:
+        raise TypeError(
+            f"{name} was asked for its value at count {short(count)}, as schedules are, but it is "
+            f"{given(schedule)}, which failed ({clipped(str(error))}). A "
+            "transformation takes no network; torchopt.MetaOptimizer(net, tx) does."
+        ) from error
+
+
+def stray_comma(name: str, value: Any) -> str:
+    """Return one more sentence for a tuple of one number, which a comma at the end makes."""
+    if isinstance(value, tuple) and len(value) == 1:
+        return f" Is there a comma too much? Write {name}={short(value[0])}."
+    return ""
+
+
+def check_values(**values: Any) -> None:
+    """Refuse what a schedule cannot compute with.
+
+    Raises:
+        TypeError: Naming what was given.
+    """
+    for name, value in values.items():
+        if not isinstance(value, (int, float, Tensor)) and not is_number(value):
+            raise TypeError(f"{name} must be a number or a tensor, got {given(value)}.")
+
+
+def check_joined(schedules: Any) -> None:
+    """Refuse anything but several schedules.
+
+    Raises:
+        TypeError: With what to give.
+    """
+    if not isinstance(schedules, (list, tuple)):
+        raise TypeError(f"join expects a list of schedules, got {given(schedules)}.")
+    for schedule in schedules:
+        check_schedule("An entry of schedules", schedule)
+        if not callable(schedule) or isinstance(schedule, Tensor):
+            raise TypeError(
+                f"join expects a list of schedules, got {given(schedule)} in it. Give "
+                "torchopt.schedules.constant(value)."
+            )
 
 
 def unknown_hyperparameter(name: str, owner: Any, known: Sequence[str]) -> str:

@@ -39,9 +39,9 @@ def unrelated_loss(loss: Tensor, params: Sequence[Tensor]) -> str:
         return f"{message} It was made without them: compute it anew before each step."
     first = short(next(iter(found.values())))
     return (
-        f"{message} It depends on {len(found)} others, such as {first}: those of another network, "
-        "or weights that were replaced since (by a step under no_grad, stop_gradient or "
-        "recover_state_dict); compute it anew from the network that the optimizer was given."
+        f"{message} It depends on others, such as {first}: those of another network, or "
+        "weights that were replaced since (by a step under no_grad, stop_gradient or "
+        "recover_state_dict); compute it anew from those that are to be updated."
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +47,9 @@ def _instead(value: Any, where: str) -> str:
         return "Leave it out, or give torchopt.identity()."
     if callable(value):
         return _called(value)
-    return "To multiply there is torchopt.scale(number)." if is_number(value) else _ONE_OF
+    if is_number(value) and where == "chain":
+        return "To multiply there is torchopt.scale(number)."
+    return _recipe_named(value) or _ONE_OF
 
 
 _ONE_OF = "There are torchopt.sgd, adam, adamw, rmsprop and others, joined by torchopt.chain."
@@ -72,6 +77,13 @@ def _recipe_of(value: Any, cls: type) -> str:
     return f"Give torchopt.{name}({', '.join(arguments)}), which takes no parameters."
 
 
+def _recipe_named(value: Any) -> str:
+    import torchopt
+
+    known = isinstance(value, str) and inspect.isfunction(getattr(torchopt, value.lower(), None))
+    return f"Give torchopt.{value.lower()}(...)." if known else ""
+
+
 def _other_order(where: str) -> str:
     if where == "FuncOptimizer":
         return "FuncOptimizer(tx) takes no parameters; they go to step(loss, params)."
@@ -83,6 +95,10 @@ def _other_order(where: str) -> str:
 
 
 def _called(value: Any) -> str:
+    if isinstance(value, types.MethodType):
+        return f"Give the transformation itself, without .{value.__name__}."
+    if isinstance(value, functools.partial) and not value.args:
+        return f"Call it: {value.func.__name__}(...)."
     name = getattr(value, "__name__", type(value).__name__)
     if (getattr(value, "__module__", None) or "").startswith("torchopt"):
         return f"Call it: torchopt.{name}(...)."
@@ -95,3 +111,41 @@ def _is_schedule(value: Any, cls: type) -> bool:
     return cls.__module__ == "torchopt.schedules" or (
         inspect.isfunction(value) and value.__module__ == "torchopt.schedules"
     )
+
+
+def not_a_result(tx: Any, result: Any, slots: tuple[Any, ...]) -> str:
+    """Return the message for a rule that returns anything but an update and its slots."""
+    name, number = type(tx).__name__, len(slots)
+    what = given(result)
+    if isinstance(result, (tuple, list)) and len(result) == 2:
+        what = f"{given(result[0])} and {given(result[1])}"
+    return (
+        f"The rule of {name} must return two things, an update of the shape of its gradient and "
+        f"the tuple of its new slots, of length {number}; got {what}. Write "
+        f"`return update, {'(new_slot,)' if number == 1 else 'slots'}`."
+    )
+
+
+def no_step(tx: Any) -> str:
+    """Return the message for the step of a transformation that has none."""
+    return (
+        f"{type(tx).__name__} defines no step(leaves). To step by a loss: "
+        "torchopt.FuncOptimizer(tx).step(loss, params), or torchopt.MetaOptimizer(net, tx)."
+    )
+
+
+def check_decorated(tx: Any) -> None:
+    """Refuse a class with fields of its own that no decorator has seen.
+
+    Raises:
+        TypeError: With what to write.
+    """
+    cls = type(tx)
+    if "__dataclass_fields__" in vars(cls):
+        return
+    left = [name for name, v in vars(cls).items() if isinstance(v, dataclasses.Field)]
+    if left:
+        raise TypeError(
+            f"The hyperparameter {left[0]!r} of {cls.__name__} has not been declared. Write "
+            f"@torchopt.transformation above `class {cls.__name__}`."
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchopt.misuse.given import given, is_optimizer, is_read_once, some
+from torchopt.misuse.given import given, is_number, is_optimizer, is_read_once, some
 
 
 def not_a_module(value: Any, where: str) -> str:
@@ -18,18 +18,28 @@ def not_a_module(value: Any, where: str) -> str:
         what = f"a dict without the key 'params', but {some(list(value))}"
     elif not isinstance(value, (type, nn.Module)) and not is_optimizer(value):
         what = type(value).__name__
-    return (
-        f"{where} expects an nn.Module (the network, not its parameters), got {what}. "
-        f"Write {where}(net, ...)."
-    )
+    advice = f"Write {where}(net, ...)."
+    if where == "inner_loop" and isinstance(value, (list, tuple)):
+        advice = "For several write inner_loop(a, torchopt.MetaSGD([a, b], lr=0.1))."
+    return f"{where} expects an nn.Module (the network, not its parameters), got {what}. {advice}"
 
 
 def check_parameters(params: Any, where: str) -> None:
-    """Refuse a network, or a transformation, in the place of parameters.
+    """Refuse a network, a transformation, a dict or a method in the place of parameters.
 
     Raises:
         TypeError: With what to give.
     """
+    if isinstance(params, (types.MethodType, types.FunctionType, type(None))):
+        called = "Call it: " if params is not None else "Write "
+        raise TypeError(
+            f"{where} expects parameters, got {given(params)}. {called}{where}(net.parameters())."
+        )
+    if isinstance(params, Mapping) and "params" not in params:
+        raise TypeError(
+            f"{where} expects parameters, got a dict. Write {where}(params.items()), or "
+            f"{where}([{{'params': ..., 'lr': ...}}]) for groups."
+        )
     if isinstance(params, nn.Module):
         if not isinstance(params, (nn.ParameterList, nn.ParameterDict)):
             raise TypeError(
@@ -58,7 +68,9 @@ def instead_of_tree(value: Any) -> str:
         )
     if type(value).__name__ == "OptState":
         return "The order is update(grads, state, params)."
-    if isinstance(value, (types.FunctionType, types.MethodType)):
+    if isinstance(value, types.MethodType):
+        return "Call it, and give a tree: dict(net.named_parameters())."
+    if isinstance(value, types.FunctionType):
         return "Give the tensors themselves, such as torch.func.grad(function)(params)."
     return ""
 
@@ -92,27 +104,65 @@ def advice_for_leaf(value: Any) -> str:
 
 
 def different_kinds(what: str, tree: Any, like: str, reference: Any) -> str:
-    """Say so if one of two trees is a single tensor, and the other is not, as one more sentence."""
-    if isinstance(tree, Tensor) == isinstance(reference, Tensor):
+    """Say so if two trees are of different kinds to begin with, as one more sentence."""
+    kinds = (Tensor, Mapping, type(None), (list, tuple))
+    if any(isinstance(tree, kind) and isinstance(reference, kind) for kind in kinds):
         return ""
-    words = f" Given were {what}: {given(tree)}, and {like}: {given(reference)}."
-    single = tree if isinstance(tree, Tensor) else reference
-    if single.dim() == 0 and single.requires_grad:
-        words += " A loss is differentiated first: torch.autograd.grad(loss, leaves)."
+    words = f" The first is {given(tree)}, the second {given(reference)}."
+    for single in (tree, reference):
+        if isinstance(single, Tensor) and single.dim() == 0 and single.requires_grad:
+            words += " A loss is differentiated first: torch.autograd.grad(loss, leaves)."
+    if isinstance(tree, Mapping) and isinstance(reference, (list, tuple)):
+        words += f" Name them alike: dict(zip({what}, {like}))." if what == "params" else ""
     return words
 
 
-def check_target(target: Any, where: str) -> None:
-    """Refuse an iterator, on which a state function would do nothing.
+def check_group(group: Any, where: str) -> None:
+    """Refuse a parameter group without parameters, or with a network.
 
     Raises:
         TypeError: With what to give.
     """
-    if is_read_once(target):
-        raise TypeError(
-            f"{where} expects a module, a meta-optimizer or a tree of tensors, got "
-            f"{given(target)}. {instead_of_tree(target)}"
+    if isinstance(group, Mapping):
+        if "params" not in group:
+            raise TypeError(
+                f"{where} expects groups with the key 'params', got one with {some(list(group))}. "
+                "Write {'params': net.parameters(), 'lr': ...}."
+            )
+        check_parameters(group["params"], where)
+
+
+def with_history(where: str) -> str:
+    """Return the message for parameters that a differentiable optimizer has put into a network."""
+    return (
+        f"{where}: can't optimize a non-leaf Tensor. Weights that a differentiable optimizer has "
+        "stepped have a history: give this optimizer the parameters before the first such step, "
+        "outside of the inner_loop block, or cut it: torchopt.stop_gradient(net)."
+    )
+
+
+def check_target(target: Any, where: str) -> None:
+    """Refuse what no state function could do anything with: no tree, or no tensors.
+
+    Raises:
+        TypeError: With what to give.
+    """
+    from torchopt import tree
+
+    if isinstance(target, Tensor) or target is None or is_number(target):
+        return
+    if not tree.is_leaf(target):
+        return
+    advice = instead_of_tree(target)
+    if is_optimizer(target):
+        advice = (
+            "It has its own: optimizer.state_dict() and load_state_dict(state); networks are "
+            "optimized differentiably by torchopt.MetaOptimizer."
         )
+    raise TypeError(
+        f"{where} expects a module, a meta-optimizer or a tree of tensors, got {given(target)}. "
+        f"{advice}".rstrip()
+    )
 
 
 def no_state(value: Any) -> str:
@@ -121,6 +171,11 @@ def no_state(value: Any) -> str:
         return (
             "update expects the state that init returned, got a tuple: the pair of updates and "
             "state that update returned. Write updates, state = tx.update(grads, state, params)."
+        )
+    if isinstance(value, (tuple, list)) and value and type(value[0]).__name__ == "OptState":
+        return (
+            f"update expects the state that init returned, got a {type(value).__name__} of them. "
+            "A differentiable optimizer has one for each network: give state[0]."
         )
     return (
         f"update expects the state that init returned, got {type(value).__name__}. Begin with "
@@ -165,4 +220,17 @@ def not_an_optimizer_state(state: Any, optimizer: Any) -> str:
     return (
         f"The state of {type(optimizer).__name__} must be what extract_state_dict returned for "
         f"one, got {type(state).__name__}. {advice}"
+    )
+
+
+def no_state_dict(value: Any, where: str) -> str:
+    """Return the message for something that stands in the place of a ``state_dict``."""
+    advice = ""
+    if isinstance(value, (tuple, list)) or type(value).__name__ == "OptState":
+        advice = " For an extracted state there is torchopt.recover_state_dict(optimizer, state)."
+    elif isinstance(value, Mapping):
+        advice = f" It has the keys {some(list(value))}."
+    return (
+        f"This is no state_dict of {where}, which has 'state' and 'param_groups': got "
+        f"{given(value)}.{advice}"
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Union
 
 from torch import Tensor
+from torch.nn import Module
 
 from torchopt import hyper, misuse, tree
 from torchopt.engine import Call, Leaves, part_slots, run
@@ -99,7 +100,7 @@ def mask_leaves(mask: Any, call: Call) -> list[bool]:
         TypeError: If an entry is not a bool.
         ValueError: If the mask does not match the parameters.
     """
-    if callable(mask):
+    if callable(mask) and not isinstance(mask, Module):
         mask = mask(call.reference)
     values = (
         [mask] * len(call.g)
@@ -110,7 +111,7 @@ def mask_leaves(mask: Any, call: Call) -> list[bool]:
         if not isinstance(value, bool):
             raise TypeError(
                 f"The mask of {tree.quoted(name)} must be True or False, got "
-                f"{misuse.short(value)}. A mask is True or False, a dict of them by name, or a "
+                f"{misuse.given(value)}. A mask is True or False, a dict of them by name, or a "
                 "function of the parameters."
             )
     return values
