@@ -13,7 +13,6 @@ from torchopt.misuse.blocks import (
 )
 from torchopt.misuse.given import (
     clipped,
-    given,
     short,
     some,
 )

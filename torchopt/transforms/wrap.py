@@ -111,7 +111,7 @@ def mask_leaves(mask: Any, call: Call) -> list[bool]:
         if not isinstance(value, bool):
             raise TypeError(
                 f"The mask of {tree.quoted(name)} must be True or False, got "
-                f"{misuse.given(value)}. A mask is True or False, a dict of them by name, or a "
+                f"{misuse.short(value)}. A mask is True or False, a dict of them by name, or a "
                 "function of the parameters."
             )
     return values
