@@ -9,7 +9,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from torchopt import step_tags, tree
+from torchopt import misuse, step_tags, tree
 from torchopt.gradient_checks import Common, check_gradients, common_of
 from torchopt.numerics import exact, to_compute_dtype
 from torchopt.packed import Packed, Packing
@@ -110,6 +110,7 @@ def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
             name = tree.quoted(call.names()[i])
             raise TypeError(
                 f"Parameter {name} must be a tensor or None, got {type(call.p[i]).__name__}."
+                f"{misuse.advice_for_leaf(call.p[i])}"
             )
     params = [to_compute_dtype(call.p[i].detach()) for i in index]
     columns: dict[str, list[Any]] = {name: [None] * len(call.p) for name in tx.slot_names()}
@@ -355,8 +356,8 @@ def _leave(x: Tensor, is_complex: bool, dtype: torch.dtype) -> Tensor:
 
 
 def _refuse_update(tx: Any, update: Any, g: Tensor, name: str) -> None:
-    given = f"shape {tuple(update.shape)}" if isinstance(update, Tensor) else repr(update)
+    given = f"shape {tuple(update.shape)}" if isinstance(update, Tensor) else misuse.short(update)
     raise ValueError(
-        f"{tx!r} returned an update of {given} for the gradient of {name}, whose shape is "
-        f"{tuple(g.shape)}. A rule must return a tensor of the shape of its gradient."
+        f"{misuse.clipped(repr(tx))} returned an update of {given} for the gradient of {name}, "
+        f"whose shape is {tuple(g.shape)}. A rule must return a tensor of that shape."
     )

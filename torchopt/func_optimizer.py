@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchopt import tree
+from torchopt import misuse, tree
 from torchopt.inner_gradient import differentiate
 from torchopt.opt_state import OptState
 from torchopt.state import extract_state_dict
@@ -14,7 +14,7 @@ from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.typing import TensorTree
 
 
-class FuncOptimizer:
+class FuncOptimizer(misuse.NoPlainOptimizer):
     """Optimize any tree of parameters by ``params = optimizer.step(loss, params)``.
 
     Args:
@@ -58,6 +58,7 @@ class FuncOptimizer:
             TypeError, ValueError, RuntimeError: As :meth:`torchopt.MetaOptimizer.step`.
         """
         inplace = self.inplace if inplace is None else inplace
+        misuse.check_trees({"params": params})
         leaves, spec = tree.flatten(params)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         found = iter(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchopt import hyper, step_count, tree
+from torchopt import hyper, misuse, step_count, tree
 from torchopt.engine import Call, advance, next_step, step_list
 from torchopt.opt_state import OptState
 from torchopt.recording import refuse_recorded
@@ -65,7 +65,7 @@ def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, l
         ValueError: If it is that of another transformation or of other parameters.
     """
     if not isinstance(state, OptState):
-        raise TypeError(f"update expects the state that init returned, got {type(state).__name__}.")
+        raise TypeError(misuse.no_state(state))
     tx.plan.check_slots(state.slots, tx)
     return {
         name: tree.flatten_like(

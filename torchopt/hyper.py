@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchopt import tree
+from torchopt import misuse, tree
 from torchopt.typing import Step
 
 
@@ -101,10 +101,10 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
     """
     if spec.flag:
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}.")
+            raise TypeError(f"{name} must be True or False, got {misuse.short(value)}.")
     elif spec.pair:
         if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise TypeError(f"{name} must be a pair of values, got {value!r}.")
+            raise TypeError(f"{name} must be a pair of values, got {misuse.short(value)}.")
         for index, element in enumerate(value):
             check(f"{name}[{index}]", element, dataclasses.replace(spec, pair=False))
     elif isinstance(value, bool):
@@ -117,12 +117,11 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
             raise TypeError(f"{name} must be a real tensor, got dtype {value.dtype}.")
     elif isinstance(value, (Mapping, list, tuple)):
         for key, element in zip(tree.leaf_names(value), tree.flatten(value)[0]):
-            check(f"{name}[{key!r}]", element, spec)
+            check(f"{name}[{misuse.short(key)}]", element, spec)
     elif not callable(value):
-        raise TypeError(
-            f"{name} must be a number, a tensor, a schedule (count -> value) or a tree of those "
-            f"with one entry per parameter, got {type(value).__name__}: {value!r}."
-        )
+        raise TypeError(misuse.not_a_value(name, value))
+    else:
+        misuse.check_schedule(name, value)
 
 
 def resolve(
@@ -180,14 +179,20 @@ def _column(
     if isinstance(value, (Mapping, list, tuple)):
         matched = match_by_name(name, value, names(), known)
         column = [
-            v(count) if callable(v) and not isinstance(v, torch.Tensor) else v for v in matched
+            misuse.scheduled(name, v, count)
+            if callable(v) and not isinstance(v, torch.Tensor)
+            else v
+            for v in matched
         ]
         return [_fitting(name, v, *leaf) for v, *leaf in zip(column, leaves, names())]
     if callable(value) and not isinstance(value, torch.Tensor):
-        value = value(count)
-    if isinstance(value, torch.Tensor) and value.dim() > 0:
-        for leaf, leaf_name in zip(leaves, names()):
-            value = _fitting(name, value, leaf, leaf_name)
+        value = misuse.scheduled(name, value, count)
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 0:
+            for leaf, leaf_name in zip(leaves, names()):
+                value = _fitting(name, value, leaf, leaf_name)
+    elif not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(misuse.not_a_value(name, value))  # param_groups may have been changed
     return value
 
 
@@ -222,7 +227,8 @@ def match_by_name(
     for name, key in zip(names, keys):
         if key is None:
             raise ValueError(
-                f"{what} has no entry for parameter {tree.quoted(name)}; it has {list(entries)}."
+                f"{what} has no entry for parameter {tree.quoted(name)}; it has "
+                f"{misuse.some(list(entries))}.{misuse.stray_comma(what, value)}"
             )
     used = set(keys)
     accepted = [*around.names, *(other for more in around.others.values() for other in more)]
@@ -230,7 +236,7 @@ def match_by_name(
     if unused:
         raise ValueError(
             f"{what} has an entry {unused[0]!r} that names no parameter; parameters: "
-            f"{list(around.names or names)}."
+            f"{misuse.some(around.names or names)}."
         )
     return [entries[key] for key in keys]
 
@@ -269,7 +275,9 @@ def check_number(name: str, value: Any, spec: HyperSpec | None = None) -> None:
         ValueError: If it is out of bounds.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}.")
+        raise TypeError(
+            f"{name} must be a number, got {type(value).__name__}: {misuse.short(value)}."
+        )
     if spec is not None:
         check(name, value, spec)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from torchopt import misuse
 from torchopt.meta import MetaOptimizer
 from torchopt.module_state import named_places
 from torchopt.state import extract_state_dict, recover_state_dict
 from torchopt.transform import GradientTransformation
 
 
-@contextlib.contextmanager
+@misuse.block
 def inner_loop(
     module: nn.Module,
     tx: GradientTransformation | MetaOptimizer,
@@ -48,6 +48,7 @@ def inner_loop(
         >>> net.weight.grad.shape
         torch.Size([1, 2])
     """
+    misuse.check_inner_loop(module, tx)
     optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
     modules = {id(m): m for m in (module, *(group["params"] for group in optimizer.param_groups))}
     modules = list(modules.values())
@@ -74,3 +75,5 @@ def inner_loop(
             recover_state_dict(m, state)
         optimizer._states = optimizer._states[: len(groups_before)]
         optimizer.recover_state(optimizer_before)
+        if optimizer is not tx:  # a step would change the network for good
+            vars(optimizer)["step"] = misuse.step_after_block

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import hyper, tree
+from torchopt import hyper, misuse, tree
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance
 from torchopt.inner_gradient import differentiate
@@ -30,7 +30,7 @@ from torchopt.values import describe, same
 P = ParamSpec("P")
 
 
-class MetaOptimizer:
+class MetaOptimizer(misuse.NoPlainOptimizer):
     """Optimize a network by steps that can be differentiated through.
 
     :meth:`step` puts new tensors into the network, connected by the graph to the old ones, to the
@@ -95,16 +95,12 @@ class MetaOptimizer:
         module = given.pop("params", None)
         if not isinstance(module, nn.Module):
             raise TypeError(
-                f"{type(self).__name__} expects an nn.Module (the network, not its "
-                f"parameters), got {type(module).__name__}."
+                misuse.not_a_module(group if module is None else module, type(self).__name__)
             )
         specs = self.transformation.hyper_specs()
         for name, value in given.items():
             if name not in specs:
-                raise TypeError(
-                    f"{name!r} is no hyperparameter of {self.transformation!r}; those are "
-                    f"{list(specs)}."
-                )
+                raise TypeError(misuse.unknown_hyperparameter(name, self, list(specs)))
             hyper.check(name, value, specs[name])
         sites = parameter_sites(module)
         if not sites:
@@ -195,11 +191,7 @@ class MetaOptimizer:
     def recover_state(self, state: Any) -> None:
         """Go back to an extracted state; see :func:`torchopt.recover_state_dict`."""
         if not isinstance(state, (tuple, list)) or not all(isinstance(s, OptState) for s in state):
-            raise TypeError(
-                f"The state of {type(self).__name__} must be what extract_state_dict "
-                "returned for one, "
-                f"got {type(state).__name__}."
-            )
+            raise TypeError(misuse.not_an_optimizer_state(state, self))
         if len(state) != len(self.param_groups):
             raise ValueError(
                 f"The state has {len(state)} groups, {type(self).__name__} has "

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchopt import step_count, tree
+from torchopt import misuse, step_count, tree
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
 from torchopt.packed import Packed, PackedDict
@@ -101,7 +101,7 @@ def _check_slot(plan: Any, slot: str, name: str, value: Any, param: Tensor) -> N
         return
     shape = tuple(param.shape)
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        given = misuse.short(value)
         raise ValueError(
             f"The state does not match at {slot}[{name!r}]: {given} instead of a tensor of shape "
             f"{shape}."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import engine, hyper
+from torchopt import engine, hyper, misuse
 from torchopt.accelerated_op import accelerated
 from torchopt.apply import refuse_unwritable
 from torchopt.commit import all_or_nothing
@@ -79,6 +79,7 @@ class Optimizer(torch.optim.Optimizer):
     _lent: bool = False  # whether slots stand in a state dict too, and must not be overwritten
 
     def __init__(self, params: Any, tx: GradientTransformation) -> None:
+        misuse.check_parameters(params, type(self).__name__)
         check_transformation(tx, type(self).__name__)
         self.transformation = tx
         self._schedules = LiveSchedules()
@@ -96,6 +97,7 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: If a hyperparameter is out of bounds, a switch is refused as in the
                 constructor, or a parameter is in a group already. Nothing has changed then.
         """
+        misuse.check_group(param_group, type(self).__name__)
         if not isinstance(param_group, dict):
             if not isinstance(param_group, Iterable) or isinstance(param_group, str):
                 raise TypeError(
@@ -112,7 +114,12 @@ class Optimizer(torch.optim.Optimizer):
         tx = self.transformation
         if param_group.get("fused"):
             tx = accelerated(tx, True)
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            if "non-leaf" not in str(error):
+                raise
+            raise ValueError(misuse.with_history(type(self).__name__)) from error
         self.transformation = tx
         self._schedules.adopt(self.param_groups[-1:], list(specs), self._count)
 
@@ -133,6 +140,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            misuse.check_closure(closure, self)
             with torch.enable_grad():
                 loss = closure()
         params = list(itertools.chain.from_iterable(g["params"] for g in self.param_groups))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt import hyper, tree
+from torchopt import hyper, misuse, tree
 from torchopt.numerics import HALF
 from torchopt.optim_schedules import REPLACED
 
@@ -78,7 +78,9 @@ def _checked_group(
             )
     for name, value in optimizer.fixed_options.items():
         if group.get(name, value) != value:
-            raise ValueError(f"The state has {name}={group[name]!r}; {title} is {name}={value!r}.")
+            raise ValueError(
+                f"The state has {name}={misuse.short(group[name])}; {title} is {name}={value!r}."
+            )
     names, own = saved.get("param_names"), live.get("param_names")
     if names is None or own is None or list(names) == list(own):
         return group
@@ -150,7 +152,9 @@ def checked_slots(
     for key, p in zip(keys, params):
         entry = state.get(key, {})
         if not isinstance(entry, Mapping):
-            raise ValueError(f"The state of parameter {key} must be a dict, got {entry!r}.")
+            raise ValueError(
+                f"The state of parameter {key} must be a dict, got {misuse.short(entry)}."
+            )
         entry = {name: value for name, value in entry.items() if value is not None}
         if not entry:
             continue
@@ -178,13 +182,17 @@ def _step_to_int(step: Any, key: Any) -> int:
     except (TypeError, ValueError, RuntimeError):
         number = -1.0
     if not (number >= 0 and number.is_integer()):
-        raise ValueError(f"'step' of parameter {key} must be a count of updates, got {step!r}.")
+        raise ValueError(
+            f"'step' of parameter {key} must be a count of updates, got {misuse.short(step)}."
+        )
     return int(number)
 
 
 def _copy_slot(name: str, value: Any, key: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name!r} of parameter {key} must be a tensor, got {value!r}.")
+        raise ValueError(
+            f"{name!r} of parameter {key} must be a tensor, got {misuse.short(value)}."
+        )
     if value.shape != param.shape:
         raise ValueError(
             f"{name!r} of parameter {key} has shape {tuple(value.shape)} in the state, "

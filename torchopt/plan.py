@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torchopt import misuse
+
 
 class Plan:
     """Where each part of a transformation finds its hyperparameters and slots by public name.
@@ -50,8 +52,8 @@ class Plan:
         if unknown or missing:
             what = f"has {unknown}" if unknown else f"lacks {missing}"
             raise ValueError(
-                f"The state belongs to another optimizer: it {what}, while {owner} keeps "
-                f"{list(self.slot_names)}."
+                f"The state belongs to another optimizer: it {what}, while "
+                f"{misuse.clipped(str(owner))} keeps {list(self.slot_names)}."
             )
 
     def rows_of(self, position: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from torchopt import tree
+from torchopt import misuse, tree
 from torchopt.module_state import named_places, parameter_sites, place_all
 from torchopt.opt_state import OptState
 from torchopt.state_targets import check_tree
@@ -124,6 +124,7 @@ def extract_state_dict(
             "enable_visual is for modules and meta-optimizers. Give make_dot a dict of names and "
             f"tensors instead of a {type(target).__name__}."
         )
+    misuse.check_target(target, "extract_state_dict")
     return tree.tree_map(copier, target)
 
 
@@ -135,8 +136,8 @@ class _Copier:
     """Copies tensors one way; a tensor met twice gives the same copy."""
 
     def __init__(self, by: str, device: Any) -> None:
-        if by not in _SPELLINGS:
-            raise ValueError(f"by must be 'reference', 'copy' or 'deepcopy', got {by!r}.")
+        if not isinstance(by, str) or by not in _SPELLINGS:
+            raise ValueError(f"by must be 'reference', 'copy' or 'deepcopy', got {by!r:.80}.")
         self.by = _SPELLINGS[by]
         self.device = device
         self.copies: dict[int, tuple[Any, Any]] = {}
@@ -196,6 +197,7 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     if isinstance(target, HoldsState):
         target.recover_state(state)
         return None
+    misuse.check_recovered(target, state)
     check_tree("recover_state_dict", target)
     leaves, spec = tree.flatten(target)
     values = tree.flatten_like(state, target, spec, "The leaves of the state", "the target")
@@ -207,10 +209,7 @@ def recover_state_dict(target: Any, state: Any) -> Any:
 
 def _recover_module(module: nn.Module, state: Any) -> None:
     if not isinstance(state, ModuleState):
-        raise TypeError(
-            "The state of a module must be what extract_state_dict(module) returned, got "
-            f"{type(state).__name__}."
-        )
+        raise TypeError(misuse.not_a_module_state(state))
     params = {name: t for name, _, _, t in named_places(module, "_parameters")}
     buffers = {name: t for name, _, _, t in named_places(module, "_buffers")}
     for what, own, given in (

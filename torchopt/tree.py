@@ -13,6 +13,7 @@ import optree
 import torch
 from torch.utils import _pytree as torch_pytree
 
+from torchopt import misuse
 from torchopt.typing import PyTree
 
 
@@ -104,7 +105,10 @@ def flatten_like(tree: PyTree, reference: PyTree, spec: Any, what: str, like: st
         return leaves
     by_path = dict(zip(paths, leaves))
     if len(paths) != len(expected) or by_path.keys() != set(expected):
-        raise ValueError(f"{what} do not match {like}: {first_difference(paths, expected)}.")
+        misuse.check_trees({what: tree, like: reference})
+        difference = first_difference(paths, expected)
+        kinds = misuse.different_kinds(what, tree, like, reference)
+        raise ValueError(f"{what} do not match {like}: {difference}.{kinds}")
     return [by_path[path] for path in expected]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from torchopt import misuse
 from torchopt.engine import Call, Leaves, run_by_rules
 from torchopt.kernels import fused, native
 from torchopt.kernels import operators as operators  # registers them
@@ -124,7 +125,8 @@ def _checked_row(
             own[public] = value = row[public]
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, Tensor):
-                    raise RuntimeError(fused.refusal(part, name, "a hyperparameter is a tensor"))
+                    reason = misuse.no_number({public: value})
+                    raise RuntimeError(fused.refusal(part, name, reason))
     return own
 
 

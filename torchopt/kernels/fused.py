@@ -22,6 +22,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
+from torchopt import misuse
 from torchopt.engine import Call, Leaves, run_by_rules
 from torchopt.kernels import backends, levels
 from torchopt.kernels.assignment import assign
@@ -247,7 +248,7 @@ def refusal(part: Any, name: str, reason: str) -> str:
     """Return the message for a parameter that cannot have the kernel that a part requires."""
     return (
         f"use_accelerated_op=True requires a fused kernel, but {name} cannot have one for "
-        f"{type(part).__name__}: {reason}. Pass None to use kernels where they are available."
+        f"{type(part).__name__}: {reason}. {misuse.without_kernel(reason)}"
     )
 
 

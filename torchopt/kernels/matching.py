@@ -7,6 +7,7 @@ import functools
 import numbers
 from typing import Any
 
+from torchopt import misuse
 from torchopt.kernels.program import Program, build
 from torchopt.kernels.tracing import UntraceableError
 from torchopt.plan import Plan
@@ -69,7 +70,8 @@ class Run:
     ) -> Variant:
         """Return the program for a row of hyperparameters (read by :meth:`read`), or why not."""
         if read is None:
-            return Variant((), present, has_params, None, "a hyperparameter is a tensor")
+            reason = misuse.no_number({name: row[name] for name in self.public})
+            return Variant((), present, has_params, None, reason)
         values, flags = read
         if type(t) is not int:
             return Variant(flags, present, has_params, None, "the step count is a tensor")

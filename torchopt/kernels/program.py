@@ -151,7 +151,7 @@ def _trace(
                 for k, s in enumerate(streams)
             )
             u, new = part.rule(u, p, t, slots, **row)  # pyright: ignore[reportArgumentType]
-            for stream, value in zip(streams, new):
+            for stream, value in zip(streams, new, strict=True):
                 if value is not None:
                     outputs[stream] = _node_of(value)
             position += len(streams)
