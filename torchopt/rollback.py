@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchopt import moments
-from torchopt.module_state import FastWeight
+from torchopt.values_before import ValuesBefore
 
 
 _KINDS = ("_modules", "_parameters", "_buffers")
-_COMPARABLE = {Tensor, nn.Parameter, FastWeight}
 
 
 class Rollback:
@@ -30,7 +28,7 @@ class Rollback:
         tensors = {
             id(t): t for m in found.values() for t in m._parameters.values() if t is not None
         }
-        self._parameters = _Parameters(list(tensors.values()))
+        self._values = ValuesBefore(list(tensors.values()))
         if with_buffers:
             copies: dict[int, Tensor] = {}
             for module in found.values():
@@ -45,10 +43,8 @@ class Rollback:
         """Make the network what it was. It may be called again if it was interrupted."""
         for module in self._modules:
             module.undo()
-        changed = self._parameters.undo()
-        if not changed:
-            return
-        for module in self._modules:
+        changed = {id(tensor) for tensor in self._values.undo()}
+        for module in self._modules if changed else ():
             for name, tensor in module.module._parameters.items():
                 if tensor is not None and id(tensor) in changed:
                     moments.spoil(module.module, name, tensor, _SPOILED)
@@ -85,7 +81,7 @@ class _Module:
                 setattr(self._class, name, value)
         for kind, held in self._held:
             _put_all(module, kind, held)
-        if self._volatile is not None:
+        if self._volatile is not None and self._volatile != module._non_persistent_buffers_set:
             module._non_persistent_buffers_set = set(self._volatile)
         if module.training != self._attributes["training"]:
             moments.put(module, "", "training", self._attributes["training"])
@@ -98,72 +94,11 @@ class _Module:
 
 def _put_all(module: nn.Module, kind: str, held: dict[str, Any]) -> None:
     present = vars(module)[kind]
-    if list(map(id, present.values())) == list(map(id, held.values())) and list(present) == list(
-        held
-    ):
-        return
-    for name in [name for name in present if name not in held]:
-        moments.put(module, kind, name, moments.ABSENT)
+    if len(present) > len(held) or list(present) != list(held):
+        for name in [name for name in present if name not in held]:
+            moments.put(module, kind, name, moments.ABSENT)
+        for name in held:  # in their order
+            moments.put(module, kind, name, present.pop(name, moments.ABSENT))
     for name, value in held.items():
-        moments.put(module, kind, name, value)
-    if list(present) != list(held):
-        content = dict(held)
-        present.clear()
-        present.update(content)
-
-
-class _Parameters:
-    """Values and flags of parameters.
-
-    Changes in place show in the tensors' versions; those by way of ``.data`` do not, so that values
-    are compared as well. What has not changed is not written: that would count as a change, and
-    autograd would refuse the graph that holds the parameter.
-    """
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
-        self._flags = [t.requires_grad for t in tensors]
-        self._versions = [_version(t) for t in tensors]
-        self._memory = [t.detach() for t in tensors]
-        self._values = [t.clone() for t in self._memory]
-
-    def undo(self) -> set[int]:
-        """Put values and flags back; return the ids of the tensors whose values had changed."""
-        changed = set()
-        rows = zip(self._tensors, self._memory, self._values, self._versions, self._flags)
-        for tensor, memory, values, version, flag in rows:
-            if _version(tensor) != version or _moved(tensor, memory) or _differ(memory, values):
-                changed.add(id(tensor))
-                with torch.no_grad():
-                    if _moved(tensor, memory):
-                        tensor.data = memory
-                    tensor.copy_(values)
-            if tensor.is_leaf and tensor.requires_grad != flag:
-                tensor.requires_grad_(flag)
-        self._versions = [_version(t) for t in self._tensors]
-        return changed
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _moved(tensor: Tensor, memory: Tensor) -> bool:
-    """Whether ``tensor.data = ...`` or ``set_`` gave the parameter other memory."""
-    if type(tensor) not in _COMPARABLE or tensor.layout != torch.strided:
-        return False
-    return (
-        tensor.dtype != memory.dtype
-        or tensor.device != memory.device
-        or tensor.shape != memory.shape
-        or tensor.data_ptr() != memory.data_ptr()
-    )
-
-
-def _differ(memory: Tensor, values: Tensor) -> bool:
-    if memory.layout != torch.strided or memory.is_meta or type(memory) is not Tensor:
-        return False
-    if torch.equal(memory, values):
-        return False
-    same = (memory == values) | ((memory != memory) & (values != values))
-    return not bool(same.all())
+        if present[name] is not value:
+            moments.put(module, kind, name, value)
