@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import hyper, misuse, tree
+from torchopt import hyper, marks, misuse, tree
+from torchopt.checkpointing import remember_weights
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance
 from torchopt.inner_gradient import differentiate
@@ -28,6 +29,7 @@ from torchopt.values import describe, same
 
 
 P = ParamSpec("P")
+remember_weights(required=False)
 
 
 class MetaOptimizer(misuse.NoPlainOptimizer):
@@ -69,6 +71,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
 
     def __init__(self, module: nn.Module | Sequence[Any], tx: GradientTransformation) -> None:
         check_transformation(tx, type(self).__name__)
+        remember_weights()
         self.transformation = tx
         self.create_graph = True
         self.param_groups: list[dict[str, Any]] = []
@@ -145,12 +148,18 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         track = torch.is_grad_enabled()
         create_graph = (self.create_graph if create_graph is None else create_graph) and track
         entries, params = self._trainable.now(self.param_groups)
+        marked = marks.any_marked(params)
         grads = list(differentiate(loss, params, create_graph, retain_graph))
+        if marked:
+            grads = marks.filtered(params, grads, create_graph)
         steady, call = self._next_call(entries, params, grads)
         weights, slots = advance(self.transformation, call, apply=True)
         new_weights = [
             w if w is None or track else w.detach().requires_grad_(True) for w in weights
         ]
+        for old, new in zip(params, new_weights) if marked else ():
+            if new is not None:
+                marks.carry(old, new)
         state = None if steady is None else steady.next_state(call, slots, track)
         if state is not None:
             states = [state]

@@ -23,6 +23,9 @@ from torchopt.transform import GradientTransformation
 from torchopt.values import is_plain
 
 
+_shape_of = operator.attrgetter("shape")
+
+
 class Entry(NamedTuple):
     """One parameter of one group."""
 
@@ -110,6 +113,7 @@ def new_call(
     grads: list[Any],
 ) -> Call:
     """Return the call of a step of which nothing is known."""
+    states = _without_reshaped(states, entries, params)
     single = len(groups) == 1
     names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
     known = [state.steps for state in states]
@@ -153,6 +157,31 @@ def new_call(
             for k, (entry, new) in enumerate(zip(entries, fresh))
         ]
     return call
+
+
+def _without_reshaped(
+    states: Sequence[GroupState], entries: Sequence[Entry], params: Sequence[Tensor]
+) -> Sequence[GroupState]:
+    """Leave out parameters of another shape than their slots: new ones under an old name."""
+    shapes: list[dict[str, Any]] = [{} for _ in states]
+    for state, found in zip(states, shapes):
+        for column in state.slots.values():
+            if type(column) is PackedDict:
+                found.update(zip(column.names, column.packed.packing.shapes))
+            else:
+                found.update((name, x.shape) for name, x in column.items() if x is not None)
+    kept = list(states)
+    for entry, param in zip(entries, params):
+        if shapes[entry.group].get(entry.name, param.shape) != param.shape:
+            state = kept[entry.group]
+            kept[entry.group] = GroupState(
+                {name: step for name, step in state.steps.items() if name != entry.name},
+                {
+                    slot: {name: x for name, x in column.items() if name != entry.name}
+                    for slot, column in state.slots.items()
+                },
+            )
+    return kept
 
 
 def next_states(
@@ -253,6 +282,8 @@ class Steady:
             return None
         if not all(map(operator.eq, names, (entry.name for entry in entries))):
             return None
+        if list(map(_shape_of, params)) != self.packing.shapes:
+            return None
         known = states[0].steps
         counts = set(known.values()) or {0}
         step = counts.pop()
@@ -290,8 +321,6 @@ class Steady:
                 slot: column.again() if type(column) is Packed else column
                 for slot, column in self._initial.items()
             }
-        if [p.shape for p in call.p] != self.packing.shapes:
-            return None
         slots = initialise_packed(tx, call, self.packing)
         if slots is None or {slot for slot, c in slots.items() if type(c) is not Packed} != set(
             self.absent

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchopt import moments
+
 
 _GRAD: Any = Tensor.grad
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
 
 
 class FastWeight(Tensor):
@@ -29,6 +33,20 @@ class FastWeight(Tensor):
         copied = nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)
         memo[id(self)] = copied
         return copied
+
+    def detach(self) -> Tensor:
+        """Return the tensor without history; for ``nn.Parameter(weight)`` a parameter."""
+        detached = super().detach()
+        if sys._getframe(1).f_code is _NEW_PARAMETER:
+            # it insists on the class that it was given, and then marks what it makes
+            detached.__class__ = type(self)
+        return detached
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_is_param":  # the mark
+            self.__class__ = nn.Parameter
+        else:
+            super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # a pickle cannot hold history either: what is loaded is a parameter
@@ -149,14 +167,11 @@ def place_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
     if type(tensor) is Tensor:
         # The class of this very tensor changes, so that no operation is added to the graph.
         tensor.__class__ = FastWeight
+    if moments.references or moments.noting:
+        moments.record(owner, "_parameters", attribute)
     owner._parameters[attribute] = tensor  # pyright: ignore[reportArgumentType]
     if isinstance(owner, nn.RNNBase):
-        _refresh_recurrent_weights(owner)
-
-
-def _refresh_recurrent_weights(owner: nn.RNNBase) -> None:
-    """Recurrent modules compute with a second list of their weights; keep it the same."""
-    owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
+        moments.refresh(owner)
 
 
 def place_all(
@@ -168,4 +183,4 @@ def place_all(
             place_parameter(owner, attribute, params[name])
     for name, owner, attribute, _ in named_places(module, "_buffers"):
         if name in buffers:
-            owner._buffers[attribute] = buffers[name]
+            moments.put(owner, "_buffers", attribute, buffers[name])

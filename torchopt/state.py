@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from torchopt import misuse, tree
+from torchopt import marks, misuse, moments, tree
 from torchopt.module_state import named_places, parameter_sites, place_all
 from torchopt.opt_state import OptState
 from torchopt.state_targets import check_tree
@@ -146,7 +146,10 @@ class _Copier:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self.copies:
-            self.copies[id(value)] = (value, self._copy(value))  # the original is kept alive: ids
+            copied = self._copy(value)
+            if copied is not value and isinstance(value, nn.Parameter):
+                marks.carry(value, copied)
+            self.copies[id(value)] = (value, copied)  # the original is kept alive: ids
         return self.copies[id(value)][1]
 
     def buffer(self, value: Tensor, detach: bool) -> Tensor:
@@ -292,13 +295,14 @@ def stop_gradient(target: T) -> T:
     """
     if isinstance(target, nn.Module):
         for site in parameter_sites(target).values():
-            if site.tensor.grad_fn is not None:
-                site.place(
-                    nn.Parameter(site.tensor.detach(), requires_grad=site.tensor.requires_grad)
-                )
+            old = site.tensor
+            if old.grad_fn is not None:
+                leaf = nn.Parameter(old.detach(), requires_grad=old.requires_grad)
+                marks.carry(old, leaf)
+                site.place(leaf)
         for _, owner, attribute, buffer in named_places(target, "_buffers"):
             if buffer.grad_fn is not None:
-                owner._buffers[attribute] = buffer.detach()
+                moments.put(owner, "_buffers", attribute, buffer.detach())
     elif isinstance(target, HoldsState):
         states = target.extract_state()
         # without requires_grad: an outer backward() would fill the grad of every moment
