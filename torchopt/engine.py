@@ -30,6 +30,7 @@ class Call:
     reference: PyTree  # a tree with the structure of the parameters, for masks
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     pack_slots: bool = False  # whether new slots may come back as Packed
+    pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.whole
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import hyper, tree
+from torchopt import hyper, tree, whole
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance
 from torchopt.inner_gradient import differentiate
@@ -19,7 +19,8 @@ from torchopt.meta_call import Entry, Steady, Trainable, new_call, next_states
 from torchopt.meta_state import GroupState, check_groups, checked_state
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
-from torchopt.recipe import signature_of_recipe
+from torchopt.pair import as_transformation
+from torchopt.recipe import renamed, signature_of_recipe
 from torchopt.state import extract_state_dict
 from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.values import describe, same
@@ -62,12 +63,15 @@ class MetaOptimizer:
         [torch.Size([1, 2]), torch.Size([])]
     """
 
+    @renamed(impl="tx")
     def __init__(self, module: nn.Module | Sequence[Any], tx: GradientTransformation) -> None:
+        tx = as_transformation(tx)
         check_transformation(tx, type(self).__name__)
         self.transformation = tx
         self.create_graph = True
         self.param_groups: list[dict[str, Any]] = []
         self._states: list[GroupState] = []
+        self._pairs: dict[str, Any] = {}  # the states of pairs, which are of all groups together
         self._trainable = Trainable()
         self._steady: Steady | None = None
         groups: Any = module if isinstance(module, (list, tuple)) else [module]
@@ -116,6 +120,16 @@ class MetaOptimizer:
         self.param_groups.append({"params": module, **hyperparameters})
         self._states.append(GroupState({}, {slot: {} for slot in self.transformation.slot_names()}))
 
+    @property
+    def impl(self) -> GradientTransformation:
+        """The transformation, by its name in TorchOpt 0.7.3."""
+        return self.transformation
+
+    @property
+    def state_groups(self) -> list[OptState]:
+        """What :meth:`extract_state` returns, as TorchOpt 0.7.3 had it."""
+        return list(self.extract_state())
+
     # Stepping ---------------------------------------------------------------------------------
 
     def step(
@@ -143,6 +157,7 @@ class MetaOptimizer:
         entries, params = self._trainable.now(self.param_groups)
         grads = list(differentiate(loss, params, create_graph, retain_graph))
         steady, call = self._next_call(entries, params, grads)
+        whole.begin(self.transformation.plan, self._pairs, call)
         weights, slots = advance(self.transformation, call, apply=True)
         new_weights = [
             w if w is None or track else w.detach().requires_grad_(True) for w in weights
@@ -154,8 +169,11 @@ class MetaOptimizer:
             states = next_states(self._states, entries, call, slots, track)
             steady = Steady.after(self.param_groups, call, states)
 
+        pairs = whole.end(self.transformation.plan, call)
+        pairs = pairs if track else tree.tree_map(_detached, pairs)
+
         def write() -> None:
-            self._states, self._steady = states, steady
+            self._states, self._steady, self._pairs = states, steady, pairs
             for entry, weight in zip(entries, new_weights):
                 if weight is not None:
                     entry.site.place(weight)
@@ -189,7 +207,14 @@ class MetaOptimizer:
                 s: dict(c) for s, c in state.slots.items() if any(v is not None for v in c.values())
             }
             states.append(OptState(step, kept if state.steps else {s: {} for s in state.slots}))
+        for index, state in enumerate(states):
+            state.slots = self._with_pairs(state.slots, index)
         return tuple(states)
+
+    def _with_pairs(self, slots: dict[str, Any], index: int) -> dict[str, Any]:
+        """Return the slots of a group, and with the first group's the states of pairs."""
+        own, _ = whole.split(self.transformation.plan, slots)
+        return {**own, **(self._pairs if index == 0 else {})}
 
     def recover_state(self, state: Any) -> None:
         """Go back to an extracted state; see :func:`torchopt.recover_state_dict`."""
@@ -204,10 +229,13 @@ class MetaOptimizer:
                 f"The state has {len(state)} groups, {type(self).__name__} has "
                 f"{len(self.param_groups)}."
             )
+        plan = self.transformation.plan
+        split = [whole.split(plan, saved.slots) for saved in state]
         self._states = [
-            checked_state(self, group["params"], saved)
-            for group, saved in zip(self.param_groups, state)
+            checked_state(self, group["params"], OptState(saved.step, own))
+            for group, saved, (own, _) in zip(self.param_groups, state, split)
         ]
+        self._pairs = split[0][1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and hyperparameters, detached, in plain containers for ``torch.save``."""
@@ -220,11 +248,13 @@ class MetaOptimizer:
             for group in self.param_groups
         ]
         states = [
-            {"steps": s.steps, "slots": {slot: dict(c) for slot, c in s.slots.items()}}
-            for s in self._states
+            {
+                "steps": s.steps,
+                "slots": self._with_pairs({slot: dict(c) for slot, c in s.slots.items()}, index),
+            }
+            for index, s in enumerate(self._states)
         ]
-        detach = lambda x: x.detach() if isinstance(x, Tensor) else x  # noqa: E731
-        return tree.tree_map(detach, {"state": states, "param_groups": groups})
+        return tree.tree_map(_detached, {"state": states, "param_groups": groups})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; the tensors are copied.
@@ -284,6 +314,10 @@ class MetaOptimizer:
             ]
             networks.append(" ".join([type(group["params"]).__name__, *live]))
         return f"{type(self).__name__}({', '.join(networks)}, {self.transformation!r})"
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def from_recipe(

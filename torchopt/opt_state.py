@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torchopt import tree
+from torchopt.state_parts import parts_of
 from torchopt.typing import PyTree, TensorTree
 from torchopt.values import describe
 
@@ -18,6 +20,9 @@ class OptState:
             ``None``), and may be a 0-d tensor where a graph must not be specialised on it.
         slots: Named buffers under ``torch.optim``'s names (``exp_avg``, ``momentum_buffer``, ...),
             each a tree with the structure of the parameters. Also readable as attributes.
+
+    Indexing and iteration give the parts as TorchOpt 0.7.3 named them (``state[0].mu``), the step
+    count last (``state[-1].count``); a tuple of such parts is accepted where a state is.
 
     It is a pytree node for optree and for ``torch.func``; an int ``step`` is part of the structure.
 
@@ -39,6 +44,15 @@ class OptState:
         if name in slots:
             return slots[name]
         raise AttributeError(f"OptState has no attribute or slot {name!r}; slots: {list(slots)}")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(parts_of(self.step, self.slots))
+
+    def __len__(self) -> int:
+        return len(parts_of(self.step, self.slots))
+
+    def __getitem__(self, index: Any) -> Any:
+        return parts_of(self.step, self.slots)[index]
 
     def __repr__(self) -> str:
         parts = [f"step={describe(self.step)}"]

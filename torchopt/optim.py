@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import engine, hyper
+from torchopt import engine, hyper, tree, whole
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance, initialise
 from torchopt.optim_state import checked_groups, checked_slots, step_to_tensor, unexpected
-from torchopt.recipe import signature_of_recipe
+from torchopt.pair import as_transformation
+from torchopt.recipe import renamed, signature_of_recipe
 from torchopt.transform import GradientTransformation, check_transformation
 
 
 P = ParamSpec("P")
+#: Where ``state`` keeps what no parameter has a part of: torch.optim allows for other keys.
+PAIRS = "pairs"
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -59,10 +62,17 @@ class Optimizer(torch.optim.Optimizer):
     transformation: GradientTransformation
     _stepper: Any = None
 
+    @renamed(impl="tx")
     def __init__(self, params: Any, tx: GradientTransformation) -> None:
+        tx = as_transformation(tx)
         check_transformation(tx, type(self).__name__)
         self.transformation = tx
         super().__init__(params, tx.hyperparameters())
+
+    @property
+    def impl(self) -> GradientTransformation:
+        """The transformation, by its name in TorchOpt 0.7.3."""
+        return self.transformation
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its missing hyperparameters take the defaults.
@@ -120,6 +130,8 @@ class Optimizer(torch.optim.Optimizer):
                 version = versions[index]
                 if not again or (version is not None and p._version == version):
                     p.add_(u)
+            if call.pairs:
+                self.state[PAIRS] = whole.end(self.transformation.plan, call)  # pyright: ignore
 
         all_or_nothing(write)
         return loss
@@ -159,6 +171,7 @@ class Optimizer(torch.optim.Optimizer):
                 if fresh[index] is None and p in self.state:
                     column[index] = self.state[p].get(name)
         call.p = params
+        whole.begin(self.transformation.plan, self.state.get(PAIRS, {}), call)  # pyright: ignore
         return call
 
     def _previous_step(self, param: Tensor) -> int:
@@ -217,6 +230,7 @@ class Optimizer(torch.optim.Optimizer):
         def check(_: Any, given: Any) -> dict[str, Any]:
             groups = checked_groups(self, given)
             loaded.update(checked_slots(self, given["state"], groups))
+            whole.check(self.transformation.plan, given["state"].get(PAIRS, {}), type(self))
             return {**given, "param_groups": groups}
 
         def adopt(_: Any) -> None:  # torch has cast the slots to the parameters' dtype
@@ -226,6 +240,8 @@ class Optimizer(torch.optim.Optimizer):
                         self.state[p] = loaded[p]
                     else:
                         self.state.pop(p, None)
+            if PAIRS in self.state:  # the states of pairs are copied as the slots are
+                self.state[PAIRS] = tree.tree_map(_copied, self.state[PAIRS])  # pyright: ignore
 
         hooks = [
             self.register_load_state_dict_pre_hook(check),  # after the user's
@@ -294,6 +310,10 @@ def _refuse_switches(title: str, capturable: bool, differentiable: bool) -> None
         )
     if capturable:
         raise ValueError(f"{title} has no capturable form yet; leave capturable=False.")
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchopt.hyper import flag, hyper
 from torchopt.numerics import add_scaled, is_zero
+from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
 from torchopt.typing import Hyperparameter, Step
 
@@ -67,6 +68,7 @@ class Trace(ElementwiseTransformation):
         return is_zero(momentum)
 
 
+@ignoring_moment_requires_grad
 def trace(
     momentum: Hyperparameter = 0.9, dampening: Hyperparameter = 0.0, nesterov: bool = False
 ) -> GradientTransformation:
