@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import TypeAlias
 
 from torchopt.accelerated_op import accelerated
-from torchopt.chaining import chain
+from torchopt.chaining import Chain, chain
 from torchopt.optimizers import adam
 from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import GradientTransformation
@@ -51,7 +51,7 @@ base                          state_parts         EmptyState UninitializedState
 base                          transform           GradientTransformation
 base                          chaining            ChainedGradientTransformation=Chain
 base                          transforms.basic    identity
-base                          -                   IdentityGradientTransformation
+base                          compat              IdentityGradientTransformation
 clip                          transforms.clip     clip_grad_norm
 combine                       chaining            chain chain_flat
 optim                         optimizers.adam     Adam
@@ -269,6 +269,19 @@ def flip_sign_and_add_weight_decay(
 ) -> GradientTransformation:
     """:func:`torchopt.flip_sign` and :func:`torchopt.add_decayed_weights`, in this order."""
     return chain(flip_sign(maximize), add_decayed_weights(weight_decay))
+
+
+class _Empty(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, Chain) and not instance.parts
+
+
+class IdentityGradientTransformation(metaclass=_Empty):
+    """What :func:`torchopt.identity` returns: the empty chain."""
+
+    def __new__(cls) -> Any:
+        """Return it."""
+        return chain()
 
 
 Scalar: TypeAlias = Union[float, int, bool]

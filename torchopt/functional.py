@@ -117,13 +117,14 @@ def hyper_values(rows: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def slot_trees(
-    like: PyTree, reference: PyTree, spec: Any, columns: dict[str, list[Any]]
+    tx: Any, like: PyTree, reference: PyTree, spec: Any, columns: dict[str, list[Any]]
 ) -> dict[str, TensorTree]:
-    """Build the slots of a state with the structure of ``like``; empty ones are left out."""
+    """Build the slots of a state with the structure of ``like``; unneeded ones are left out."""
+    optional = tx.plan.optional_slots
     return {
         name: tree.unflatten_like(like, reference, spec, column)
         for name, column in columns.items()
-        if not column or any(value is not None for value in column)
+        if name not in optional or any(value is not None for value in column)
     }
 
 
@@ -172,6 +173,6 @@ def advance_trees(
         like = list(own.values())[0]  # noqa: RUF015 - torch 2.6 cannot compile next
     new_state = OptState(
         tree.unflatten_like(like, grads, spec, step) if isinstance(step, list) else step,
-        {**slot_trees(like, grads, spec, slots), **whole.end(tx.plan, call)},
+        {**slot_trees(tx, like, grads, spec, slots), **whole.end(tx.plan, call)},
     )
     return results, call.p, spec, new_state

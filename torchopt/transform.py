@@ -180,7 +180,7 @@ class GradientTransformation:
         """
         leaves, spec = tree.flatten(params)
         call = gather_call(self, params, None, leaves, step_list(0, len(leaves)), {})
-        slots = slot_trees(params, params, spec, initialise(self, call))
+        slots = slot_trees(self, params, params, spec, initialise(self, call))
         whole.begin(self.plan, {}, call)
         return OptState(0, {**slots, **whole.end(self.plan, call)})
 
