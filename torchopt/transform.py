@@ -198,11 +198,14 @@ class GradientTransformation:
         Args:
             grads: Gradients, with the structure of ``params``. ``None`` leaves a parameter and its
                 slots alone.
-            state: What :meth:`init` or the last :meth:`update` returned.
+            state: What :meth:`init` or the last :meth:`update` returned; its parts, as a tuple; or
+                ``None`` where nothing is kept.
             params: The parameters; needed by weight decay and by masks given as a function.
             inplace: ``True`` is leave to reuse the buffers of ``grads`` and ``state``. ``False`` is
                 pure, and differentiable in every input.
-            **extra: Further values for transformations that read them; others ignore them.
+            **extra: Further values for transformations that read them, by ``leaves.call.extra`` in
+                :meth:`step` or by an argument of a pair's function
+                (:class:`torchopt.pair.Pair`); others ignore them.
 
         Returns:
             The updates, with the structure of ``grads``, and the new state.
