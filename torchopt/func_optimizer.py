@@ -7,8 +7,11 @@ from typing import Any
 import torch
 
 from torchopt import misuse, tree
+from torchopt.functional import as_state
 from torchopt.inner_gradient import differentiate
 from torchopt.opt_state import OptState
+from torchopt.pair import Pair, as_transformation
+from torchopt.recipe import renamed
 from torchopt.state import extract_state_dict
 from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.typing import TensorTree
@@ -33,11 +36,18 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         (tensor([0.8000]), True)
     """
 
+    @renamed(impl="tx")
     def __init__(self, tx: GradientTransformation, *, inplace: bool = False) -> None:
+        tx = as_transformation(tx)
         check_transformation(tx, "FuncOptimizer")
         self.transformation = tx
         self.inplace = inplace
         self.state: OptState | None = None
+
+    @property
+    def impl(self) -> GradientTransformation:
+        """The transformation, by its name in TorchOpt 0.7.3."""
+        return self.transformation
 
     def init(self, params: TensorTree) -> None:
         """Start anew; otherwise the first :meth:`step` makes the state."""
@@ -86,6 +96,11 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
             TypeError: If it is no optimizer state.
             ValueError: If it belongs to another transformation.
         """
+        if isinstance(self.transformation, Pair):  # whose state is any tree
+            self.state = state_dict
+            return
+        if isinstance(state_dict, (tuple, list)):
+            state_dict = as_state(self.transformation, state_dict)
         if state_dict is not None and not isinstance(state_dict, OptState):
             raise TypeError(
                 f"load_state_dict expects an OptState, got {type(state_dict).__name__}."

@@ -55,7 +55,7 @@ def inner_loop(
     rollback = Rollback(modules.values(), restore_buffers)
     groups_before = [dict(group) for group in groups]
     # states are replaced at each step and never changed, so that they need no copy
-    states_before = list(optimizer._states)
+    states_before, pairs_before = list(optimizer._states), optimizer._pairs
     create_graph_before = optimizer.create_graph
     if create_graph is not None:
         optimizer.create_graph = create_graph
@@ -67,7 +67,7 @@ def inner_loop(
             group.clear()
             group.update(before)
         optimizer.param_groups[:] = groups
-        optimizer._states = list(states_before)
+        optimizer._states, optimizer._pairs = list(states_before), pairs_before
 
     try:
         yield optimizer

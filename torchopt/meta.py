@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import hyper, marks, misuse, tree
+from torchopt import hyper, marks, misuse, tree, whole
 from torchopt.checkpointing import remember_weights
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance
@@ -22,7 +22,8 @@ from torchopt.meta_saved import loaded_form, saved_form
 from torchopt.meta_state import GroupState, checked_state, state_of
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
-from torchopt.recipe import signature_of_recipe
+from torchopt.pair import as_transformation
+from torchopt.recipe import renamed, signature_of_recipe
 from torchopt.state import extract_state_dict
 from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.values import describe, same
@@ -69,13 +70,16 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
     #: The object-oriented class of the same algorithm, which reads the same saved states.
     twin: ClassVar[Any] = None
 
+    @renamed(impl="tx")
     def __init__(self, module: nn.Module | Sequence[Any], tx: GradientTransformation) -> None:
+        tx = as_transformation(tx)
         check_transformation(tx, type(self).__name__)
         remember_weights()
         self.transformation = tx
         self.create_graph = True
         self.param_groups: list[dict[str, Any]] = []
         self._states: list[GroupState] = []
+        self._pairs: dict[str, Any] = {}  # the states of pairs, which are of all groups together
         self._trainable = Trainable()
         self._steady: Steady | None = None
         groups: Any = module if isinstance(module, (list, tuple)) else [module]
@@ -123,6 +127,16 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         self.param_groups.append({"params": module, **hyperparameters})
         self._states.append(GroupState({}, {slot: {} for slot in self.transformation.slot_names()}))
 
+    @property
+    def impl(self) -> GradientTransformation:
+        """The transformation, by its name in TorchOpt 0.7.3."""
+        return self.transformation
+
+    @property
+    def state_groups(self) -> list[OptState]:
+        """What :meth:`extract_state` returns, as TorchOpt 0.7.3 had it."""
+        return list(self.extract_state())
+
     # Stepping ---------------------------------------------------------------------------------
 
     def step(
@@ -153,6 +167,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         if marked:
             grads = marks.filtered(params, grads, create_graph)
         steady, call = self._next_call(entries, params, grads)
+        whole.begin(self.transformation.plan, self._pairs, call)
         weights, slots = advance(self.transformation, call, apply=True)
         new_weights = [
             w if w is None or track else w.detach().requires_grad_(True) for w in weights
@@ -167,8 +182,11 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             states = next_states(self._states, entries, call, slots, track)
             steady = Steady.after(self.param_groups, call, states)
 
+        pairs = whole.end(self.transformation.plan, call)
+        pairs = pairs if track else tree.tree_map(_detached, pairs)
+
         def write() -> None:
-            self._states, self._steady = states, steady
+            self._states, self._steady, self._pairs = states, steady, pairs
             for entry, weight in zip(entries, new_weights):
                 if weight is not None:
                     entry.site.place(weight)
@@ -195,7 +213,15 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
     def extract_state(self) -> tuple[OptState, ...]:
         """Return the state by reference, one :class:`~torchopt.OptState` per group."""
         pairs = zip(self.param_groups, self._states)
-        return tuple(state_of(group["params"], state) for group, state in pairs)
+        states = tuple(state_of(group["params"], state) for group, state in pairs)
+        for index, state in enumerate(states):
+            state.slots = self._with_pairs(state.slots, index)
+        return states
+
+    def _with_pairs(self, slots: dict[str, Any], index: int) -> dict[str, Any]:
+        """Return the slots of a group, and with the first group's the states of pairs."""
+        own, _ = whole.split(self.transformation.plan, slots)
+        return {**own, **(self._pairs if index == 0 else {})}
 
     def recover_state(self, state: Any) -> None:
         """Go back to an extracted state; see :func:`torchopt.recover_state_dict`."""
@@ -206,11 +232,13 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
                 f"The state has {len(state)} groups, {type(self).__name__} has "
                 f"{len(self.param_groups)}."
             )
-        frozen = self._trainable.frozen
+        plan, frozen = self.transformation.plan, self._trainable.frozen
+        split = [whole.split(plan, saved.slots) for saved in state]
         self._states = [
-            checked_state(self, group["params"], saved, frozen.get(index, ()))
-            for index, (group, saved) in enumerate(zip(self.param_groups, state))
+            checked_state(self, group["params"], OptState(saved.step, own), frozen.get(index, ()))
+            for index, (group, saved, (own, _)) in enumerate(zip(self.param_groups, state, split))
         ]
+        self._pairs = split[0][1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and hyperparameters in ``torch.optim``'s format, for ``torch.save``.
@@ -219,7 +247,10 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         are numbered in the network's order, frozen ones too, and named. Schedules given as
         hyperparameters are code and are left out; loading keeps the live ones.
         """
-        return saved_form(self, self._states)
+        saved = saved_form(self, self._states)
+        if self._pairs:
+            saved["state"][whole.PAIRS] = tree.tree_map(_detached, self._pairs)
+        return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict`, here or of an optimizer of ``torch.optim``, returned.
@@ -241,8 +272,10 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             >>> torchopt.extract_state_dict(inner)[0].momentum_buffer["bias"]
             tensor([1.])
         """
-        states, groups = loaded_form(self, state_dict)
+        rest, pairs = whole.taken_out(self.transformation.plan, state_dict, type(self))
+        states, groups = loaded_form(self, rest)
         self.recover_state(states)
+        self._pairs = extract_state_dict(pairs, by="deepcopy")
         for live, group in zip(self.param_groups, groups):
             live.update(group)
 
@@ -285,6 +318,10 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             ]
             networks.append(" ".join([type(group["params"]).__name__, *live]))
         return f"{type(self).__name__}({', '.join(networks)}, {self.transformation!r})"
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def from_recipe(

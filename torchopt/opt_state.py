@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from torchopt import tree
+from torchopt.state_parts import parts_of
 from torchopt.step_count import as_tensor
 from torchopt.typing import PyTree, TensorTree
 from torchopt.values import describe
@@ -22,6 +24,9 @@ class OptState:
             been taken apart.
         slots: Named buffers under ``torch.optim``'s names (``exp_avg``, ``momentum_buffer``, ...),
             each a tree with the structure of the parameters. Also readable as attributes.
+
+    Indexing and iteration give the parts as TorchOpt 0.7.3 named them (``state[0].mu``), the step
+    count last (``state[-1].count``); a tuple of such parts is accepted where a state is.
 
     It is a pytree node for optree and for PyTorch's own pytrees, and everything in it is a leaf,
     the step count too, as a tensor: a state that is copied or saved leaf by leaf is whole.
@@ -46,6 +51,15 @@ class OptState:
         if name in slots:
             return slots[name]
         raise AttributeError(f"OptState has no attribute or slot {name!r}; slots: {list(slots)}")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(parts_of(self.step, self.slots))
+
+    def __len__(self) -> int:
+        return len(parts_of(self.step, self.slots))
+
+    def __getitem__(self, index: Any) -> Any:
+        return parts_of(self.step, self.slots)[index]
 
     def __repr__(self) -> str:
         parts = [f"step={describe(self.step)}"]

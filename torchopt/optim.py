@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import engine, hyper, misuse
+from torchopt import engine, hyper, misuse, tree, whole
 from torchopt.accelerated_op import accelerated
 from torchopt.apply import refuse_unwritable
 from torchopt.commit import all_or_nothing
@@ -25,7 +25,8 @@ from torchopt.optim_state import (
     step_to_tensor,
     unexpected,
 )
-from torchopt.recipe import signature_of_recipe
+from torchopt.pair import as_transformation
+from torchopt.recipe import renamed, signature_of_recipe
 from torchopt.transform import GradientTransformation, check_transformation
 
 
@@ -78,12 +79,19 @@ class Optimizer(torch.optim.Optimizer):
     _schedules: LiveSchedules
     _lent: bool = False  # whether slots stand in a state dict too, and must not be overwritten
 
+    @renamed(impl="tx")
     def __init__(self, params: Any, tx: GradientTransformation) -> None:
         misuse.check_parameters(params, type(self).__name__)
+        tx = as_transformation(tx)
         check_transformation(tx, type(self).__name__)
         self.transformation = tx
         self._schedules = LiveSchedules()
         super().__init__(params, tx.hyperparameters())
+
+    @property
+    def impl(self) -> GradientTransformation:
+        """The transformation, by its name in TorchOpt 0.7.3."""
+        return self.transformation
 
     def add_param_group(self, param_group: Any) -> None:
         """Add a parameter group; its missing hyperparameters take the defaults.
@@ -191,6 +199,8 @@ class Optimizer(torch.optim.Optimizer):
                 for name, value in entry.items():
                     if id(value) in lent:  # no gradient, or the rule left it as it was
                         entry[name] = value.clone()
+            if call.pairs:
+                self.state[whole.PAIRS] = whole.end(self.transformation.plan, call)  # pyright: ignore
 
         all_or_nothing(write)
         self._lent = False
@@ -236,6 +246,7 @@ class Optimizer(torch.optim.Optimizer):
                 if fresh[index] is None and p in self.state:
                     column[index] = self.state[p].get(name)
         call.p = params
+        whole.begin(self.transformation.plan, self.state.get(whole.PAIRS, {}), call)  # pyright: ignore
         return call
 
     def _previous_step(self, param: Tensor) -> int:
@@ -327,6 +338,7 @@ class Optimizer(torch.optim.Optimizer):
             groups = checked_groups(self, given)
             loaded.update(checked_slots(self, given["state"], groups))
             restore = self._schedules.keep_through_load(self.param_groups, given["param_groups"])
+            whole.check(self.transformation.plan, given["state"].get(whole.PAIRS, {}), type(self))
             return {**given, "param_groups": groups}
 
         def adopt(_: Any) -> None:  # torch has cast the slots to the parameters' dtype
@@ -338,6 +350,8 @@ class Optimizer(torch.optim.Optimizer):
                         self.state.pop(p, None)
             self._lent = False  # the slots are copies
             restore(self.param_groups, self._count)
+            if whole.PAIRS in self.state:  # the states of pairs are copied as the slots are
+                self.state[whole.PAIRS] = tree.tree_map(_copied, self.state[whole.PAIRS])  # pyright: ignore
 
         hooks = [
             self.register_load_state_dict_pre_hook(check),  # after the user's
@@ -398,6 +412,10 @@ def _refuse_switches(title: str, capturable: bool, differentiable: bool) -> None
         )
     if capturable:
         raise ValueError(f"{title} has no capturable form yet; leave capturable=False.")
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:

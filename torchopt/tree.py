@@ -154,7 +154,9 @@ def register_node(
         keys = [torch_pytree.GetAttrKey(str(entry)) for entry in path_entries(node)]
         return list(zip(keys, children)), metadata
 
-    optree.register_pytree_node(cls, optree_flatten, unflatten_function, namespace=NAMESPACE)
+    # in every namespace: a script's own optree.tree_map, or torchopt.pytree's, sees the leaves
+    everywhere: Any = optree.registry.__GLOBAL_NAMESPACE  # pyright: ignore[reportAttributeAccessIssue]
+    optree.register_pytree_node(cls, optree_flatten, unflatten_function, namespace=everywhere)
     torch_pytree.register_pytree_node(
         cls,
         lambda node: (list(flatten_function(node)[0]), flatten_function(node)[1]),

@@ -12,6 +12,7 @@ from torchopt.accelerated_op import accelerated
 from torchopt.chaining import chain
 from torchopt.hyper import flag, hyper
 from torchopt.numerics import is_zero, moving_average, moving_average_of_square, over_root, root
+from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.typing import Hyperparameter, Step
@@ -107,6 +108,7 @@ def scale_by_adam(
     return ScaleByAdam(betas, eps, eps_root, amsgrad)
 
 
+@ignoring_moment_requires_grad
 def adam(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),

@@ -8,11 +8,13 @@ from torchopt import meta, optim
 from torchopt.accelerated_op import accelerated
 from torchopt.chaining import chain
 from torchopt.optimizers.adam import scale_by_adam
+from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import GradientTransformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.typing import Hyperparameter
 
 
+@ignoring_moment_requires_grad
 def adamw(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),

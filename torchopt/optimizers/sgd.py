@@ -7,12 +7,14 @@ from typing import Any
 from torchopt import meta, optim
 from torchopt.accelerated_op import accelerated
 from torchopt.chaining import chain
+from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import GradientTransformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.transforms.momentum import trace
 from torchopt.typing import Hyperparameter
 
 
+@ignoring_moment_requires_grad
 def sgd(
     lr: Hyperparameter = 1e-3,
     momentum: Hyperparameter = 0.0,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchopt.engine import Leaves
 from torchopt.hyper import flag, hyper, numbers_in
 from torchopt.numerics import add_scaled, is_zero
+from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
 from torchopt.typing import Hyperparameter, Step
 
@@ -109,6 +110,7 @@ def _decayed_sum(b: Tensor, g: Tensor, dampening: Any, t: Step) -> Tensor:
     return add_scaled(b, g, 1 - dampening)
 
 
+@ignoring_moment_requires_grad
 def trace(
     momentum: Hyperparameter = 0.9, dampening: Hyperparameter = 0.0, nesterov: bool = False
 ) -> GradientTransformation:
