@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import torchopt
+from torchopt import tree
 
 
 MEMBERS = 4
@@ -303,7 +304,7 @@ COMPILED = {
 @pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED.keys())
 def test_update_compiles_with_every_kind_of_hyperparameter(make: Any) -> None:
     graphs = _compiled_steps(make(), "eager")
-    assert graphs[-1] <= 2
+    assert graphs[-1] <= (2 if tree._COMPILER_KNOWS_OPTREE else 3)  # torch 2.6 makes one more
 
 
 def test_an_inplace_step_compiles() -> None:

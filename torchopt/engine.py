@@ -69,11 +69,15 @@ class Leaves:
 
     def subset(self, positions: Sequence[int]) -> Leaves:
         """Return the leaves at some positions."""
-        picked = {
-            field: [values[k] for k in positions] if len(values := getattr(self, field)) else []
-            for field in ("g", "p", "t", "slots", "hyper", "index")
-        }
-        return dataclasses.replace(self, common=None, **picked)
+
+        def at(values: Any) -> list[Any]:
+            return [values[k] for k in positions] if len(values) else []
+
+        # spelled out, for torch 2.6 cannot compile dataclasses.replace
+        index = at(self.index)
+        return Leaves(
+            at(self.g), at(self.p), at(self.t), at(self.slots), at(self.hyper), index, self.call
+        )
 
 
 def step_list(old: Union[Step, list[Any]], count: int) -> list[Step]:

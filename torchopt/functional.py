@@ -118,8 +118,9 @@ def uses_step(tx: Any) -> bool:
 def hyper_values(rows: Sequence[dict[str, Any]]) -> list[Any]:
     """Return the hyperparameters that an update uses, with pairs taken apart."""
     values: list[Any] = []
+    each = tree.compiler_is_old()
     for row, previous in zip(rows, [None, *rows]):
-        if row is not previous:
+        if each or row is not previous:
             for value in row.values():
                 values.extend(value if isinstance(value, tuple) else (value,))
     return values

@@ -2,8 +2,8 @@
 
 Attributes of the user's, and hooks. A hook filters the *gradient of the inner loss* at every step,
 as it would in a training loop. It is not registered with the fast weights, where autograd would
-also run it on what flows back from one step to the one before: the derivative of the whole would then
-not be that of the steps that were made. At the parameter itself autograd runs it as ever.
+also run it on what flows back from one step to the one before: the derivative of the whole would
+then not be that of the steps that were made. At the parameter itself autograd runs it as ever.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torchopt import misuse
+from torchopt import misuse, tree
 
 
 class Plan:
@@ -62,12 +62,12 @@ class Plan:
 
     def rows_of(self, position: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Pick a part's own hyperparameters; rows that are one object stay one object."""
-        fields = self.fields[position]
+        fields, each = self.fields[position], tree.compiler_is_old()
         previous: dict[str, Any] | None = None
         picked: dict[str, Any] = {}
         result = []
         for row in rows:
-            if row is not previous:
+            if each or row is not previous:
                 picked = {name: row[public] for name, public in fields.items()}
                 previous = row
             result.append(picked)

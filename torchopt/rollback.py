@@ -53,8 +53,8 @@ class Rollback:
 _SPOILED = (
     "A checkpointed part of the network cannot be computed again: it ran inside an inner_loop "
     "block after values of a parameter had been changed in place there (reset_parameters, "
-    "load_state_dict, an embedding's max_norm), and the block has put the old values back at its end. Differentiate "
-    "inside the block, or do not checkpoint this part."
+    "load_state_dict, an embedding's max_norm), and the block has put the old values back at "
+    "its end. Differentiate inside the block, or do not checkpoint this part."
 )
 
 
