@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchopt import tree
+from torchopt import step_tags, tree
 from torchopt.inner_gradient import differentiate
 from torchopt.opt_state import OptState
 from torchopt.state import extract_state_dict
@@ -72,6 +72,8 @@ class FuncOptimizer:
         params, self.state = self.transformation.apply_gradients(
             gradient_tree, state, params, inplace=inplace
         )
+        if not inplace:
+            step_tags.note_create_graph(tree.flatten(params)[0], True)
         return params
 
     def state_dict(self) -> OptState | None:

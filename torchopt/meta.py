@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import hyper, tree
+from torchopt import hyper, step_tags, tree
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance
 from torchopt.inner_gradient import differentiate
@@ -147,6 +147,8 @@ class MetaOptimizer:
         new_weights = [
             w if w is None or track else w.detach().requires_grad_(True) for w in weights
         ]
+        if track:
+            step_tags.note_create_graph(new_weights, create_graph)
         state = None if steady is None else steady.next_state(call, slots, track)
         if state is not None:
             states = [state]
