@@ -49,40 +49,55 @@ def detached_aliases(found: Walk, more: Iterable[Tensor] = ()) -> list[Alias]:
     sources: _Sources = collections.defaultdict(list)
     constants: list[tuple[int, Tensor]] = []
     kept = []  # or another tensor might get the memory meanwhile
+    leaves = _leaves(found)
+
+    def note(tensor: Tensor) -> None:
+        if tensor.grad_fn is not None:
+            position = found.index.get(tensor.grad_fn)
+        else:
+            position = leaves[id(tensor)][0] if id(tensor) in leaves else None
+        if position is not None:
+            _note(found, tensor, (position, tensor.output_nr), sources)
+
     for tensor in more:
-        _note(found, tensor, sources)
+        note(tensor)
+    for _, leaf in leaves.values():
+        note(leaf)
     for position, node in enumerate(found.nodes):
-        if not found.inputs[position] and isinstance(getattr(node, "variable", None), Tensor):
-            _note(found, node.variable, sources)
         for tensor in own_saved_tensors(node):
             kept.append(tensor)
             if tensor.requires_grad:
-                _note(found, tensor, sources)
+                note(tensor)
             elif is_builtin(node):
                 constants.append((position, tensor))
-    return list(dict.fromkeys(_matches(found, sources, constants)))
+    return list(dict.fromkeys(_matches(found, sources, constants, leaves.values())))
+
+
+def _leaves(found: Walk) -> dict[int, tuple[int, Tensor]]:
+    """Return the leaves, with where they are, by their identity."""
+    positions = (p for p, sources in enumerate(found.inputs) if not sources)
+    leaves = ((p, getattr(found.nodes[p], "variable", None)) for p in positions)
+    return {id(leaf): (p, leaf) for p, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def _matches(
     found: Walk,
     sources: _Sources,
     constants: list[tuple[int, Tensor]],
+    leaves: Iterable[tuple[int, Tensor]],
 ) -> Iterator[Alias]:
     for position, tensor in constants:
         for source in _holders(tensor, sources):
             yield Alias(source, position, False)
-    for position, node in enumerate(found.nodes):
-        variable = None if found.inputs[position] else getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            for source in _holders(variable, sources):
-                if not _is_view(found, source, (position, 0)):
-                    yield Alias(source, position, True)
+    for position, leaf in leaves:
+        for source in _holders(leaf, sources):
+            if not _is_view(found, source, (position, 0)):
+                yield Alias(source, position, True)
 
 
-def _note(found: Walk, tensor: Tensor, sources: _Sources) -> None:
+def _note(found: Walk, tensor: Tensor, output: Output, sources: _Sources) -> None:
     where = memory_of(tensor)
-    output = place_of(found, tensor)
-    if where is None or output is None:
+    if where is None:
         return
     known = sources[where[0]]
     if not any(
@@ -113,17 +128,6 @@ def _holders(tensor: Tensor, sources: _Sources) -> Iterator[Output]:
         for begin, end, source in sources.get(where[0], ()):
             if begin <= where[1] and where[2] <= end:
                 yield source
-
-
-def place_of(found: Walk, tensor: Tensor) -> Output | None:
-    """Return what a tensor is in the graph; ``None`` if it is not in it."""
-    if tensor.grad_fn is not None:
-        position = found.index.get(tensor.grad_fn)
-        return None if position is None else (position, tensor.output_nr)
-    if not tensor.requires_grad:
-        return None
-    position = found.index.get(torch.autograd.graph.get_gradient_edge(tensor).node)
-    return None if position is None else (position, 0)
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:

@@ -12,7 +12,7 @@ def entering_weights(found: Walk, step: Step) -> list[tuple[int, int]]:
     What the rules compute does not tell weights from hyperparameters. There, weights are what an
     update is added to, in the step or after it.
     """
-    if step.fused and len(step.fused) == len(step.members):
+    if not step.recorded:
         columns = [fused_inputs(found, p).get(PARAMETER, []) for p in step.fused]
         if any(columns):
             return [source for column in columns for source in column if source[0] is not None]

@@ -361,7 +361,7 @@ def _step_detail(unit: Unit) -> str:
     assert unit.step is not None
     how = "operations of the rules"
     if unit.step.fused:
-        how = "fused" if len(unit.members) == len(unit.step.fused) else "partly fused"
+        how = "partly fused" if unit.step.recorded else "fused"
     nodes = f"{len(unit.members)} autograd node{'s' * (len(unit.members) > 1)}"
     return f"{' -> '.join(unit.step.parts)}\n{nodes}, {how}"
 

@@ -291,8 +291,7 @@ def verdict(cuts: Sequence[Missing]) -> str:
     sure = list(dict.fromkeys(cut.where for cut in cuts if cut.condition is None))
     if sure:
         return f"its gradient arrives, but only in part (cut {_and(sure)})"
-    conditions = list(dict.fromkeys(cut.condition for cut in cuts if cut.condition))
-    return f"its gradient arrives, but only in part {' or '.join(conditions[:2])}"
+    return f"its gradient arrives, but only in part {cuts[0].condition}"
 
 
 def _and(texts: Sequence[str]) -> str:

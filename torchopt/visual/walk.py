@@ -38,6 +38,7 @@ class Step:
             before gave them one.
         create_graph: What ``create_graph`` was where the library took the gradient; ``None`` if
             that was done elsewhere.
+        recorded: Whether it was computed by the rules, perhaps with fused kernels among them.
         members: Positions of its nodes in :attr:`Walk.nodes`.
         fused: The nodes among them that are fused kernels.
     """
@@ -48,6 +49,7 @@ class Step:
     weights_are_leaves: bool
     constant_slots: tuple[str, ...]
     create_graph: bool | None = None
+    recorded: bool = False
     members: list[int] = field(default_factory=list)
     fused: list[int] = field(default_factory=list)
 
@@ -243,7 +245,7 @@ def _find_recorded_steps(found: Walk) -> None:
         for position in positions:
             found.step_of[position] = len(found.steps)
         known = (tag.parts, tag.step, tag.constant_gradient, tag.weights_are_leaves)
-        found.steps.append(Step(*known, tag.constant_slots, members=positions))
+        found.steps.append(Step(*known, tag.constant_slots, recorded=True, members=positions))
 
 
 def _leading_to(
@@ -285,7 +287,7 @@ def _find_fused_steps(found: Walk) -> None:
         step.fused.append(position)
         previous = (number, *key)
     for step in found.steps:
-        if step.fused and len(step.fused) == len(step.members):
+        if not step.recorded:
             step.weights_are_leaves |= _some_weights_are_leaves(found, step)
 
 

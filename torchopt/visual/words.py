@@ -12,7 +12,7 @@ from torch import Tensor
 from torchopt.visual.aliases import Alias, Output
 from torchopt.visual.graph import Extraction
 from torchopt.visual.operations import is_builtin, operation_label, own_saved_tensors
-from torchopt.visual.walk import Step
+from torchopt.visual.walk import Step, ancestors
 
 
 def place(found: Extraction, position: int) -> str:
@@ -146,15 +146,23 @@ def number_cut(steps: Sequence[Step], tensor: Tensor) -> str:
     )
 
 
+#: Operations that keep nothing but their operands: others keep results that may equal a tensor.
+_KEEPING_OPERANDS = ("Mul", "Mm", "Addmm", "Bmm", "Baddbmm", "Mv", "Addmv", "Dot", "Addcmul")
+
+
 def copies(found: Extraction, tensor: Tensor, output: Output) -> Iterator[str]:
     """Yield where constants and leaves with the values of a tensor enter."""
     for position, node in enumerate(found.walk.nodes):
-        if found.walk.step_of[position] < 0 and is_builtin(node):
+        keeps_operands = operation_label(node.name()) in _KEEPING_OPERANDS and is_builtin(node)
+        if found.walk.step_of[position] < 0 and keeps_operands:
             for saved in own_saved_tensors(node):
                 if not saved.requires_grad and _same(saved, tensor):
                     yield place(found, position)
+    made_of = ancestors(found.walk, [output[0]])  # a step may have left it as it was
     for unit in found.units:
-        if unit.kind == "leaf" and unit.members != [output[0]] and _same(unit.tensor, tensor):
+        if unit.kind != "leaf" or unit.members[0] in made_of:
+            continue
+        if _same(unit.tensor, tensor):
             yield first_user(found, unit.members[0])
 
 
