@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import nonzero
 from tolerances import assert_close
-from torch import Tensor, nn
+from torch import Tensor
 
 import torchopt
 from torchopt import schedules

@@ -50,8 +50,8 @@ def refuse_in_backward(module: nn.Module, _: Any) -> None:
         raise RuntimeError(
             f"{type(module).__name__} is computed again in a backward pass "
             "(torch.utils.checkpoint), but its weights have been replaced since it ran first. This "
-            f"version of PyTorch ({torch.__version__}) checkpoints in a way that torchopt does not know. Do not "
-            "checkpoint inside an inner loop."
+            f"version of PyTorch ({torch.__version__}) checkpoints in a way that torchopt does "
+            "not know. Do not checkpoint inside an inner loop."
         )
 
 

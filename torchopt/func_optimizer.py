@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchopt import misuse, tree
+from torchopt import misuse, step_tags, tree
 from torchopt.functional import as_state
 from torchopt.inner_gradient import differentiate
 from torchopt.opt_state import OptState
@@ -83,6 +83,8 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         params, self.state = self.transformation.apply_gradients(
             gradient_tree, state, params, inplace=inplace
         )
+        if not inplace:
+            step_tags.note_create_graph(tree.flatten(params)[0], True)
         return params
 
     def state_dict(self) -> OptState | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import hyper, marks, misuse, tree, whole
+from torchopt import hyper, marks, misuse, step_tags, tree, whole
 from torchopt.checkpointing import remember_weights
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance
@@ -175,6 +175,8 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         for old, new in zip(params, new_weights) if marked else ():
             if new is not None:
                 marks.carry(old, new)
+        if track:
+            step_tags.note_create_graph(new_weights, create_graph)
         state = None if steady is None else steady.next_state(call, slots, track)
         if state is not None:
             states = [state]
