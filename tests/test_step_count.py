@@ -95,6 +95,12 @@ def test_a_count_that_is_changed_in_place_counts() -> None:
     assert state.step == 5
 
 
+def test_a_count_is_printed_as_a_number() -> None:
+    state = torchopt.sgd().init({"w": torch.ones(2)})
+    pytree.tree_leaves(state)
+    assert repr(state) == "OptState(step=0)"
+
+
 def test_counts_that_differ_are_leaves_each() -> None:
     tx, params = torchopt.adam(0.1), some_params()
     _, state = tx.update({**params, "b": None}, tx.init(params), params, inplace=False)
@@ -141,6 +147,13 @@ def test_the_state_of_a_batch_outside_of_vmap_is_refused() -> None:
     state = torch.vmap(tx.init)(torch.ones(4, 3))
     with pytest.raises(ValueError, match=r"0-d tensor, got shape \(4,\).*vmap"):
         tx.update(torch.ones(4, 3), state)
+
+
+def test_a_count_that_is_no_number_of_steps_is_refused() -> None:
+    tx = torchopt.adam(0.1)
+    state = torchopt.OptState(torch.tensor(0.5), tx.init([torch.ones(2)]).slots)
+    with pytest.raises(ValueError, match=r"whole number, got 0\.5"):
+        tx.update([torch.ones(2)], state)
 
 
 def test_a_state_that_has_been_taken_apart_compiles() -> None:

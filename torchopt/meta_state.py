@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchopt import misuse, step_count, tree
+from torchopt import misuse, tree
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
 from torchopt.packed import Packed, PackedDict
@@ -88,7 +88,7 @@ def checked_state(
 
 
 def _count(what: str, value: Any) -> int:
-    number = step_count.read(value)
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(number, float) and number.is_integer():
         number = int(number)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:

@@ -9,7 +9,7 @@ import torch
 
 from torchopt import tree
 from torchopt.state_parts import parts_of
-from torchopt.step_count import as_tensor
+from torchopt.step_count import as_tensor, read
 from torchopt.typing import PyTree, TensorTree
 from torchopt.values import describe
 
@@ -62,7 +62,8 @@ class OptState:
         return parts_of(self.step, self.slots)[index]
 
     def __repr__(self) -> str:
-        parts = [f"step={describe(self.step)}"]
+        step = tree.tree_map(lambda n: n if getattr(n, "ndim", 0) else read(n), self.step)
+        parts = [f"step={describe(step)}"]
         parts += [f"{name}={describe(value)}" for name, value in self.slots.items()]
         return f"OptState({', '.join(parts)})"
 

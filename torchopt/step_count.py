@@ -36,7 +36,7 @@ def read(step: Any) -> Any:
     tracer, for which the number would be a constant.
 
     Raises:
-        ValueError: If a tensor is not 0-d.
+        ValueError: If a tensor is not 0-d, or holds no whole number.
     """
     if not isinstance(step, Tensor):
         return step
@@ -56,4 +56,6 @@ def read(step: Any) -> Any:
         counts = value.detach().reshape(-1).tolist()
     if value is not step and len(set(counts)) != 1:
         return step  # a batch of states that have come to different counts
+    if counts[0] != int(counts[0]):
+        raise ValueError(f"The step count of a state must be a whole number, got {counts[0]}.")
     return int(counts[0])
