@@ -166,7 +166,7 @@ def test_state_groups_are_the_extracted_states() -> None:
     inner.step(net(nonzero(3, 2).float()).square().sum())
     extracted = torchopt.extract_state_dict(inner)
     same = pytree.tree_map(
-        lambda x, y: x is y or x.dim() == 0 and x == y, extracted, tuple(inner.state_groups)
+        lambda x, y: x is y or (x.dim() == 0 and x == y), extracted, tuple(inner.state_groups)
     )
     leaves = pytree.tree_leaves(same)
     assert len(leaves) >= 4
