@@ -183,7 +183,8 @@ def test_a_checkpoint_of_gradient_scaling_goes_back() -> None:
 
     def scaled(row: Any) -> None:
         optimizer.zero_grad()
-        scaler.scale(sum((p * g).sum() for p, g in zip(params, row))).backward()
+        loss = torch.stack([(p * g).sum() for p, g in zip(params, row)]).sum()
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 

@@ -176,7 +176,7 @@ class Optimizer(torch.optim.Optimizer):
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
         versions = [None if p.is_inference() else p._version for p in params]
-        lent = self._slots_lent()
+        lent = self._slots_lent(params)
         begun = False
 
         def write() -> None:
@@ -195,21 +195,19 @@ class Optimizer(torch.optim.Optimizer):
                 version = versions[index]
                 if not again or (version is not None and p._version == version):
                     p.add_(u)
-            for entry in self.state.values() if lent else ():
-                for name, value in entry.items():
-                    if id(value) in lent:  # no gradient, or the rule left it as it was
-                        entry[name] = value.clone()
+            for p in params if lent else ():
+                entry = self.state.get(p, {})
+                # those of a parameter without gradient, or left as they were by the rule
+                entry.update({n: x.clone() for n, x in entry.items() if id(x) in lent})
             if call.pairs:
                 self.state[whole.PAIRS] = whole.end(self.transformation.plan, call)  # pyright: ignore
 
         all_or_nothing(write)
         self._lent = False
 
-    def _slots_lent(self) -> set[int]:
+    def _slots_lent(self, params: list[Tensor]) -> set[int]:
         """Return the identities of the slots that stand in a state dict as well."""
-        if not self._lent:
-            return set()
-        entries = [e for e in self.state.values() if isinstance(e, dict)]
+        entries = [self.state.get(p, {}) for p in params] if self._lent else []
         return {id(x) for entry in entries for x in entry.values() if isinstance(x, Tensor)}
 
     def _step_in_place(self, grads: list[Tensor]) -> bool:

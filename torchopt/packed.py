@@ -2,7 +2,7 @@
 
 A differentiable optimizer hands its slots from step to step. Kept in one tensor for all parameters
 they cost one allocation and one edge of the graph instead of one for each parameter. Entries stand
-in the order of contiguous tensors, so parameters of another layout (channels-last) are not packed.
+in the order of contiguous tensors; parameters with another layout (channels-last) are not packed.
 """
 
 from __future__ import annotations

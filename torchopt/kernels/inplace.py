@@ -283,10 +283,10 @@ class Stepper:
             own = slice(begin, begin + len(params))
             begin += len(params)
             prepared = self._prepare(k, plan, params, states[own], optimizer)
-            step = _common_step(states[own], counts)
-            row = optimizer._row(group)
+            step = None if prepared is None else _common_step(states[own], counts)
             if prepared is None or step is None:
                 return False
+            row = optimizer._row(group)
             if not prepared.takes(grads[own]) or not prepared.plan_step(row, step + 1):
                 return False
             work.append((prepared, step + 1))

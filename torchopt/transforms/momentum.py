@@ -88,10 +88,13 @@ def _added_alike(g: Tensor, b: Tensor | None, t: Step) -> tuple[Tensor, Tensor |
     dense = isinstance(t, Tensor) or g.layout == torch.strided
     if not dense and t != 1:
         dense = b is not None and b.layout == torch.strided
-    if dense:
-        return tuple(x if x is None or x.layout == torch.strided else x.to_dense() for x in (g, b))
-    merge = lambda x: x.coalesce() if x is not None and x.layout == torch.sparse_coo else x  # noqa: E731
-    return merge(g), merge(b)
+    return _merged(g, dense), None if b is None else _merged(b, dense)
+
+
+def _merged(x: Tensor, dense: bool) -> Tensor:
+    if x.layout != torch.strided and dense:
+        return x.to_dense()
+    return x.coalesce() if x.layout == torch.sparse_coo else x
 
 
 def _decayed_sum(b: Tensor, g: Tensor, dampening: Any, t: Step) -> Tensor:
