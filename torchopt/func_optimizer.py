@@ -69,10 +69,16 @@ class FuncOptimizer:
         ]
         state = self.transformation.init(params) if self.state is None else self.state
         gradient_tree = tree.unflatten(spec, grads)
-        params, self.state = self.transformation.apply_gradients(
+        new_params, self.state = self.transformation.apply_gradients(
             gradient_tree, state, params, inplace=inplace
         )
-        return params
+        if not torch.is_grad_enabled():  # leaves, as of MetaOptimizer: the next loss needs a graph
+            new_leaves, new_spec = tree.flatten(new_params)
+            for old, new in zip(leaves, new_leaves):
+                if new is not old and isinstance(old, torch.Tensor) and old.requires_grad:
+                    new.requires_grad_(True)
+            new_params = tree.unflatten(new_spec, new_leaves)
+        return new_params
 
     def state_dict(self) -> OptState | None:
         """Return the state by reference; ``None`` before the first step."""

@@ -18,7 +18,7 @@ from torchopt.engine import Call, advance
 from torchopt.inner_gradient import differentiate
 from torchopt.meta_call import Entry, Steady, Trainable, new_call, next_states
 from torchopt.meta_state import GroupState, check_groups, checked_state
-from torchopt.module_state import parameter_sites
+from torchopt.module_state import parameter_sites, refuse_scripted
 from torchopt.opt_state import OptState
 from torchopt.recipe import signature_of_recipe
 from torchopt.state import extract_state_dict
@@ -96,7 +96,9 @@ class MetaOptimizer:
                 f"{type(self).__name__} expects an nn.Module (the network, not its "
                 f"parameters), got {type(module).__name__}."
             )
+        refuse_scripted(type(self).__name__, module)
         specs = self.transformation.hyper_specs()
+        given = {name: hyper.plain(value) for name, value in given.items()}
         for name, value in given.items():
             if name not in specs:
                 raise TypeError(
@@ -277,9 +279,9 @@ class MetaOptimizer:
         memo.update(keep)
         cloned.transformation = copy.deepcopy(self.transformation, memo)
         cloned.param_groups = [copy.deepcopy(group, memo) for group in self.param_groups]
-        cloned._states = list(self._states)
+        # not by recover_state: a network that owns its optimizer is a copy in the making here
+        cloned._states = [state.deepcopy() for state in self._states]
         cloned._forget()
-        cloned.recover_state(extract_state_dict(self, by="deepcopy"))
         return cloned
 
     def __repr__(self) -> str:

@@ -94,6 +94,21 @@ def parameter_sites(module: nn.Module) -> dict[str, ParameterSite]:
     return {site.name: site for site in sites.values()}
 
 
+def refuse_scripted(what: str, module: nn.Module) -> None:
+    """Refuse a module that keeps its parameters in TorchScript, where no others can be put.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            where = f"its part {name!r} is" if name else "it is"
+            raise TypeError(
+                f"{what} cannot put other weights into {type(module).__name__}: {where} scripted or "
+                "traced by torch.jit. Give it the network before torch.jit.script."
+            )
+
+
 class ParameterWalk:
     """The parameters of a module, found again at little cost while its structure is the same.
 
