@@ -80,12 +80,18 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         ]
         state = self.transformation.init(params) if self.state is None else self.state
         gradient_tree = tree.unflatten(spec, grads)
-        params, self.state = self.transformation.apply_gradients(
+        new_params, self.state = self.transformation.apply_gradients(
             gradient_tree, state, params, inplace=inplace
         )
         if not inplace:
-            step_tags.note_create_graph(tree.flatten(params)[0], True)
-        return params
+            step_tags.note_create_graph(tree.flatten(new_params)[0], True)
+        if not torch.is_grad_enabled():  # leaves, as of MetaOptimizer: the next loss needs a graph
+            new_leaves, new_spec = tree.flatten(new_params)
+            for old, new in zip(leaves, new_leaves):
+                if new is not old and isinstance(old, torch.Tensor) and old.requires_grad:
+                    new.requires_grad_(True)
+            new_params = tree.unflatten(new_spec, new_leaves)
+        return new_params
 
     def state_dict(self) -> OptState | None:
         """Return the state by reference; ``None`` before the first step."""

@@ -92,6 +92,13 @@ def specs_of(transformation: Any) -> dict[str, HyperSpec]:
     return {field.name: field.metadata["hyper"] for field in fields if "hyper" in field.metadata}
 
 
+def plain(value: Any) -> Any:
+    """Return the dict or list that a ``ParameterDict`` or ``ParameterList`` stands for."""
+    if isinstance(value, torch.nn.ParameterDict):
+        return dict(value.items())
+    return list(value) if isinstance(value, torch.nn.ParameterList) else value
+
+
 def check(name: str, value: Any, spec: HyperSpec) -> None:
     """Refuse a hyperparameter of the wrong type or out of bounds.
 
@@ -99,6 +106,7 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
         TypeError: For a value that is no number, tensor, schedule or tree of those.
         ValueError: For a number out of bounds.
     """
+    value = plain(value)
     if spec.flag:
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {misuse.short(value)}.")
@@ -176,6 +184,7 @@ def _column(
     """Return one value for all leaves, or a list with one value per leaf."""
     if isinstance(value, (int, float)):
         return value
+    value = plain(value)
     if isinstance(value, (Mapping, list, tuple)):
         matched = match_by_name(name, value, names(), known)
         column = [
@@ -263,7 +272,7 @@ def _names_any(key: str, names: Sequence[str]) -> bool:
 
 def has_schedule(value: Any) -> bool:
     """Whether a hyperparameter is a schedule, or a pair or tree that holds one."""
-    leaves = [value] if isinstance(value, torch.Tensor) else tree.flatten(value)[0]
+    leaves = [value] if isinstance(value, torch.Tensor) else tree.flatten(plain(value))[0]
     return any(callable(leaf) and not isinstance(leaf, torch.Tensor) for leaf in leaves)
 
 

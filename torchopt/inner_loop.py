@@ -9,6 +9,7 @@ from torch import nn
 from torchopt import misuse
 from torchopt.commit import all_or_nothing
 from torchopt.meta import MetaOptimizer
+from torchopt.module_state import refuse_scripted
 from torchopt.rollback import Rollback
 from torchopt.transform import GradientTransformation
 
@@ -50,6 +51,7 @@ def inner_loop(
     """
     misuse.check_inner_loop(module, tx)
     optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
+    refuse_scripted("inner_loop", module)
     groups = list(optimizer.param_groups)
     modules = {id(m): m for m in (module, *(group["params"] for group in groups))}
     rollback = Rollback(modules.values(), restore_buffers)

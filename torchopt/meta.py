@@ -20,7 +20,7 @@ from torchopt.inner_gradient import differentiate
 from torchopt.meta_call import Entry, Steady, Trainable, known_names, new_call, next_states
 from torchopt.meta_saved import loaded_form, saved_form
 from torchopt.meta_state import GroupState, checked_state, state_of
-from torchopt.module_state import parameter_sites
+from torchopt.module_state import parameter_sites, refuse_scripted
 from torchopt.opt_state import OptState
 from torchopt.pair import as_transformation
 from torchopt.recipe import renamed, signature_of_recipe
@@ -104,7 +104,9 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             raise TypeError(
                 misuse.not_a_module(group if module is None else module, type(self).__name__)
             )
+        refuse_scripted(type(self).__name__, module)
         specs = self.transformation.hyper_specs()
+        given = {name: hyper.plain(value) for name, value in given.items()}
         for name, value in given.items():
             if name not in specs:
                 raise TypeError(misuse.unknown_hyperparameter(name, self, list(specs)))
@@ -304,9 +306,9 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         memo.update(keep)
         cloned.transformation = copy.deepcopy(self.transformation, memo)
         cloned.param_groups = [copy.deepcopy(group, memo) for group in self.param_groups]
-        cloned._states = list(self._states)
+        # not by recover_state: a network that owns its optimizer is a copy in the making here
+        cloned._states = [state.deepcopy() for state in self._states]
         cloned._forget()
-        cloned.recover_state(extract_state_dict(self, by="deepcopy"))
         return cloned
 
     def __repr__(self) -> str:

@@ -21,6 +21,19 @@ class GroupState:
     steps: dict[str, int]
     slots: dict[str, Any]  # slot -> parameter name -> tensor
 
+    def deepcopy(self) -> GroupState:
+        """Return the same state in tensors of its own, without history."""
+        copies: dict[int, Tensor] = {}
+        slots = {}
+        for slot, column in self.slots.items():
+            slots[slot] = {}
+            for name, value in column.items():
+                if isinstance(value, Tensor) and id(value) not in copies:
+                    copy = value.detach().clone().requires_grad_(value.requires_grad)
+                    copies[id(value)] = copy
+                slots[slot][name] = copies.get(id(value), value)
+        return GroupState(dict(self.steps), slots)
+
     def packed_slots(self, names: Sequence[str]) -> dict[str, Packed]:
         """Return the slots that are packed for just these parameters."""
         return {

@@ -16,6 +16,7 @@ from torchopt import moments
 
 _GRAD: Any = Tensor.grad
 _NEW_PARAMETER = nn.Parameter.__new__.__code__
+_LOAD_STATE_DICT = nn.Module._load_from_state_dict.__code__
 
 
 class FastWeight(Tensor):
@@ -27,7 +28,22 @@ class FastWeight(Tensor):
 
     # operations return plain tensors
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
-    _is_param = True  # isinstance(weight, nn.Parameter), as code that walks modules expects
+
+    @property
+    def _is_param(self) -> bool:
+        """Whether ``isinstance(weight, nn.Parameter)``: yes, as code that walks modules expects.
+
+        But not for ``load_state_dict(assign=True)`` when it asks whether the tensor that it was
+        given can stand in a module as it is: PyTorch wants no history there, and makes a parameter.
+        """
+        caller = sys._getframe(1).f_back
+        if self.grad_fn is None or caller is None or caller.f_code is not _LOAD_STATE_DICT:
+            return True
+        return caller.f_locals.get("input_param") is not self
+
+    @_is_param.setter
+    def _is_param(self, _: bool) -> None:
+        self.__class__ = nn.Parameter  # nn.Parameter(weight) marks what it makes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         copied = nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)
@@ -41,12 +57,6 @@ class FastWeight(Tensor):
             # it insists on the class that it was given, and then marks what it makes
             detached.__class__ = type(self)
         return detached
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_is_param":  # the mark
-            self.__class__ = nn.Parameter
-        else:
-            super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # a pickle cannot hold history either: what is loaded is a parameter
@@ -92,6 +102,21 @@ def parameter_sites(module: nn.Module) -> dict[str, ParameterSite]:
         else:
             sites[id(tensor)] = ParameterSite(name, tensor, [(owner, attribute)])
     return {site.name: site for site in sites.values()}
+
+
+def refuse_scripted(what: str, module: nn.Module) -> None:
+    """Refuse a module that keeps its parameters in TorchScript, where no others can be put.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            where = f"its part {name!r} is" if name else "it is"
+            raise TypeError(
+                f"{what} cannot put other weights into {type(module).__name__}: {where} scripted or "
+                "traced by torch.jit. Give it the network before torch.jit.script."
+            )
 
 
 class ParameterWalk:

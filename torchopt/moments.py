@@ -124,7 +124,7 @@ def rerun(moment: Moment, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _holder(module: nn.Module, kind: str) -> dict[str, Any]:
-    return module.__dict__[kind] if kind else module.__dict__
+    return getattr(module, kind) if kind else module.__dict__
 
 
 def record(module: nn.Module, kind: str, name: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from torchopt import moments
 from torchopt.values_before import ValuesBefore
@@ -33,7 +34,7 @@ class Rollback:
             copies: dict[int, Tensor] = {}
             for module in found.values():
                 for name, buffer in module._buffers.items():
-                    if buffer is None:
+                    if buffer is None or nn.parameter.is_lazy(buffer):
                         continue
                     if id(buffer) not in copies:
                         copies[id(buffer)] = buffer.clone()
@@ -70,11 +71,14 @@ class _Module:
         self._volatile = set(module._non_persistent_buffers_set) if with_buffers else None
         parametrized = "parametrizations" in module._modules
         members = vars(self._class).items() if parametrized else ()
+        self._lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
         self._properties = {n: p for n, p in members if isinstance(p, property)}
 
     def undo(self) -> None:
         module = self.module
-        if type(module) is not self._class:  # a parametrization was added or removed
+        # a lazy module that got its shapes keeps them, with the values that it was initialised with
+        grown = self._lazy and not isinstance(module, LazyModuleMixin)
+        if type(module) is not self._class and not grown:  # a parametrization came or went
             module.__class__ = self._class
         for name, value in self._properties.items():
             if name not in vars(self._class):
@@ -86,7 +90,7 @@ class _Module:
         if module.training != self._attributes["training"]:
             moments.put(module, "", "training", self._attributes["training"])
         present = vars(module)
-        for name, value in self._attributes.items():
+        for name, value in self._attributes.items() if not grown else ():
             # one that gave way to a parameter, a buffer or a module of its name
             if name not in present:
                 moments.put(module, "", name, value)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torchopt import marks, misuse, moments, tree
 from torchopt.module_state import named_places, parameter_sites, place_all
@@ -132,6 +133,25 @@ def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {prefix + name: x for name, x in tensors.items() if isinstance(x, Tensor)}
 
 
+class _CopiesHistory(TorchFunctionMode):
+    """Lets ``copy.deepcopy`` copy tensors with history, which PyTorch refuses.
+
+    A module may have them among its attributes: ``weight`` under ``weight_norm``, a stored output.
+    """
+
+    def __init__(self, copier: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._copier = copier
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            copied = args[1][id(args[0])] = self._copier(args[0])
+            return copied
+        return func(*args, **(kwargs or {}))
+
+
 class _Copier:
     """Copies tensors one way; a tensor met twice gives the same copy."""
 
@@ -156,6 +176,11 @@ class _Copier:
         return self(value).detach().clone() if detach else self(value)
 
     def _copy(self, value: Tensor) -> Tensor:
+        if nn.parameter.is_lazy(value) and not (self.by == "reference" and self.device is None):
+            raise ValueError(
+                "A lazy parameter has no shape yet and cannot be copied. Run the network once "
+                "before: net(x)."
+            )
         if self.by == "reference":
             return value if self.device is None else value.to(self.device)
         if self.by == "copy":
@@ -370,7 +395,8 @@ def module_clone(
             for kind in ("_parameters", "_buffers")
             for _, _, _, t in named_places(target, kind)
         }
-        cloned = copy.deepcopy(target, dict(shared))
+        with _CopiesHistory(_Copier(by, device)):
+            cloned = copy.deepcopy(target, dict(shared))
         recover_state_dict(cloned, state)
         return cloned
     if isinstance(target, HoldsState):

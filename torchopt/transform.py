@@ -101,10 +101,12 @@ class GradientTransformation:
     def __post_init__(self) -> None:
         misuse.check_decorated(self)
         for name, spec in self.hyper_specs().items():
-            value = getattr(self, name)
+            given = getattr(self, name)
+            value = hyper.plain(given)
             hyper.check(name, value, spec)
-            if spec.pair:
-                object.__setattr__(self, name, tuple(value))
+            value = tuple(value) if spec.pair else value
+            if value is not given:
+                object.__setattr__(self, name, value)
 
     # What a subclass defines ------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ class ValuesBefore:
         self._flags = [(t, t.requires_grad) for t in tensors]
         batches: dict[object, list[Tensor]] = {}
         for t in tensors:
-            if t.is_inference() or t.is_meta:
+            if nn.parameter.is_lazy(t) or t.is_inference() or t.is_meta:
                 continue
             small = t.numel() < _SMALL and _is_plain(t) and t.is_contiguous()
             batches.setdefault((t.dtype, t.device) if small else id(t), []).append(t)
