@@ -31,6 +31,7 @@ class Call:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     pack_slots: bool = False  # whether new slots may come back as Packed
     known: Any = ()  # parameters that an entry of a mask may name besides; see hyper.match_by_name
+    labels: Any = None  # of the parameters, for a partition, where the face knows them
 
 
 @dataclasses.dataclass
