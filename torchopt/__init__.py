@@ -59,6 +59,7 @@ from torchopt.transforms.clip import clip_grad_norm as clip_by_global_norm
 from torchopt.transforms.clip import clip_grad_norm as clip_grad_norm
 from torchopt.transforms.clip import clip_grad_value as clip_grad_value
 from torchopt.transforms.momentum import trace as trace
+from torchopt.transforms.partition import partition as partition
 from torchopt.transforms.wrap import masked as masked
 from torchopt.version import __version__ as __version__
 

@@ -32,6 +32,7 @@ class Call:
     pack_slots: bool = False  # whether new slots may come back as Packed
     known: Any = ()  # parameters that an entry of a mask may name besides; see hyper.match_by_name
     pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.whole
+    labels: Any = None  # of the parameters, for a partition, where the face knows them
 
 
 @dataclasses.dataclass

@@ -14,11 +14,14 @@ from torchopt.meta_state import GroupState
 from torchopt.module_state import ParameterSite, parameter_sites
 from torchopt.numerics import HALF
 from torchopt.opt_state import OptState
+from torchopt.optim_schedules import REPLACED
 from torchopt.values import same
 
 
-#: What a group of ``torch.optim`` holds besides hyperparameters, its schedulers' notes included.
-_OPTIONS = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
+#: What a group holds besides hyperparameters, and what schedulers note there.
+_OPTIONS = frozenset(
+    {"params", "param_names", "foreach", "fused", "capturable", "differentiable", REPLACED}
+) | {"decoupled_weight_decay"}
 _NOTES = frozenset(
     f"{kind}_{name}"
     for kind in ("initial", "min", "max", "base", "swa")
@@ -162,6 +165,10 @@ def _hyperparameters(
     specs = optimizer.transformation.hyper_specs()
     optional = getattr(optimizer.twin, "optional_hyperparameters", ())
     fixed = getattr(optimizer.twin, "fixed_options", {})
+    # not of an old state: RAdam's has none of these either
+    recent = "decoupled_weight_decay" in group and "fused" not in group
+    former = {} if recent else getattr(optimizer.twin, "former_defaults", {})
+    group = {**{name: value for name, value in former.items() if name in specs}, **group}
     for name, spec in specs.items():
         if name in group:
             hyper.check(name, group[name], spec)
@@ -175,7 +182,7 @@ def _hyperparameters(
                 f"The state belongs to another optimizer: it has {name}={value!r}, "
                 f"{type(optimizer).__name__} is {name}={fixed[name]!r}."
             )
-        if name not in specs and name not in {*_OPTIONS, *_NOTES, "decoupled_weight_decay"}:
+        if name not in specs and name not in _OPTIONS | _NOTES:
             raise ValueError(
                 f"The state belongs to another optimizer: it has the hyperparameter {name!r}, "
                 f"while those of {type(optimizer).__name__} are {list(specs)}."

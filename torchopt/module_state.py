@@ -114,8 +114,8 @@ def refuse_scripted(what: str, module: nn.Module) -> None:
         if isinstance(part, torch.jit.ScriptModule):
             where = f"its part {name!r} is" if name else "it is"
             raise TypeError(
-                f"{what} cannot put other weights into {type(module).__name__}: {where} scripted or "
-                "traced by torch.jit. Give it the network before torch.jit.script."
+                f"{what} cannot put other weights into {type(module).__name__}: {where} "
+                "scripted or traced by torch.jit. Give it the network before torch.jit.script."
             )
 
 

@@ -26,6 +26,7 @@ from torchopt.optim_state import (
     unexpected,
 )
 from torchopt.pair import as_transformation
+from torchopt.part_groups import PLACES, PartGroups, divide, warn_of_hidden_rates
 from torchopt.recipe import renamed, signature_of_recipe
 from torchopt.transform import GradientTransformation, check_transformation
 
@@ -47,7 +48,9 @@ class Optimizer(torch.optim.Optimizer):
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or parameter groups, as in ``torch.optim``.
-        tx: The transformation. Its hyperparameters are the defaults of the groups.
+        tx: The transformation. Its hyperparameters are the defaults of the groups. Each label of a
+            :func:`torchopt.partition` gets a group of its own, and so does each part of a chain of
+            masked optimizers that share no parameter; their masks are read once, here.
 
     Raises:
         TypeError: If ``tx`` is no transformation.
@@ -76,6 +79,7 @@ class Optimizer(torch.optim.Optimizer):
 
     transformation: GradientTransformation
     _stepper: Any = None
+    _parts: PartGroups | None = None  # where each label of a partition has its own groups
     _schedules: LiveSchedules
     _lent: bool = False  # whether slots stand in a state dict too, and must not be overwritten
 
@@ -84,9 +88,10 @@ class Optimizer(torch.optim.Optimizer):
         misuse.check_parameters(params, type(self).__name__)
         tx = as_transformation(tx)
         check_transformation(tx, type(self).__name__)
-        self.transformation = tx
+        self.transformation, self._parts, params = divide(tx, params)
         self._schedules = LiveSchedules()
-        super().__init__(params, tx.hyperparameters())
+        super().__init__(params, self._defaults())
+        warn_of_hidden_rates(self)
 
     @property
     def impl(self) -> GradientTransformation:
@@ -113,8 +118,14 @@ class Optimizer(torch.optim.Optimizer):
                     f"{type(param_group).__name__}. Of a module give module.parameters()."
                 )
             param_group = {"params": param_group}
-        specs = self.transformation.hyper_specs()
-        for name, spec in specs.items():
+        places: list[int] | None = None
+        if self._parts is not None:
+            if "label" not in param_group:
+                self._add_divided(self._parts, param_group)
+                return
+            places = param_group.pop(PLACES, None)
+            param_group = self._parts.completed(param_group)
+        for name, spec in self.group_specs(param_group).items():
             if name in param_group:
                 hyper.check(name, param_group[name], spec)
         switches = [bool(param_group.get(name)) for name in ("capturable", "differentiable")]
@@ -128,8 +139,35 @@ class Optimizer(torch.optim.Optimizer):
             if "non-leaf" not in str(error):
                 raise
             raise ValueError(misuse.with_history(type(self).__name__)) from error
+        if self._parts is not None:
+            self._parts.place(self.param_groups[-1], places)
         self.transformation = tx
-        self._schedules.adopt(self.param_groups[-1:], list(specs), self._count)
+        self._adopt_schedules(self.param_groups[-1:])
+
+    def _add_divided(self, parts: PartGroups, group: dict[str, Any]) -> None:
+        before, places = len(self.param_groups), len(parts.places)
+        try:
+            for own in parts.divided([group]):
+                self.add_param_group(own)
+        except BaseException:
+            del self.param_groups[before:], parts.places[places:]
+            raise
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return the hyperparameters of every group."""
+        return (
+            self.transformation.hyperparameters() if self._parts is None else self._parts.defaults
+        )
+
+    def group_specs(self, group: Mapping[str, Any]) -> dict[str, hyper.HyperSpec]:
+        """Return the hyperparameters that a group holds, by name."""
+        return (
+            self.transformation.hyper_specs() if self._parts is None else self._parts.specs(group)
+        )
+
+    def _adopt_schedules(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            self._schedules.adopt([group], list(self.group_specs(group)), self._count)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -166,8 +204,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_by_engine(self, params: list[Tensor], grads: list[Any]) -> None:
         """Compute updates and slots, then write them: new tensors for slots."""
-        specs = self.transformation.hyper_specs()
-        self._schedules.adopt(self.param_groups, list(specs), self._count)
+        self._adopt_schedules(self.param_groups)
+        if self._parts is not None:
+            order = self._parts.order(self.param_groups)
+            params, grads = [params[k] for k in order], [grads[k] for k in order]
         call = self._call(params, grads)
         if not torch.compiler.is_compiling():
             refuse_released(call)
@@ -220,6 +260,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _row(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return the hyperparameters of a group as they are now."""
+        if self._parts is not None:
+            return self._parts.row(group)
         return {name: group[name] for name in self.transformation.hyper_specs()}
 
     def _call(self, params: list[Tensor], grads: list[Any]) -> Call:
@@ -228,16 +270,25 @@ class Optimizer(torch.optim.Optimizer):
         rows: list[dict[str, Any]] = []
         for group in self.param_groups:
             first, last = len(rows), len(rows) + len(group["params"])
-            values = {**self.transformation.hyperparameters(), **group}
+            if self._parts is not None:
+                values = self._parts.row(group)
+            else:
+                values = {**self.transformation.hyperparameters(), **group}
             specs = self.transformation.hyper_specs()
             values = {name: hyper.as_numbers(values[name]) for name in specs}
             group_names = names[first:last]
             # 0 stands for the count: there are no schedules in the groups any more
             rows += hyper.resolve(values, specs, group["params"], lambda n=group_names: n, 0, names)
+        labels = None
+        if self._parts is not None:  # in the order of params
+            labels = [group["label"] for group in self.param_groups for _ in group["params"]]
+            order = self._parts.order(self.param_groups)
+            rows, names = [rows[k] for k in order], [names[k] for k in order]
+            labels = [labels[k] for k in order]
         fresh = [
             p if g is not None and not self.state.get(p) else None for p, g in zip(params, grads)
         ]
-        call = Call(grads, fresh, steps, {}, rows, lambda: names, params)
+        call = Call(grads, fresh, steps, {}, rows, lambda: names, params, labels=labels)
         call.slots = initialise(self.transformation, call)
         for name, column in call.slots.items():
             for index, p in enumerate(params):
@@ -303,8 +354,7 @@ class Optimizer(torch.optim.Optimizer):
                     group[REPLACED] = replaced
             return {**saved, "state": state, "param_groups": groups}
 
-        specs = self.transformation.hyper_specs()
-        self._schedules.adopt(self.param_groups, list(specs), self._count)
+        self._adopt_schedules(self.param_groups)
         hook = self.register_state_dict_post_hook(convert, prepend=True)  # before the user's
         self._lent = bool(self.state)
         try:
@@ -363,7 +413,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch.optim.Optimizer keeps only its own attributes in pickles and deep copies
-        own = ("transformation", "_schedules", "_lent")
+        own = ("transformation", "_parts", "_schedules", "_lent")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
 

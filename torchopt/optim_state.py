@@ -57,13 +57,18 @@ def _checked_group(
     optimizer: Any, index: int, saved: Mapping[str, Any], live: dict[str, Any]
 ) -> dict[str, Any]:
     """Return one saved group, complete and in the order of the live parameters."""
-    title, specs = type(optimizer).__name__, optimizer.transformation.hyper_specs()
+    title, specs = type(optimizer).__name__, optimizer.group_specs(live)
     if len(saved["params"]) != len(live["params"]):
         raise ValueError(
             f"Parameter group {index} of the state has {len(saved['params'])} parameters, "
             f"that of {title} has {len(live['params'])}."
         )
     group = {name: value for name, value in saved.items() if name != REPLACED}
+    if "label" in live and group.setdefault("label", live["label"]) != live["label"]:
+        raise ValueError(
+            f"Parameter group {index} of the state has the label {group['label']!r}, that of "
+            f"{title} {live['label']!r}."
+        )
     for name, spec in specs.items():
         if name in group:
             hyper.check(name, group[name], spec)
@@ -126,7 +131,7 @@ def _reordered(group: dict[str, Any], order: list[int], specs: Mapping[str, Any]
 
 def saved_group(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter group to save: tensors that schedulers change in place are copied."""
-    names = optimizer.transformation.hyper_specs()
+    names = optimizer.group_specs(group)
     own = {name: _copied(value) if name in names else value for name, value in group.items()}
     return {**optimizer.fixed_options, **own}
 
