@@ -196,7 +196,7 @@ class BackwardCall:
         )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def sources(kernel: Kernel) -> dict[str, frozenset[str]]:
     """Return, for each output stream of a kernel, the input streams that it is computed from."""
     return {

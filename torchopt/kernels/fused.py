@@ -264,7 +264,7 @@ def asking(lines: list[str]) -> Iterator[None]:
         _asked.reset(token)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _warn_once(reason: str) -> None:
     warnings.warn(
         f"Optimizers run unfused, and slower: {reason}. Pass use_accelerated_op=False to silence "
