@@ -135,7 +135,9 @@ def _leaving(guards: Guards) -> Iterator[None]:
         raise
 
 
-def compiled(guards: Sequence[tuple[str, bool]]) -> tuple[Callable[..., tuple[bool, ...]], tuple[bool, ...]]:
+def compiled(
+    guards: Sequence[tuple[str, bool]],
+) -> tuple[Callable[..., tuple[bool, ...]], tuple[bool, ...]]:
     """Return the function that makes comparisons again, and how they came out."""
     return _compile(source for source, _ in guards), tuple(outcome for _, outcome in guards)
 
