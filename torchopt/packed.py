@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.unpacking import unpacked
+
 
 class Packing:
     """Where each of several tensors stands in a flat one.
@@ -82,7 +84,7 @@ class Packed(Sequence):
         """Return the tensors: copies, so that each can be detached or changed by itself."""
         if self._tensors is None:
             with torch.enable_grad():
-                self._tensors = [x.clone() for x in self.packing.unpack(self.flat)]
+                self._tensors = unpacked(self.flat, self.packing)
         return self._tensors
 
     def __len__(self) -> int:

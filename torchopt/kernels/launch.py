@@ -100,7 +100,7 @@ def run(
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _facts(kernel: Kernel) -> tuple[int, int, int]:
     """Return where the library has a kernel, and which streams have the parameters' dtype."""
     position = backends.find(kernel.name)

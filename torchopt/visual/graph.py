@@ -227,10 +227,10 @@ def output_of(found: Walk, tensor: Tensor) -> tuple[int, int] | None:
         if node in found.index and unpacked_from(found, found.index[node]) is None:
             return found.index[node], number
         following = node.next_functions
-        unpacks = node.name().startswith(("Clone", "View", "Split")) and len(following) == 1
-        if not unpacks or following[0][0] is None:
+        unpacks = node.name().startswith(("Clone", "View", "Split", "_Unpack"))
+        if not unpacks or len(following) != 1 or following[0][0] is None:
             return None
-        is_split = node.name().startswith("Split")
+        is_split = node.name().startswith(("Split", "_Unpack"))
         node, number = following[0]
         if is_split:
             there = node in found.index and found.step_of[found.index[node]] >= 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def output_metadata(node: Any) -> list[tuple[tuple[int, ...], str]]:
     ]
 
 
-_ATTRIBUTES: dict[type, tuple[list[str], list[str]]] = {}
+_ATTRIBUTES: WeakKeyDictionary[type, tuple[list[str], list[str]]] = WeakKeyDictionary()
 
 
 def _attribute_names(node: Any) -> tuple[list[str], list[str]]:

@@ -18,7 +18,10 @@ from torchopt.step_tags import StepTag
 
 
 #: What takes slots of several parameters out of the flat tensor they travel in.
-_UNPACKING = ("SplitWithSizesBackward", "SplitBackward", "ViewBackward", "CloneBackward")
+_UNPACKING = ("SplitWithSizesBackward", "SplitBackward", "_UnpackBackward")
+_UNPACKING += ("ViewBackward", "CloneBackward")
+#: What gives each new parameter a node of its own.
+_NAMING = "AliasBackward"
 
 #: How many nodes in a row may be freed by recursion.
 _DEEP = 1_000
@@ -269,7 +272,7 @@ def _find_fused_steps(found: Walk) -> None:
         for position, node in enumerate(found.nodes)
         if isinstance(group := getattr(node, "group", None), Group)
     ]
-    previous: tuple[int, Any, int | None] | None = None
+    previous: tuple[range, Any, int | None] | None = None
     for number, position, group in sorted(fused, key=lambda entry: entry[0]):
         if found.step_of[position] >= 0:
             found.steps[found.step_of[position]].fused.append(position)
@@ -277,7 +280,7 @@ def _find_fused_steps(found: Walk) -> None:
             continue
         counts = {step for _, step in group.values}
         key = (group.rule.run, counts.pop() if len(counts) == 1 else None)
-        if previous is None or previous != (number - 1, *key):
+        if previous is None or number not in previous[0] or previous[1:] != key:
             parts = tuple(type(part).__name__ for part in group.rule.run.parts)
             found.steps.append(Step(parts, key[1], True, PARAMETER in group.rule.inputs, ()))
         step = found.steps[-1]
@@ -285,7 +288,8 @@ def _find_fused_steps(found: Walk) -> None:
         found.step_of[position] = len(found.steps) - 1
         step.members.append(position)
         step.fused.append(position)
-        previous = (number, *key)
+        # each of its new parameters may have got a node of its own
+        previous = (range(number + 1, number + 2 + group.count), *key)
     for step in found.steps:
         if not step.recorded:
             step.weights_are_leaves |= _some_weights_are_leaves(found, step)
@@ -321,9 +325,15 @@ def _some_weights_are_leaves(found: Walk, step: Step) -> bool:
 
 
 def _fold_unpacking(found: Walk) -> None:
-    """Count what takes packed slots apart to the step that they come from."""
+    """Count what takes packed slots apart, or names a new parameter, to the step it comes from."""
+    names = [node.name().rstrip("0123456789") for node in found.nodes]
+    for position in [p for p, name in enumerate(names) if name == _NAMING]:
+        source = found.inputs[position][0][0]
+        if source is not None and isinstance(getattr(found.nodes[source], "group", None), Group):
+            found.step_of[position] = found.step_of[source]
+            found.steps[found.step_of[source]].members.append(position)
     for position in sorted(
-        (p for p, node in enumerate(found.nodes) if node.name().rstrip("0123456789") in _UNPACKING),
+        (p for p, name in enumerate(names) if name in _UNPACKING),
         key=lambda p: found.nodes[p]._sequence_nr(),
     ):
         step = unpacked_from(found, position)
@@ -342,7 +352,7 @@ def unpacked_from(found: Walk, position: int) -> int | None:
     step = found.step_of[source]
     if step < 0:
         return None
-    if name.startswith("Split"):
+    if name.startswith(("Split", "_Unpack")):
         group = getattr(found.nodes[source], "group", None)
         return step if isinstance(group, Group) and _is_packed(group, number) else None
     unpacked = found.nodes[source].name().startswith(("Split", "View"))
