@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tolerances import assert_close
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchopt
 from torchopt import schedules
@@ -55,3 +56,24 @@ def test_learned_numbers_compile_at_every_step(make: Any, values: tuple[float, .
     expected, found = results
     assert_close(found, expected, times=10)
     assert all(derivative.abs() > 1e-6 for derivative in expected[1:])
+
+
+def test_a_step_compiles_in_full_graph() -> None:
+    """Beside ``torch.optim``; later steps take the graph of the third one."""
+    start = [nonzero(3), nonzero(2, 2)]
+    own, twins = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizer, twin = torchopt.Adam(own, lr=0.1), torch.optim.Adam(twins, lr=0.1)
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    graphs = []
+    for _ in range(6):
+        for p, q in zip(own, twins):
+            q.grad = nonzero(*p.shape)
+            p.grad = q.grad.clone()
+        step()
+        twin.step()
+        graphs.append(counter.frame_count)
+    assert_close([p.detach() for p in own], [q.detach() for q in twins], times=10)
+    assert [int(optimizer.state[p]["step"]) for p in own] == [6, 6]
+    assert graphs[2:] == [graphs[2]] * 4
+    assert graphs[-1] <= 3

@@ -302,6 +302,8 @@ def as_numbers(value: Any) -> Any:
 
     Also inside a pair or tree. For a face that records no derivative, and may have kernels then.
     """
+    if torch.compiler.is_compiling():  # there a number would be a constant
+        return value
     if isinstance(value, torch.Tensor):
         return value.item() if value.numel() == 1 and value.is_cpu else value
     if isinstance(value, (Mapping, list, tuple)):

@@ -215,7 +215,8 @@ class Optimizer(torch.optim.Optimizer):
         counts = self._counts_steps()
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
-        versions = [None if p.is_inference() else p._version for p in params]
+        compiling = torch.compiler.is_compiling()  # which cannot look at inference mode
+        versions = [None if compiling or p.is_inference() else p._version for p in params]
         lent = self._slots_lent(params)
         begun = False
 

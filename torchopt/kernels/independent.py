@@ -130,7 +130,7 @@ class _Search:
         left = NODES + NODES_EACH * self.count
         order = 0  # nodes of one age are told apart by it
         heap: list[tuple[int, int, Any]] = []
-        for order, node in enumerate(self.behind):  # noqa: B007
+        for order, node in enumerate(self.behind):
             heap.append((-node._sequence_nr(), order, node))
         heapify(heap)
         done: dict[Any, int] = {}

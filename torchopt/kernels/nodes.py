@@ -71,7 +71,7 @@ class Fused(torch.autograd.Function):
         part = group.subset(rows)
         own_bars = spread(places_out, bars, packing)
         own_saved = spread(places_in, saved, packing) if saved else {}
-        wanted = {place: need for place, need in zip(places_in, needs)}
+        wanted = dict(zip(places_in, needs))
         own = [(stream, rows[k]) for stream, k in part.places_in]
         found = _derivatives(
             part,
