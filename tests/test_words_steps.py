@@ -189,7 +189,7 @@ VALUES: dict[str, Entry] = {
             nn.ModuleList(nn.Linear(1, 1) for _ in range(99)), lr={"": 1, "x": 1}
         ),
         ValueError,
-        ("an entry 'x'", "'0'", "and 190 more"),
+        ("an entry 'x'", "'0.weight'", "and 190 more"),
     ),
     "misspelt": (
         lambda: torchopt.MetaSGD([{"params": net(), "learning_rate": 0.1}]),
