@@ -39,6 +39,7 @@ from torchopt.state import ModuleState as ModuleState
 from torchopt.state import extract_state_dict as extract_state_dict
 from torchopt.state import module_clone as module_clone
 from torchopt.state import recover_state_dict as recover_state_dict
+from torchopt.state import stop_gradient as module_detach_
 from torchopt.state import stop_gradient as stop_gradient
 from torchopt.chaining import chain as chain
 from torchopt.transform import ElementwiseTransformation as ElementwiseTransformation
@@ -58,5 +59,11 @@ from torchopt.transforms.clip import clip_grad_norm as clip_by_global_norm
 from torchopt.transforms.clip import clip_grad_norm as clip_grad_norm
 from torchopt.transforms.clip import clip_grad_value as clip_grad_value
 from torchopt.transforms.momentum import trace as trace
+from torchopt.transforms.partition import partition as partition
 from torchopt.transforms.wrap import masked as masked
 from torchopt.version import __version__ as __version__
+
+from torchopt import compat as _compat
+
+_compat.install()
+del _compat

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
-from torchopt import misuse, tree
+from torchopt import misuse, step_tags, tree
+from torchopt.functional import as_state
 from torchopt.inner_gradient import differentiate
 from torchopt.opt_state import OptState
+from torchopt.pair import Pair, as_transformation
+from torchopt.recipe import renamed
 from torchopt.state import extract_state_dict
 from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.typing import TensorTree
@@ -33,11 +36,18 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         (tensor([0.8000]), True)
     """
 
+    @renamed(impl="tx")
     def __init__(self, tx: GradientTransformation, *, inplace: bool = False) -> None:
+        tx = as_transformation(tx)
         check_transformation(tx, "FuncOptimizer")
         self.transformation = tx
         self.inplace = inplace
         self.state: OptState | None = None
+
+    @property
+    def impl(self) -> GradientTransformation:
+        """The transformation, by its name in TorchOpt 0.7.3."""
+        return self.transformation
 
     def init(self, params: TensorTree) -> None:
         """Start anew; otherwise the first :meth:`step` makes the state."""
@@ -70,10 +80,18 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         ]
         state = self.transformation.init(params) if self.state is None else self.state
         gradient_tree = tree.unflatten(spec, grads)
-        params, self.state = self.transformation.apply_gradients(
+        new_params, self.state = self.transformation.apply_gradients(
             gradient_tree, state, params, inplace=inplace
         )
-        return params
+        if not inplace:
+            step_tags.note_create_graph(tree.flatten(new_params)[0], True)
+        if not torch.is_grad_enabled():  # leaves, as of MetaOptimizer: the next loss needs a graph
+            new_leaves, new_spec = tree.flatten(new_params)
+            for old, new in zip(leaves, new_leaves):
+                if new is not old and isinstance(old, torch.Tensor) and old.requires_grad:
+                    new.requires_grad_(True)
+            new_params = tree.unflatten(new_spec, new_leaves)
+        return new_params
 
     def state_dict(self) -> OptState | None:
         """Return the state by reference; ``None`` before the first step."""
@@ -86,6 +104,11 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
             TypeError: If it is no optimizer state.
             ValueError: If it belongs to another transformation.
         """
+        if isinstance(self.transformation, Pair):  # whose state is any tree
+            self.state = state_dict
+            return
+        if isinstance(state_dict, (tuple, list)):
+            state_dict = as_state(self.transformation, state_dict)
         if state_dict is not None and not isinstance(state_dict, OptState):
             raise TypeError(
                 f"load_state_dict expects an OptState, got {type(state_dict).__name__}."

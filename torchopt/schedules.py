@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchopt import misuse
-from torchopt.numerics import exact
+from torchopt.numerics import exact, power
 from torchopt.typing import Schedule
 from torchopt.values import same
 
@@ -54,7 +54,7 @@ def _fraction(count: Count, steps: int, begin: int = 0) -> Any:
 def _power(base: Any, exponent: Any) -> Any:
     """Return ``base ** exponent``; numbers overflow to infinity, as tensors do."""
     try:
-        return base**exponent
+        return power(base, exponent)
     except OverflowError:
         return math.inf
 
@@ -123,7 +123,7 @@ class polynomial(_Comparable):  # noqa: N801
     def __call__(self, count: Count) -> Value:
         """Return the value at ``count``."""
         left = 1 - _fraction(count, self.transition_steps, self.transition_begin)
-        return self.end_value + (self.init_value - self.end_value) * left**self.power
+        return self.end_value + (self.init_value - self.end_value) * _power(left, self.power)
 
 
 def linear(
@@ -232,7 +232,7 @@ class cosine_decay(_Comparable):  # noqa: N801
         x = _fraction(count, self.decay_steps)
         cosine = torch.cos(math.pi * x) if isinstance(x, Tensor) else math.cos(math.pi * x)
         return self.init_value * (
-            (1 - self.alpha) * (0.5 * (1 + cosine)) ** self.exponent + self.alpha
+            (1 - self.alpha) * _power(0.5 * (1 + cosine), self.exponent) + self.alpha
         )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from torchopt import hyper, misuse, tree
+from torchopt import hyper, misuse, tree, whole
 from torchopt.apply import apply_updates
 from torchopt.engine import Leaves, initialise, step_list
 from torchopt.functional import advance_trees, gather_call, slot_trees
@@ -88,13 +88,25 @@ class GradientTransformation:
         if "init_slots" in vars(cls) and "constant_slots" not in vars(cls):
             cls.constant_slots = False
 
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *args, **kwargs):
+            """``GradientTransformation(init, update)`` makes a pair of functions of this class."""
+            if cls is GradientTransformation and (args or "init" in kwargs):
+                from torchopt.pair import Pair  # which is built on this class
+
+                return object.__new__(Pair)
+            return object.__new__(cls)
+
     def __post_init__(self) -> None:
         misuse.check_decorated(self)
         for name, spec in self.hyper_specs().items():
-            value = getattr(self, name)
+            given = getattr(self, name)
+            value = hyper.plain(given)
             hyper.check(name, value, spec)
-            if spec.pair:
-                object.__setattr__(self, name, tuple(value))
+            value = tuple(value) if spec.pair else value
+            if value is not given:
+                object.__setattr__(self, name, value)
 
     # What a subclass defines ------------------------------------------------------------------
 
@@ -134,6 +146,14 @@ class GradientTransformation:
         """Return the names of the buffers kept for each parameter."""
         return self.slots
 
+    def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Return the slots that are one tree for all parameters; see :mod:`torchopt.whole`."""
+        return {}
+
+    def renewed(self) -> GradientTransformation:
+        """Return the same with such slots of its own."""
+        return self
+
     @property
     def plan(self) -> Plan:
         """Where each part finds its hyperparameters and slots among those of the whole."""
@@ -162,10 +182,10 @@ class GradientTransformation:
             TypeError: If a leaf is neither a tensor nor ``None``.
         """
         leaves, spec = tree.flatten(params)
-        slots = initialise(
-            self, gather_call(self, params, None, leaves, step_list(0, len(leaves)), {})
-        )
-        return OptState(0, slot_trees(params, params, spec, slots))
+        call = gather_call(self, params, None, leaves, step_list(0, len(leaves)), {})
+        slots = slot_trees(self, params, params, spec, initialise(self, call))
+        whole.begin(self.plan, {}, call)
+        return OptState(0, {**slots, **whole.end(self.plan, call)})
 
     def update(
         self,
@@ -181,11 +201,14 @@ class GradientTransformation:
         Args:
             grads: Gradients, with the structure of ``params``. ``None`` leaves a parameter and its
                 slots alone.
-            state: What :meth:`init` or the last :meth:`update` returned.
+            state: What :meth:`init` or the last :meth:`update` returned; its parts, as a tuple; or
+                ``None`` where nothing is kept.
             params: The parameters; needed by weight decay and by masks given as a function.
             inplace: ``True`` is leave to reuse the buffers of ``grads`` and ``state``. ``False`` is
                 pure, and differentiable in every input.
-            **extra: Further values for transformations that read them; others ignore them.
+            **extra: Further values for transformations that read them, by ``leaves.call.extra`` in
+                :meth:`step` or by an argument of a pair's function
+                (:class:`torchopt.pair.Pair`); others ignore them.
 
         Returns:
             The updates, with the structure of ``grads``, and the new state.

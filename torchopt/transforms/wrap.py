@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from torchopt import hyper, misuse, tree
 from torchopt.engine import Call, Leaves, part_slots, run
+from torchopt.pair import as_transformation
 from torchopt.transform import GradientTransformation, check_transformation, transformation
 from torchopt.typing import PyTree
 
@@ -43,6 +44,20 @@ class Masked(GradientTransformation):
     def slot_names(self) -> tuple[str, ...]:
         """Return the slots of the inner transformation."""
         return self.inner.slot_names()
+
+    def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Return those of the inner transformation, under this mask as well."""
+        return {
+            name: (pair, (self._mask_leaves, *masks))
+            for name, (pair, masks) in self.inner.plan.whole.items()
+        }
+
+    def renewed(self) -> GradientTransformation:
+        """Return the same with such slots of its own."""
+        return dataclasses.replace(self, inner=self.inner.renewed())
+
+    def _mask_leaves(self, call: Call) -> list[bool]:
+        return mask_leaves(self.mask, call)
 
     def __post_init__(self) -> None:
         check_transformation(self.inner, "masked")
@@ -105,7 +120,7 @@ def mask_leaves(mask: Any, call: Call) -> list[bool]:
     values = (
         [mask] * len(call.g)
         if isinstance(mask, bool)
-        else hyper.match_by_name("mask", mask, call.names())
+        else hyper.match_by_name("mask", mask, call.names(), call.known)
     )
     for name, value in zip(call.names(), values):
         if not isinstance(value, bool):
@@ -140,4 +155,5 @@ def masked(
         >>> tx.update(g, tx.init(g))[0]
         {'w': tensor([1.]), 'b': tensor([0.5000])}
     """
-    return Masked(inner, mask)
+    inner = as_transformation(inner)
+    return Masked(inner.renewed() if isinstance(inner, GradientTransformation) else inner, mask)
