@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import types
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
@@ -57,6 +58,8 @@ def given(value: Any) -> str:
         return "a lambda" if value.__name__ == "<lambda>" else f"the function {value.__name__}"
     if isinstance(value, types.MethodType):
         return f"the method {value.__name__}"
+    if isinstance(value, functools.partial):
+        return f"a partial of {given(value.func)}"
     if isinstance(value, nn.Module):
         return f"the network {name}"
     if isinstance(value, Tensor):

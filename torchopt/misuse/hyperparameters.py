@@ -64,7 +64,8 @@ def not_a_value(name: str, value: Any) -> str:
             "torchopt.SGD(net.parameters(), lr=0.1), torchopt.Optimizer(net.parameters(), tx)."
         )
     elif isinstance(value, str) or type(value).__module__ == "numpy":
-        advice = f" Write {name}=float(value), or torch.as_tensor(value)."
+        place = f"{name}=" if len(name) < 20 else ""
+        advice = f" Write {place}float(value), or torch.as_tensor(value)."
     return (
         f"{name} must be a number, a tensor, a schedule (count -> value) or a tree of those with "
         f"one entry per parameter, got {given(value)}.{advice}"

@@ -97,7 +97,7 @@ def _other_order(where: str) -> str:
 def _called(value: Any) -> str:
     if isinstance(value, types.MethodType):
         return f"Give the transformation itself, without .{value.__name__}."
-    if isinstance(value, functools.partial) and not value.args:
+    if isinstance(value, functools.partial):
         return f"Call it: {value.func.__name__}(...)."
     name = getattr(value, "__name__", type(value).__name__)
     if (getattr(value, "__module__", None) or "").startswith("torchopt"):
