@@ -178,13 +178,15 @@ def test_one_factor_for_each_parameter() -> None:
 
 
 @pytest.mark.parametrize("accelerated", [None, False])
+@pytest.mark.parametrize("ends", ["last", "both"])
 @every_case
-def test_meta_gradients(case: Case, accelerated: bool | None) -> None:
+def test_meta_gradients(case: Case, ends: str, accelerated: bool | None) -> None:
     """Against central differences of the head trained alone, beside a body that is constant."""
     params = make_params()
     lr = torch.tensor(case.value("lr"), requires_grad=True, **F64)
     stop, net = torchopt.freeze(BODY), Net(params)
-    tx = torchopt.chain(stop, case.tx({"lr": lr}), stop).with_accelerated_op(accelerated)
+    first = [stop] if ends == "both" else []
+    tx = torchopt.chain(*first, case.tx({"lr": lr}), stop).with_accelerated_op(accelerated)
     start = net.body, net.head
     inner = torchopt.MetaOptimizer(net, tx)
 
@@ -192,9 +194,9 @@ def test_meta_gradients(case: Case, accelerated: bool | None) -> None:
         return (net.head**3).sum() + (net.body**2 * net.head.sum()).sum()
 
     def trained(body: float = 0.0, head: float = 0.0, rate: float = 0.0) -> float:
-        first = torch.eye(1, 3, **F64)[0]
+        unit = torch.eye(1, 3, **F64)[0]
         other = Net(
-            {"body": params["body"] + body * first, "head": params["head"] + head * first[:2]}
+            {"body": params["body"] + body * unit, "head": params["head"] + head * unit[:2]}
         )
         other.body.requires_grad_(False)
         alone = torchopt.MetaOptimizer(other, case.tx({"lr": lr.item() + rate}))

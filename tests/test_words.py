@@ -63,20 +63,20 @@ TREES: dict[str, Entry] = {
     "extract": (
         lambda: torchopt.extract_state_dict(parameters()),
         TypeError,
-        ("extract_state_dict expects", *TREE),
+        ("extract_state_dict takes", *TREE),
     ),
     "recover": (
         lambda: torchopt.recover_state_dict(parameters(), like_tree()),
         TypeError,
-        ("recover_state_dict expects", *TREE),
+        ("recover_state_dict takes", *TREE),
     ),
     "clone": (lambda: torchopt.module_clone(parameters()), TypeError, ("module_clone", *TREE)),
     "stop-optimizer": (
         lambda: torchopt.stop_gradient(torch.optim.SGD(parameters(), lr=0.1)),
         TypeError,
-        ("the optimizer SGD", "state_dict()"),
+        ("got SGD", "state_dict()"),
     ),
-    "stop-text": (lambda: torchopt.stop_gradient("w"), TypeError, ("got str: 'w'",)),
+    "stop-text": (lambda: torchopt.stop_gradient("w"), TypeError, ("the string 'w'",)),
     "function": (
         lambda: TX().update(lambda p: p, TX().init(tree()), tree()),
         TypeError,

@@ -318,12 +318,8 @@ def required(face: str) -> Callable[[], None]:
         if face == "functional":
             tx = torchopt.adam(lr, use_accelerated_op=True)
             tx.update(like_tree(), tx.init(like_tree()), inplace=False)
-        elif face == "differentiable":
-            torchopt.MetaAdam(network, lr=lr, use_accelerated_op=True).step(loss(network))
         else:
-            optimizer = torchopt.Adam(network.parameters(), lr=lr, use_accelerated_op=True)
-            loss(network).backward()
-            optimizer.step()
+            torchopt.MetaAdam(network, lr=lr, use_accelerated_op=True).step(loss(network))
 
     return run
 
@@ -334,7 +330,7 @@ KERNELS: dict[str, Entry] = {
         RuntimeError,
         ("the hyperparameter lr is a tensor", "lr=float(...)", "use_accelerated_op=None"),
     )
-    for face in ("functional", "differentiable", "object-oriented")
+    for face in ("functional", "differentiable")
 }
 
 TABLE: dict[str, Entry] = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchopt import hyper, tree
+from torchopt import hyper, misuse, tree
 
 
 #: In a saved group: the names of those hyperparameters whose schedule a number has replaced.
@@ -112,7 +112,7 @@ class _Live:
         return value is self.written and _versions(value) == self.versions
 
     def write(self, count: int) -> None:
-        value = _at(self.schedule, count)
+        value = _at(self.name, self.schedule, count)
         self.group[self.name] = self.written = value
         self.versions = _versions(value)
 
@@ -125,12 +125,12 @@ class _Live:
         return moved
 
 
-def _at(schedule: Any, count: int) -> Any:
+def _at(name: str, schedule: Any, count: int) -> Any:
     """Return the value of a schedule, or of the schedules in a pair or tree."""
     if isinstance(schedule, (list, tuple, Mapping)):
-        return tree.tree_map(lambda leaf: _at(leaf, count), schedule)
+        return tree.tree_map(lambda leaf: _at(name, leaf, count), schedule)
     if callable(schedule) and not isinstance(schedule, Tensor):
-        return schedule(count)
+        return misuse.scheduled(name, schedule, count)
     return schedule
 
 

@@ -125,7 +125,6 @@ def extract_state_dict(
             "enable_visual is for modules and meta-optimizers. Give make_dot a dict of names and "
             f"tensors instead of a {type(target).__name__}."
         )
-    misuse.check_target(target, "extract_state_dict")
     return tree.tree_map(copier, target)
 
 

@@ -43,7 +43,6 @@ from torchopt.misuse.trees import (
     check_group,
     check_parameters,
     check_recovered,
-    check_target,
     check_trees,
     different_kinds,
     no_state,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchopt.misuse.given import given, is_number, is_optimizer, is_read_once, some
+from torchopt.misuse.given import given, is_optimizer, is_read_once, some
 
 
 def not_a_module(value: Any, where: str) -> str:
@@ -138,30 +138,6 @@ def with_history(where: str) -> str:
         f"{where}: can't optimize a non-leaf Tensor. Weights that a differentiable optimizer has "
         "stepped have a history: give this optimizer the parameters before the first such step, "
         "outside of the inner_loop block, or cut it: torchopt.stop_gradient(net)."
-    )
-
-
-def check_target(target: Any, where: str) -> None:
-    """Refuse what no state function could do anything with: no tree, or no tensors.
-
-    Raises:
-        TypeError: With what to give.
-    """
-    from torchopt import tree
-
-    if isinstance(target, Tensor) or target is None or is_number(target):
-        return
-    if not tree.is_leaf(target):
-        return
-    advice = instead_of_tree(target)
-    if is_optimizer(target):
-        advice = (
-            "It has its own: optimizer.state_dict() and load_state_dict(state); networks are "
-            "optimized differentiably by torchopt.MetaOptimizer."
-        )
-    raise TypeError(
-        f"{where} expects a module, a meta-optimizer or a tree of tensors, got {given(target)}. "
-        f"{advice}".rstrip()
     )
 
 
