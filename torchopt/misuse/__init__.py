@@ -46,7 +46,6 @@ from torchopt.misuse.trees import (
     check_trees,
     different_kinds,
     no_state,
-    no_state_dict,
     not_a_module,
     not_a_module_state,
     not_an_optimizer_state,

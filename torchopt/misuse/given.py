@@ -22,6 +22,8 @@ def short(value: Any, limit: int = LONGEST) -> str:
     """Return a repr on one line, cut off where it is long."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if is_read_once(value) or isinstance(value, nn.Module):
+        return given(value)
     return clipped(_without_tensors(value), limit)
 
 

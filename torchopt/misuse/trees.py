@@ -197,16 +197,3 @@ def not_an_optimizer_state(state: Any, optimizer: Any) -> str:
         f"The state of {type(optimizer).__name__} must be what extract_state_dict returned for "
         f"one, got {type(state).__name__}. {advice}"
     )
-
-
-def no_state_dict(value: Any, where: str) -> str:
-    """Return the message for something that stands in the place of a ``state_dict``."""
-    advice = ""
-    if isinstance(value, (tuple, list)) or type(value).__name__ == "OptState":
-        advice = " For an extracted state there is torchopt.recover_state_dict(optimizer, state)."
-    elif isinstance(value, Mapping):
-        advice = f" It has the keys {some(list(value))}."
-    return (
-        f"This is no state_dict of {where}, which has 'state' and 'param_groups': got "
-        f"{given(value)}.{advice}"
-    )
