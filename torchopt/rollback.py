@@ -71,7 +71,8 @@ class _Module:
         self._volatile = set(module._non_persistent_buffers_set) if with_buffers else None
         parametrized = "parametrizations" in module._modules
         members = vars(self._class).items() if parametrized else ()
-        self._lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+        lazy: Any = module if isinstance(module, LazyModuleMixin) else None
+        self._lazy = lazy is not None and lazy.has_uninitialized_params()
         self._properties = {n: p for n, p in members if isinstance(p, property)}
 
     def undo(self) -> None:
@@ -79,7 +80,7 @@ class _Module:
         # a lazy module that got its shapes keeps them, with the values that it was initialised with
         grown = self._lazy and not isinstance(module, LazyModuleMixin)
         if type(module) is not self._class and not grown:  # a parametrization came or went
-            module.__class__ = self._class
+            module.__class__ = self._class  # pyright: ignore[reportAttributeAccessIssue]
         for name, value in self._properties.items():
             if name not in vars(self._class):
                 setattr(self._class, name, value)
