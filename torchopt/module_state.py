@@ -42,7 +42,7 @@ class FastWeight(Tensor):
         return caller.f_locals.get("input_param") is not self
 
     @_is_param.setter
-    def _is_param(self, _: bool) -> None:
+    def _is_param(self, _: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         # nn.Parameter(weight) marks what it makes
         self.__class__ = nn.Parameter  # pyright: ignore[reportAttributeAccessIssue]
 
