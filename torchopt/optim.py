@@ -153,13 +153,13 @@ class Optimizer(torch.optim.Optimizer):
         specs = self.transformation.hyper_specs()
         self._schedules.adopt(self.param_groups, list(specs), self._count)
         call = self._call(params, grads)
-        if not torch.compiler.is_compiling():
+        if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
         counts = self._counts_steps()
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
-        versions = [None if p.is_inference() else p._version for p in params]
+        versions = [None if compiling or p.is_inference() else p._version for p in params]
         lent = self._slots_lent(params)
         begun = False
 
