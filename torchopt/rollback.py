@@ -91,19 +91,22 @@ class _Module:
         if module.training != self._attributes["training"]:
             moments.put(module, "", "training", self._attributes["training"])
         present = vars(module)
+        # an attribute would hide a parameter, a buffer or a module of its name, and the other way
+        hidden = {name for _, held in self._held for name in held} & present.keys()
+        for name in hidden - self._attributes.keys():
+            moments.put(module, "", name, moments.ABSENT)
         for name, value in self._attributes.items() if not grown else ():
-            # one that gave way to a parameter, a buffer or a module of its name
             if name not in present:
                 moments.put(module, "", name, value)
 
 
 def _put_all(module: nn.Module, kind: str, held: dict[str, Any]) -> None:
     present = vars(module)[kind]
-    if len(present) > len(held) or list(present) != list(held):
-        for name in [name for name in present if name not in held]:
-            moments.put(module, kind, name, moments.ABSENT)
-        for name in held:  # in their order
-            moments.put(module, kind, name, present.pop(name, moments.ABSENT))
+    for name in [name for name in present if name not in held]:
+        moments.put(module, kind, name, moments.ABSENT)
     for name, value in held.items():
-        if present[name] is not value:
+        if present.get(name, moments.ABSENT) is not value:
             moments.put(module, kind, name, value)
+    if list(present) != list(held):
+        present.clear()
+        present.update(held)
