@@ -87,8 +87,10 @@ assert callable(torchopt.transform.scale), "a module in the place of a function"
 assert torchopt.schedule is torchopt.schedules and callable(torchopt.schedules.polynomial)
 assert "torchopt.pytree" not in sys.modules and "torchopt.hook" not in sys.modules
 assert torchopt.hook.zero_nan_hook and torchopt.pytree.tree_add and MetaAdam is torchopt.MetaAdam
-import TorchOpt
-assert TorchOpt.base.identity is torchopt.identity
+import TorchOpt.optim.meta
+from TorchOpt.optim import Adam
+assert TorchOpt.base.identity is torchopt.identity and Adam is torchopt.Adam
+assert TorchOpt.optim is torchopt.optim and TorchOpt.optim.meta.MetaAdam is MetaAdam
 """
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import nonzero
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend

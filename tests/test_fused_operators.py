@@ -220,6 +220,30 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "no text": (lambda x, text, *rest: (x, "", *rest), "must say"),
     "operation": (lambda x, text, *rest: (x, "x0 = exp g\nu <- x0", *rest), "no operation 'exp'"),
     "order": (lambda x, text, *rest: (x, "x0 = neg x1\nu <- x0", *rest), "before it is computed"),
+    "more rows": (
+        lambda x, text, v, live, t, rows: (x, text, 9 * v, live, [1] * 9, [0, 1, 2, 8]),
+        "9 rows .* for 4 parameters",
+    ),
+    **{
+        f"number {number:.20}": (
+            lambda x, text, *rest, n=number: (x, f"n0 := {n}\n{text.split(chr(10), 1)[1]}", *rest),
+            message,
+        )
+        for number, message in {
+            "(t+8.0)**(t+8.0)**(t+8.0)": "numbers cannot be computed",
+            "(t+8)**(t+8)**(t+8)": "constants are numbers such as 1.0, got 8",
+            "'a'*1000000000000.0": "constants are numbers such as 1.0",
+            "1.0 / (t - 2.0)": "numbers cannot be computed",
+            "(-t) ** 0.5": "not real",
+            "abs(h)": "no such Name",
+            "h[t]": "no such Subscript",
+            "t.real": "no such Attribute",
+            "float('1' * 9)": "no such Call",
+            "(" * 900 + "t" + ")" * 900: "no expression",
+            "-" * 1900 + "t": "no line of a kernel's text",
+            "t" + " + t" * 1000: "at most 2000 characters",
+        }.items()
+    },
     "code": (
         lambda x, text, *rest: (x, "n0 := __import__('os').getpid()\nu <- n0", *rest),
         "no line of a kernel's text",

@@ -1,204 +1,305 @@
-"""What ``state_dict`` returns belongs together, whatever the optimizer does afterwards."""
+"""After an ``inner_loop`` block a network is what it was: structure, values, flags and modes."""
 
 from __future__ import annotations
 
-import copy
-import pickle
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import Case, every_case
-from conftest import nonzero
+from tolerances import assert_close
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 import torchopt
 
 
-def parameters() -> list[nn.Parameter]:
-    return [nn.Parameter(nonzero(2, 3)), nn.Parameter(nonzero(4))]
+X = torch.linspace(-2.0, 2.0, 18, dtype=torch.float64).sin().reshape(6, 3)
 
 
-def train(optimizer: Any, params: list[nn.Parameter], grads: list[Any]) -> None:
-    for row in grads:
-        for p, g in zip(params, row):
-            p.grad = None if g is None else g.clone()
-        optimizer.step()
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.body = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 2)
+        self.register_buffer("cache", None, persistent=False)
+        self.extra = None
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.body(x)))
+        if self.cache is not None:
+            h = h * self.cache
+        h = self.head(h)
+        return h if self.extra is None else self.extra(h)
 
 
-def gradients(params: list[nn.Parameter], steps: int) -> list[Any]:
-    return [[nonzero(*p.shape) for p in params] for _ in range(steps)]
+def loss(net: nn.Module) -> Tensor:
+    return (net(X) - 0.5).square().mean()
 
 
-def assert_goes_back(
-    make: Callable[[list[nn.Parameter]], Any],
-    between: Callable[[Any, list[nn.Parameter]], Any],
-    copied: Callable[[Any], Any] = lambda state: state,
-) -> None:
-    """Assert that a path taken again from a snapshot is the same one, bit by bit."""
-    params = parameters()
-    optimizer = make(params)
-    train(optimizer, params, gradients(params, 3))
-    snapshot = copied(optimizer.state_dict())
-    weights = [p.detach().clone() for p in params]
-    deep = copy.deepcopy(snapshot)
-    ahead = gradients(params, 4)
-    train(optimizer, params, ahead)
-    expected = [p.detach().clone() for p in params]
-    between(optimizer, params)
-    assert_equal(snapshot, deep)
-    optimizer.load_state_dict(snapshot)
-    with torch.no_grad():
-        for p, w in zip(params, weights):
-            p.copy_(w)
-    train(optimizer, params, ahead)
-    assert all(torch.equal(p, e) for p, e in zip(params, expected))
-    assert_equal(snapshot, deep)
+def everything(net: nn.Module) -> list[Any]:
+    """Return all that a network is: objects, and values by their bits."""
+    found: list[Any] = []
+    for name, m in net.named_modules():
+        found.append((name, m, type(m), m.training, sorted(set(vars(m)))))
+        found.append([(n, id(c)) for n, c in m._modules.items()])
+        found.append(sorted(m._non_persistent_buffers_set))
+        for held in (m._parameters, m._buffers):
+            for n, t in held.items():
+                bits = None if t is None else t.detach().cpu().numpy().tobytes()
+                kind = None if t is None else (t.dtype, t.shape, t.requires_grad, type(t))
+                found.append((n, id(t), kind, bits))
+    return found
 
 
-def assert_equal(a: Any, b: Any) -> None:
-    if isinstance(a, Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
+def fresh_head(net: Any) -> None:
+    net.head = nn.Linear(4, 5).double()
+
+
+def fresh_parameter(net: Any) -> None:
+    net.head.weight = nn.Parameter(torch.randn(7, 4, dtype=torch.float64))
+    net.head.bias = None
+
+
+def added(net: Any) -> None:
+    net.extra = nn.Sequential(nn.Linear(2, 2).double())
+    net.body.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    net.body.register_buffer("count", torch.zeros(1))
+
+
+def lazy_head(net: Any) -> None:
+    net.head = nn.LazyLinear(3, dtype=torch.float64)
+
+
+def deleted(net: Any) -> None:
+    del net.norm, net.cache
+    net.norm, net.cache = nn.Identity(), None
+
+
+def parametrized(net: Any) -> None:
+    parametrizations.orthogonal(net.body)
+    parametrizations.weight_norm(net.head)
+
+
+def load(net: Any) -> None:
+    net.load_state_dict({n: t + 1 for n, t in net.state_dict().items()})
+
+
+def assign(net: Any) -> None:
+    net.load_state_dict({n: t + 1 for n, t in net.state_dict().items()}, assign=True)
+
+
+def zero_data(net: Any) -> None:
+    net.head.weight.data.zero_()
+    net.body.bias.data = torch.ones(4, dtype=torch.float64)
+
+
+def half(net: Any) -> None:
+    net.float().double()
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a fresh head": fresh_head,
+    "a fresh parameter": fresh_parameter,
+    "added": added,
+    "a lazy head": lazy_head,
+    "deleted": deleted,
+    "parametrized": parametrized,
+    "a buffer": lambda net: setattr(net, "cache", torch.arange(1.0, 5.0).double()),
+    "reset_parameters": lambda net: net.head.reset_parameters(),
+    "nn.init": lambda net: nn.init.ones_(net.body.weight),
+    "load_state_dict": load,
+    "assign": assign,
+    "requires_grad_": lambda net: net.body.requires_grad_(False),
+    "eval": lambda net: net.eval(),
+    "data": zero_data,
+    "another dtype": half,
+}
+
+
+#: What PyTorch refuses of weights with history.
+LEAVES_ONLY = {"parametrized", "load_state_dict", "requires_grad_"}
+
+
+@pytest.mark.parametrize("when", ["before", "after", "raising"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_it_comes_back(change: str, when: str) -> None:
+    if when == "after" and change in LEAVES_ONLY:
+        pytest.skip("PyTorch refuses it of weights with history")
+    net = Net()
+    state = torchopt.extract_state_dict(net)
+    inner = torchopt.MetaAdam(net, lr=0.05)
+    inner.step(loss(net))
+    torchopt.stop_gradient(inner)
+    torchopt.recover_state_dict(net, state)
+    before, states, start = everything(net), inner.extract_state(), list(net.parameters())
+
+    def block() -> None:
+        with torchopt.inner_loop(net, inner):
+            if when != "after":
+                CHANGES[change](net)
+            if when == "raising":
+                raise KeyError("mine")
+            inner.step(loss(net))
+            if when == "after":
+                CHANGES[change](net)
+            inner.step(loss(net))
+            loss(net).backward()
+
+    if when == "raising":
+        with pytest.raises(KeyError, match="mine"):
+            block()
     else:
-        assert a == b
+        block()
+        assert any(p.grad is not None for p in start) or change == "assign"
+    assert everything(net) == before
+    for now, then in zip(inner.extract_state(), states):
+        assert now.step == then.step
+        assert_close(now.slots, then.slots)
+    inner.step(loss(net))
 
 
-def many_steps(optimizer: Any, params: list[nn.Parameter]) -> None:
-    train(optimizer, params, gradients(params, 5))
+def test_a_second_block_sees_nothing_of_the_first() -> None:
+    """The same meta-gradient comes out, whatever an earlier block changed."""
+    net = Net()
+    start = list(net.parameters())
+
+    def meta_gradient() -> Any:
+        with torchopt.inner_loop(net, torchopt.adam(0.05)) as inner:
+            for _ in range(2):
+                inner.step(loss(net))
+            return torch.autograd.grad(loss(net), start)
+
+    right = meta_gradient()
+    for change in CHANGES.values():
+        with torchopt.inner_loop(net, torchopt.sgd(0.05)):
+            change(net)
+    assert all(map(torch.equal, meta_gradient(), right))
 
 
-def now_and_then(optimizer: Any, params: list[nn.Parameter]) -> None:
-    """A parameter without gradient keeps the slots that the snapshot holds, then moves again."""
-    optimizer.state_dict()
-    train(optimizer, params, [[nonzero(2, 3), None], [None, nonzero(4)]])
-    many_steps(optimizer, params)
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_an_embedding_with_max_norm(kind: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(6, 3, max_norm=1.0), nn.Linear(3, 1)).double()
+    with torch.no_grad():
+        net[0].weight.mul_(3.0)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    before = everything(net)
+    ids = torch.tensor([0, 1, 2, 3])
+    with torchopt.inner_loop(net, getattr(torchopt, kind)(0.1)) as inner:
+        for _ in range(3):
+            inner.step((net(ids) - 1).square().mean())
+        (net(ids) - 1).square().mean().backward()
+    assert everything(net) == before
 
 
-def by_rules_and_kernels(optimizer: Any, params: list[nn.Parameter]) -> None:
-    own = optimizer.transformation
-    for setting in (False, None):
-        optimizer.transformation = own.with_accelerated_op(setting)
-        many_steps(optimizer, params)
-        optimizer.state_dict()
-    optimizer.transformation = own
+def test_nothing_is_written_where_nothing_changed() -> None:
+    """A write would count as a change, and autograd would refuse the graph of the block."""
+    net = Net()
+    with torch.no_grad():
+        net.head.bias[0] = float("nan")
+    versions = [p._version for p in net.parameters()]
+    with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
+        inner.step(loss(net))
+        outer = loss(net)
+    assert [p._version for p in net.parameters()] == versions
+    outer.backward()
 
 
-def nothing(optimizer: Any, params: list[nn.Parameter]) -> None:
-    train(optimizer, params, [[None, None]])
+def test_a_value_that_went_back_in_place_is_not_differentiated_silently() -> None:
+    net = Net()
+    with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
+        net.head.weight.data.mul_(2.0)
+        inner.step(loss(net))
+        outer = loss(net)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outer.backward()
 
 
-def into_another(optimizer: Any, params: list[nn.Parameter]) -> None:
-    other, theirs = copy.deepcopy((optimizer, params))
-    many_steps(other, theirs)
-    other.load_state_dict(optimizer.state_dict())
-    many_steps(other, theirs)
+def test_a_lazy_network_keeps_its_shapes_and_first_values() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.Linear(3, 1)).double()
+    start = list(net.parameters())
+    with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
+        net(X)
+        first = net[0].weight.detach().clone()
+        inner.step(net(X).square().mean())
+        net(X).square().mean().backward()
+    assert all(a is b for a, b in zip(start, net.parameters()))
+    assert type(net[0]) is nn.Linear
+    assert torch.equal(net[0].weight, first)  # pyright: ignore[reportArgumentType]
+    assert all(p.grad is not None for p in start)
+    net(X)
 
 
-BETWEEN = (many_steps, now_and_then, by_rules_and_kernels, nothing, into_another)
+def test_a_removed_parametrization_comes_back() -> None:
+    net = parametrizations.weight_norm(nn.Linear(3, 2).double())
+    right = net(X)
+    with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
+        inner.step(net(X).square().mean())
+        torchopt.stop_gradient(net)
+        parametrize.remove_parametrizations(net, "weight")
+        inner.step(net(X).square().mean())
+    assert parametrize.is_parametrized(net, "weight")
+    assert torch.equal(net(X), right)
 
 
-@every_case
-@pytest.mark.parametrize("setting", [None, False], ids=["fused", "rules"])
-@pytest.mark.parametrize("between", BETWEEN, ids=lambda f: f.__name__)
-def test_a_snapshot_stays_as_it_was(case: Case, setting: Any, between: Any) -> None:
-    tx = case.tx().with_accelerated_op(setting)
-    assert_goes_back(lambda p: torchopt.Optimizer(p, tx), between)
+def test_without_buffers_what_the_block_made_of_them_stays() -> None:
+    net = Net()
+    with torchopt.inner_loop(net, torchopt.sgd(0.1), restore_buffers=False) as inner:
+        net.cache = torch.ones(4, dtype=torch.float64)
+        inner.step(loss(net))
+    assert int(net.norm.num_batches_tracked) == 1
+    assert net.cache is not None
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
-def test_copies_of_a_snapshot(copied: Any) -> None:
-    assert_goes_back(lambda p: torchopt.Adam(p, 0.1), many_steps, copied)
+def test_param_groups_are_the_same_dicts() -> None:
+    net = Net()
+    inner = torchopt.MetaSGD(net, lr=0.1)
+    group = inner.param_groups[0]
+    before = dict(group)
+    with torchopt.inner_loop(net, inner):
+        group["lr"] = 0.5
+        inner.add_param_group(nn.Linear(2, 2))
+    assert inner.param_groups[0] is group
+    assert len(inner.param_groups) == 1
+    assert group == before
 
 
-def test_the_first_step_after_going_back_moves_by_the_rate() -> None:
-    """Constant gradients: bias correction and moments of one step give the rate exactly."""
-    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = torchopt.Adam([p], lr=0.1, eps=0.0)
-    train(optimizer, [p], [[torch.full((3,), 2.0, dtype=torch.float64)]])
-    snapshot = optimizer.state_dict()
-    train(optimizer, [p], [[torch.full((3,), -0.01 * k, dtype=torch.float64)] for k in range(1, 9)])
-    optimizer.load_state_dict(snapshot)
-    before = p.detach().clone()
-    train(optimizer, [p], [[torch.full((3,), 2.0, dtype=torch.float64)]])
-    assert torch.allclose(before - p.detach(), torch.full_like(before, 0.1), rtol=1e-12, atol=0)
+def test_a_fresh_parameter_under_an_old_name_begins_anew() -> None:
+    """Its count and slots are those of a new parameter, the others go on; as in torch.optim."""
+    net, twin = Net(), Net()
+    fresh, names = nn.Linear(4, 5).double(), ["head.weight", "head.bias"]
+    inner = torchopt.MetaSGD(net, lr=0.1, momentum=0.9)
+    other = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for k in range(4):
+        if k == 2:
+            net.head, twin.head = nn.Linear(4, 5).double(), fresh
+            net.head.load_state_dict(fresh.state_dict())
+            other.add_param_group({"params": list(fresh.parameters())})
+        inner.step(loss(net))
+        other.zero_grad()
+        loss(twin).backward()
+        other.step()
+    for (name, a), b in zip(net.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13, msg=name)
+    steps = torchopt.extract_state_dict(inner)[0].step
+    assert [steps[name] for name in names] == [2, 2]
+    assert steps["body.weight"] == 4
 
 
-def test_a_rate_that_is_changed_in_place_does_not_change_the_snapshot() -> None:
-    params = parameters()
-    optimizer = torchopt.Adam(params, lr=torch.tensor(0.1))
-    snapshot = optimizer.state_dict()
-    optimizer.param_groups[0]["lr"].fill_(0.7)
-    assert snapshot["param_groups"][0]["lr"] == torch.tensor(0.1)
-
-
-def test_optimizer_and_snapshot_copied_together_do_not_share() -> None:
-    params = parameters()
-    optimizer = torchopt.Adam(params, lr=0.1)
-    train(optimizer, params, gradients(params, 3))
-    for way in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
-        other, theirs, snapshot = way((optimizer, params, optimizer.state_dict()))
-        before = copy.deepcopy(snapshot)
-        train(other, theirs, gradients(theirs, 3))
-        assert_equal(snapshot, before)
-
-
-def test_a_slot_that_the_rule_leaves_alone_is_not_overwritten_later() -> None:
-    params = parameters()
-    optimizer = torchopt.SGD(params, lr=0.1, momentum=0.9)
-    train(optimizer, params, gradients(params, 3))
-    snapshot = optimizer.state_dict()
-    before = copy.deepcopy(snapshot)
-    for momentum in (0.0, 0.9):
-        optimizer.param_groups[0]["momentum"] = momentum
-        train(optimizer, params, gradients(params, 3))
-    assert_equal(snapshot, before)
-
-
-def test_only_one_step_after_a_snapshot_makes_new_slots() -> None:
-    params = parameters()
-    optimizer = torchopt.Adam(params)
-    train(optimizer, params, gradients(params, 2))
-    old = optimizer.state[params[0]]["exp_avg"]
-    optimizer.state_dict()
-    train(optimizer, params, gradients(params, 1))
-    new = optimizer.state[params[0]]["exp_avg"]
-    assert new is not old
-    train(optimizer, params, gradients(params, 2))
-    if torchopt.accelerated_op_available():
-        assert optimizer.state[params[0]]["exp_avg"] is new
-
-
-def test_a_checkpoint_of_gradient_scaling_goes_back() -> None:
-    params = parameters()
-    optimizer = torchopt.Adam(params, lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-
-    def scaled(row: Any) -> None:
-        optimizer.zero_grad()
-        loss = torch.stack([(p * g).sum() for p, g in zip(params, row)]).sum()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    for row in gradients(params, 3):
-        scaled(row)
-    snapshot, weights = optimizer.state_dict(), [p.detach().clone() for p in params]
-    ahead = gradients(params, 3)
-    results = []
+def test_nothing_is_kept() -> None:
+    net = Net()
     for _ in range(2):
-        optimizer.load_state_dict(snapshot)
-        with torch.no_grad():
-            for p, w in zip(params, weights):
-                p.copy_(w)
-        for row in ahead:
-            scaled(row)
-        results.append([p.detach().clone() for p in params])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+        with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
+            net.extra = nn.Linear(2, 2).double()
+            inner.step(loss(net))
+        gc.collect()
+        count = sum(isinstance(o, nn.Linear) for o in gc.get_objects())
+        if _ == 0:
+            before = count
+    assert count == before

@@ -30,7 +30,7 @@ class FastWeight(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @property
-    def _is_param(self) -> bool:
+    def _is_param(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether ``isinstance(weight, nn.Parameter)``: yes, as code that walks modules expects.
 
         But not for ``load_state_dict(assign=True)`` when it asks whether the tensor that it was
@@ -42,8 +42,9 @@ class FastWeight(Tensor):
         return caller.f_locals.get("input_param") is not self
 
     @_is_param.setter
-    def _is_param(self, _: bool) -> None:
-        self.__class__ = nn.Parameter  # nn.Parameter(weight) marks what it makes
+    def _is_param(self, _: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # nn.Parameter(weight) marks what it makes
+        self.__class__ = nn.Parameter  # pyright: ignore[reportAttributeAccessIssue]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         copied = nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)

@@ -209,13 +209,12 @@ class Optimizer(torch.optim.Optimizer):
             order = self._parts.order(self.param_groups)
             params, grads = [params[k] for k in order], [grads[k] for k in order]
         call = self._call(params, grads)
-        if not torch.compiler.is_compiling():
+        if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
         counts = self._counts_steps()
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
-        compiling = torch.compiler.is_compiling()  # which cannot look at inference mode
         versions = [None if compiling or p.is_inference() else p._version for p in params]
         lent = self._slots_lent(params)
         begun = False

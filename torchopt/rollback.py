@@ -71,7 +71,8 @@ class _Module:
         self._volatile = set(module._non_persistent_buffers_set) if with_buffers else None
         parametrized = "parametrizations" in module._modules
         members = vars(self._class).items() if parametrized else ()
-        self._lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+        lazy: Any = module if isinstance(module, LazyModuleMixin) else None
+        self._lazy = lazy is not None and lazy.has_uninitialized_params()
         self._properties = {n: p for n, p in members if isinstance(p, property)}
 
     def undo(self) -> None:
@@ -79,7 +80,7 @@ class _Module:
         # a lazy module that got its shapes keeps them, with the values that it was initialised with
         grown = self._lazy and not isinstance(module, LazyModuleMixin)
         if type(module) is not self._class and not grown:  # a parametrization came or went
-            module.__class__ = self._class
+            module.__class__ = self._class  # pyright: ignore[reportAttributeAccessIssue]
         for name, value in self._properties.items():
             if name not in vars(self._class):
                 setattr(self._class, name, value)
@@ -90,19 +91,22 @@ class _Module:
         if module.training != self._attributes["training"]:
             moments.put(module, "", "training", self._attributes["training"])
         present = vars(module)
+        # an attribute would hide a parameter, a buffer or a module of its name, and the other way
+        hidden = {name for _, held in self._held for name in held} & present.keys()
+        for name in hidden - self._attributes.keys():
+            moments.put(module, "", name, moments.ABSENT)
         for name, value in self._attributes.items() if not grown else ():
-            # one that gave way to a parameter, a buffer or a module of its name
             if name not in present:
                 moments.put(module, "", name, value)
 
 
 def _put_all(module: nn.Module, kind: str, held: dict[str, Any]) -> None:
     present = vars(module)[kind]
-    if len(present) > len(held) or list(present) != list(held):
-        for name in [name for name in present if name not in held]:
-            moments.put(module, kind, name, moments.ABSENT)
-        for name in held:  # in their order
-            moments.put(module, kind, name, present.pop(name, moments.ABSENT))
+    for name in [name for name in present if name not in held]:
+        moments.put(module, kind, name, moments.ABSENT)
     for name, value in held.items():
-        if present[name] is not value:
+        if present.get(name, moments.ABSENT) is not value:
             moments.put(module, kind, name, value)
+    if list(present) != list(held):
+        present.clear()
+        present.update(held)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import sys
 
 import torch
 
@@ -27,6 +29,19 @@ def unavailable(device_type: str) -> str:
     if device_type == "cuda":
         return _cuda_unavailable()
     return f"there are no kernels for {device_type!r} devices"
+
+
+_OWN_FOLDERS = tuple(
+    os.path.dirname(path) + os.sep for path in (os.path.dirname(__file__), torch.__file__)
+)
+
+
+def level_of_user() -> int:
+    """Return the ``stacklevel`` at which a warning of the caller points to the user's code."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FOLDERS):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @functools.cache

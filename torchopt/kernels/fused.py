@@ -301,5 +301,5 @@ def _warn_once(reason: str) -> None:
     warnings.warn(
         f"Optimizers run unfused, and slower: {reason}. Pass use_accelerated_op=False to silence "
         "this.",
-        stacklevel=2,
+        stacklevel=backends.level_of_user(),
     )

@@ -78,7 +78,7 @@ def _same_step(behind: dict[Any, int], everyone: int) -> bool:
     """Whether a node of an earlier step, which can be freed, lies behind everyone."""
     found: dict[Any, int] = {}
     for node, rows in behind.items():
-        source = node.next_functions[0][0] if type(node) is _ALIAS else node
+        source: Any = node.next_functions[0][0] if type(node) is _ALIAS else node  # pyright: ignore[reportOptionalMemberAccess]
         if isinstance(source, BackwardCFunction):
             found[source] = found.get(source, 0) | rows
     return any(

@@ -56,10 +56,10 @@ class Prepared:
         self.sizes = list(map(Tensor.numel, params))
         self.written = [*params, *itertools.chain.from_iterable(self.kept)]
         self.addresses = [list(map(Tensor.data_ptr, column)) for column in (params, *self.kept)]
+        self.places = list(itertools.chain.from_iterable(self.addresses))
         written = sorted(
             (address, address + x.nbytes)
-            for column, addresses in zip((params, *self.kept), self.addresses)
-            for x, address in zip(column, addresses)
+            for x, address in zip(self.written, self.places)
             if x.nbytes
         )
         self.starts = [start for start, _ in written]
@@ -128,9 +128,8 @@ class Prepared:
             return False
         if self.kept_names and not self._keeps_slots(states):
             return False
-        for column, addresses in zip((self.params, *self.kept), self.addresses):
-            if list(map(Tensor.data_ptr, column)) != addresses:
-                return False
+        if list(map(Tensor.data_ptr, self.written)) != self.places:
+            return False
         return self.known_written.knows(self.written) or self._stay_known()
 
     def _keeps_slots(self, states: Sequence[dict[str, Any]]) -> bool:
@@ -200,12 +199,14 @@ class Prepared:
             return False
         variant = self.run.variant(row, read, t, self.present, has_params=True)
         program = variant.program
-        if program is None or backends.missing(self.params[0].device, program, MODE):
+        if program is None:
             return False
-        kept = {slot_stream(k) for k, there in enumerate(self.present) if there}
-        if not kept.issuperset(program.kernels[MODE].output_streams[1:]):
-            return False  # a slot that is not there yet has to be made
         if program is not self.program:
+            if backends.missing(self.params[0].device, program, MODE):
+                return False
+            kept = {slot_stream(k) for k, there in enumerate(self.present) if there}
+            if not kept.issuperset(program.kernels[MODE].output_streams[1:]):
+                return False  # a slot that is not there yet has to be made
             self.program, self.call, self.told = program, self._make_call(program), []
         assert self.call is not None
         self.call.set_numbers(program.numbers[MODE](read[0], t))

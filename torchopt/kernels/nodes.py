@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_legacy_batchedtensor,
     peek_interpreter_stack,
@@ -185,7 +186,7 @@ class Kept:
                     f"inplace operation: an input of a step of an optimizer, {tuple(x.shape)}, is "
                     f"at version {x._version}; expected version {version} instead."
                 )
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not _autograd._get_current_graph_task_keep_graph():
             self._gone |= wanted
             for k, (_, row) in enumerate(self._places):
                 if row in self._gone:

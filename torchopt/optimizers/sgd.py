@@ -46,7 +46,8 @@ def sgd(
             ``False`` never.
 
     Slots: ``momentum_buffer``, if the momentum is not the number 0. Differentiable in gradients,
-    parameters, slots and every number.
+    parameters, slots and every number. Sparse gradients are taken without weight decay; the buffer
+    of a parameter that has had no other is sparse as well.
 
     Raises:
         ValueError: If a number is out of bounds.
