@@ -224,7 +224,7 @@ def test_numbers_by_name_within_a_part():
 
 def test_a_part_without_a_rate_has_one_for_schedulers():
     net = make()
-    transforms = {"body": torchopt.scale(0.0), "head": torchopt.sgd(0.1)}
+    transforms = {"body": torchopt.set_to_zero(), "head": torchopt.sgd(0.1)}
     optimizer = torchopt.Optimizer(net.named_parameters(), torchopt.partition(transforms, LABELS))
     before = net[0].weight.detach().clone()
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)

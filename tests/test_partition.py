@@ -180,6 +180,27 @@ def test_it_prints_compares_and_reports():
     assert pickle.loads(pickle.dumps(tx)) == tx
 
 
+def test_pairs_of_functions_keep_their_state_for_each_part():
+    def halve(updates, state, **_):
+        return torchopt.pytree.tree_map(lambda u: u / 2, updates), {"calls": state["calls"] + 1}
+
+    pair = torchopt.base.GradientTransformation(lambda params: {"calls": 0}, halve)
+    transforms = {"body": torchopt.chain(pair, torchopt.sgd(0.1)), "head": torchopt.sgd(0.1)}
+    net, twin = make(), make()
+    tx = torchopt.partition({**transforms, "head": torchopt.chain(pair, torchopt.sgd(0.2))}, LABELS)
+    peers = torch.optim.SGD(twin[0].parameters(), 0.05), torch.optim.SGD(twin[2].parameters(), 0.1)
+    optimizer = torchopt.Optimizer(net.named_parameters(), tx)
+    for _ in range(3):
+        train(net, optimizer, steps=1)
+        again = torchopt.Optimizer(net.named_parameters(), tx)
+        again.load_state_dict(optimizer.state_dict())
+        optimizer = again
+    train(twin, *peers)
+    assert_close(values(net), values(twin), times=10)
+    state = tx.init(values(net))
+    assert state.slots["body.state"] == state.slots["head.state"] == {"calls": 0}
+
+
 def test_vmap():
     tx = torchopt.partition(TRANSFORMS, {"w": "body", "b": "head"})
     params = {"w": torch.randn(3, 4).double(), "b": torch.randn(3, 2).double()}

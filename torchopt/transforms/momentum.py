@@ -82,12 +82,15 @@ class Trace(ElementwiseTransformation):
 def _added_alike(g: Tensor, b: Tensor | None, t: Step) -> tuple[Tensor, Tensor | None]:
     """Return gradient and buffer in forms that can be added; sparse ones without duplicates.
 
-    A buffer that was dense stays dense. One that is sparse becomes dense with the first gradient
-    that is, and where the step count is a tensor, which ``where`` compares.
+    A buffer that was dense stays dense, but for the zeros of a new one. One that is sparse becomes
+    dense with the first gradient that is, and where the step count is a tensor, which ``where``
+    compares.
     """
     dense = isinstance(t, Tensor) or g.layout == torch.strided
-    if not dense and t != 1:
-        dense = b is not None and b.layout == torch.strided
+    if not dense and b is not None and b.layout == torch.strided:
+        if t == 1 and not b.any():
+            b = None  # the rule makes one of the gradient's layout
+        dense = b is not None
     return _merged(g, dense), None if b is None else _merged(b, dense)
 
 

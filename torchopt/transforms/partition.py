@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Union
 
 from torch import Tensor
 
 from torchopt import hyper, tree
 from torchopt.engine import Call, Leaves, part_slots, run
+from torchopt.pair import as_transformation
 from torchopt.transform import GradientTransformation, check_transformation, transformation
 from torchopt.typing import PyTree
+from torchopt.whole import distinct
 
 
 @transformation
@@ -30,7 +33,6 @@ class Partition(GradientTransformation):
             )
         for label, tx in given.items():
             check_transformation(tx, f"partition, for {label!r},")
-        object.__setattr__(self, "transforms", dict(given))
         if isinstance(self.labels, str) or self.labels is None:
             raise TypeError(
                 "labels must be a tree with one label per parameter (or per part of the network), "
@@ -65,8 +67,33 @@ class Partition(GradientTransformation):
 
     def slot_names(self) -> tuple[str, ...]:
         """Return the slots of all; those of one name are one tree."""
-        names = [name for tx in self.transforms.values() for name in tx.slot_names()]
+        names = [n for label, tx in self.transforms.items() for n in _slots(label, tx).values()]
         return tuple(dict.fromkeys(names))
+
+    def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Return those of the transformations, as ``"label.name"``, for their parameters."""
+        return {
+            f"{label}.{name}": (pair, (partial(self._has_label, label), *masks))
+            for label, tx in self.transforms.items()
+            for name, (pair, masks) in tx.plan.whole.items()
+        }
+
+    def renewed(self) -> GradientTransformation:
+        """Return the same with such slots of its own."""
+        transforms = {label: tx.renewed() for label, tx in self.transforms.items()}
+        return dataclasses.replace(self, transforms=transforms)
+
+    def takes_sparse(self, **hyperparameters: Any) -> bool:
+        """Whether all rules of all parts are right for sparse gradients."""
+        for label, tx in self.transforms.items():
+            (row,) = _own_rows(label, tx, [hyperparameters])
+            rows = [tx.plan.rows_of(k, [row])[0] for k in range(len(tx.plan.parts))]
+            if not all(part.takes_sparse(**own) for part, own in zip(tx.plan.parts, rows)):
+                return False
+        return True
+
+    def _has_label(self, label: str, call: Call) -> list[bool]:
+        return [one == label for one in label_leaves(self, call)]
 
     def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
         """Return the same with another setting of the fused kernels in all."""
@@ -79,12 +106,15 @@ class Partition(GradientTransformation):
     def init_all_slots(self, leaves: Leaves) -> list[tuple[Any, ...]]:
         """Return each parameter's own slots, ``None`` for the others'."""
         found: list[dict[str, Any]] = [{} for _ in leaves.index]
-        for tx, own, positions in self._parts_of(leaves):
+        for label, own, positions in self._parts_of(leaves):
+            tx = self.transforms[label]
+            public = _slots(label, tx)
             for number, part in enumerate(tx.plan.parts):
                 rows = tx.plan.rows_of(number, own.hyper)
                 slots = part_slots(part, dataclasses.replace(own, hyper=rows))
                 for position, values in zip(positions, slots):
-                    found[position].update(zip(tx.plan.slots[number], values))
+                    names = [public[name] for name in tx.plan.slots[number]]
+                    found[position].update(zip(names, values))
         return [tuple(slots.get(name) for name in self.slot_names()) for slots in found]
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
@@ -92,8 +122,9 @@ class Partition(GradientTransformation):
         names = self.slot_names()
         updates: list[Any] = list(leaves.g)
         slots = [list(row) for row in leaves.slots]
-        for tx, own, positions in self._parts_of(leaves):
-            places = {name: names.index(name) for name in tx.slot_names()}
+        for label, own, positions in self._parts_of(leaves):
+            tx = self.transforms[label]
+            places = {name: names.index(public) for name, public in _slots(label, tx).items()}
             columns = {name: [row[k] for row in own.slots] for name, k in places.items()}
             results, _ = run(tx.plan, own, columns)
             for number, position in enumerate(positions):
@@ -102,8 +133,8 @@ class Partition(GradientTransformation):
                     slots[position][k] = columns[name][number]
         return updates, [tuple(row) for row in slots]
 
-    def _parts_of(self, leaves: Leaves) -> list[tuple[GradientTransformation, Leaves, list[int]]]:
-        """Return the transformations that have parameters here, with those and their positions."""
+    def _parts_of(self, leaves: Leaves) -> list[tuple[str, Leaves, list[int]]]:
+        """Return the labels that have parameters here, with those and their positions."""
         labels = label_leaves(self, leaves.call)
         parts = []
         for label, tx in self.transforms.items():
@@ -111,7 +142,7 @@ class Partition(GradientTransformation):
             if positions:
                 own = leaves.subset(positions)
                 rows = _own_rows(label, tx, own.hyper)
-                parts.append((tx, dataclasses.replace(own, hyper=rows), positions))
+                parts.append((label, dataclasses.replace(own, hyper=rows), positions))
         return parts
 
 
@@ -123,6 +154,12 @@ def _own_rows(label: str, tx: GradientTransformation, rows: list[Any]) -> list[d
         if id(row) not in own:
             own[id(row)] = {name: row[f"{label}.{name}"] for name in names}
     return [own[id(row)] for row in rows]
+
+
+def _slots(label: str, tx: GradientTransformation) -> dict[str, str]:
+    """Return the names of slots here by those of one label: the same, but for whole trees."""
+    whole = tx.plan.whole
+    return {name: f"{label}.{name}" if name in whole else name for name in tx.slot_names()}
 
 
 def label_leaves(part: Partition, call: Call) -> list[str]:
@@ -197,4 +234,9 @@ def partition(
         >>> [(group["label"], group["lr"]) for group in optimizer.param_groups]
         [('body', 0.001), ('head', 0.1)]
     """
+    if isinstance(transforms, Mapping):
+        own = [as_transformation(tx) for tx in transforms.values()]
+        if all(isinstance(tx, GradientTransformation) for tx in own):
+            own = distinct(own)
+        transforms = dict(zip(transforms, own))
     return Partition(transforms, labels)
