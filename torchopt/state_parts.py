@@ -92,6 +92,8 @@ def joined(parts: Sequence[Any]) -> tuple[PyTree, dict[str, Any]] | None:
     Raises:
         ValueError: If two parts have different step counts.
     """
+    if not parts:
+        return None
     counts: list[PyTree] = []
     slots: dict[str, Any] = {}
     for part in _flattened(parts):
