@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchopt import tree
+from torchopt import misuse, step_tags, tree
 from torchopt.functional import as_state
 from torchopt.inner_gradient import differentiate
 from torchopt.opt_state import OptState
@@ -17,7 +17,7 @@ from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.typing import TensorTree
 
 
-class FuncOptimizer:
+class FuncOptimizer(misuse.NoPlainOptimizer):
     """Optimize any tree of parameters by ``params = optimizer.step(loss, params)``.
 
     Args:
@@ -68,6 +68,7 @@ class FuncOptimizer:
             TypeError, ValueError, RuntimeError: As :meth:`torchopt.MetaOptimizer.step`.
         """
         inplace = self.inplace if inplace is None else inplace
+        misuse.check_trees({"params": params})
         leaves, spec = tree.flatten(params)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         found = iter(
@@ -79,10 +80,18 @@ class FuncOptimizer:
         ]
         state = self.transformation.init(params) if self.state is None else self.state
         gradient_tree = tree.unflatten(spec, grads)
-        params, self.state = self.transformation.apply_gradients(
+        new_params, self.state = self.transformation.apply_gradients(
             gradient_tree, state, params, inplace=inplace
         )
-        return params
+        if not inplace:
+            step_tags.note_create_graph(tree.flatten(new_params)[0], True)
+        if not torch.is_grad_enabled():  # leaves, as of MetaOptimizer: the next loss needs a graph
+            new_leaves, new_spec = tree.flatten(new_params)
+            for old, new in zip(leaves, new_leaves):
+                if new is not old and isinstance(old, torch.Tensor) and old.requires_grad:
+                    new.requires_grad_(True)
+            new_params = tree.unflatten(new_spec, new_leaves)
+        return new_params
 
     def state_dict(self) -> OptState | None:
         """Return the state by reference; ``None`` before the first step."""

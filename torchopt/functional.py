@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchopt import hyper, tree, whole
+from torchopt import hyper, misuse, step_count, tree, whole
 from torchopt.engine import Call, advance, next_step, step_list
 from torchopt.opt_state import OptState
 from torchopt.recording import refuse_recorded
@@ -66,7 +66,7 @@ def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, l
         ValueError: If it is that of another transformation or of other parameters.
     """
     if not isinstance(state, OptState):
-        raise TypeError(f"update expects the state that init returned, got {type(state).__name__}.")
+        raise TypeError(misuse.no_state(state))
     tx.plan.check_slots(state.slots, tx)
     absent = [name for name in tx.plan.whole if name not in state.slots]
     if absent:
@@ -79,6 +79,15 @@ def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, l
         else [None] * spec.num_leaves
         for name in tx.slot_names()
     }
+
+
+def _counts(state: OptState, grads: PyTree, spec: Any) -> Any:
+    """Return the step count so far: one for all, or a list aligned with the gradients."""
+    step = state.step
+    if isinstance(step, (int, Tensor)):
+        return step_count.read(step)
+    counts = tree.flatten_like(step, grads, spec, "The steps of the state", "grads")
+    return [step_count.read(count) for count in counts]
 
 
 def as_state(tx: Any, state: Any) -> Any:
@@ -111,8 +120,9 @@ def uses_step(tx: Any) -> bool:
 def hyper_values(rows: Sequence[dict[str, Any]]) -> list[Any]:
     """Return the hyperparameters that an update uses, with pairs taken apart."""
     values: list[Any] = []
+    each = tree.compiler_is_old()
     for row, previous in zip(rows, [None, *rows]):
-        if row is not previous:
+        if each or row is not previous:
             for value in row.values():
                 values.extend(value if isinstance(value, tuple) else (value,))
     return values
@@ -149,11 +159,7 @@ def advance_trees(
     g, spec = tree.flatten(grads)
     p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
     slots = state_slots(tx, state, grads, spec)
-    old_steps = (
-        state.step
-        if isinstance(state.step, (int, Tensor))
-        else tree.flatten_like(state.step, grads, spec, "The steps of the state", "grads")
-    )
+    old_steps = _counts(state, grads, spec)
     call = gather_call(tx, grads, g, p, step_list(old_steps, len(g)), slots, extra, params)
     own, pairs = whole.split(tx.plan, state.slots) if tx.plan.whole else (state.slots, {})
     if inplace:
@@ -169,7 +175,7 @@ def advance_trees(
         call.p = [x.detach() if isinstance(x, Tensor) else x for x in call.p]
     whole.begin(tx.plan, pairs, call)
     results, slots = advance(tx, call, apply)
-    step = next_step(old_steps, g)
+    step = next_step(old_steps, g, p)
     like = grads if params is None else params
     if own:
         like = list(own.values())[0]  # noqa: RUF015 - torch 2.6 cannot compile next

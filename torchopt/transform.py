@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from torchopt import hyper, tree, whole
+from torchopt import hyper, misuse, tree, whole
 from torchopt.apply import apply_updates
 from torchopt.engine import Leaves, initialise, step_list
 from torchopt.functional import advance_trees, gather_call, slot_trees
@@ -99,11 +99,14 @@ class GradientTransformation:
             return object.__new__(cls)
 
     def __post_init__(self) -> None:
+        misuse.check_decorated(self)
         for name, spec in self.hyper_specs().items():
-            value = getattr(self, name)
+            given = getattr(self, name)
+            value = hyper.plain(given)
             hyper.check(name, value, spec)
-            if spec.pair:
-                object.__setattr__(self, name, tuple(value))
+            value = tuple(value) if spec.pair else value
+            if value is not given:
+                object.__setattr__(self, name, value)
 
     # What a subclass defines ------------------------------------------------------------------
 
@@ -118,7 +121,7 @@ class GradientTransformation:
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Return the updates and the new slots of all parameters; pure."""
-        raise TypeError(f"{type(self).__name__} defines no step(leaves).")
+        raise TypeError(misuse.no_step(self))
 
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether the rule is right for sparse gradients with these hyperparameters."""
@@ -340,10 +343,19 @@ class ElementwiseTransformation(GradientTransformation):
         """Apply :meth:`rule` to every parameter."""
         updates, slots = [], []
         for g, p, t, s, h in zip(leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper):
-            u, s = self.rule(g, p, t, s, **h)
-            updates.append(u)
-            slots.append(s)
+            result = self.rule(g, p, t, s, **h)
+            if not _is_result(result, s):
+                raise TypeError(misuse.not_a_result(self, result, s))
+            updates.append(result[0])
+            slots.append(result[1])
         return updates, slots
+
+
+def _is_result(result: Any, slots: tuple[Any, ...]) -> bool:
+    """Whether a rule returned an update and as many slots as it was given."""
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        return False
+    return isinstance(result[0], Tensor) and len(result[1]) == len(slots)
 
 
 def check_transformation(tx: object, where: str) -> None:
@@ -353,7 +365,4 @@ def check_transformation(tx: object, where: str) -> None:
         TypeError: Naming what was given and what to give.
     """
     if not isinstance(tx, GradientTransformation):
-        raise TypeError(
-            f"{where} expects a gradient transformation such as torchopt.adam(1e-3), got {tx!r} "
-            f"of type {type(tx).__name__}."
-        )
+        raise TypeError(misuse.not_a_transformation(tx, where))

@@ -13,6 +13,11 @@ from torchopt.engine import Call
 from torchopt.typing import PyTree
 
 
+#: Where saved states, and ``Optimizer.state``, keep those of pairs beside the entries of the
+#: parameters: torch.optim allows for other keys.
+PAIRS = "pairs"
+
+
 @dataclasses.dataclass
 class PairState:
     """The state of one pair during a call, and the parameters that it is for (``None``: all)."""
@@ -69,3 +74,18 @@ def distinct(transformations: Sequence[Any]) -> list[Any]:
         seen |= own
         result.append(tx)
     return result
+
+
+def taken_out(plan: Any, saved: Any, owner: type) -> tuple[Any, dict[str, PyTree]]:
+    """Return a saved state without the states of pairs, and those.
+
+    Raises:
+        ValueError: If they are those of other pairs.
+    """
+    entries = saved.get("state") if isinstance(saved, Mapping) else None
+    if not isinstance(entries, Mapping) or PAIRS not in entries:
+        return saved, {}
+    pairs = entries[PAIRS]
+    check(plan, pairs, owner)
+    rest = {key: entry for key, entry in entries.items() if key != PAIRS}
+    return {**saved, "state": rest}, dict(pairs)

@@ -80,7 +80,8 @@ class AdamW(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.AdamW``.
     """
 
-    optional_hyperparameters = frozenset({"eps_root", "maximize"})
+    optional_hyperparameters = frozenset({"eps_root"})
+    former_defaults = {"amsgrad": False, "maximize": False}
     fixed_options = {"decoupled_weight_decay": True}
 
     @optim.from_recipe(adamw)
@@ -90,6 +91,8 @@ class AdamW(optim.Optimizer):
 
 class MetaAdamW(meta.MetaOptimizer):
     """:func:`torchopt.adamw` as a differentiable optimizer of a network."""
+
+    twin = AdamW
 
     @meta.from_recipe(adamw)
     def __init__(self, module: Any) -> None:

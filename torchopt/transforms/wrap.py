@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, Union
 
 from torch import Tensor
+from torch.nn import Module
 
-from torchopt import hyper, tree
+from torchopt import hyper, misuse, tree
 from torchopt.engine import Call, Leaves, part_slots, run
 from torchopt.pair import as_transformation
 from torchopt.transform import GradientTransformation, check_transformation, transformation
@@ -66,6 +67,12 @@ class Masked(GradientTransformation):
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
 
+    def takes_sparse(self, **hyperparameters: Any) -> bool:
+        """Whether all rules inside are right for sparse gradients."""
+        plan = self.inner.plan
+        rows = [plan.rows_of(k, [hyperparameters])[0] for k in range(len(plan.parts))]
+        return all(part.takes_sparse(**row) for part, row in zip(plan.parts, rows))
+
     def init_all_slots(self, leaves: Leaves) -> list[tuple[Any, ...]]:
         """Return the inner transformation's slots where the mask is true, else ``None``."""
         selected, chosen = self._select(leaves)
@@ -108,17 +115,19 @@ def mask_leaves(mask: Any, call: Call) -> list[bool]:
         TypeError: If an entry is not a bool.
         ValueError: If the mask does not match the parameters.
     """
-    if callable(mask):
+    if callable(mask) and not isinstance(mask, Module):
         mask = mask(call.reference)
     values = (
         [mask] * len(call.g)
         if isinstance(mask, bool)
-        else hyper.match_by_name("mask", mask, call.names())
+        else hyper.match_by_name("mask", mask, call.names(), call.known)
     )
     for name, value in zip(call.names(), values):
         if not isinstance(value, bool):
             raise TypeError(
-                f"The mask of {tree.quoted(name)} must be True or False, got {value!r}."
+                f"The mask of {tree.quoted(name)} must be True or False, got "
+                f"{misuse.short(value)}. A mask is True or False, a dict of them by name, or a "
+                "function of the parameters."
             )
     return values
 
@@ -141,10 +150,10 @@ def masked(
 
     Example:
         >>> import torch, torchopt
-        >>> tx = torchopt.masked(torchopt.scale(0.0), {"w": False, "b": True})
+        >>> tx = torchopt.masked(torchopt.scale(0.5), {"w": False, "b": True})
         >>> g = {"w": torch.ones(1), "b": torch.ones(1)}
         >>> tx.update(g, tx.init(g))[0]
-        {'w': tensor([1.]), 'b': tensor([0.])}
+        {'w': tensor([1.]), 'b': tensor([0.5000])}
     """
     inner = as_transformation(inner)
     return Masked(inner.renewed() if isinstance(inner, GradientTransformation) else inner, mask)
