@@ -187,7 +187,8 @@ def test_stateless_transformations_take_no_state() -> None:
     tx = torchopt.chain(torchopt.clip_grad_value(0.5), torchopt.scale(-1.0))
     (u,), state = tx.update(g, state=None)
     assert_close(u, -g[0].clamp(-0.5, 0.5))
-    assert_close(tx.update(g, state)[0][0], u)
+    for kept in (state, torchopt.base.EmptyState(), (torchopt.base.EmptyState(),) * 2):
+        assert_close(tx.update(g, kept)[0][0], u)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torchopt import hyper, misuse, step_count, tree, whole
 from torchopt.engine import Call, advance, next_step, step_list
 from torchopt.opt_state import OptState
 from torchopt.recording import refuse_recorded
-from torchopt.state_parts import joined
+from torchopt.state_parts import EmptyState, joined
 from torchopt.typing import PyTree, Step, TensorTree
 
 
@@ -96,6 +96,8 @@ def as_state(tx: Any, state: Any) -> Any:
     Raises:
         TypeError: If ``state`` is ``None`` and the transformation keeps something.
     """
+    if isinstance(state, EmptyState):
+        state = None
     if isinstance(state, (tuple, list)):
         found = joined(state)
         return state if found is None else OptState(*found)
