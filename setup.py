@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,6 +55,11 @@ def instruction_sets() -> dict[str, list[str]]:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
     cross = "ARCHFLAGS" in os.environ  # several architectures in one file: no flags for one of them
     return X86 if is_x86 and not cross else {"generic": []}
+
+
+#: The address, with a slash at its end, under which the files of this repository can be read;
+#: ``None`` as long as it is published nowhere.
+SOURCES: str | None = None
 
 
 class BuildFused(build_ext):
@@ -138,7 +144,22 @@ def _write_facts(library: Path) -> None:
     _with_facts(library)[1].write_text(json.dumps(facts) + "\n")
 
 
+def description() -> str:
+    """Return README.md for the page of a package index, where the files it links to are not.
+
+    They are named there, and their pictures left out; links become absolute with ``SOURCES``.
+    """
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    relative = r"\]\((?![a-z]+:|#)([^)]+)\)"
+    if SOURCES is not None:
+        return re.sub(relative, rf"]({SOURCES}\1)", text)
+    text = re.sub(rf"^!\[.*{relative}\n+", "", text, flags=re.MULTILINE)
+    return re.sub(rf"\[([^\[\]]+){relative}", r"\1", text)
+
+
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("torchopt.kernels._fused", ["csrc/engine.c"])],
     cmdclass={"build_ext": BuildFused, "bdist_wheel": Wheel},
 )

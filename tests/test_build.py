@@ -137,6 +137,24 @@ def test_a_wheel_is_for_one_platform_and_for_every_python(sources: Path) -> None
     assert not {name for name in names if "_fused." in name}
 
 
+def test_a_wheel_says_its_licences_and_links_to_nothing_that_is_not_there(sources: Path) -> None:
+    build_wheel(sources, FAILS)
+    (path,) = (sources / "dist").iterdir()
+    with zipfile.ZipFile(path) as wheel:
+        (about,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        head, text = wheel.read(about).decode().split("\n\n", 1)
+        licences = [name for name in wheel.namelist() if "/licenses/" in name]
+    assert "License-Expression: Apache-2.0 AND MIT\n" in head
+    assert len(licences) == 2
+    assert any("dagre" in name for name in licences)
+    assert "Description-Content-Type: text/markdown" in head
+    assert re.search(r"Requires-Dist: typing-extensions>=4.10\b", head)
+    readme = (ROOT / "README.md").read_text()
+    assert re.search(r"\]\((?!https?:)", readme), "there are links to files to be rid of"
+    assert not re.search(r"\]\((?!https?:)", text)
+    assert "`docs/architecture.md`: how the library is laid out" in text
+
+
 def test_an_editable_build_has_what_was_built_last(sources: Path) -> None:
     path = sources / LIBRARY
     done = run_setup(sources, "build_ext", "--inplace", compiler=COMPILER)

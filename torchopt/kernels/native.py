@@ -284,6 +284,6 @@ def _check_symbols(loaded: Any, path: Path) -> None:
         or order.index(here) < order.index(compiled_for)
     ):
         raise UnavailableError(
-            f"{path.name} was compiled for {compiled_for} by flags such as -march=native, this "
-            f"processor has {here}; without them {REINSTALL}"
+            f"{path.name} was compiled for {compiled_for}, this processor has {here}; without "
+            f"flags such as -march=native {REINSTALL}"
         )
