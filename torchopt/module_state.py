@@ -30,7 +30,7 @@ class FastWeight(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @property
-    def _is_param(self) -> bool:
+    def _is_param(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether ``isinstance(weight, nn.Parameter)``: yes, as code that walks modules expects.
 
         But not for ``load_state_dict(assign=True)`` when it asks whether the tensor that it was
@@ -43,7 +43,8 @@ class FastWeight(Tensor):
 
     @_is_param.setter
     def _is_param(self, _: bool) -> None:
-        self.__class__ = nn.Parameter  # nn.Parameter(weight) marks what it makes
+        made: Any = self
+        made.__class__ = nn.Parameter  # nn.Parameter(weight) marks what it makes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         copied = nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)
@@ -114,8 +115,8 @@ def refuse_scripted(what: str, module: nn.Module) -> None:
         if isinstance(part, torch.jit.ScriptModule):
             where = f"its part {name!r} is" if name else "it is"
             raise TypeError(
-                f"{what} cannot put other weights into {type(module).__name__}: {where} scripted or "
-                "traced by torch.jit. Give it the network before torch.jit.script."
+                f"{what} cannot put other weights into {type(module).__name__}: {where} "
+                "scripted or traced by torch.jit. Give it the network before torch.jit.script."
             )
 
 

@@ -138,9 +138,7 @@ class _CopiesHistory(TorchFunctionMode):
         super().__init__()
         self._copier = copier
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
             copied = args[1][id(args[0])] = self._copier(args[0])
             return copied
