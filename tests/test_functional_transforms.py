@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import torchopt
+from torchopt import tree
 
 
 MEMBERS = 4
@@ -113,7 +114,7 @@ def test_vmap_is_a_loop_over_members(case: Any) -> None:
         params, state = vmap(step)(lr, grads, state, params)
         for i in range(MEMBERS):
             singles[i], states[i] = step(lr[i], member(grads, i), states[i], singles[i])
-    assert state.step == 3
+    assert state.step.tolist() == [3] * MEMBERS  # a leaf, as everything in a state
     for i in range(MEMBERS):
         assert_close(member(params, i), singles[i])
         assert_close(member(state.slots, i), states[i].slots)
@@ -303,7 +304,7 @@ COMPILED = {
 @pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED.keys())
 def test_update_compiles_with_every_kind_of_hyperparameter(make: Any) -> None:
     graphs = _compiled_steps(make(), "eager")
-    assert graphs[-1] <= 2
+    assert graphs[-1] <= (2 if tree._COMPILER_KNOWS_OPTREE else 3)  # torch 2.6 makes one more
 
 
 def test_an_inplace_step_compiles() -> None:

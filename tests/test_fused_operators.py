@@ -19,6 +19,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchopt
+from torchopt import tree
 from torchopt.kernels import operators as operators  # registers them
 from torchopt.kernels.written import read, write
 
@@ -219,6 +220,30 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "no text": (lambda x, text, *rest: (x, "", *rest), "must say"),
     "operation": (lambda x, text, *rest: (x, "x0 = exp g\nu <- x0", *rest), "no operation 'exp'"),
     "order": (lambda x, text, *rest: (x, "x0 = neg x1\nu <- x0", *rest), "before it is computed"),
+    "more rows": (
+        lambda x, text, v, live, t, rows: (x, text, 9 * v, live, [1] * 9, [0, 1, 2, 8]),
+        "9 rows .* for 4 parameters",
+    ),
+    **{
+        f"number {number:.20}": (
+            lambda x, text, *rest, n=number: (x, f"n0 := {n}\n{text.split(chr(10), 1)[1]}", *rest),
+            message,
+        )
+        for number, message in {
+            "(t+8.0)**(t+8.0)**(t+8.0)": "numbers cannot be computed",
+            "(t+8)**(t+8)**(t+8)": "constants are numbers such as 1.0, got 8",
+            "'a'*1000000000000.0": "constants are numbers such as 1.0",
+            "1.0 / (t - 2.0)": "numbers cannot be computed",
+            "(-t) ** 0.5": "not real",
+            "abs(h)": "no such Name",
+            "h[t]": "no such Subscript",
+            "t.real": "no such Attribute",
+            "float('1' * 9)": "no such Call",
+            "(" * 900 + "t" + ")" * 900: "no expression",
+            "-" * 1900 + "t": "no line of a kernel's text",
+            "t" + " + t" * 1000: "at most 2000 characters",
+        }.items()
+    },
     "code": (
         lambda x, text, *rest: (x, "n0 := __import__('os').getpid()\nu <- n0", *rest),
         "no line of a kernel's text",
@@ -263,6 +288,11 @@ COMPILED: dict[str, Callable[[bool], Any]] = {
 }
 
 
+compiles = pytest.mark.skipif(
+    not tree._COMPILER_KNOWS_OPTREE, reason="torch.compile takes kernels from torch 2.13 on"
+)
+
+
 def compiled_steps(
     tx: Any, dtype: torch.dtype, backend: str, steps: int = 5
 ) -> tuple[CompileCounterWithBackend, list[int]]:
@@ -290,6 +320,7 @@ def compiled_steps(
     return counter, graphs
 
 
+@compiles
 @pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED.keys())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_compiled_calls_give_the_bits_of_eager_ones(make: Any, dtype: torch.dtype) -> None:
@@ -302,6 +333,7 @@ def test_compiled_calls_give_the_bits_of_eager_ones(make: Any, dtype: torch.dtyp
     assert graphs[-1] <= 3  # the compiler may begin one of them twice
 
 
+@compiles
 def test_compiled_calls_with_inductor() -> None:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("the default backend needs a C++ compiler on the path")
@@ -310,6 +342,7 @@ def test_compiled_calls_with_inductor() -> None:
     assert graphs[-1] <= 2
 
 
+@compiles
 def test_a_learning_rate_may_change() -> None:
     (g, *_), _ = data(torch.float64)
     counter = CompileCounterWithBackend("aot_eager")
@@ -329,6 +362,7 @@ def test_a_learning_rate_may_change() -> None:
     assert counter.frame_count <= 2
 
 
+@compiles
 @every_optimizer
 def test_gradients_through_compiled_calls(make: Any) -> None:
     tx = make(use_accelerated_op=True)
@@ -351,13 +385,15 @@ def test_gradients_through_compiled_calls(make: Any) -> None:
     assert all(map(torch.equal, found, expected))
     by_func = grad(steps, argnums=(0, 1))
     found = torch.compile(by_func, fullgraph=True, backend="aot_eager")(g, p, state)
-    assert all(map(torch.equal, found, by_func(g, p, state)))
+    taken_apart = tx.init({"w": p})  # torch.func does that, and then the count is a tensor
+    assert all(map(torch.equal, found, by_func(g, p, taken_apart)))
     batch = torch.stack([g, 2 * g])
     batched = vmap(grad(steps), in_dims=(0, None, None))
     found = torch.compile(batched, fullgraph=True, backend="aot_eager")(batch, p, state)
-    assert torch.equal(found, batched(batch, p, state))
+    assert torch.equal(found, batched(batch, p, taken_apart))
 
 
+@compiles
 def test_what_cannot_be_compiled_with_kernels_is_refused_by_name() -> None:
     g = [torch.ones(3)]
     tx = torchopt.adam(0.1, use_accelerated_op=True)
@@ -379,6 +415,17 @@ def test_what_cannot_be_compiled_with_kernels_is_refused_by_name() -> None:
 
         with pytest.raises(Exception, match=f"use_accelerated_op=True requires.*{message}"):
             torch.compile(update, fullgraph=True, backend="aot_eager")(grads, state)
+
+
+def test_kernels_in_a_compiler_that_is_too_old_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tree, "_COMPILER_KNOWS_OPTREE", False)
+    tx, g = torchopt.adam(0.1, use_accelerated_op=True), [torch.ones(3)]
+    compiled = torch.compile(lambda g, s: tx.update(g, s, inplace=False), fullgraph=True)
+    message = "use_accelerated_op=True requires .* from torch 2.13 on; this is torch .* Pass None"
+    with pytest.raises(Exception, match=message):
+        compiled(g, tx.init(g))
 
 
 def test_other_tracers_see_the_operator() -> None:

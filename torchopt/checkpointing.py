@@ -48,10 +48,10 @@ def refuse_in_backward(module: nn.Module, _: Any) -> None:
     """
     if torch._C._current_graph_task_id() != -1 and module in moments.written:
         raise RuntimeError(
-            f"{type(module).__name__} is computed again in a backward pass, for "
-            "torch.utils.checkpoint, but its weights have been replaced since it ran first. "
-            f"PyTorch {torch.__version__} checkpoints in a way that torchopt does not know. "
-            "Do not checkpoint inside an inner loop."
+            f"{type(module).__name__} is computed again in a backward pass "
+            "(torch.utils.checkpoint), but its weights have been replaced since it ran first. This "
+            f"version of PyTorch ({torch.__version__}) checkpoints in a way that torchopt does "
+            "not know. Do not checkpoint inside an inner loop."
         )
 
 

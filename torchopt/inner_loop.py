@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 from torch import nn
 
+from torchopt import misuse
 from torchopt.commit import all_or_nothing
 from torchopt.meta import MetaOptimizer
 from torchopt.module_state import refuse_scripted
@@ -14,7 +14,7 @@ from torchopt.rollback import Rollback
 from torchopt.transform import GradientTransformation
 
 
-@contextlib.contextmanager
+@misuse.block
 def inner_loop(
     module: nn.Module,
     tx: GradientTransformation | MetaOptimizer,
@@ -56,6 +56,7 @@ def inner_loop(
         >>> net.weight.grad.shape
         torch.Size([1, 2])
     """
+    misuse.check_inner_loop(module, tx)
     optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
     refuse_scripted("inner_loop", module)
     groups = list(optimizer.param_groups)
@@ -63,7 +64,7 @@ def inner_loop(
     rollback = Rollback(modules.values(), restore_buffers)
     groups_before = [dict(group) for group in groups]
     # states are replaced at each step and never changed, so that they need no copy
-    states_before = list(optimizer._states)
+    states_before, pairs_before = list(optimizer._states), optimizer._pairs
     create_graph_before = optimizer.create_graph
     if create_graph is not None:
         optimizer.create_graph = create_graph
@@ -75,9 +76,11 @@ def inner_loop(
             group.clear()
             group.update(before)
         optimizer.param_groups[:] = groups
-        optimizer._states = list(states_before)
+        optimizer._states, optimizer._pairs = list(states_before), pairs_before
 
     try:
         yield optimizer
     finally:
         all_or_nothing(undo)
+        if optimizer is not tx:  # a step would change the network for good
+            vars(optimizer)["step"] = misuse.step_after_block

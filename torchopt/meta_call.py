@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchopt import hyper
 from torchopt.alike import Alike
 from torchopt.engine import Call, initialise, initialise_packed, packs
 from torchopt.meta_state import GroupState
-from torchopt.module_state import ParameterSite, ParameterWalk
+from torchopt.module_state import ParameterSite, ParameterWalk, named_places
 from torchopt.packed import Packed, PackedDict, Packing
 from torchopt.transform import GradientTransformation
 from torchopt.values import is_plain
@@ -34,9 +35,14 @@ class Entry(NamedTuple):
 
 
 class Trainable:
-    """The parameters of all groups that require grad, at this moment."""
+    """The parameters of all groups that require grad, at this moment.
 
-    def __init__(self) -> None:
+    Attributes:
+        frozen: By group, those that did not at some step: a state may be without them.
+    """
+
+    def __init__(self, frozen: Mapping[int, set[str]] | None = None) -> None:
+        self.frozen = {index: set(names) for index, names in (frozen or {}).items()}
         self._walks: list[ParameterWalk] = []
         self._entries: list[list[Entry]] = []
 
@@ -57,6 +63,8 @@ class Trainable:
                 if tensor.requires_grad:
                     entries.append(entry)
                     params.append(tensor)
+                else:
+                    self.frozen.setdefault(index, set()).add(entry.name)
         return entries, params
 
     def _look_up(self, index: int, module: Any) -> list[Tensor] | None:
@@ -70,6 +78,30 @@ class Trainable:
         self._walks.append(walk)
         self._entries.append([Entry(index, site.name, site) for site in walk.sites])
         return [site.tensor for site in walk.sites]
+
+
+def known_names(module: nn.Module) -> hyper.Known:
+    """Return the names of all parameters of a network, and the further ones of tied weights."""
+    names: dict[int, str] = {}
+    others: dict[str, list[str]] = {}
+    for name, _, _, tensor in named_places(module, "_parameters"):
+        if id(tensor) in names:
+            others.setdefault(names[id(tensor)], []).append(name)
+        names.setdefault(id(tensor), name)
+    return hyper.Known(list(names.values()), others)
+
+
+def _known_of_all(groups: Sequence[dict[str, Any]]) -> hyper.Known:
+    """Return the names of all parameters of several networks, as masks see them."""
+    names: list[str] = []
+    others: dict[str, list[str]] = {}
+    for index, group in enumerate(groups):
+        known = known_names(group["params"])
+        names += [f"{index}.{name}" for name in known.names]
+        others.update(
+            {f"{index}.{n}": [f"{index}.{o}" for o in more] for n, more in known.others.items()}
+        )
+    return hyper.Known(names, others)
 
 
 def new_call(
@@ -94,11 +126,18 @@ def new_call(
         own = [k for k, entry in enumerate(entries) if single or entry.group == index]
         count = max((steps[k] for k in own), default=1) - 1
         own_names = names if single else [entries[k].name for k in own]
-        rows += hyper.resolve(group, specs, [params[k] for k in own], lambda n=own_names: n, count)
+        own_params = [params[k] for k in own]
+        around = partial(known_names, group["params"])
+        rows += hyper.resolve(group, specs, own_params, lambda n=own_names: n, count, around)
     call = Call(grads, params, steps, {}, rows, lambda: names, dict(zip(names, params)))
+    call.known = (
+        partial(known_names, groups[0]["params"]) if single else partial(_known_of_all, groups)
+    )
     fresh = [step == 1 and e.name not in known[e.group] for step, e in zip(steps, entries)]
     complete = single and (not known[0] or known[0].keys() == set(names))
-    call.pack_slots = complete and packs(tx.plan)
+    # what is packed is contiguous, and so is what a kernel computes with it
+    dense = all(map(Tensor.is_contiguous, params))
+    call.pack_slots = complete and dense and packs(tx.plan)
     packed: dict[str, Any] = {}
     if call.pack_slots:
         if not known[0]:
@@ -245,16 +284,18 @@ class Steady:
             return None
         if list(map(_shape_of, params)) != self.packing.shapes:
             return None
-        counts = set(states[0].steps.values()) or {0}
+        known = states[0].steps
+        counts = set(known.values()) or {0}
         step = counts.pop()
-        if counts or (step and len(states[0].steps) != len(names)):
+        if counts or (known and len(known) != len(names)):
             return None
         reference = dict(zip(names, params))
         call = Call(
             grads, params, [step + 1] * len(params), {}, self.rows, lambda: names, reference
         )
         call.pack_slots = True
-        slots = self._slots(states[0]) if step else self._fresh_slots(tx, call)
+        # a count of 0 may come with slots that somebody gave
+        slots = self._slots(states[0]) if known else self._fresh_slots(tx, call)
         if slots is None:
             return None
         call.slots = slots

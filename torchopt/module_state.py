@@ -42,9 +42,9 @@ class FastWeight(Tensor):
         return caller.f_locals.get("input_param") is not self
 
     @_is_param.setter
-    def _is_param(self, _: bool) -> None:
-        made: Any = self
-        made.__class__ = nn.Parameter  # nn.Parameter(weight) marks what it makes
+    def _is_param(self, _: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # nn.Parameter(weight) marks what it makes
+        self.__class__ = nn.Parameter  # pyright: ignore[reportAttributeAccessIssue]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         copied = nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)

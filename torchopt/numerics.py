@@ -39,6 +39,21 @@ def exact(count: Tensor) -> Tensor:
     return count.to(torch.float32 if count.device.type == "mps" else torch.float64)
 
 
+def power(base: Any, exponent: Any) -> Any:
+    """Return ``base ** exponent``, where either may be a number or a tensor.
+
+    While compiling, numbers that change from call to call (step counts) are symbols, and the
+    derivative of a power of a tensor and a symbol cannot be compiled; that of two tensors can.
+    """
+    learned = isinstance(base, Tensor)
+    if learned is not isinstance(exponent, Tensor) and torch.compiler.is_compiling():
+        if learned:
+            exponent = torch.ones_like(base) * exponent
+        else:
+            base = torch.ones_like(exponent) * base
+    return base**exponent
+
+
 def derivatives_recorded() -> bool:
     """Whether reverse- or forward-mode differentiation may be looking at what is computed now."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0

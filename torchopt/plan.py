@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torchopt import misuse, tree
+
 
 class Plan:
     """Where each part of a transformation finds its hyperparameters and slots by public name.
@@ -25,6 +27,8 @@ class Plan:
         self.optional_slots: set[str] = set()
         self.fields: list[dict[str, str]] = []
         self.slots: list[tuple[str, ...]] = []
+        #: Slots that are one tree for all parameters: whose they are, and under which masks.
+        self.whole: dict[str, tuple[Any, tuple[Any, ...]]] = {}
         for part in self.parts:
             specs = part.hyper_specs()
             fields = {name: _free_name(name, self.hyper_specs) for name in specs}
@@ -36,6 +40,8 @@ class Plan:
             values = part.hyperparameters()
             self.values.update({fields[name]: values[name] for name in specs})
             own = part.slot_names()
+            whole = part.whole_slots()
+            self.whole.update({n: whole[slot] for n, slot in zip(names, own) if slot in whole})
             self.optional_slots |= {n for n, slot in zip(names, own) if slot in part.optional_slots}
 
     def check_slots(self, given: Iterable[str], owner: object) -> None:
@@ -50,18 +56,18 @@ class Plan:
         if unknown or missing:
             what = f"has {unknown}" if unknown else f"lacks {missing}"
             raise ValueError(
-                f"The state belongs to another optimizer: it {what}, while {owner} keeps "
-                f"{list(self.slot_names)}."
+                f"The state belongs to another optimizer: it {what}, while "
+                f"{misuse.clipped(str(owner))} keeps {list(self.slot_names)}."
             )
 
     def rows_of(self, position: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Pick a part's own hyperparameters; rows that are one object stay one object."""
-        fields = self.fields[position]
+        fields, each = self.fields[position], tree.compiler_is_old()
         previous: dict[str, Any] | None = None
         picked: dict[str, Any] = {}
         result = []
         for row in rows:
-            if row is not previous:
+            if each or row is not previous:
                 picked = {name: row[public] for name, public in fields.items()}
                 previous = row
             result.append(picked)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from torchopt import moments
 from torchopt.values_before import ValuesBefore
@@ -53,8 +54,8 @@ class Rollback:
 _SPOILED = (
     "A checkpointed part of the network cannot be computed again: it ran inside an inner_loop "
     "block after values of a parameter had been changed in place there (reset_parameters, "
-    "load_state_dict, an embedding's max_norm), and the block has put the old values back at its "
-    "end. Differentiate inside the block, or do not checkpoint this part."
+    "load_state_dict, an embedding's max_norm), and the block has put the old values back at "
+    "its end. Differentiate inside the block, or do not checkpoint this part."
 )
 
 
@@ -70,15 +71,16 @@ class _Module:
         self._volatile = set(module._non_persistent_buffers_set) if with_buffers else None
         parametrized = "parametrizations" in module._modules
         members = vars(self._class).items() if parametrized else ()
-        self._lazy = _is_lazy(module)
+        lazy: Any = module if isinstance(module, LazyModuleMixin) else None
+        self._lazy = lazy is not None and lazy.has_uninitialized_params()
         self._properties = {n: p for n, p in members if isinstance(p, property)}
 
     def undo(self) -> None:
-        module: Any = self.module
+        module = self.module
         # a lazy module that got its shapes keeps them, with the values that it was initialised with
-        grown = self._lazy and not _is_lazy(module)
+        grown = self._lazy and not isinstance(module, LazyModuleMixin)
         if type(module) is not self._class and not grown:  # a parametrization came or went
-            module.__class__ = self._class
+            module.__class__ = self._class  # pyright: ignore[reportAttributeAccessIssue]
         for name, value in self._properties.items():
             if name not in vars(self._class):
                 setattr(self._class, name, value)
@@ -96,11 +98,6 @@ class _Module:
         for name, value in self._attributes.items() if not grown else ():
             if name not in present:
                 moments.put(module, "", name, value)
-
-
-def _is_lazy(module: nn.Module) -> bool:
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return any(nn.parameter.is_lazy(t) for t in tensors if t is not None)
 
 
 def _put_all(module: nn.Module, kind: str, held: dict[str, Any]) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torchopt import marks, moments, tree
+from torchopt import marks, misuse, moments, tree
 from torchopt.module_state import named_places, parameter_sites, place_all
 from torchopt.opt_state import OptState
+from torchopt.state_targets import check_tree
 from torchopt.typing import PyTree
 
 
@@ -92,6 +93,8 @@ def extract_state_dict(
 
     Raises:
         ValueError: If ``by`` is another word, or a tree is to carry names.
+        TypeError: If there are no tensors to take, as in a :class:`torchopt.Optimizer`, whose
+            ``state_dict()`` they are.
 
     Example:
         >>> import torch, torchopt
@@ -116,6 +119,7 @@ def extract_state_dict(
             prefix = visual_prefix if len(states) == 1 else f"{visual_prefix}{position}."
             state.__dict__["visual_contents"] = _prefixed(prefix, tree.named_leaves(state.slots))
         return states
+    check_tree("extract_state_dict", target)
     if enable_visual or visual_prefix:
         raise ValueError(
             "enable_visual is for modules and meta-optimizers. Give make_dot a dict of names and "
@@ -149,8 +153,8 @@ class _Copier:
     """Copies tensors one way; a tensor met twice gives the same copy."""
 
     def __init__(self, by: str, device: Any) -> None:
-        if by not in _SPELLINGS:
-            raise ValueError(f"by must be 'reference', 'copy' or 'deepcopy', got {by!r}.")
+        if not isinstance(by, str) or by not in _SPELLINGS:
+            raise ValueError(f"by must be 'reference', 'copy' or 'deepcopy', got {by!r:.80}.")
         self.by = _SPELLINGS[by]
         self.device = device
         self.copies: dict[int, tuple[Any, Any]] = {}
@@ -201,7 +205,8 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     Raises:
         ValueError: If ``state`` has another structure, naming the first path that differs. Nothing
             has changed then.
-        TypeError: If ``state`` is no extracted state of such a target.
+        TypeError: If ``state`` is no extracted state of such a target, or ``target`` is something
+            else, such as a :class:`torchopt.Optimizer`, which has its ``load_state_dict``.
 
     Example:
         >>> import torch, torchopt
@@ -217,6 +222,8 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     if isinstance(target, HoldsState):
         target.recover_state(state)
         return None
+    misuse.check_recovered(target, state)
+    check_tree("recover_state_dict", target)
     leaves, spec = tree.flatten(target)
     values = tree.flatten_like(state, target, spec, "The leaves of the state", "the target")
     names = tree.leaf_names(target)
@@ -227,10 +234,7 @@ def recover_state_dict(target: Any, state: Any) -> Any:
 
 def _recover_module(module: nn.Module, state: Any) -> None:
     if not isinstance(state, ModuleState):
-        raise TypeError(
-            "The state of a module must be what extract_state_dict(module) returned, got "
-            f"{type(state).__name__}."
-        )
+        raise TypeError(misuse.not_a_module_state(state))
     params = {name: t for name, _, _, t in named_places(module, "_parameters")}
     buffers = {name: t for name, _, _, t in named_places(module, "_buffers")}
     for what, own, given in (
@@ -298,6 +302,7 @@ def stop_gradient(target: T) -> T:
 
     Raises:
         ValueError: If a tensor of a tree is a view with history, which cannot be detached in place.
+        TypeError: If there is nothing to cut, as in a :class:`torchopt.Optimizer`.
 
     Example:
         >>> import torch, torchopt
@@ -325,6 +330,7 @@ def stop_gradient(target: T) -> T:
         # without requires_grad: an outer backward() would fill the grad of every moment
         target.recover_state(tuple(tree.tree_map(_detached, state) for state in states))
     else:
+        check_tree("stop_gradient", target)
         _detach_leaves(target)
     return target
 
@@ -370,6 +376,7 @@ def module_clone(
 
     Raises:
         ValueError: If ``by`` is another word.
+        TypeError: If ``target`` is something else, such as a :class:`torchopt.Optimizer`.
 
     Example:
         >>> import torch, torchopt
@@ -395,4 +402,5 @@ def module_clone(
         )
         cloned.recover_state(extract_state_dict(target, by=by, device=device))
         return cloned
+    check_tree("module_clone", target)
     return extract_state_dict(target, by=by, device=device)

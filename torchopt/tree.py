@@ -6,39 +6,115 @@ Classes registered with optree globally or under the namespace ``"torchopt"`` ar
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
 import torch
+from optree.utils import total_order_sorted
 from torch.utils import _pytree as torch_pytree
 
+from torchopt import misuse
 from torchopt.typing import PyTree
 
 
 NAMESPACE = "torchopt"
 
-# torch.compile sees through optree on 2.13; on 2.6 it does not, and PyTorch's own pytrees stand in
-# (there, a class registered with optree alone is a leaf).
+# torch.compile sees through optree on 2.13; below it does not: trees are walked in Python there,
+# through the nodes that torch knows (a class registered with optree alone is a leaf).
 _COMPILER_KNOWS_OPTREE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
-def _use_torch_pytree() -> bool:
+def compiler_is_old() -> bool:
+    """Whether a compiler is at work that has to be shown plain Python only.
+
+    It does not see through optree, and ``is`` between dicts that hold tensors ends it.
+    """
     return not _COMPILER_KNOWS_OPTREE and torch.compiler.is_compiling()
+
+
+#: How the children of our own nodes are called; those of other classes are counted.
+_ENTRIES: dict[type, Callable[[Any], tuple[Any, ...]]] = {}
+
+
+class _Walked:
+    """The structure of a tree that has been walked: what :func:`flatten` returns for ``spec``.
+
+    Leaves stand in the order of optree whoever asks, and come with their paths from one walk: some
+    of the functions here may be compiled and others not.
+    """
+
+    def __init__(self, root: Any, paths: list[tuple[Any, ...]]) -> None:
+        self.root = root  # None for a leaf, or (class, context, entries, roots)
+        self.paths = paths
+        self.num_leaves = len(paths)
+
+
+def _walk(
+    node: PyTree, path: tuple[Any, ...], leaves: list[Any], paths: list[tuple[Any, ...]]
+) -> Any:
+    """Append the leaves of a node and their paths, and return its structure."""
+    kind = torch_pytree._get_node_type(node)
+    if kind not in torch_pytree.SUPPORTED_NODES:
+        leaves.append(node)
+        paths.append(path)
+        return None
+    if kind in (dict, OrderedDict, defaultdict):
+        given = list(node.keys())
+        entries = given if kind is OrderedDict else _sorted(given)
+        children = [node[key] for key in entries]
+        context: Any = (given, node.default_factory if kind is defaultdict else None)
+    else:
+        children, context = torch_pytree.SUPPORTED_NODES[kind].flatten_fn(node)
+        entries = list(_ENTRIES[kind](node) if kind in _ENTRIES else range(len(children)))
+    roots = [_walk(child, (*path, entry), leaves, paths) for entry, child in zip(entries, children)]
+    return kind, context, entries, roots
+
+
+def _sorted(keys: list[Any]) -> list[Any]:
+    """Return the keys of a dict in the order of optree."""
+    return sorted(keys) if {type(key) for key in keys} <= {str} else total_order_sorted(keys)
+
+
+def _rebuild(root: Any, leaves: list[Any]) -> PyTree:
+    """Build a node; ``leaves`` are taken from the end."""
+    if root is None:
+        return leaves.pop()
+    kind, context, entries, roots = root
+    children = [_rebuild(child, leaves) for child in roots]
+    if kind not in (dict, OrderedDict, defaultdict):
+        return torch_pytree.SUPPORTED_NODES[kind].unflatten_fn(children, context)
+    given, factory = context
+    by_key = dict(zip(entries, children))
+    items = {key: by_key[key] for key in given}  # in the order they had
+    if kind is dict:
+        return items
+    return OrderedDict(items) if kind is OrderedDict else defaultdict(factory, items)
+
+
+def _equal(spec: Any, other: Any) -> bool:
+    """Whether two structures are known to be the same; ``False`` says nothing about paths."""
+    if isinstance(spec, _Walked) or isinstance(other, _Walked):
+        return False
+    return spec == other
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
     """Return the leaves of ``tree`` and its structure."""
-    if _use_torch_pytree():
-        return torch_pytree.tree_flatten(tree)
+    if compiler_is_old():
+        leaves: list[Any] = []
+        paths: list[tuple[Any, ...]] = []
+        root = _walk(tree, (), leaves, paths)
+        return leaves, _Walked(root, paths)
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     return leaves, spec
 
 
 def unflatten(spec: Any, leaves: Sequence[Any]) -> PyTree:
     """Build the tree with structure ``spec`` from ``leaves``."""
-    if _use_torch_pytree():
-        return torch_pytree.tree_unflatten(leaves, spec)
+    if isinstance(spec, _Walked):
+        return _rebuild(spec.root, list(reversed(leaves)))
     return optree.tree_unflatten(spec, leaves)
 
 
@@ -50,6 +126,8 @@ def tree_map(function: Callable[..., Any], tree: PyTree) -> PyTree:
 
 def leaf_paths(tree: PyTree) -> list[tuple[Any, ...]]:
     """Return the path of every leaf, in the order of :func:`flatten`."""
+    if compiler_is_old():
+        return flatten(tree)[1].paths
     return optree.tree_paths(tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
@@ -97,21 +175,24 @@ def flatten_like(tree: PyTree, reference: PyTree, spec: Any, what: str, like: st
         ValueError: Naming the first path at which the two structures differ.
     """
     leaves, tree_spec = flatten(tree)
-    if tree_spec == spec:
+    if _equal(tree_spec, spec):
         return leaves
     paths, expected = leaf_paths(tree), leaf_paths(reference)
     if paths == expected:
         return leaves
     by_path = dict(zip(paths, leaves))
     if len(paths) != len(expected) or by_path.keys() != set(expected):
-        raise ValueError(f"{what} do not match {like}: {first_difference(paths, expected)}.")
+        misuse.check_trees({what: tree, like: reference})
+        difference = first_difference(paths, expected)
+        kinds = misuse.different_kinds(what, tree, like, reference)
+        raise ValueError(f"{what} do not match {like}: {difference}.{kinds}")
     return [by_path[path] for path in expected]
 
 
 def unflatten_like(target: PyTree, reference: PyTree, spec: Any, leaves: Sequence[Any]) -> PyTree:
     """Build a tree like ``target`` from leaves in the order of ``reference``; same leaf paths."""
     target_spec = flatten(target)[1]
-    if target_spec == spec:
+    if _equal(target_spec, spec):
         return unflatten(target_spec, leaves)  # dicts that are equal may differ in their order
     by_path = dict(zip(leaf_paths(reference), leaves))
     return unflatten(target_spec, [by_path[path] for path in leaf_paths(target)])
@@ -150,7 +231,10 @@ def register_node(
         keys = [torch_pytree.GetAttrKey(str(entry)) for entry in path_entries(node)]
         return list(zip(keys, children)), metadata
 
-    optree.register_pytree_node(cls, optree_flatten, unflatten_function, namespace=NAMESPACE)
+    # in every namespace: a script's own optree.tree_map, or torchopt.pytree's, sees the leaves
+    everywhere: Any = optree.registry.__GLOBAL_NAMESPACE  # pyright: ignore[reportAttributeAccessIssue]
+    optree.register_pytree_node(cls, optree_flatten, unflatten_function, namespace=everywhere)
+    _ENTRIES[cls] = path_entries
     torch_pytree.register_pytree_node(
         cls,
         lambda node: (list(flatten_function(node)[0]), flatten_function(node)[1]),

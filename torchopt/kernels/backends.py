@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import sys
 
 import torch
 
@@ -29,6 +31,19 @@ def unavailable(device_type: str) -> str:
     return f"there are no kernels for {device_type!r} devices"
 
 
+_OWN_FOLDERS = tuple(
+    os.path.dirname(path) + os.sep for path in (os.path.dirname(__file__), torch.__file__)
+)
+
+
+def level_of_user() -> int:
+    """Return the ``stacklevel`` at which a warning of the caller points to the user's code."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FOLDERS):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 @functools.cache
 def _cuda_unavailable() -> str:
     if importlib.util.find_spec("triton") is None:
@@ -41,7 +56,7 @@ def _cuda_unavailable() -> str:
     return f"{NOT_LOADED} GPUs are not loaded: {problem}" if problem else ""
 
 
-@functools.cache
+@functools.cache  # one entry for each GPU
 def _too_old(device: torch.device) -> str:
     """Return why Triton has no compiler for one of the GPUs, or the empty string."""
     if torch.version.hip is not None:
@@ -71,7 +86,7 @@ def missing(device: torch.device, program: Program, mode: str) -> str:
     return ""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # a user's own rules may be of any number
 def find(name: str) -> int | None:
     """Return the position of a kernel in the C library, or ``None``."""
     return native.library().find(name)

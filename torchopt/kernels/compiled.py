@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from torchopt import misuse, tree
 from torchopt.engine import Call, Leaves, run_by_rules
 from torchopt.kernels import fused, native
 from torchopt.kernels import operators as operators  # registers them
@@ -69,25 +70,26 @@ def take_run(
 def _take(
     plan: Plan, first: int, last: int, leaves: Leaves, columns: dict[str, Any], apply: bool
 ) -> list[Tensor]:
-    if not hasattr(torch._dynamo, "nonstrict_trace"):
-        raise RuntimeError(
-            "use_accelerated_op=True requires a fused kernel, which torch.compile cannot take in "
-            f"torch {torch.__version__}: it has no nonstrict_trace. Pass None to compile the rules."
-        )
+    if tree.compiler_is_old():
+        _refuse_old(leaves.g[0], _TOO_OLD)
     every_name = leaves.call.names()
     names = [every_name[i] for i in leaves.index]
     rows: list[dict[str, Any]] = []
     row_of_each = []
-    previous = None
+    previous, each = None, tree.compiler_is_old()
     for k, row in enumerate(leaves.hyper):
-        if row is not previous:
+        if each or row is not previous:
             rows.append(_checked_row(plan, first, last, row, leaves.name(k)))
             previous = row
         row_of_each.append(len(rows) - 1)
     for k, t in enumerate(leaves.t):
         if isinstance(t, Tensor):
             part = plan.parts[first]
-            raise RuntimeError(fused.refusal(part, leaves.name(k), "the step count is a tensor"))
+            reason = (
+                "the step count is a tensor (the state has been taken apart, and "
+                "OptState(int(state.step), state.slots) makes it a number again)"
+            )
+            raise RuntimeError(fused.refusal(part, leaves.name(k), reason))
     given = {"p": leaves.p}
     for slots in plan.slots[first:last]:
         for name in slots:
@@ -120,8 +122,21 @@ def _checked_row(
             own[public] = value = row[public]
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, Tensor):
-                    raise RuntimeError(fused.refusal(part, name, "a hyperparameter is a tensor"))
+                    reason = misuse.no_number({public: value})
+                    raise RuntimeError(fused.refusal(part, name, reason))
     return own
+
+
+_TOO_OLD = (
+    "use_accelerated_op=True requires a fused kernel, which torch.compile can take from torch 2.13 "
+    f"on; this is torch {torch.__version__}. Pass None to compile the rules."
+)
+
+
+@torch._dynamo.allow_in_graph
+def _refuse_old(_: Tensor, message: str) -> None:
+    """Raise; what the compiler's frontend of these versions raises itself loses its message."""
+    raise RuntimeError(message)
 
 
 # What it runs -------------------------------------------------------------------------------------
@@ -202,10 +217,12 @@ def _computed(
     }
 
 
-if hasattr(torch._dynamo, "nonstrict_trace"):
-    _operate = torch._dynamo.nonstrict_trace(_run_operators)
-else:
-    _operate = _run_operators
+# other tracers call it as it is, and compilers that are too old have been refused
+_operate: Any = (
+    torch._dynamo.nonstrict_trace(_run_operators)
+    if hasattr(torch._dynamo, "nonstrict_trace")
+    else _run_operators
+)
 
 
 def _run_longest(

@@ -20,7 +20,11 @@ import torch
 ABI = 2
 LIBRARY = Path(__file__).with_name("_fused.dll" if os.name == "nt" else "_fused.so")
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-REINSTALL = "reinstall torchopt where a C compiler is at hand"
+#: pip would take a wheel from its cache that was built without a compiler.
+REINSTALL = (
+    "reinstall torchopt where a C compiler is at hand: pip install --no-cache-dir "
+    "--force-reinstall --no-deps torchopt"
+)
 
 
 class UnavailableError(Exception):
@@ -188,16 +192,32 @@ def library() -> Library:
     return loaded
 
 
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
 def _entry_of_openmp() -> int | None:
     """Return the address of ``GOMP_parallel`` of the OpenMP runtime that torch has loaded.
 
-    ``None`` if there is none, or more than one: then the library uses threads of its own.
+    ``None`` if there is none, or more than one: then the library uses threads of its own. So it
+    does in a child of ``fork``, where the runtime would wait for threads that are the parent's; a
+    library that is loaded already learns of a fork by itself (csrc/threads.c).
     """
+    if _forked:
+        return None
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_bytes()
     except OSError:
         return None  # not Linux
-    paths = set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*", maps))
+    paths = _openmp_runtimes(maps)
     if len(paths) != 1:
         return None
     try:
@@ -207,15 +227,33 @@ def _entry_of_openmp() -> int | None:
         return None
 
 
+def _openmp_runtimes(maps: bytes) -> set[str]:
+    """Return the paths of OpenMP runtimes among mapped files; names may hold any byte but 0."""
+    paths = set()
+    for line in maps.split(b"\n"):
+        fields = line.split(None, 5)  # address, permissions, offset, device, inode, path
+        if len(fields) == 6:
+            folder, _, name = fields[5].replace(b"\\012", b"\n").rpartition(b"/")
+            if re.match(rb"lib(?:gomp|iomp5|omp)[^/\s]*\.so", name):
+                paths.add(os.fsdecode(folder + b"/" + name))
+    return paths
+
+
 def _check_file(path: Path) -> None:
     """Look at the file before any of its code can run: loading a broken one may crash."""
     if not path.exists():
+        archive = next((parent for parent in path.parents if parent.is_file()), None)
+        if archive is not None:
+            raise UnavailableError(
+                f"torchopt was imported from inside {archive.name}, and no C library can be loaded "
+                "from an archive; unpack it, or install torchopt with pip"
+            )
         raise UnavailableError(f"torchopt was installed without its C library; {REINSTALL}")
     try:
         facts = json.loads(Path(f"{path}.json").read_text())
         facts = {name: str(facts[name]) for name in ("machine", "system", "sha256")}
         content = path.read_bytes()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnavailableError(
             f"{path.name}.json cannot be read ({error!r}); {REINSTALL}"
         ) from error
@@ -246,6 +284,6 @@ def _check_symbols(loaded: Any, path: Path) -> None:
         or order.index(here) < order.index(compiled_for)
     ):
         raise UnavailableError(
-            f"{path.name} was compiled for {compiled_for}, this processor has {here}; {REINSTALL} "
-            "without flags such as -march=native"
+            f"{path.name} was compiled for {compiled_for} by flags such as -march=native, this "
+            f"processor has {here}; without them {REINSTALL}"
         )

@@ -52,12 +52,25 @@ class Call:
         width = len(values) // count
         rows = [values[k * width : (k + 1) * width] for k in range(count)]
         try:
-            return [function(row, step) for row, step in zip(rows, self.steps)]
+            found = [function(row, float(step)) for row, step in zip(rows, self.steps)]
         except IndexError:
             raise ValueError(f"The kernel reads more than the {width} values of a row.") from None
+        except (ArithmeticError, TypeError) as error:  # complex numbers have no order and no abs
+            raise ValueError(
+                f"The kernel's numbers cannot be computed from {list(values)} at the steps "
+                f"{list(self.steps)}: {error}."
+            ) from error
+        if any(type(number) is not float for row in found for number in row):
+            raise ValueError(f"The kernel's numbers are not real for {list(values)}.")
+        return found
 
     def row_of_each(self, count: int) -> Sequence[int]:
         """Return the row of each parameter."""
+        if len(self.steps) > count:
+            raise ValueError(
+                f"There are {len(self.steps)} rows (entries of steps) for {count} parameters: give "
+                "at most one for each parameter."
+            )
         rows = [0] * count if self.rows is None else self.rows
         if len(rows) != count or not all(0 <= row < len(self.steps) for row in rows):
             raise ValueError(

@@ -28,6 +28,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from torchopt.kernels.operator_calls import (
     Call,
@@ -85,7 +86,9 @@ def _evaluated_backward(
 # Derivatives --------------------------------------------------------------------------------------
 
 
-class _Update(torch.autograd.Function):
+# Nodes of one level of torch.func. ``torch.autograd.Function`` is this class and an ``apply`` that
+# treats all levels at once; the dispatcher comes to an operator for each of them.
+class _Update(_SingleLevelFunction):
     """``apply(call, *tensors)``; the derivative is the backward kernel."""
 
     @staticmethod
@@ -120,7 +123,7 @@ class _Update(torch.autograd.Function):
         return (None, *(x for column in derivatives.values() for x in column))
 
 
-class _UpdateBackward(torch.autograd.Function):
+class _UpdateBackward(_SingleLevelFunction):
     """``apply(call, given, wanted, *bars, *tensors)``; the derivative is that of plain torch."""
 
     @staticmethod
@@ -165,13 +168,9 @@ def _recorded(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _node(function: Any, *arguments: Any) -> list[Tensor]:
-    """Apply past the part of ``Function.apply`` that is for torch.func.
-
-    Under ``torch.func.grad`` the dispatcher has come here for one level of it, as it comes to every
-    derivative that torch has; this node is of that level.
-    """
+    """Record a node on the level that the dispatcher has come here for."""
     with enable_single_level_autograd_function():
-        return list(super(torch.autograd.Function, function).apply(*arguments))  # pyright: ignore[reportAttributeAccessIssue]
+        return list(function.apply(*arguments))
 
 
 def _refuse_recorded_values(live: Tensor | None) -> None:

@@ -112,34 +112,50 @@ def _parse(text: str) -> dict[str, Node]:
     return outputs
 
 
-#: What expressions of numbers are made of.
-_ARITHMETIC = (
-    ast.Expression,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.operator,
-    ast.unaryop,
-    ast.Constant,
-    ast.Name,
-    ast.Load,
-    ast.Subscript,
-    ast.Call,
-)
-_NAMES = {"h", "t", "abs", "float"}
+_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
+#: No expression that was traced comes near; Python's compiler fails at deep nesting.
+_LONGEST = 2000
 
 
 def _checked(source: str) -> str:
-    """Return an expression if it is one of numbers: it will be evaluated."""
+    """Return an expression if it is one of floating-point numbers: it will be evaluated.
+
+    Arithmetic of floats ends at once, in a number or an error. That of integers need not.
+    """
+    if len(source) > _LONGEST:
+        raise ValueError(f"an expression of numbers has at most {_LONGEST} characters")
     try:
-        nodes = list(ast.walk(ast.parse(source, mode="eval")))
-    except SyntaxError as error:
+        node = ast.parse(source, mode="eval").body
+        _check_floats(node)
+    except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError("it is no expression") from error
-    for node in nodes:
-        known = isinstance(node, _ARITHMETIC)
-        known = known and (not isinstance(node, ast.Name) or node.id in _NAMES)
-        if not known or (isinstance(node, ast.Call) and not isinstance(node.func, ast.Name)):
-            raise ValueError(f"an expression of numbers has no {type(node).__name__}")
-    return source
+    # derivatives are made of it as it stands
+    return f"({source})" if isinstance(node, ast.BinOp) and node.col_offset == 0 else source
+
+
+def _check_floats(node: ast.expr) -> None:
+    match node:
+        case ast.Constant(value=float()) | ast.Name(id="t"):
+            pass
+        case ast.Subscript(value=ast.Name(id="h"), slice=ast.Constant(value=int())):
+            pass
+        case ast.UnaryOp(op=ast.UAdd() | ast.USub(), operand=operand):
+            _check_floats(operand)
+        case ast.BinOp(left=left, op=op, right=right) if isinstance(op, _OPERATORS):
+            _check_floats(left)
+            _check_floats(right)
+        case ast.Call(func=ast.Name(id="abs"), args=[argument], keywords=[]):
+            _check_floats(argument)
+        case ast.Call(
+            func=ast.Name(id="float"),
+            args=[ast.Constant(value="inf" | "-inf" | "nan")],
+            keywords=[],
+        ):
+            pass
+        case ast.Constant():
+            raise ValueError(f"its constants are numbers such as 1.0, got {node.value!r:.40}")
+        case _:
+            raise ValueError(f"an expression of numbers has no such {type(node).__name__}")
 
 
 def _function(sources: Sequence[str]) -> Numbers:

@@ -11,7 +11,15 @@ from torchopt import meta, optim
 from torchopt.accelerated_op import accelerated
 from torchopt.chaining import chain
 from torchopt.hyper import flag, hyper
-from torchopt.numerics import is_zero, moving_average, moving_average_of_square, over_root, root
+from torchopt.numerics import (
+    is_zero,
+    moving_average,
+    moving_average_of_square,
+    over_root,
+    power,
+    root,
+)
+from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.typing import Hyperparameter, Step
@@ -56,7 +64,7 @@ class ScaleByAdam(ElementwiseTransformation):
         if amsgrad:
             v_max = v.clone() if v_max is None else torch.maximum(v_max, v)
         w = v_max if amsgrad else v
-        c1, c2 = 1 - b1**t, 1 - b2**t
+        c1, c2 = 1 - power(b1, t), 1 - power(b2, t)
         if is_zero(eps_root):
             # m / c1 / (root(w / c2) + eps), with the scalars taken together: two passes fewer
             u = over_root(m, w, c1 / c2**0.5, c1 * eps)
@@ -107,6 +115,7 @@ def scale_by_adam(
     return ScaleByAdam(betas, eps, eps_root, amsgrad)
 
 
+@ignoring_moment_requires_grad
 def adam(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -169,7 +178,8 @@ class Adam(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.Adam``.
     """
 
-    optional_hyperparameters = frozenset({"eps_root", "maximize"})
+    optional_hyperparameters = frozenset({"eps_root"})
+    former_defaults = {"amsgrad": False, "maximize": False}
     fixed_options = {"decoupled_weight_decay": False}
 
     @optim.from_recipe(adam)
@@ -179,6 +189,8 @@ class Adam(optim.Optimizer):
 
 class MetaAdam(meta.MetaOptimizer):
     """:func:`torchopt.adam` as a differentiable optimizer of a network."""
+
+    twin = Adam
 
     @meta.from_recipe(adam)
     def __init__(self, module: Any) -> None:

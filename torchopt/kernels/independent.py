@@ -1,0 +1,185 @@
+"""Which parameters may share a node of the graph: those that a backward pass cannot tell apart.
+
+By the rules each parameter has nodes of its own, and a backward pass visits what lies behind those
+that the loss depends on: only that is computed, and only that is freed. A node that several
+parameters share leads to what lies behind any of them. That makes no difference
+
+* where nothing lies behind them that can be freed (first-order steps from leaves); or
+* where behind each of them lies a node that all of them lead to, and that fails when it is visited
+  for the second time: then backward passes through one of them after the other fail by the rules
+  too. So it is in a network whose parameters all have a part in one loss.
+
+The parameters are divided accordingly. The usual answer, that all may share a node, is found at the
+node of the step before, or at the derivative of the loss, a few nodes away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from heapq import heapify, heappop, heappush
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
+
+
+class Part(NamedTuple):
+    """Parameters that may share a node.
+
+    Attributes:
+        rows: Which ones.
+        bare: Whether nothing that can be freed lies behind them.
+    """
+
+    rows: list[int]
+    bare: bool
+
+
+#: How many nodes are looked at, and how many more for each parameter. What has not been found out
+#: by then is kept apart, which is always right.
+NODES, NODES_EACH = 4000, 100
+
+_OPAQUE, _FREED, _CLEAR, _LEAF = "opaque", "freed", "clear", "leaf"
+_kinds: dict[type, str] = {}
+_ALIAS = type(torch.ones((), requires_grad=True)[...].grad_fn)
+
+
+def divide(columns: Sequence[Sequence[Tensor]], flat: Iterable[Tensor], count: int) -> list[Part]:
+    """Divide parameters by what lies behind them in the graph.
+
+    Args:
+        columns: Lists of one tensor for each parameter.
+        flat: Tensors of all parameters.
+        count: How many parameters there are.
+    """
+    everyone = (1 << count) - 1
+    behind: dict[Any, int] = dict.fromkeys(
+        [node for x in flat if (node := x.grad_fn) is not None], everyone
+    )
+    hooked: dict[Any, int] = {}
+    for column in columns:
+        for k, node in enumerate([x.grad_fn for x in column]):
+            if node is not None:
+                behind[node] = behind.get(node, 0) | 1 << k
+        for k, x in enumerate(column):
+            if x._backward_hooks and x.requires_grad:
+                node = get_gradient_edge(x).node
+                hooked[node] = behind[node] = behind.get(node, 0) | 1 << k
+    if not behind:
+        return [Part(list(range(count)), True)]
+    if not hooked and _same_step(behind, everyone):
+        return [Part(list(range(count)), False)]
+    return _Search(behind, hooked, everyone, count).parts()
+
+
+def _same_step(behind: dict[Any, int], everyone: int) -> bool:
+    """Whether a node of an earlier step, which can be freed, lies behind everyone."""
+    found: dict[Any, int] = {}
+    for node, rows in behind.items():
+        source: Any = node.next_functions[0][0] if type(node) is _ALIAS else node  # pyright: ignore[reportOptionalMemberAccess]
+        if isinstance(source, BackwardCFunction):
+            found[source] = found.get(source, 0) | rows
+    return any(
+        rows == everyone and getattr(source, "bare", None) is False
+        for source, rows in found.items()
+    )
+
+
+class _Search:
+    """A walk from the youngest node to the oldest; nodes know the parameters that lead to them."""
+
+    def __init__(
+        self, behind: dict[Any, int], hooked: dict[Any, int], everyone: int, count: int
+    ) -> None:
+        self.behind, self.hooked, self.everyone, self.count = behind, hooked, everyone, count
+        self.freed: dict[Any, int] = {}
+        self.opaque: dict[Any, int] = {}
+
+    def parts(self) -> list[Part]:
+        """Return how the parameters are divided."""
+        finished = self._walk()
+        if finished is None:
+            return [Part(list(range(self.count)), False)]
+        rest = self.everyone
+        parts: list[Part] = []
+        if finished:
+            bare = rest
+            for rows in (*self.freed.values(), *self.opaque.values()):
+                bare &= ~rows
+            if bare:
+                parts.append(Part(_rows(bare), True))
+            rest &= ~bare
+        for shared in sorted(set(self.freed.values()), key=int.bit_count, reverse=True):
+            if shared & rest:
+                parts += [Part(rows, False) for rows in self._alike(_rows(shared & rest))]
+                rest &= ~shared
+        return [*parts, *(Part([k], False) for k in _rows(rest))]
+
+    def _alike(self, rows: list[int]) -> list[list[int]]:
+        """Divide parameters by the opaque nodes that they lead to."""
+        kinds: dict[tuple[bool, ...], list[int]] = {}
+        for k in rows:
+            leads = tuple(bool(others >> k & 1) for others in self.opaque.values())
+            kinds.setdefault(leads, []).append(k)
+        return list(kinds.values())
+
+    def _walk(self) -> bool | None:
+        """Return whether everything has been seen; ``None`` if all may share a node."""
+        left = NODES + NODES_EACH * self.count
+        order = 0  # nodes of one age are told apart by it
+        heap: list[tuple[int, int, Any]] = []
+        for order, node in enumerate(self.behind):
+            heap.append((-node._sequence_nr(), order, node))
+        heapify(heap)
+        done: dict[Any, int] = {}
+        while heap:
+            node = heappop(heap)[2]
+            rows = self.behind[node]
+            if done.get(node) == rows:
+                continue
+            done[node] = rows
+            left -= 1
+            if left < 0:
+                return False
+            if node in self.hooked or (kind := _kind(node)) == _OPAQUE:
+                self.opaque[node] = rows
+            elif kind == _FREED:
+                self.freed[node] = rows
+                if rows == self.everyone and not self.hooked:
+                    return None
+            if getattr(node, "bare", None) is not None:
+                continue  # an earlier step, which knows what lies behind it
+            for following, _ in node.next_functions:
+                known = self.behind.get(following, 0)
+                if following is not None and known | rows != known:
+                    self.behind[following] = known | rows
+                    order += 1
+                    heappush(heap, (-following._sequence_nr(), order, following))
+        return True
+
+
+def _kind(node: Any) -> str:
+    """Return what a backward pass does to a node: frees what it has saved, nothing, or unknown."""
+    if isinstance(node, BackwardCFunction):
+        bare = getattr(node, "bare", None)
+        return _OPAQUE if bare is None else _CLEAR if bare else _FREED
+    known = _kinds.get(type(node))
+    if known is None:
+        known = _kinds[type(node)] = _kind_of(type(node))  # as many as torch has operations
+    if known == _LEAF:
+        return _OPAQUE if node.variable._backward_hooks else _CLEAR  # hooks would be given None
+    return known
+
+
+def _kind_of(operation: type) -> str:
+    if operation.__name__ == "CppFunction":  # torch does not tell what it is
+        return _OPAQUE
+    if operation.__name__ == "AccumulateGrad":
+        return _LEAF
+    return _FREED if any(name.startswith("_raw_saved") for name in dir(operation)) else _CLEAR
+
+
+def _rows(bits: int) -> list[int]:
+    return [k for k in range(bits.bit_length()) if bits >> k & 1]
