@@ -62,7 +62,8 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
             loss: A scalar computed from ``params``.
             params: Any pytree of tensors that require grad. Those it does not depend on stay.
             inplace: Change ``params`` in place, and record nothing; ``None`` means the attribute
-                ``inplace``. Otherwise the result is differentiable.
+                ``inplace``. Otherwise the result is differentiable; under ``torch.no_grad()`` it
+                consists of leaves that require grad.
 
         Raises:
             TypeError, ValueError, RuntimeError: As :meth:`torchopt.MetaOptimizer.step`.

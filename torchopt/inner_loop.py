@@ -25,8 +25,15 @@ def inner_loop(
     """Adapt a network inside a ``with`` block; at its end it is what it was before.
 
     The adapted tensors live on in the graph of any loss computed in the block, so an outer loss may
-    be differentiated inside or after it. Parameters, buffers and the optimizer are restored also
-    if the block raises.
+    be differentiated inside or after it. What the network held comes back, also if the block
+    raises: parameters, buffers and sub-modules (what was added goes), values that were changed in
+    place (``reset_parameters``, ``load_state_dict``, an embedding's ``max_norm``), flags
+    (``requires_grad``), the mode of ``train`` and ``eval``, and the optimizer. Other attributes
+    stay as the block left them, ``grad`` as well. A lazy module that got its shapes in the block
+    keeps them.
+
+    A loss computed from values that were changed in place, of the network's own parameters, has to
+    be differentiated inside the block: afterwards PyTorch raises, for they have been put back.
 
     Args:
         module: The network.

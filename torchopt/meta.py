@@ -149,6 +149,11 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         Under ``torch.no_grad()`` nothing is recorded: the new tensors are leaves, for adapting
         without a meta-gradient at the memory of one step.
 
+        Attributes of a parameter go over to the tensor that takes its place. Its hooks
+        (``weight.register_hook``) filter the gradient of the loss at every step; they are not run
+        on what an outer loss sends back from one step to the one before, only, as ever, on what
+        arrives at the parameter itself.
+
         Args:
             loss: A scalar computed with the network's present tensors.
             create_graph: ``False`` treats the gradient as a constant (the first-order

@@ -63,8 +63,8 @@ class _Batch:
             return True
         if self._address() != self._addresses:
             return True
-        if not self._plain:
-            return False  # told by the version alone
+        if not self._plain or (self._copy.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False  # told by the version alone: no memory, or nobody may wait for it
         present = torch.cat(self._flat) if self._flat else self._memory[0]
         return not torch.equal(present, self._copy)
 
