@@ -189,7 +189,9 @@ class BackwardCall:
         """
         group = self.group.subset(rows)
         given = [(f"bar_{s}", rows[k]) in there for s, k in group.places_out]
-        wanted = {s: [self._wants(s, k) for k in rows] for s in self.wanted}
+        wanted: dict[str, Sequence[bool]] = {
+            s: [self._wants(s, k) for k in rows] for s in self.wanted
+        }
         return BackwardCall(group, given, wanted)
 
     def divided(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], BackwardCall]]:
@@ -278,7 +280,8 @@ _NOTHING = torch.empty(0)
 
 def split_for_hooks(parts: list[Part]) -> list[Part]:
     """Divide further where hooks want to see what is saved: that of a bare part is kept by hand."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    if autograd._top_saved_tensors_default_hooks(False) is None:
         return parts
     return [Part(own, bare) for rows, bare in parts for own in _one_by_one(rows, bare)]
 
