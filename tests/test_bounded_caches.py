@@ -183,7 +183,7 @@ def test_one_rule_keeps_a_bounded_number_of_programs(traces: list[Any]) -> None:
         tx = torchopt.chain(Reads(factor), torchopt.scale(-0.1))
         return tx.update(g, tx.init(g), g, inplace=False)[0]
 
-    g = nonzero(3)
+    g, factor = nonzero(3), 1.0
     for k in range(3 * matching.VARIANTS):
         factor = 1.0 + k / 7
         assert_close(updated(factor), -0.1 * factor * g)

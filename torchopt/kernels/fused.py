@@ -31,7 +31,7 @@ from torchopt.kernels.differentiable import Group, split_for_hooks
 from torchopt.kernels.independent import divide
 from torchopt.kernels.matching import Run, runs_from, unjoined, whole_run
 from torchopt.kernels.nodes import Fused
-from torchopt.kernels.places import ALL, spread
+from torchopt.kernels.places import spread
 from torchopt.kernels.program import UPDATE, slot_stream
 from torchopt.kernels.repeated import group_again, remember
 from torchopt.packed import Packed
@@ -235,10 +235,9 @@ def _packed_if_one_node(group: Group, tensors: list[Tensor]) -> tuple[Group, lis
     """Return a group as it is if its parameters may share a node of the graph, else unpacked."""
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
         return group, tensors
-    columns: dict[str, list[Tensor]] = {}
-    flat = []
-    for (stream, row), x in zip(group.places_in, tensors):
-        flat.append(x) if row == ALL else columns.setdefault(stream, []).append(x)
+    rule = group.rule
+    columns = group.columns(rule.inputs, tensors, rule.packed_in)
+    flat = [columns.pop(stream)[0] for stream in rule.packed_in]
     parts = split_for_hooks(divide(list(columns.values()), flat, group.count))
     if len(parts) == 1:
         return group.as_bare(parts[0].bare), tensors
@@ -257,7 +256,9 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
     if group.mode != "apply" or group.count == 1 or peek_interpreter_stack() is not None:
         return outputs
     n = group.count  # updates come first
-    return [*(x[...] if x.requires_grad else x for x in outputs[:n]), *outputs[n:]]
+    if not any(x.requires_grad for x in outputs[:n]):
+        return outputs
+    return [*[x[...] for x in outputs[:n]], *outputs[n:]]
 
 
 def answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:

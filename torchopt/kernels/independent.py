@@ -15,8 +15,9 @@ node of the step before, or at the derivative of the loss, a few nodes away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -42,11 +43,13 @@ class Part(NamedTuple):
 NODES, NODES_EACH = 4000, 100
 
 _OPAQUE, _FREED, _CLEAR, _LEAF = "opaque", "freed", "clear", "leaf"
+_STEP, _BARE_STEP = "step", "bare step"
 _kinds: dict[type, str] = {}
-_ALIAS = type(torch.ones((), requires_grad=True)[...].grad_fn)
+_hooks_of = attrgetter("_backward_hooks")
+_ALIAS: Any = type(torch.ones((), requires_grad=True)[...].grad_fn)
 
 
-def divide(columns: Sequence[Sequence[Tensor]], flat: Iterable[Tensor], count: int) -> list[Part]:
+def divide(columns: Sequence[Sequence[Tensor]], flat: Sequence[Tensor], count: int) -> list[Part]:
     """Divide parameters by what lies behind them in the graph.
 
     Args:
@@ -54,37 +57,42 @@ def divide(columns: Sequence[Sequence[Tensor]], flat: Iterable[Tensor], count: i
         flat: Tensors of all parameters.
         count: How many parameters there are.
     """
+    together = Part(list(range(count)), False)
+    hooks = [any(map(_hooks_of, column)) for column in columns]
+    if not any(hooks) and any(_is_step(x.grad_fn) for x in flat):
+        return [together]
     everyone = (1 << count) - 1
-    behind: dict[Any, int] = dict.fromkeys(
-        [node for x in flat if (node := x.grad_fn) is not None], everyone
-    )
-    hooked: dict[Any, int] = {}
+    behind: dict[Any, int] = {x.grad_fn: everyone for x in flat if x.grad_fn is not None}
     for column in columns:
         for k, node in enumerate([x.grad_fn for x in column]):
             if node is not None:
                 behind[node] = behind.get(node, 0) | 1 << k
+    hooked: dict[Any, int] = {}
+    for column in (column for column, there in zip(columns, hooks) if there):
         for k, x in enumerate(column):
             if x._backward_hooks and x.requires_grad:
-                node = get_gradient_edge(x).node
+                node: Any = get_gradient_edge(x).node
                 hooked[node] = behind[node] = behind.get(node, 0) | 1 << k
     if not behind:
-        return [Part(list(range(count)), True)]
+        return [Part(together.rows, True)]
     if not hooked and _same_step(behind, everyone):
-        return [Part(list(range(count)), False)]
+        return [together]
     return _Search(behind, hooked, everyone, count).parts()
 
 
+def _is_step(node: Any) -> bool:
+    """Whether a node is that of an earlier step, and can be freed or leads to what can."""
+    return isinstance(node, BackwardCFunction) and getattr(node, "bare", None) is False
+
+
 def _same_step(behind: dict[Any, int], everyone: int) -> bool:
-    """Whether a node of an earlier step, which can be freed, lies behind everyone."""
+    """Whether one earlier step lies behind everyone."""
     found: dict[Any, int] = {}
     for node, rows in behind.items():
         source: Any = node.next_functions[0][0] if type(node) is _ALIAS else node  # pyright: ignore[reportOptionalMemberAccess]
         if isinstance(source, BackwardCFunction):
             found[source] = found.get(source, 0) | rows
-    return any(
-        rows == everyone and getattr(source, "bare", None) is False
-        for source, rows in found.items()
-    )
+    return any(rows == everyone and _is_step(source) for source, rows in found.items())
 
 
 class _Search:
@@ -128,33 +136,34 @@ class _Search:
     def _walk(self) -> bool | None:
         """Return whether everything has been seen; ``None`` if all may share a node."""
         left = NODES + NODES_EACH * self.count
-        order = 0  # nodes of one age are told apart by it
-        heap: list[tuple[int, int, Any]] = []
-        for order, node in enumerate(self.behind):
-            heap.append((-node._sequence_nr(), order, node))
+        heap = [(-node._sequence_nr(), k, node) for k, node in enumerate(self.behind)]
         heapify(heap)
-        done: dict[Any, int] = {}
+        order = len(heap)  # tells nodes of one age apart
+        behind, done = self.behind, {}
         while heap:
             node = heappop(heap)[2]
-            rows = self.behind[node]
+            rows = behind[node]
             if done.get(node) == rows:
                 continue
             done[node] = rows
             left -= 1
             if left < 0:
                 return False
-            if node in self.hooked or (kind := _kind(node)) == _OPAQUE:
+            kind = _kinds.get(type(node)) or _kind(node)
+            if kind == _LEAF:
+                kind = _OPAQUE if node.variable._backward_hooks else _CLEAR  # they would get None
+            if kind == _OPAQUE or node in self.hooked:
                 self.opaque[node] = rows
-            elif kind == _FREED:
+            elif kind in (_FREED, _STEP):
                 self.freed[node] = rows
                 if rows == self.everyone and not self.hooked:
                     return None
-            if getattr(node, "bare", None) is not None:
-                continue  # an earlier step, which knows what lies behind it
+            if kind in (_STEP, _BARE_STEP):
+                continue  # it knows what lies behind it
             for following, _ in node.next_functions:
-                known = self.behind.get(following, 0)
+                known = behind.get(following, 0)
                 if following is not None and known | rows != known:
-                    self.behind[following] = known | rows
+                    behind[following] = known | rows
                     order += 1
                     heappush(heap, (-following._sequence_nr(), order, following))
         return True
@@ -162,23 +171,19 @@ class _Search:
 
 def _kind(node: Any) -> str:
     """Return what a backward pass does to a node: frees what it has saved, nothing, or unknown."""
+    operation = type(node)
     if isinstance(node, BackwardCFunction):
         bare = getattr(node, "bare", None)
-        return _OPAQUE if bare is None else _CLEAR if bare else _FREED
-    known = _kinds.get(type(node))
-    if known is None:
-        known = _kinds[type(node)] = _kind_of(type(node))  # as many as torch has operations
-    if known == _LEAF:
-        return _OPAQUE if node.variable._backward_hooks else _CLEAR  # hooks would be given None
-    return known
-
-
-def _kind_of(operation: type) -> str:
+        return _OPAQUE if bare is None else _BARE_STEP if bare else _STEP
     if operation.__name__ == "CppFunction":  # torch does not tell what it is
-        return _OPAQUE
-    if operation.__name__ == "AccumulateGrad":
-        return _LEAF
-    return _FREED if any(name.startswith("_raw_saved") for name in dir(operation)) else _CLEAR
+        kind = _OPAQUE
+    elif operation.__name__ == "AccumulateGrad":
+        kind = _LEAF
+    else:
+        freed = any(name.startswith("_raw_saved") for name in dir(operation))
+        kind = _FREED if freed else _CLEAR
+    _kinds[operation] = kind  # as many as torch has operations
+    return kind
 
 
 def _rows(bits: int) -> list[int]:

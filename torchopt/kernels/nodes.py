@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_legacy_batchedtensor,
     peek_interpreter_stack,
@@ -21,7 +20,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 
 from torchopt.kernels import levels
 from torchopt.kernels.differentiable import BackwardCall, Group, sources
-from torchopt.kernels.places import ALL, Place, collected, rows_given, spread
+from torchopt.kernels.places import ALL, collected, rows_given, spread
 from torchopt.packed import Packing
 
 
@@ -49,7 +48,7 @@ class Fused(torch.autograd.Function):
                 ctx.kept = _NOTHING_KEPT
                 return  # the derivatives are those that come in; nothing needs to be kept
         if group.bare and group.count > 1:
-            ctx.kept = Kept(inputs[1:], group.places_in)
+            ctx.kept = Kept(inputs[1:], group)
         else:
             ctx.kept = None
             ctx.save_for_backward(*inputs[1:])
@@ -58,8 +57,8 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, *bars: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         group: Group = ctx.group
         needs = ctx.needs_input_grad[1:]
-        if None not in bars[: group.count]:
-            rows = range(group.count)  # all updates, which come first
+        if type(None) not in map(type, bars[: group.count]):  # all updates, which come first
+            rows = range(group.count)
         else:
             rows = rows_given(group.places_out, bars, group.count)
         if not rows:
@@ -94,7 +93,7 @@ def _derivatives(
     given = [bar for bar in bars if bar is not None]
     if given and any(map(any, wanted.values())):
         call = BackwardCall(group, [bar is not None for bar in bars], wanted)
-        found = iter(_backward(call, [*given, *saved]))
+        found = iter(_backward(call, given, saved))
         for stream, mask in wanted.items():
             derivatives[stream] = [next(found) if need else None for need in mask]
     streams = [f"bar_{s}" for s in rule.outputs]
@@ -158,10 +157,10 @@ class Kept:
     other share a node, a backward pass through one of them must leave those of the others.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], at: Sequence[Place]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], group: Group) -> None:
         self._tensors: list[Any] = list(tensors)
         self._versions = [x._version for x in tensors]
-        self._places = at
+        self._group = group
         self._gone: set[int] = set()
 
     def take(self, rows: Sequence[int]) -> list[Tensor | None]:
@@ -176,24 +175,33 @@ class Kept:
                 "had saved was freed by the first .backward() or autograd.grad(). Specify "
                 "retain_graph=True there."
             )
-        wanted = set(rows)
-        taken: list[Any] = []
-        for (_, row), x, version in zip(self._places, self._tensors, self._versions):
-            taken.append(x if row == ALL or row in wanted else None)
-            if taken[-1] is not None and x._version != version:
+        taken, for_good = self._tensors, not _keeps_graph()
+        everyone = len(rows) == self._group.count
+        if not everyone:
+            wanted = {ALL, *rows}
+            at = self._group.places_in
+            taken = [x if row in wanted else None for (_, row), x in zip(at, taken)]
+        for x, version in zip(taken, self._versions):
+            if x is not None and x._version != version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an "
                     f"inplace operation: an input of a step of an optimizer, {tuple(x.shape)}, is "
                     f"at version {x._version}; expected version {version} instead."
                 )
-        if not _autograd._get_current_graph_task_keep_graph():
-            self._gone |= wanted
-            for k, (_, row) in enumerate(self._places):
-                if row in self._gone:
-                    self._tensors[k] = None
-            if len(self._gone) == 1 + max((row for _, row in self._places), default=0):
-                self._tensors = [None] * len(self._tensors)
+        if for_good:
+            self._gone.update(rows)
+            if len(self._gone) == self._group.count:
+                self._tensors = []
+            else:
+                at = self._group.places_in
+                kept = [None if row in self._gone else x for (_, row), x in zip(at, self._tensors)]
+                self._tensors = kept
         return taken
+
+
+def _keeps_graph() -> bool:
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return autograd._get_current_graph_task_keep_graph()
 
 
 class _NothingKept:
@@ -228,10 +236,13 @@ def _like(bars: Sequence[Tensor | None]) -> dict[str, Any]:
     return {} if bar is None else {"dtype": bar.dtype, "device": bar.device}
 
 
-def _backward(call: BackwardCall, tensors: list[Tensor]) -> Sequence[Tensor]:
+def _backward(
+    call: BackwardCall, bars: Sequence[Tensor], saved: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    tensors = [*bars, *saved]
     if torch.autograd.forward_ad._current_level >= 0:
         return call.rule(*tensors)
-    if any(map(is_legacy_batchedtensor, tensors)):
+    if any(map(is_legacy_batchedtensor, bars)):
         return call.rule_by_autograd(*tensors)
     if call.group.rule.packing is not None and peek_interpreter_stack() is not None:
         return call.rule(*tensors)  # a batch of flat tensors has another layout
