@@ -281,7 +281,8 @@ _NOTHING = torch.empty(0)
 
 def split_for_hooks(parts: list[Part]) -> list[Part]:
     """Divide further where hooks want to see what is saved: that of a bare part is kept by hand."""
-    if _autograd._top_saved_tensors_default_hooks(False) is None:
+    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 does not tell
+    if top is None or top(False) is None:
         return parts
     return [Part(own, bare) for rows, bare in parts for own in _one_by_one(rows, bare)]
 

@@ -28,7 +28,7 @@ from torchopt.engine import Call, Leaves, run_by_rules
 from torchopt.kernels import backends, levels
 from torchopt.kernels.assignment import assign
 from torchopt.kernels.differentiable import Group, split_for_hooks
-from torchopt.kernels.independent import divide
+from torchopt.kernels.independent import divide, named
 from torchopt.kernels.matching import Run, runs_from, unjoined, whole_run
 from torchopt.kernels.nodes import Fused
 from torchopt.kernels.places import spread
@@ -258,7 +258,7 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
     n = group.count  # updates come first
     if not any(x.requires_grad for x in outputs[:n]):
         return outputs
-    return [*[x[...] for x in outputs[:n]], *outputs[n:]]
+    return [*map(named, outputs[:n]), *outputs[n:]]
 
 
 def answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:

@@ -46,7 +46,20 @@ _OPAQUE, _FREED, _CLEAR, _LEAF = "opaque", "freed", "clear", "leaf"
 _STEP, _BARE_STEP = "step", "bare step"
 _kinds: dict[type, str] = {}
 _hooks_of = attrgetter("_backward_hooks")
-_ALIAS: Any = type(torch.ones((), requires_grad=True)[...].grad_fn)
+
+
+def named(x: Tensor) -> Tensor:
+    """Give a new tensor a node of its own behind the one that it has, and return it.
+
+    An operation in place that does nothing: a copy would take a pass over memory, and an alias
+    would be a view, which can be neither detached nor changed in place.
+    """
+    return x.transpose_(0, 0)
+
+
+_NAMED: Any = type(named(torch.ones((), requires_grad=True).clone()).grad_fn)
+#: The name of such a node.
+NAMING: str = _NAMED.__name__
 
 
 def divide(columns: Sequence[Sequence[Tensor]], flat: Sequence[Tensor], count: int) -> list[Part]:
@@ -89,7 +102,7 @@ def _same_step(behind: dict[Any, int], everyone: int) -> bool:
     """Whether one earlier step lies behind everyone."""
     found: dict[Any, int] = {}
     for node, rows in behind.items():
-        source: Any = node.next_functions[0][0] if type(node) is _ALIAS else node  # pyright: ignore[reportOptionalMemberAccess]
+        source: Any = node.next_functions[0][0] if type(node) is _NAMED else node  # pyright: ignore[reportOptionalMemberAccess]
         if isinstance(source, BackwardCFunction):
             found[source] = found.get(source, 0) | rows
     return any(rows == everyone and _is_step(source) for source, rows in found.items())

@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from torchopt import step_tags
 from torchopt.kernels.differentiable import Group
+from torchopt.kernels.independent import NAMING
 from torchopt.kernels.program import GRADIENT, PARAMETER
 from torchopt.step_tags import StepTag
 
@@ -20,9 +21,6 @@ from torchopt.step_tags import StepTag
 #: What takes slots of several parameters out of the flat tensor they travel in.
 _UNPACKING = ("SplitWithSizesBackward", "SplitBackward", "_UnpackBackward")
 _UNPACKING += ("ViewBackward", "CloneBackward")
-#: What gives each new parameter a node of its own.
-_NAMING = "AliasBackward"
-
 #: How many nodes in a row may be freed by recursion.
 _DEEP = 1_000
 
@@ -327,7 +325,7 @@ def _some_weights_are_leaves(found: Walk, step: Step) -> bool:
 def _fold_unpacking(found: Walk) -> None:
     """Count what takes packed slots apart, or names a new parameter, to the step it comes from."""
     names = [node.name().rstrip("0123456789") for node in found.nodes]
-    for position in [p for p, name in enumerate(names) if name == _NAMING]:
+    for position in [p for p, node in enumerate(found.nodes) if node.name() == NAMING]:
         source = found.inputs[position][0][0]
         if source is not None and isinstance(getattr(found.nodes[source], "group", None), Group):
             found.step_of[position] = found.step_of[source]
