@@ -74,6 +74,8 @@ def divide(columns: Sequence[Sequence[Tensor]], flat: Sequence[Tensor], count: i
     hooks = [any(map(_hooks_of, column)) for column in columns]
     if not any(hooks) and any(_is_step(x.grad_fn) for x in flat):
         return [together]
+    if not any(hooks) and _known_ways(columns, count):
+        return [together]
     everyone = (1 << count) - 1
     behind: dict[Any, int] = {x.grad_fn: everyone for x in flat if x.grad_fn is not None}
     for column in columns:
@@ -88,9 +90,15 @@ def divide(columns: Sequence[Sequence[Tensor]], flat: Sequence[Tensor], count: i
                 hooked[node] = behind[node] = behind.get(node, 0) | 1 << k
     if not behind:
         return [Part(together.rows, True)]
-    if not hooked and _same_step(behind, everyone):
+    if hooked:
+        return _Search(behind, hooked, everyone, count).parts()
+    if _same_step(behind, everyone):
         return [together]
-    return _Search(behind, hooked, everyone, count).parts()
+    search = _Search(behind, hooked, everyone, count)
+    parts = search.parts()
+    if search.common is not None:
+        _remember_ways(columns, count, search.common)
+    return parts
 
 
 def _is_step(node: Any) -> bool:
@@ -108,6 +116,84 @@ def _same_step(behind: dict[Any, int], everyone: int) -> bool:
     return any(rows == everyone and _is_step(source) for source, rows in found.items())
 
 
+# The way to a common node, to be followed again ---------------------------------------------------
+
+#: A row's tensor as (column, row), the inputs to follow from its node, and the position among all
+#: nodes of such ways, in order, of the node where it must end; -1 for the first way.
+_Way = tuple[int, int, tuple[int, ...], int]
+_ways: dict[Any, list[_Way]] = {}
+WAYS = 64
+
+
+def _key_of_ways(columns: Sequence[Sequence[Tensor]], count: int) -> Any:
+    return count, len(columns), *(type(column[0].grad_fn) for column in columns)
+
+
+def _known_ways(columns: Sequence[Sequence[Tensor]], count: int) -> bool:
+    """Whether the ways of a graph like this one lead to a common node that can be freed."""
+    nodes: list[Any] = []
+    for column, row, inputs, end in _ways.get(_key_of_ways(columns, count), ()):
+        node: Any = columns[column][row].grad_fn
+        for k in inputs:
+            if node is None:
+                return False
+            nodes.append(node)
+            following = node.next_functions
+            node = following[k][0] if k < len(following) else None
+        if end >= 0:
+            if node is not nodes[end]:
+                return False
+            continue
+        if node is None or _kinds.get(type(node)) != _FREED:
+            return False
+        nodes.append(node)
+    return bool(nodes)
+
+
+def _remember_ways(columns: Sequence[Sequence[Tensor]], count: int, common: Any) -> None:
+    """Note how each parameter leads to the common node."""
+    ways: list[_Way] = []
+    position: dict[Any, int] = {}
+    total = 0
+    for row in range(count):
+        ends = position or {common: -1}
+        found = ((k, _way(tensors[row].grad_fn, ends)) for k, tensors in enumerate(columns))
+        column, way = next(((k, way) for k, way in found if way is not None), (0, None))
+        if way is None:
+            return
+        nodes, inputs, last = way
+        ways.append((column, row, tuple(inputs), position.get(last, -1)))
+        for node in nodes:
+            position.setdefault(node, total)
+            total += 1
+        if not position or last not in position:
+            position[last] = total
+            total += 1
+    if len(_ways) >= WAYS:
+        _ways.clear()
+    _ways[_key_of_ways(columns, count)] = ways
+
+
+def _way(start: Any, ends: dict[Any, int]) -> tuple[list[Any], list[int], Any] | None:
+    """Return the nodes from one to another before its end, the inputs to follow, and the end."""
+    came: dict[Any, tuple[Any, int] | None] = {start: None}
+    queue = [] if start is None else [start]
+    for node in queue:  # grows while it is read
+        if node in ends:
+            nodes, inputs, last = [], [], node
+            while (before := came[node]) is not None:
+                node, k = before
+                nodes.append(node)
+                inputs.append(k)
+            return nodes[::-1], inputs[::-1], last
+        if getattr(node, "bare", None) is None:
+            for k, (following, _) in enumerate(node.next_functions):
+                if following is not None and following not in came:
+                    came[following] = node, k
+                    queue.append(following)
+    return None
+
+
 class _Search:
     """A walk from the youngest node to the oldest; nodes know the parameters that lead to them."""
 
@@ -117,6 +203,7 @@ class _Search:
         self.behind, self.hooked, self.everyone, self.count = behind, hooked, everyone, count
         self.freed: dict[Any, int] = {}
         self.opaque: dict[Any, int] = {}
+        self.common: Any = None  # what lies behind everyone and can be freed, but for a step
 
     def parts(self) -> list[Part]:
         """Return how the parameters are divided."""
@@ -170,6 +257,7 @@ class _Search:
             elif kind in (_FREED, _STEP):
                 self.freed[node] = rows
                 if rows == self.everyone and not self.hooked:
+                    self.common = node if kind == _FREED else None
                     return None
             if kind in (_STEP, _BARE_STEP):
                 continue  # it knows what lies behind it
