@@ -112,7 +112,8 @@ def test_a_new_number_at_each_step(traces: list[Any]) -> None:
         p.grad = nonzero(3)
         optimizer.step()
         meta.step(net[0].square().sum())
-        torchopt.stop_gradient([net, meta])
+        torchopt.stop_gradient(net)
+        torchopt.stop_gradient(meta)
 
     for k in range(3):
         step(k)
