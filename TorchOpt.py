@@ -8,6 +8,12 @@ compares the case of module names there too.
 import sys
 
 import torchopt
+import torchopt.hook
+import torchopt.pytree
 
 
 sys.modules[__name__] = torchopt
+# `from TorchOpt.optim import ...` would load a second copy of a module that is not entered here.
+for _name, _module in list(sys.modules.items()):
+    if _name.startswith("torchopt."):
+        sys.modules[__name__ + _name.removeprefix("torchopt")] = _module

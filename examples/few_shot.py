@@ -145,7 +145,9 @@ class FewShotRun:
         self.settings = Settings(**{name: getattr(args, name) for name in Settings.__annotations__})
         self.folder: Path = args.output
         self.checkpoint = self.folder / "checkpoint.pt"
-        prepare_folder(self.folder, self.checkpoint, args.resume, args.overwrite)
+        # without a checkpoint, metrics may still be of another run
+        files = [self.checkpoint, self.folder / "metrics.jsonl", self.folder / "results.json"]
+        self._lock = prepare_folder(self.folder, files, args.resume, args.overwrite)
         torch.set_num_threads(args.threads)
         self.device = args.device
         self.split = self._load()
@@ -190,9 +192,9 @@ class FewShotRun:
             console.print(f"Resuming after iteration {self.training.iteration}.")
         elif self.args.resume:
             console.print("There is no checkpoint to resume from yet: starting anew.")
-        metrics = MetricsFile(
-            self.folder / "metrics.jsonl", self.training.iteration if self.args.resume else None
-        )
+        kept = self.training.iteration if self.args.resume else None
+        fields = ("loss", "accuracy")
+        metrics = MetricsFile(self.folder / "metrics.jsonl", kept, fields)
         try:
             self._meta_train(metrics)
         except KeyboardInterrupt:

@@ -58,7 +58,7 @@ from common.maml_rl_experiment import (
     meta_train,
     paths,
 )
-from common.reporting import console, print_claims, progress_bar
+from common.reporting import console, print_claims, progress_bar, save_figure
 from rich.table import Table
 
 
@@ -253,7 +253,7 @@ def draw(path: Path, summary: Summary) -> None:
         panel(axes)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
     plt.close(figure)
 
 
@@ -311,26 +311,26 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with plain_endings("maml_rl"):
         jobs = Jobs(args.output, head, args.resume, args.overwrite)
         work(args, jobs)
-    summary = Summary(jobs, args)
-    console.print(summary.table())
-    claims = summary.claims()
-    print_claims(claims)
-    results = {
-        "settings": head,
-        "seconds": round(time.monotonic() - started, 1),
-        "returns": {
-            f: {
-                m: [asdict(estimate(summary.returns(f, m, k))) for k in summary.steps]
-                for m in METHODS
-            }
-            for f in args.families
-        },
-        "claims": claims,
-    }
-    jobs.save_results(results)
-    draw(args.output / "maml_rl.png", summary)
-    console.print(f"Figure, metrics and results are in {args.output}.")
-    return results
+        summary = Summary(jobs, args)
+        console.print(summary.table())
+        claims = summary.claims()
+        print_claims(claims)
+        results = {
+            "settings": head,
+            "seconds": round(time.monotonic() - started, 1),
+            "returns": {
+                f: {
+                    m: [asdict(estimate(summary.returns(f, m, k))) for k in summary.steps]
+                    for m in METHODS
+                }
+                for f in args.families
+            },
+            "claims": claims,
+        }
+        jobs.save_results(results)
+        draw(args.output / "maml_rl.png", summary)
+        console.print(f"Figure, metrics and results are in {args.output}.")
+        return results
 
 
 if __name__ == "__main__":

@@ -279,22 +279,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         jobs = Jobs(args.output, asdict(settings), args.resume, args.overwrite)
         summary = Summary(jobs, args)
         live_all(settings, [*summary.fixed, *summary.learned], jobs)
-    console.print(summary.table())
-    claims = summary.claims()
-    print_claims(claims)
-    results = {
-        "settings": asdict(settings),
-        "seconds": round(time.monotonic() - started, 1),
-        "returns": {
-            str(m): asdict(estimate(summary.over_life(m)))
-            for m in (*summary.fixed, *summary.learned)
-        },
-        "claims": claims,
-    }
-    jobs.save_results(results)
-    draw(args.output / "mgrl.png", summary)
-    console.print(f"Figure, metrics and results are in {args.output}.")
-    return results
+        console.print(summary.table())
+        claims = summary.claims()
+        print_claims(claims)
+        results = {
+            "settings": asdict(settings),
+            "seconds": round(time.monotonic() - started, 1),
+            "returns": {
+                str(m): asdict(estimate(summary.over_life(m)))
+                for m in (*summary.fixed, *summary.learned)
+            },
+            "claims": claims,
+        }
+        jobs.save_results(results)
+        draw(args.output / "mgrl.png", summary)
+        console.print(f"Figure, metrics and results are in {args.output}.")
+        return results
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoints import write_atomically
+from common.endings import plain_endings
 
 
 FOLDER = Path(__file__).parent
@@ -63,10 +64,16 @@ EXAMPLES = (
 
 
 def run(example: Example, output: Path) -> dict[str, Any]:
-    """Run one example in a process of its own and return its results."""
+    """Run one example in a process of its own and return its results.
+
+    Raises:
+        ValueError: If it has failed; it has said why.
+    """
     options = [*example.options, "--output", str(output), "--overwrite"]
     start = time.perf_counter()
-    subprocess.run([sys.executable, str(FOLDER / example.script), *options], check=True)
+    ended = subprocess.run([sys.executable, str(FOLDER / example.script), *options], check=False)
+    if ended.returncode:
+        raise ValueError(f"{example.command} has failed; the table is as the runs before left it.")
     results = json.loads((output / "results.json").read_text())
     seconds = round(time.perf_counter() - start)
     kept = {"command": example.command, "seconds": seconds, "claims": results["claims"]}
@@ -85,7 +92,10 @@ def table() -> str:
         path = RESULTS / f"{example.name}.json"
         if not path.exists():
             continue
-        kept = json.loads(path.read_text())
+        try:
+            kept = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); run {example.name} again.") from error
         first = (f"`{kept['command']}`", example.paper, f"{kept['seconds']} s")
         for claim in kept["claims"]:
             held = "" if claim["holds"] else " (**not reproduced**)"
@@ -121,13 +131,14 @@ def main(argv: list[str] | None = None) -> None:
     unknown = sorted(set(args.names) - set(names))
     if unknown:
         parser.error(f"there is no example {', '.join(unknown)}; there are {', '.join(names)}")
-    RESULTS.mkdir(exist_ok=True)
     chosen = [example for example in EXAMPLES if example.name in (args.names or names)]
-    for example in [] if args.table_only else chosen:
-        print(f"== {example.command}", flush=True)
-        run(example, args.output / example.name)
+    with plain_endings("reproduce"):
+        RESULTS.mkdir(exist_ok=True)
+        for example in [] if args.table_only else chosen:
+            print(f"== {example.command}", flush=True)
+            run(example, args.output / example.name)
+            write_table(FOLDER / "README.md")
         write_table(FOLDER / "README.md")
-    write_table(FOLDER / "README.md")
 
 
 if __name__ == "__main__":

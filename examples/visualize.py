@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.checkpoints import write_atomically
+from common.endings import plain_endings
 from torch import Tensor, nn
 
 import torchopt.visual
@@ -53,13 +55,23 @@ def main() -> None:
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
 
+    with plain_endings("visualize", resumable=False):
+        draw(options)
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Draw a picture into a file, and print what explain says."""
     lr = torch.tensor(0.1, requires_grad=True)
     loss, names = adapt(options.steps, lr)
     dot = torchopt.visual.make_dot(loss, [*names, {"learning rate": lr}], clusters=True)
     dot.attr(dpi=str(options.dpi), nodesep="0.2", ranksep="0.18")
     suffix = options.output.suffix.removeprefix(".") or "png"
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_bytes(dot.pipe(format=suffix))
+    try:
+        picture = dot.pipe(format=suffix)
+    except RuntimeError as error:  # the program dot is missing
+        raise ValueError(str(error)) from error
+    write_atomically(options.output, lambda path: path.write_bytes(picture))
     print(f"The picture is in {options.output}.\n")
 
     print("The learned learning rate:")

@@ -423,22 +423,22 @@ GARBAGE = {
     "lr_negative": _edited(lambda s: s["param_groups"][0].update(lr=-1.0)),
     "lr_string": _edited(lambda s: s["param_groups"][0].update(lr="fast")),
     "lr_missing": _edited(lambda s: s["param_groups"][0].pop("lr")),
-    "unknown_slot": _edited(lambda s: s["state"][0]["slots"].update(square_avg={})),
-    "slot_missing": _edited(lambda s: s["state"][0]["slots"].pop("exp_avg")),
-    "slot_entry_missing": _edited(lambda s: s["state"][0]["slots"]["exp_avg"].pop("body.weight")),
-    "slot_entry_no_tensor": _edited(
-        lambda s: s["state"][0]["slots"]["exp_avg"].update({"body.weight": "three"})
+    "unknown_slot": _edited(lambda s: s["state"][0].update(square_avg=torch.ones(4, 3))),
+    "slot_missing": _edited(lambda s: [entry.pop("exp_avg") for entry in s["state"].values()]),
+    "slot_entry_missing": _edited(lambda s: s["state"][0].pop("exp_avg")),
+    "slot_entry_no_tensor": _edited(lambda s: s["state"][0].update(exp_avg="three")),
+    "slot_shape": _edited(lambda s: s["state"][0].update(exp_avg=torch.ones(9))),
+    "slot_unknown_parameter": _edited(lambda s: s["state"].update({77: s["state"][0]})),
+    "step_string": _edited(lambda s: s["state"][0].update(step="three")),
+    "step_negative": _edited(lambda s: s["state"][0].update(step=-1)),
+    "step_fraction": _edited(lambda s: s["state"][0].update(step=torch.tensor(1.5))),
+    "step_missing": _edited(lambda s: s["state"][0].pop("step")),
+    "entry_no_dict": _edited(lambda s: s["state"].update({0: 3})),
+    "name_unknown": _edited(lambda s: s["param_groups"][0]["param_names"].__setitem__(0, "tail")),
+    "names_too_few": _edited(lambda s: s["param_groups"][0]["param_names"].pop()),
+    "params_too_few": _edited(
+        lambda s: (s["param_groups"][0].pop("param_names"), s["param_groups"][0]["params"].pop())
     ),
-    "slot_shape": _edited(
-        lambda s: s["state"][0]["slots"]["exp_avg"].update({"body.weight": torch.ones(9)})
-    ),
-    "slot_unknown_parameter": _edited(
-        lambda s: s["state"][0]["slots"]["exp_avg"].update({"tail.weight": torch.ones(9)})
-    ),
-    "step_string": _edited(lambda s: s["state"][0]["steps"].update({"body.weight": "three"})),
-    "step_negative": _edited(lambda s: s["state"][0]["steps"].update({"body.weight": -1})),
-    "step_missing": _edited(lambda s: s["state"][0]["steps"].pop("body.weight")),
-    "step_unknown_parameter": _edited(lambda s: s["state"][0]["steps"].update({"tail": 1})),
     "of_a_module": lambda o: o.param_groups[0]["params"].state_dict(),
 }
 
@@ -451,14 +451,21 @@ def test_load_state_dict_of_garbage(kind):
         optimizer.load_state_dict(garbage)
 
 
-def test_load_state_dict_of_torch_says_what_it_is():
+def test_load_state_dict_of_another_algorithm_of_torch():
     net, optimizer = adapted()
     twin = Net()
-    peer = torch.optim.Adam(twin.parameters())
     mse(twin, batch()).backward()
-    peer.step()
-    with refused(ValueError, "no state_dict of MetaAdam", net, optimizer):
-        optimizer.load_state_dict(peer.state_dict())
+    for cls in (torch.optim.SGD, torch.optim.RMSprop, torch.optim.AdamW):
+        peer = cls(twin.parameters(), lr=0.01)
+        peer.step()
+        with refused(ValueError, "another optimizer", net, optimizer):
+            optimizer.load_state_dict(peer.state_dict())
+
+
+def test_load_state_dict_of_an_extracted_state_says_what_to_type():
+    net, optimizer = adapted()
+    with refused(ValueError, "recover_state_dict", net, optimizer):
+        optimizer.load_state_dict(torchopt.extract_state_dict(optimizer))
 
 
 def test_load_state_dict_of_another_rule():

@@ -114,7 +114,7 @@ def test_vmap_is_a_loop_over_members(case: Any) -> None:
         params, state = vmap(step)(lr, grads, state, params)
         for i in range(MEMBERS):
             singles[i], states[i] = step(lr[i], member(grads, i), states[i], singles[i])
-    assert state.step == 3
+    assert state.step.tolist() == [3] * MEMBERS  # a leaf, as everything in a state
     for i in range(MEMBERS):
         assert_close(member(params, i), singles[i])
         assert_close(member(state.slots, i), states[i].slots)

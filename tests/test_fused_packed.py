@@ -150,7 +150,8 @@ def learned_number(net: Net, optimizer: torchopt.MetaOptimizer) -> list[Tensor]:
 
 def detached_between(net: Net, optimizer: torchopt.MetaOptimizer) -> None:
     optimizer.step(net.loss())
-    torchopt.stop_gradient([net, optimizer])
+    torchopt.stop_gradient(net)
+    torchopt.stop_gradient(optimizer)
     optimizer.step(net.loss())
     optimizer.step(net.loss())
 

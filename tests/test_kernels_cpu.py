@@ -191,9 +191,9 @@ HALF = (torch.float16, torch.bfloat16)
 ALL_BITS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
 
 
-def copying_kernel(step: int) -> Kernel:
-    """SGD's: at step 1 the buffer is g; later the update is ``-lr (momentum * buffer + ... g)``."""
-    return program_of(torchopt.sgd(0.1, momentum=0.5), step).kernels["update"]
+def copying_kernel() -> Kernel:
+    """SGD's: ``s0 = momentum * s0 + ... g``, ``u = -lr * s0``."""
+    return program_of(torchopt.sgd(0.1, momentum=0.5), 2).kernels["update"]
 
 
 def run_with_numbers(
@@ -218,9 +218,11 @@ def run_with_numbers(
 
 @pytest.mark.parametrize("dtype", HALF, ids=["float16", "bfloat16"])
 def test_all_half_numbers_widen_and_narrow_as_torch_does(dtype: torch.dtype) -> None:
-    kernel = copying_kernel(1)
+    kernel = copying_kernel()
     values = ALL_BITS.view(dtype)
-    outputs = run_with_numbers(kernel, dtype, {"g": values}, [1.0] * len(kernel.numbers))
+    nothing = torch.full((len(values),), -0.0)  # which changes nothing that is added to it
+    inputs = {"g": values, "s0": nothing}
+    outputs = run_with_numbers(kernel, dtype, inputs, [1.0] * len(kernel.numbers))
     wide, back = outputs["s0"], outputs["u"]
     nan = values.isnan()
     assert torch.equal(wide.isnan(), nan)
@@ -244,7 +246,7 @@ def test_float32_rounds_to_half_as_torch_does(dtype: torch.dtype) -> None:
         x = torch.tensor([value, -value])
         edges += [x, torch.nextafter(x, inf), torch.nextafter(x, -inf)]
     values = torch.cat(edges)
-    kernel = copying_kernel(2)  # u = (g * n + s0 * n ...) * n
+    kernel = copying_kernel()  # u = (g * n + s0 * n ...) * n
     row = [1.0] * len(kernel.numbers)
     outputs = run_with_numbers(
         kernel, dtype, {"g": torch.zeros(len(values), dtype=dtype), "s0": values}, row

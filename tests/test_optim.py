@@ -309,7 +309,7 @@ def test_add_param_group_refuses_what_torch_refuses() -> None:
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": params[:1]})
     with pytest.raises(TypeError, match="must be a dict"):
-        optimizer.add_param_group(params)
+        optimizer.add_param_group(torch.nn.Linear(2, 1))
     with pytest.raises(ValueError, match="lr must be >= 0"):
         optimizer.add_param_group({"params": parameters(), "lr": -0.1})
     assert len(optimizer.param_groups) == 1

@@ -501,6 +501,18 @@ TRANSFORMS = {
         lambda: torchopt.masked(torchopt.scale(0.0), not_bias),
         f"Masked(inner=Scale(step_size=0.0), mask={not_bias!r})",
     ),
+    "partition": (
+        lambda: torchopt.partition(
+            {"a": torchopt.scale(0.5), "b": torchopt.set_to_zero()}, {"w": "a", "b": "b"}
+        ),
+        "Partition(transforms={'a': Scale(step_size=0.5), 'b': SetToZero()}, "
+        "labels={'w': 'a', 'b': 'b'})",
+    ),
+    "set_to_zero": (torchopt.set_to_zero, "SetToZero()"),
+    "freeze": (
+        lambda: torchopt.freeze({"w": True, "b": False}),
+        "Masked(inner=SetToZero(), mask={'w': True, 'b': False})",
+    ),
     "register_hook": (lambda: torchopt.register_hook(double), f"RegisterHook(hook={double!r})"),
     "scale_by_adam": (
         lambda: torchopt.scale_by_adam((0.5, 0.75), amsgrad=True),

@@ -39,6 +39,7 @@ from torchopt.state import ModuleState as ModuleState
 from torchopt.state import extract_state_dict as extract_state_dict
 from torchopt.state import module_clone as module_clone
 from torchopt.state import recover_state_dict as recover_state_dict
+from torchopt.state import stop_gradient as module_detach_
 from torchopt.state import stop_gradient as stop_gradient
 from torchopt.chaining import chain as chain
 from torchopt.transform import ElementwiseTransformation as ElementwiseTransformation
@@ -46,15 +47,23 @@ from torchopt.transform import GradientTransformation as GradientTransformation
 from torchopt.transform import transformation as transformation
 from torchopt.transforms.basic import add_decayed_weights as add_decayed_weights
 from torchopt.transforms.basic import flip_sign as flip_sign
+from torchopt.transforms.basic import freeze as freeze
 from torchopt.transforms.basic import identity as identity
 from torchopt.transforms.basic import nan_to_num as nan_to_num
 from torchopt.transforms.basic import register_hook as register_hook
 from torchopt.transforms.basic import scale as scale
 from torchopt.transforms.basic import scale_by_learning_rate as scale_by_learning_rate
 from torchopt.transforms.basic import scale_by_schedule as scale_by_schedule
+from torchopt.transforms.basic import set_to_zero as set_to_zero
 from torchopt.transforms.clip import clip_grad_norm as clip_by_global_norm
 from torchopt.transforms.clip import clip_grad_norm as clip_grad_norm
 from torchopt.transforms.clip import clip_grad_value as clip_grad_value
 from torchopt.transforms.momentum import trace as trace
+from torchopt.transforms.partition import partition as partition
 from torchopt.transforms.wrap import masked as masked
 from torchopt.version import __version__ as __version__
+
+from torchopt import compat as _compat
+
+_compat.install()
+del _compat

@@ -7,6 +7,7 @@ from typing import Any, Union
 
 import torch
 
+from torchopt import misuse
 from torchopt.transform import GradientTransformation
 
 
@@ -50,7 +51,8 @@ def accelerated(
         return tx
     if not isinstance(use_accelerated_op, bool):
         raise TypeError(
-            f"use_accelerated_op must be None, True or False, got {use_accelerated_op!r}."
+            f"use_accelerated_op must be None, True or False, got "
+            f"{misuse.short(use_accelerated_op)}."
         )
     if use_accelerated_op and reason_unavailable("cpu") and reason_unavailable("cuda"):
         raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Tr
     Raises:
         ValueError: If structures, shapes or devices do not match; nothing has changed then.
         TypeError: If a leaf is no tensor, or an update has a dtype the parameter cannot hold.
-        RuntimeError: If ``inplace=True`` and a gradient is being recorded through an input.
+        RuntimeError: If ``inplace=True`` and a gradient is being recorded through an input, or a
+            parameter cannot be changed in place; nothing has changed then.
 
     Example:
         >>> import torch, torchopt
@@ -36,15 +38,39 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Tr
     for index, (p, u) in enumerate(zip(leaves, additions)):
         if p is not None and u is not None:
             _check(params, index, p, u)
-    pairs = [(p, u) for p, u in zip(leaves, additions) if p is not None and u is not None]
     if not inplace:
         new = [p if p is None or u is None else _add(p, u) for p, u in zip(leaves, additions)]
         return tree.unflatten(spec, new)
     refuse_recorded("apply_updates", {"updates": additions}, {"params": leaves})
+    changed = [k for k, (p, u) in enumerate(zip(leaves, additions)) if not (p is None or u is None)]
+    refuse_unwritable([leaves[k] for k in changed], lambda k: tree.leaf_names(params)[changed[k]])
     with torch.no_grad():
-        for p, u in pairs:
-            p.add_(u)
+        for k in changed:
+            leaves[k].add_(additions[k])
     return params
+
+
+def refuse_unwritable(params: Sequence[Tensor], name: Callable[[int], str]) -> None:
+    """Refuse parameters that no update can change in place, before the first one changes.
+
+    Raises:
+        RuntimeError: For an expanded parameter, or one made in inference mode outside of it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for k, p in enumerate(params):
+        dense = p.layout != torch.strided or p.is_contiguous()
+        if not dense and torch._debug_has_internal_overlap(p) == 1:  # pyright: ignore[reportPrivateImportUsage]
+            raise RuntimeError(
+                f"Parameter {tree.quoted(name(k))} of shape {tuple(p.shape)} is expanded: "
+                "several entries are a single memory location, which no update can change by "
+                "itself. Give its contiguous() copy."
+            )
+        if p.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"Parameter {tree.quoted(name(k))} was made under torch.inference_mode(), and "
+                "cannot be changed in place outside of it. Give its clone()."
+            )
 
 
 def _check(params: TensorTree, index: int, p: Any, u: Any) -> None:

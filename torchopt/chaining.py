@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torchopt import hyper
+from torchopt.pair import Pair, as_transformation
 from torchopt.plan import Plan
 from torchopt.transform import GradientTransformation, check_transformation, transformation
+from torchopt.whole import distinct
 
 
 @transformation
@@ -43,6 +45,10 @@ class Chain(GradientTransformation):
             tuple(part.with_accelerated_op(use_accelerated_op) for part in self.transformations)
         )
 
+    def renewed(self) -> GradientTransformation:
+        """Return the same with slots for all parameters together of its own."""
+        return Chain(tuple(part.renewed() for part in self.transformations))
+
     def __repr__(self) -> str:
         return f"chain({', '.join(repr(part) for part in self.transformations)})"
 
@@ -66,7 +72,21 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         chain(ClipGradValue(clip_value=1.0), Scale(step_size=-0.1))
     """
     parts: list[GradientTransformation] = []
-    for tx in transformations:
+    for tx in map(as_transformation, transformations):
         check_transformation(tx, "chain")
         parts.extend(tx.parts)
+    return parts[0] if len(parts) == 1 else Chain(tuple(distinct(parts)))
+
+
+def chain_flat(*transformations: GradientTransformation) -> GradientTransformation:
+    """Chain transformations as ``chain.flat`` of TorchOpt 0.7.3 does.
+
+    It is :func:`chain`, but for pairs of functions (:class:`torchopt.pair.Pair`): they are given
+    gradients and parameters as flat lists, whatever the tree.
+    """
+    tx = chain(*transformations)
+    parts = [part.renewed(flat=True) if isinstance(part, Pair) else part for part in tx.parts]
     return parts[0] if len(parts) == 1 else Chain(tuple(parts))
+
+
+chain.flat = chain_flat  # pyright: ignore[reportFunctionMemberAccess]

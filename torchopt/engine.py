@@ -9,7 +9,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from torchopt import step_tags, tree
+from torchopt import misuse, step_tags, tree
 from torchopt.gradient_checks import Common, check_gradients, common_of
 from torchopt.numerics import exact, to_compute_dtype
 from torchopt.packed import Packed, Packing
@@ -30,6 +30,9 @@ class Call:
     reference: PyTree  # a tree with the structure of the parameters, for masks
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     pack_slots: bool = False  # whether new slots may come back as Packed
+    known: Any = ()  # parameters that an entry of a mask may name besides; see hyper.match_by_name
+    pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.whole
+    labels: Any = None  # of the parameters, for a partition, where the face knows them
 
 
 @dataclasses.dataclass
@@ -86,15 +89,23 @@ def step_list(old: Union[Step, list[Any]], count: int) -> list[Step]:
     return [step] * count
 
 
-def next_step(old: Union[Step, list[Any]], grads: Sequence[Any]) -> Union[Step, list[Any]]:
+def next_step(
+    old: Union[Step, list[Any]], grads: Sequence[Any], params: Sequence[Any] | None
+) -> Union[Step, list[Any]]:
     """Return the step counts to remember: one number while all parameters agree."""
     if isinstance(old, Tensor):
         return old + 1
     previous = old if isinstance(old, list) else [old] * len(grads)
     steps = [step if g is None else step + 1 for step, g in zip(previous, grads)]
-    if not steps:
+    # a place in the tree that has no parameter has no count to disagree with
+    counts = steps
+    if params is not None:
+        counts = [n for n, p in zip(steps, params) if p is not None] or steps
+    if not counts:
         return old + 1 if isinstance(old, int) else old
-    return steps[0] if all(step == steps[0] for step in steps) else steps
+    if any(isinstance(count, Tensor) for count in counts):
+        return steps  # of a batch: nothing can be known
+    return counts[0] if all(count == counts[0] for count in counts) else steps
 
 
 def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
@@ -105,6 +116,7 @@ def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
             name = tree.quoted(call.names()[i])
             raise TypeError(
                 f"Parameter {name} must be a tensor or None, got {type(call.p[i]).__name__}."
+                f"{misuse.advice_for_leaf(call.p[i])}"
             )
     params = [to_compute_dtype(call.p[i].detach()) for i in index]
     columns: dict[str, list[Any]] = {name: [None] * len(call.p) for name in tx.slot_names()}
@@ -265,9 +277,11 @@ def _advance_by_parts(tx: Any, given: Leaves, columns: dict[str, Any], apply: bo
         for position, (c, value) in enumerate(zip(is_complex, column)):
             if value is not None:
                 old = columns[name][position]
-                columns[name][position] = _leave(
-                    value, c, value.dtype if old is None else old.dtype
-                )
+                if old is not None:
+                    dtype = old.dtype
+                else:  # made in this call, in the dtype of computation unless it is no such number
+                    dtype = leaves.g[position].dtype if value.is_floating_point() else value.dtype
+                columns[name][position] = _leave(value, c, dtype)
     return results
 
 
@@ -306,10 +320,33 @@ def run_by_rules(
         slots = list(zip(*(columns[name] for name in names))) if names else [()] * len(g)
         rows = plan.rows_of(position, leaves.hyper)
         own = Leaves(g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
+        before = g
         g, slots = plan.parts[position].step(own)
+        if _may_promote(rows):
+            g = [_like(u, x) for u, x in zip(g, before)]
         for name, column in zip(names, zip(*slots)):
             columns[name] = list(column)
     return g
+
+
+def _may_promote(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether a hyperparameter is a tensor, whose dtype may be wider than that of a gradient."""
+    previous: Any = None
+    for row in rows:
+        if row is not previous:
+            for value in row.values():
+                if isinstance(value, Tensor):
+                    return True
+                if isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
+                    return True
+            previous = row
+    return False
+
+
+def _like(u: Any, g: Tensor) -> Any:
+    """Return an update in the dtype of its gradient, in which the next part expects it."""
+    wider = isinstance(u, Tensor) and u.dtype != g.dtype and u.is_floating_point()
+    return u.to(g.dtype) if wider else u
 
 
 def _view_as_real(x: Tensor) -> Tensor:
@@ -325,8 +362,8 @@ def _leave(x: Tensor, is_complex: bool, dtype: torch.dtype) -> Tensor:
 
 
 def _refuse_update(tx: Any, update: Any, g: Tensor, name: str) -> None:
-    given = f"shape {tuple(update.shape)}" if isinstance(update, Tensor) else repr(update)
+    given = f"shape {tuple(update.shape)}" if isinstance(update, Tensor) else misuse.short(update)
     raise ValueError(
-        f"{tx!r} returned an update of {given} for the gradient of {name}, whose shape is "
-        f"{tuple(g.shape)}. A rule must return a tensor of the shape of its gradient."
+        f"{misuse.clipped(repr(tx))} returned an update of {given} for the gradient of {name}, "
+        f"whose shape is {tuple(g.shape)}. A rule must return a tensor of that shape."
     )

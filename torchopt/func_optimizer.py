@@ -6,15 +6,18 @@ from typing import Any
 
 import torch
 
-from torchopt import tree
+from torchopt import misuse, step_tags, tree
+from torchopt.functional import as_state
 from torchopt.inner_gradient import differentiate
 from torchopt.opt_state import OptState
+from torchopt.pair import Pair, as_transformation
+from torchopt.recipe import renamed
 from torchopt.state import extract_state_dict
 from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.typing import TensorTree
 
 
-class FuncOptimizer:
+class FuncOptimizer(misuse.NoPlainOptimizer):
     """Optimize any tree of parameters by ``params = optimizer.step(loss, params)``.
 
     Args:
@@ -33,11 +36,18 @@ class FuncOptimizer:
         (tensor([0.8000]), True)
     """
 
+    @renamed(impl="tx")
     def __init__(self, tx: GradientTransformation, *, inplace: bool = False) -> None:
+        tx = as_transformation(tx)
         check_transformation(tx, "FuncOptimizer")
         self.transformation = tx
         self.inplace = inplace
         self.state: OptState | None = None
+
+    @property
+    def impl(self) -> GradientTransformation:
+        """The transformation, by its name in TorchOpt 0.7.3."""
+        return self.transformation
 
     def init(self, params: TensorTree) -> None:
         """Start anew; otherwise the first :meth:`step` makes the state."""
@@ -52,12 +62,14 @@ class FuncOptimizer:
             loss: A scalar computed from ``params``.
             params: Any pytree of tensors that require grad. Those it does not depend on stay.
             inplace: Change ``params`` in place, and record nothing; ``None`` means the attribute
-                ``inplace``. Otherwise the result is differentiable.
+                ``inplace``. Otherwise the result is differentiable; under ``torch.no_grad()`` it
+                consists of leaves that require grad.
 
         Raises:
             TypeError, ValueError, RuntimeError: As :meth:`torchopt.MetaOptimizer.step`.
         """
         inplace = self.inplace if inplace is None else inplace
+        misuse.check_trees({"params": params})
         leaves, spec = tree.flatten(params)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         found = iter(
@@ -69,10 +81,18 @@ class FuncOptimizer:
         ]
         state = self.transformation.init(params) if self.state is None else self.state
         gradient_tree = tree.unflatten(spec, grads)
-        params, self.state = self.transformation.apply_gradients(
+        new_params, self.state = self.transformation.apply_gradients(
             gradient_tree, state, params, inplace=inplace
         )
-        return params
+        if not inplace:
+            step_tags.note_create_graph(tree.flatten(new_params)[0], True)
+        if not torch.is_grad_enabled():  # leaves, as of MetaOptimizer: the next loss needs a graph
+            new_leaves, new_spec = tree.flatten(new_params)
+            for old, new in zip(leaves, new_leaves):
+                if new is not old and isinstance(old, torch.Tensor) and old.requires_grad:
+                    new.requires_grad_(True)
+            new_params = tree.unflatten(new_spec, new_leaves)
+        return new_params
 
     def state_dict(self) -> OptState | None:
         """Return the state by reference; ``None`` before the first step."""
@@ -85,6 +105,11 @@ class FuncOptimizer:
             TypeError: If it is no optimizer state.
             ValueError: If it belongs to another transformation.
         """
+        if isinstance(self.transformation, Pair):  # whose state is any tree
+            self.state = state_dict
+            return
+        if isinstance(state_dict, (tuple, list)):
+            state_dict = as_state(self.transformation, state_dict)
         if state_dict is not None and not isinstance(state_dict, OptState):
             raise TypeError(
                 f"load_state_dict expects an OptState, got {type(state_dict).__name__}."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt import tree
+from torchopt import misuse, tree
 from torchopt.numerics import HALF
 
 
@@ -61,6 +61,7 @@ def check_gradients(tx: Any, call: Any, index: Sequence[int]) -> None:
             name = tree.quoted(call.names()[i])
             raise TypeError(
                 f"The gradient of {name} must be a tensor or None, got {type(g).__name__}."
+                f"{misuse.advice_for_leaf(g)}"
             )
         if g.layout != torch.strided:
             _check_sparse(tx, call, i)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchopt import tree
+from torchopt import misuse, tree
 from torchopt.typing import Step
 
 
@@ -42,6 +42,19 @@ class HyperSpec:
             if getattr(self, name) is not None
         ]
         return " and ".join(bounds) or "any number"
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """The parameters around those that take part now.
+
+    Attributes:
+        names: All of them by name, in order, frozen ones as well.
+        others: The further names of those that have some (tied weights).
+    """
+
+    names: Sequence[str] = ()
+    others: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 def hyper(
@@ -79,6 +92,13 @@ def specs_of(transformation: Any) -> dict[str, HyperSpec]:
     return {field.name: field.metadata["hyper"] for field in fields if "hyper" in field.metadata}
 
 
+def plain(value: Any) -> Any:
+    """Return the dict or list that a ``ParameterDict`` or ``ParameterList`` stands for."""
+    if isinstance(value, torch.nn.ParameterDict):
+        return dict(value.items())
+    return list(value) if isinstance(value, torch.nn.ParameterList) else value
+
+
 def check(name: str, value: Any, spec: HyperSpec) -> None:
     """Refuse a hyperparameter of the wrong type or out of bounds.
 
@@ -86,12 +106,13 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
         TypeError: For a value that is no number, tensor, schedule or tree of those.
         ValueError: For a number out of bounds.
     """
+    value = plain(value)
     if spec.flag:
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}.")
+            raise TypeError(f"{name} must be True or False, got {misuse.short(value)}.")
     elif spec.pair:
         if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise TypeError(f"{name} must be a pair of values, got {value!r}.")
+            raise TypeError(f"{name} must be a pair of values, got {misuse.short(value)}.")
         for index, element in enumerate(value):
             check(f"{name}[{index}]", element, dataclasses.replace(spec, pair=False))
     elif isinstance(value, bool):
@@ -104,12 +125,11 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
             raise TypeError(f"{name} must be a real tensor, got dtype {value.dtype}.")
     elif isinstance(value, (Mapping, list, tuple)):
         for key, element in zip(tree.leaf_names(value), tree.flatten(value)[0]):
-            check(f"{name}[{key!r}]", element, spec)
+            check(f"{name}[{misuse.short(key)}]", element, spec)
     elif not callable(value):
-        raise TypeError(
-            f"{name} must be a number, a tensor, a schedule (count -> value) or a tree of those "
-            f"with one entry per parameter, got {type(value).__name__}: {value!r}."
-        )
+        raise TypeError(misuse.not_a_value(name, value))
+    else:
+        misuse.check_schedule(name, value)
 
 
 def resolve(
@@ -118,13 +138,14 @@ def resolve(
     leaves: Sequence[Any],
     names: Callable[[], Sequence[str]],
     count: Step,
-    known: Sequence[str] = (),
+    known: Sequence[str] | Callable[[], Known] = (),
 ) -> list[dict[str, Any]]:
     """Return the hyperparameters of every leaf: numbers and tensors only.
 
     Schedules are evaluated at ``count`` (0 at the first update) and trees are matched to the
-    leaves by name; their entries may also name one of ``known``. When nothing differs between
-    leaves they share one dict, so that a caller can treat it once.
+    leaves by name; their entries may also name one of ``known`` (a function is called only if
+    they do). When nothing differs between leaves they share one dict, so that a caller can treat
+    it once.
     """
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
@@ -158,68 +179,100 @@ def _column(
     leaves: Sequence[Any],
     names: Callable[[], Sequence[str]],
     count: Step,
-    known: Sequence[str],
+    known: Sequence[str] | Callable[[], Known],
 ) -> Any:
     """Return one value for all leaves, or a list with one value per leaf."""
     if isinstance(value, (int, float)):
         return value
+    value = plain(value)
     if isinstance(value, (Mapping, list, tuple)):
         matched = match_by_name(name, value, names(), known)
         column = [
-            v(count) if callable(v) and not isinstance(v, torch.Tensor) else v for v in matched
+            misuse.scheduled(name, v, count)
+            if callable(v) and not isinstance(v, torch.Tensor)
+            else v
+            for v in matched
         ]
-        for v, leaf, leaf_name in zip(column, leaves, names()):
-            _check_shape(name, v, leaf, leaf_name)
-        return column
+        return [_fitting(name, v, *leaf) for v, *leaf in zip(column, leaves, names())]
     if callable(value) and not isinstance(value, torch.Tensor):
-        value = value(count)
-    if isinstance(value, torch.Tensor) and value.dim() > 0:
-        for leaf, leaf_name in zip(leaves, names()):
-            _check_shape(name, value, leaf, leaf_name)
+        value = misuse.scheduled(name, value, count)
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 0:
+            for leaf, leaf_name in zip(leaves, names()):
+                value = _fitting(name, value, leaf, leaf_name)
+    elif not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(misuse.not_a_value(name, value))  # param_groups may have been changed
     return value
 
 
 def match_by_name(
-    what: str, value: Any, names: Sequence[str], known: Sequence[str] = ()
+    what: str,
+    value: Any,
+    names: Sequence[str],
+    known: Sequence[str] | Callable[[], Known] = (),
 ) -> list[Any]:
     """Give every leaf the entry of ``value`` under its own name or its longest dotted prefix.
 
     So ``{"body": a, "head": b}`` gives ``a`` to ``body.0.weight``; a list is matched by position
-    to a list of parameters. The key ``""`` matches every leaf that no other key names.
+    to a list of parameters. The key ``""`` matches every leaf that no other key names. Entries of
+    other known parameters are left out, and a tied weight may have any of its names.
 
     Raises:
         ValueError: If a leaf has no entry, or an entry has no leaf (a misspelt name).
     """
     entries = tree.named_leaves(value)
-    if isinstance(value, (list, tuple)) and len(entries) == len(names):
+    by_position = isinstance(value, (list, tuple))
+    if by_position and len(entries) == len(names):
         return list(entries.values())  # one entry per parameter, in order
-    used: set[str] = set()
-    matched = []
-    for name in names:
-        key = name
-        while key not in entries and key:
-            key = key.rpartition(".")[0]
-        if key not in entries:
+    keys: list[Any] = [_key_of(name, entries) for name in names]
+    used = set(keys)
+    if None not in used and all(key in used for key in entries):
+        return [entries[key] for key in keys]
+    around = known() if callable(known) else Known(known)
+    if by_position and len(entries) == len(around.names):
+        every = dict(zip(around.names, entries.values()))
+        return [every[name] for name in names]
+    keys = [_first_key(name, around.others.get(name, ()), entries) for name in names]
+    for name, key in zip(names, keys):
+        if key is None:
             raise ValueError(
-                f"{what} has no entry for parameter {tree.quoted(name)}; it has {list(entries)}."
+                f"{what} has no entry for parameter {tree.quoted(name)}; it has "
+                f"{misuse.some(list(entries))}.{misuse.stray_comma(what, value)}"
             )
-        used.add(key)
-        matched.append(entries[key])
-    unused = [key for key in entries if key not in used and not _names_any(key, known)]
+    used = set(keys)
+    accepted = [*around.names, *(other for more in around.others.values() for other in more)]
+    unused = [key for key in entries if key not in used and not _names_any(key, accepted)]
     if unused:
         raise ValueError(
-            f"{what} has an entry {unused[0]!r} that names no parameter; parameters: {list(names)}."
+            f"{what} has an entry {unused[0]!r} that names no parameter; parameters: "
+            f"{misuse.some(around.names or names)}."
         )
-    return matched
+    return [entries[key] for key in keys]
+
+
+def _key_of(name: str, entries: Mapping[str, Any]) -> str | None:
+    """Return the longest dotted prefix of a name that has an entry."""
+    while name not in entries:
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _first_key(name: str, others: Sequence[str], entries: Mapping[str, Any]) -> str | None:
+    """Return the key for a parameter by its first name that has one; ``""`` comes last."""
+    found = [_key_of(one, entries) for one in (name, *others)]
+    named = [key for key in found if key]
+    return named[0] if named else found[0]
 
 
 def _names_any(key: str, names: Sequence[str]) -> bool:
-    return any(name == key or name.startswith(f"{key}.") for name in names)
+    return any(not key or name == key or name.startswith(f"{key}.") for name in names)
 
 
 def has_schedule(value: Any) -> bool:
     """Whether a hyperparameter is a schedule, or a pair or tree that holds one."""
-    leaves = [value] if isinstance(value, torch.Tensor) else tree.flatten(value)[0]
+    leaves = [value] if isinstance(value, torch.Tensor) else tree.flatten(plain(value))[0]
     return any(callable(leaf) and not isinstance(leaf, torch.Tensor) for leaf in leaves)
 
 
@@ -231,22 +284,51 @@ def check_number(name: str, value: Any, spec: HyperSpec | None = None) -> None:
         ValueError: If it is out of bounds.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}.")
+        raise TypeError(
+            f"{name} must be a number, got {type(value).__name__}: {misuse.short(value)}."
+        )
     if spec is not None:
         check(name, value, spec)
 
 
-def _check_shape(name: str, value: Any, leaf: Any, leaf_name: str) -> None:
+def numbers_in(value: Any) -> list[Any]:
+    """Return the plain numbers in a hyperparameter: itself, or those in a pair or tree."""
+    leaves = [value] if isinstance(value, torch.Tensor) else tree.flatten(value)[0]
+    return [leaf for leaf in leaves if isinstance(leaf, numbers.Real)]
+
+
+def as_numbers(value: Any) -> Any:
+    """Return the number in a tensor with one entry, if reading it does not wait for a device.
+
+    Also inside a pair or tree. For a face that records no derivative, and may have kernels then.
+    """
+    if torch.compiler.is_compiling():  # there a number would be a constant
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 and value.is_cpu else value
+    if isinstance(value, (Mapping, list, tuple)):
+        return tree.tree_map(as_numbers, value)
+    return value
+
+
+def _fitting(name: str, value: Any, leaf: Any, leaf_name: str) -> Any:
+    """Return a value that broadcasts to a leaf; one entry always does, whatever its dimensions.
+
+    Raises:
+        ValueError: If the value is a tensor that does not broadcast.
+    """
     if (
         not isinstance(value, torch.Tensor)
         or value.dim() == 0
         or not isinstance(leaf, torch.Tensor)
     ):
-        return
+        return value
     try:
         fits = torch.broadcast_shapes(value.shape, leaf.shape) == leaf.shape
     except RuntimeError:
         fits = False
+    if not fits and value.numel() == 1:
+        return value.reshape(())
     if not fits:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, which does not broadcast to parameter "
@@ -254,3 +336,4 @@ def _check_shape(name: str, value: Any, leaf: Any, leaf_name: str) -> None:
             "parameter as a "
             "dict keyed by parameter name."
         )
+    return value

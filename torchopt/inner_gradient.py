@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt import misuse
+
 
 def differentiate(
     loss: Any, tensors: Sequence[Tensor], create_graph: bool, retain_graph: bool | None = None
@@ -20,19 +22,24 @@ def differentiate(
         RuntimeError: If its graph has been freed.
     """
     if not isinstance(loss, Tensor):
-        raise TypeError(f"step expects the loss as a tensor, got {type(loss).__name__}.")
+        raise TypeError(misuse.not_a_loss(loss))
     if loss.numel() != 1:
         raise ValueError(
             f"step expects a scalar loss, got shape {tuple(loss.shape)}; take its mean() or sum()."
         )
+    if loss.is_complex():
+        raise ValueError(f"step expects a real loss, got {loss.dtype}; take its abs() or real.")
+    if not tensors:
+        raise ValueError(
+            "No parameter requires grad: all are frozen. Call requires_grad_(True) on those to be "
+            "trained, before the loss is computed."
+        )
     if not loss.requires_grad:
         raise ValueError(
-            "The loss has no graph: it was computed under torch.no_grad(), detached, or "
-            "does not depend "
-            "on any parameter that requires grad."
+            "The loss has no graph: it was computed under torch.no_grad(), detached (detach, "
+            "item, numpy), or does not depend on any parameter that requires grad. Compute it "
+            "from the network's outputs, with torch.enable_grad()."
         )
-    if not tensors:
-        raise ValueError("No parameter requires grad: all are frozen.")
     try:
         grads = torch.autograd.grad(
             loss, tensors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
@@ -48,9 +55,5 @@ def differentiate(
             "after each outer step if the inner optimization goes on from where it is."
         ) from error
     if all(grad is None for grad in grads):
-        raise ValueError(
-            "The loss does not depend on the present parameters. If they were replaced "
-            "since it was computed "
-            "(by step or recover_state_dict), compute it anew."
-        )
+        raise ValueError(misuse.unrelated_loss(loss, tensors))
     return grads

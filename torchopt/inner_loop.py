@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
+from torchopt import misuse
+from torchopt.commit import all_or_nothing
 from torchopt.meta import MetaOptimizer
-from torchopt.module_state import named_places
-from torchopt.state import extract_state_dict, recover_state_dict
+from torchopt.module_state import refuse_scripted
+from torchopt.rollback import Rollback
 from torchopt.transform import GradientTransformation
 
 
-@contextlib.contextmanager
+@misuse.block
 def inner_loop(
     module: nn.Module,
     tx: GradientTransformation | MetaOptimizer,
@@ -24,8 +25,15 @@ def inner_loop(
     """Adapt a network inside a ``with`` block; at its end it is what it was before.
 
     The adapted tensors live on in the graph of any loss computed in the block, so an outer loss may
-    be differentiated inside or after it. Parameters, buffers and the optimizer are restored also
-    if the block raises.
+    be differentiated inside or after it. What the network held comes back, also if the block
+    raises: parameters, buffers and sub-modules (what was added goes), values that were changed in
+    place (``reset_parameters``, ``load_state_dict``, an embedding's ``max_norm``), flags
+    (``requires_grad``), the mode of ``train`` and ``eval``, and the optimizer. Other attributes
+    stay as the block left them, ``grad`` as well. A lazy module that got its shapes in the block
+    keeps them.
+
+    A loss computed from values that were changed in place, of the network's own parameters, has to
+    be differentiated inside the block: afterwards PyTorch raises, for they have been put back.
 
     Args:
         module: The network.
@@ -48,29 +56,31 @@ def inner_loop(
         >>> net.weight.grad.shape
         torch.Size([1, 2])
     """
+    misuse.check_inner_loop(module, tx)
     optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
-    modules = {id(m): m for m in (module, *(group["params"] for group in optimizer.param_groups))}
-    modules = list(modules.values())
-    before = [extract_state_dict(m, with_buffers=restore_buffers) for m in modules]
-    optimizer_before = optimizer.extract_state()
-    groups_before = [dict(group) for group in optimizer.param_groups]
+    refuse_scripted("inner_loop", module)
+    groups = list(optimizer.param_groups)
+    modules = {id(m): m for m in (module, *(group["params"] for group in groups))}
+    rollback = Rollback(modules.values(), restore_buffers)
+    groups_before = [dict(group) for group in groups]
+    # states are replaced at each step and never changed, so that they need no copy
+    states_before, pairs_before = list(optimizer._states), optimizer._pairs
     create_graph_before = optimizer.create_graph
     if create_graph is not None:
         optimizer.create_graph = create_graph
-    if restore_buffers:
-        copies: dict[int, Tensor] = {}
-        for m in modules:
-            for _, owner, attribute, buffer in named_places(m, "_buffers"):
-                if id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.clone()
-                    copies[id(copies[id(buffer)])] = copies[id(buffer)]
-                owner._buffers[attribute] = copies[id(buffer)]
+
+    def undo() -> None:
+        rollback.undo()
+        optimizer.create_graph = create_graph_before
+        for group, before in zip(groups, groups_before):
+            group.clear()
+            group.update(before)
+        optimizer.param_groups[:] = groups
+        optimizer._states, optimizer._pairs = list(states_before), pairs_before
+
     try:
         yield optimizer
     finally:
-        optimizer.create_graph = create_graph_before
-        optimizer.param_groups[:] = groups_before
-        for m, state in zip(modules, before):
-            recover_state_dict(m, state)
-        optimizer._states = optimizer._states[: len(groups_before)]
-        optimizer.recover_state(optimizer_before)
+        all_or_nothing(undo)
+        if optimizer is not tx:  # a step would change the network for good
+            vars(optimizer)["step"] = misuse.step_after_block

@@ -5,30 +5,35 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Concatenate, ParamSpec
 
-from torchopt import hyper, tree
+from torchopt import hyper, marks, misuse, step_tags, tree, whole
+from torchopt.checkpointing import remember_weights
 from torchopt.commit import all_or_nothing
 from torchopt.engine import Call, advance
 from torchopt.inner_gradient import differentiate
-from torchopt.meta_call import Entry, Steady, Trainable, new_call, next_states
-from torchopt.meta_state import GroupState, check_groups, checked_state
-from torchopt.module_state import parameter_sites
+from torchopt.meta_call import Entry, Steady, Trainable, known_names, new_call, next_states
+from torchopt.meta_saved import loaded_form, saved_form
+from torchopt.meta_state import GroupState, checked_state, state_of
+from torchopt.module_state import parameter_sites, refuse_scripted
 from torchopt.opt_state import OptState
-from torchopt.recipe import signature_of_recipe
+from torchopt.pair import as_transformation
+from torchopt.recipe import renamed, signature_of_recipe
 from torchopt.state import extract_state_dict
 from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.values import describe, same
 
 
 P = ParamSpec("P")
+remember_weights(required=False)
 
 
-class MetaOptimizer:
+class MetaOptimizer(misuse.NoPlainOptimizer):
     """Optimize a network by steps that can be differentiated through.
 
     :meth:`step` puts new tensors into the network, connected by the graph to the old ones, to the
@@ -62,12 +67,19 @@ class MetaOptimizer:
         [torch.Size([1, 2]), torch.Size([])]
     """
 
+    #: The object-oriented class of the same algorithm, which reads the same saved states.
+    twin: ClassVar[Any] = None
+
+    @renamed(impl="tx")
     def __init__(self, module: nn.Module | Sequence[Any], tx: GradientTransformation) -> None:
+        tx = as_transformation(tx)
         check_transformation(tx, type(self).__name__)
+        remember_weights()
         self.transformation = tx
         self.create_graph = True
         self.param_groups: list[dict[str, Any]] = []
         self._states: list[GroupState] = []
+        self._pairs: dict[str, Any] = {}  # the states of pairs, which are of all groups together
         self._trainable = Trainable()
         self._steady: Steady | None = None
         groups: Any = module if isinstance(module, (list, tuple)) else [module]
@@ -90,16 +102,14 @@ class MetaOptimizer:
         module = given.pop("params", None)
         if not isinstance(module, nn.Module):
             raise TypeError(
-                f"{type(self).__name__} expects an nn.Module (the network, not its "
-                f"parameters), got {type(module).__name__}."
+                misuse.not_a_module(group if module is None else module, type(self).__name__)
             )
+        refuse_scripted(type(self).__name__, module)
         specs = self.transformation.hyper_specs()
+        given = {name: hyper.plain(value) for name, value in given.items()}
         for name, value in given.items():
             if name not in specs:
-                raise TypeError(
-                    f"{name!r} is no hyperparameter of {self.transformation!r}; those are "
-                    f"{list(specs)}."
-                )
+                raise TypeError(misuse.unknown_hyperparameter(name, self, list(specs)))
             hyper.check(name, value, specs[name])
         sites = parameter_sites(module)
         if not sites:
@@ -111,10 +121,23 @@ class MetaOptimizer:
             if id(site.tensor) in taken:
                 raise ValueError(f"Parameter {name!r} belongs to another group already.")
         hyperparameters = {**self.transformation.hyperparameters(), **given}
-        names = list(sites)
-        hyper.resolve(hyperparameters, specs, [s.tensor for s in sites.values()], lambda: names, 0)
+        trained = {n: s.tensor for n, s in sites.items() if s.tensor.requires_grad}
+        around = partial(known_names, module)
+        hyper.resolve(
+            hyperparameters, specs, list(trained.values()), lambda: list(trained), 0, around
+        )
         self.param_groups.append({"params": module, **hyperparameters})
         self._states.append(GroupState({}, {slot: {} for slot in self.transformation.slot_names()}))
+
+    @property
+    def impl(self) -> GradientTransformation:
+        """The transformation, by its name in TorchOpt 0.7.3."""
+        return self.transformation
+
+    @property
+    def state_groups(self) -> list[OptState]:
+        """What :meth:`extract_state` returns, as TorchOpt 0.7.3 had it."""
+        return list(self.extract_state())
 
     # Stepping ---------------------------------------------------------------------------------
 
@@ -125,6 +148,11 @@ class MetaOptimizer:
 
         Under ``torch.no_grad()`` nothing is recorded: the new tensors are leaves, for adapting
         without a meta-gradient at the memory of one step.
+
+        Attributes of a parameter go over to the tensor that takes its place. Its hooks
+        (``weight.register_hook``) filter the gradient of the loss at every step; they are not run
+        on what an outer loss sends back from one step to the one before, only, as ever, on what
+        arrives at the parameter itself.
 
         Args:
             loss: A scalar computed with the network's present tensors.
@@ -141,12 +169,21 @@ class MetaOptimizer:
         track = torch.is_grad_enabled()
         create_graph = (self.create_graph if create_graph is None else create_graph) and track
         entries, params = self._trainable.now(self.param_groups)
+        marked = marks.any_marked(params)
         grads = list(differentiate(loss, params, create_graph, retain_graph))
+        if marked:
+            grads = marks.filtered(params, grads, create_graph)
         steady, call = self._next_call(entries, params, grads)
+        whole.begin(self.transformation.plan, self._pairs, call)
         weights, slots = advance(self.transformation, call, apply=True)
         new_weights = [
             w if w is None or track else w.detach().requires_grad_(True) for w in weights
         ]
+        for old, new in zip(params, new_weights) if marked else ():
+            if new is not None:
+                marks.carry(old, new)
+        if track:
+            step_tags.note_create_graph(new_weights, create_graph)
         state = None if steady is None else steady.next_state(call, slots, track)
         if state is not None:
             states = [state]
@@ -154,8 +191,11 @@ class MetaOptimizer:
             states = next_states(self._states, entries, call, slots, track)
             steady = Steady.after(self.param_groups, call, states)
 
+        pairs = whole.end(self.transformation.plan, call)
+        pairs = pairs if track else tree.tree_map(_detached, pairs)
+
         def write() -> None:
-            self._states, self._steady = states, steady
+            self._states, self._steady, self._pairs = states, steady, pairs
             for entry, weight in zip(entries, new_weights):
                 if weight is not None:
                     entry.site.place(weight)
@@ -164,7 +204,7 @@ class MetaOptimizer:
 
     def _forget(self) -> None:
         """Drop what earlier steps found out: it belongs to the optimizer that this is a copy of."""
-        self._trainable, self._steady = Trainable(), None
+        self._trainable, self._steady = Trainable(self._trainable.frozen), None
 
     def _next_call(
         self, entries: list[Entry], params: list[Tensor], grads: list[Any]
@@ -181,67 +221,70 @@ class MetaOptimizer:
 
     def extract_state(self) -> tuple[OptState, ...]:
         """Return the state by reference, one :class:`~torchopt.OptState` per group."""
-        states = []
-        for state in self._states:
-            counts = set(state.steps.values())
-            step = (counts.pop() if counts else 0) if len(counts) < 2 else dict(state.steps)
-            kept = {
-                s: dict(c) for s, c in state.slots.items() if any(v is not None for v in c.values())
-            }
-            states.append(OptState(step, kept if state.steps else {s: {} for s in state.slots}))
-        return tuple(states)
+        pairs = zip(self.param_groups, self._states)
+        states = tuple(state_of(group["params"], state) for group, state in pairs)
+        for index, state in enumerate(states):
+            state.slots = self._with_pairs(state.slots, index)
+        return states
+
+    def _with_pairs(self, slots: dict[str, Any], index: int) -> dict[str, Any]:
+        """Return the slots of a group, and with the first group's the states of pairs."""
+        own, _ = whole.split(self.transformation.plan, slots)
+        return {**own, **(self._pairs if index == 0 else {})}
 
     def recover_state(self, state: Any) -> None:
         """Go back to an extracted state; see :func:`torchopt.recover_state_dict`."""
         if not isinstance(state, (tuple, list)) or not all(isinstance(s, OptState) for s in state):
-            raise TypeError(
-                f"The state of {type(self).__name__} must be what extract_state_dict "
-                "returned for one, "
-                f"got {type(state).__name__}."
-            )
+            raise TypeError(misuse.not_an_optimizer_state(state, self))
         if len(state) != len(self.param_groups):
             raise ValueError(
                 f"The state has {len(state)} groups, {type(self).__name__} has "
                 f"{len(self.param_groups)}."
             )
+        plan, frozen = self.transformation.plan, self._trainable.frozen
+        split = [whole.split(plan, saved.slots) for saved in state]
         self._states = [
-            checked_state(self, group["params"], saved)
-            for group, saved in zip(self.param_groups, state)
+            checked_state(self, group["params"], OptState(saved.step, own), frozen.get(index, ()))
+            for index, (group, saved, (own, _)) in enumerate(zip(self.param_groups, state, split))
         ]
+        self._pairs = split[0][1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return state and hyperparameters, detached, in plain containers for ``torch.save``."""
-        groups = [
-            {
-                k: v
-                for k, v in group.items()
-                if k != "params" and (isinstance(v, Tensor) or not callable(v))
-            }
-            for group in self.param_groups
-        ]
-        states = [
-            {"steps": s.steps, "slots": {slot: dict(c) for slot, c in s.slots.items()}}
-            for s in self._states
-        ]
-        detach = lambda x: x.detach() if isinstance(x, Tensor) else x  # noqa: E731
-        return tree.tree_map(detach, {"state": states, "param_groups": groups})
+        """Return state and hyperparameters in ``torch.optim``'s format, for ``torch.save``.
+
+        The tensors are detached; :func:`torchopt.extract_state_dict` keeps their graph. Parameters
+        are numbered in the network's order, frozen ones too, and named. Schedules given as
+        hyperparameters are code and are left out; loading keeps the live ones.
+        """
+        saved = saved_form(self, self._states)
+        if self._pairs:
+            saved["state"][whole.PAIRS] = tree.tree_map(_detached, self._pairs)
+        return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; the tensors are copied.
+        """Load what :meth:`state_dict`, here or of an optimizer of ``torch.optim``, returned.
+
+        That may be ``torch.optim``'s or ours of the same algorithm, over the same network: its
+        parameters are found by name, or else by their order. Tensors are copied.
 
         Raises:
             ValueError: If the state is that of another optimizer or network; nothing changes then.
+
+        Example:
+            >>> import torch, torchopt
+            >>> net = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+            >>> net(torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> inner = torchopt.MetaSGD(net, momentum=0.9)
+            >>> inner.load_state_dict(optimizer.state_dict())
+            >>> torchopt.extract_state_dict(inner)[0].momentum_buffer["bias"]
+            tensor([1.])
         """
-        try:
-            states = tuple(OptState(s["steps"], s["slots"]) for s in state_dict["state"])
-            groups = state_dict["param_groups"]
-            groups = [dict(group) for group in groups]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"This is no state_dict of {type(self).__name__}: {error!r}."
-            ) from error
-        check_groups(self, groups)
-        self.recover_state(extract_state_dict(states, by="deepcopy"))
+        rest, pairs = whole.taken_out(self.transformation.plan, state_dict, type(self))
+        states, groups = loaded_form(self, rest)
+        self.recover_state(states)
+        self._pairs = extract_state_dict(pairs, by="deepcopy")
         for live, group in zip(self.param_groups, groups):
             live.update(group)
 
@@ -256,7 +299,7 @@ class MetaOptimizer:
         return cloned
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_trainable": Trainable(), "_steady": None}
+        return {**vars(self), "_trainable": Trainable(self._trainable.frozen), "_steady": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MetaOptimizer:
         memo[id(self)] = cloned = copy.copy(self)
@@ -268,9 +311,9 @@ class MetaOptimizer:
         memo.update(keep)
         cloned.transformation = copy.deepcopy(self.transformation, memo)
         cloned.param_groups = [copy.deepcopy(group, memo) for group in self.param_groups]
-        cloned._states = list(self._states)
+        # not by recover_state: a network that owns its optimizer is a copy in the making here
+        cloned._states = [state.deepcopy() for state in self._states]
         cloned._forget()
-        cloned.recover_state(extract_state_dict(self, by="deepcopy"))
         return cloned
 
     def __repr__(self) -> str:
@@ -284,6 +327,10 @@ class MetaOptimizer:
             ]
             networks.append(" ".join([type(group["params"]).__name__, *live]))
         return f"{type(self).__name__}({', '.join(networks)}, {self.transformation!r})"
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def from_recipe(

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchopt import hyper
 from torchopt.alike import Alike
 from torchopt.engine import Call, initialise, initialise_packed, packs
 from torchopt.meta_state import GroupState
-from torchopt.module_state import ParameterSite, ParameterWalk
+from torchopt.module_state import ParameterSite, ParameterWalk, named_places
 from torchopt.packed import Packed, PackedDict, Packing
 from torchopt.transform import GradientTransformation
 from torchopt.values import is_plain
+
+
+_shape_of = operator.attrgetter("shape")
 
 
 class Entry(NamedTuple):
@@ -31,9 +35,14 @@ class Entry(NamedTuple):
 
 
 class Trainable:
-    """The parameters of all groups that require grad, at this moment."""
+    """The parameters of all groups that require grad, at this moment.
 
-    def __init__(self) -> None:
+    Attributes:
+        frozen: By group, those that did not at some step: a state may be without them.
+    """
+
+    def __init__(self, frozen: Mapping[int, set[str]] | None = None) -> None:
+        self.frozen = {index: set(names) for index, names in (frozen or {}).items()}
         self._walks: list[ParameterWalk] = []
         self._entries: list[list[Entry]] = []
 
@@ -54,6 +63,8 @@ class Trainable:
                 if tensor.requires_grad:
                     entries.append(entry)
                     params.append(tensor)
+                else:
+                    self.frozen.setdefault(index, set()).add(entry.name)
         return entries, params
 
     def _look_up(self, index: int, module: Any) -> list[Tensor] | None:
@@ -69,6 +80,30 @@ class Trainable:
         return [site.tensor for site in walk.sites]
 
 
+def known_names(module: nn.Module) -> hyper.Known:
+    """Return the names of all parameters of a network, and the further ones of tied weights."""
+    names: dict[int, str] = {}
+    others: dict[str, list[str]] = {}
+    for name, _, _, tensor in named_places(module, "_parameters"):
+        if id(tensor) in names:
+            others.setdefault(names[id(tensor)], []).append(name)
+        names.setdefault(id(tensor), name)
+    return hyper.Known(list(names.values()), others)
+
+
+def _known_of_all(groups: Sequence[dict[str, Any]]) -> hyper.Known:
+    """Return the names of all parameters of several networks, as masks see them."""
+    names: list[str] = []
+    others: dict[str, list[str]] = {}
+    for index, group in enumerate(groups):
+        known = known_names(group["params"])
+        names += [f"{index}.{name}" for name in known.names]
+        others.update(
+            {f"{index}.{n}": [f"{index}.{o}" for o in more] for n, more in known.others.items()}
+        )
+    return hyper.Known(names, others)
+
+
 def new_call(
     tx: GradientTransformation,
     groups: Sequence[dict[str, Any]],
@@ -78,6 +113,7 @@ def new_call(
     grads: list[Any],
 ) -> Call:
     """Return the call of a step of which nothing is known."""
+    states = _without_reshaped(states, entries, params)
     single = len(groups) == 1
     names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
     known = [state.steps for state in states]
@@ -90,11 +126,18 @@ def new_call(
         own = [k for k, entry in enumerate(entries) if single or entry.group == index]
         count = max((steps[k] for k in own), default=1) - 1
         own_names = names if single else [entries[k].name for k in own]
-        rows += hyper.resolve(group, specs, [params[k] for k in own], lambda n=own_names: n, count)
+        own_params = [params[k] for k in own]
+        around = partial(known_names, group["params"])
+        rows += hyper.resolve(group, specs, own_params, lambda n=own_names: n, count, around)
     call = Call(grads, params, steps, {}, rows, lambda: names, dict(zip(names, params)))
+    call.known = (
+        partial(known_names, groups[0]["params"]) if single else partial(_known_of_all, groups)
+    )
     fresh = [step == 1 and e.name not in known[e.group] for step, e in zip(steps, entries)]
     complete = single and (not known[0] or known[0].keys() == set(names))
-    call.pack_slots = complete and packs(tx.plan)
+    # what is packed is contiguous, and so is what a kernel computes with it
+    dense = all(map(Tensor.is_contiguous, params))
+    call.pack_slots = complete and dense and packs(tx.plan)
     packed: dict[str, Any] = {}
     if call.pack_slots:
         if not known[0]:
@@ -114,6 +157,31 @@ def new_call(
             for k, (entry, new) in enumerate(zip(entries, fresh))
         ]
     return call
+
+
+def _without_reshaped(
+    states: Sequence[GroupState], entries: Sequence[Entry], params: Sequence[Tensor]
+) -> Sequence[GroupState]:
+    """Leave out parameters of another shape than their slots: new ones under an old name."""
+    shapes: list[dict[str, Any]] = [{} for _ in states]
+    for state, found in zip(states, shapes):
+        for column in state.slots.values():
+            if type(column) is PackedDict:
+                found.update(zip(column.names, column.packed.packing.shapes))
+            else:
+                found.update((name, x.shape) for name, x in column.items() if x is not None)
+    kept = list(states)
+    for entry, param in zip(entries, params):
+        if shapes[entry.group].get(entry.name, param.shape) != param.shape:
+            state = kept[entry.group]
+            kept[entry.group] = GroupState(
+                {name: step for name, step in state.steps.items() if name != entry.name},
+                {
+                    slot: {name: x for name, x in column.items() if name != entry.name}
+                    for slot, column in state.slots.items()
+                },
+            )
+    return kept
 
 
 def next_states(
@@ -214,16 +282,20 @@ class Steady:
             return None
         if not all(map(operator.eq, names, (entry.name for entry in entries))):
             return None
-        counts = set(states[0].steps.values()) or {0}
+        if list(map(_shape_of, params)) != self.packing.shapes:
+            return None
+        known = states[0].steps
+        counts = set(known.values()) or {0}
         step = counts.pop()
-        if counts or (step and len(states[0].steps) != len(names)):
+        if counts or (known and len(known) != len(names)):
             return None
         reference = dict(zip(names, params))
         call = Call(
             grads, params, [step + 1] * len(params), {}, self.rows, lambda: names, reference
         )
         call.pack_slots = True
-        slots = self._slots(states[0]) if step else self._fresh_slots(tx, call)
+        # a count of 0 may come with slots that somebody gave
+        slots = self._slots(states[0]) if known else self._fresh_slots(tx, call)
         if slots is None:
             return None
         call.slots = slots
@@ -249,8 +321,6 @@ class Steady:
                 slot: column.again() if type(column) is Packed else column
                 for slot, column in self._initial.items()
             }
-        if [p.shape for p in call.p] != self.packing.shapes:
-            return None
         slots = initialise_packed(tx, call, self.packing)
         if slots is None or {slot for slot, c in slots.items() if type(c) is not Packed} != set(
             self.absent

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from torchopt import hyper, tree
+from torchopt import misuse, tree
 from torchopt.module_state import parameter_sites
 from torchopt.opt_state import OptState
 from torchopt.packed import Packed, PackedDict
@@ -21,6 +21,19 @@ class GroupState:
     steps: dict[str, int]
     slots: dict[str, Any]  # slot -> parameter name -> tensor
 
+    def deepcopy(self) -> GroupState:
+        """Return the same state in tensors of its own, without history."""
+        copies: dict[int, Tensor] = {}
+        slots = {}
+        for slot, column in self.slots.items():
+            slots[slot] = {}
+            for name, value in column.items():
+                if isinstance(value, Tensor) and id(value) not in copies:
+                    copy = value.detach().clone().requires_grad_(value.requires_grad)
+                    copies[id(value)] = copy
+                slots[slot][name] = copies.get(id(value), value)
+        return GroupState(dict(self.steps), slots)
+
     def packed_slots(self, names: Sequence[str]) -> dict[str, Packed]:
         """Return the slots that are packed for just these parameters."""
         return {
@@ -30,8 +43,33 @@ class GroupState:
         }
 
 
-def checked_state(optimizer: Any, module: nn.Module, state: OptState) -> GroupState:
+def state_of(module: nn.Module, state: GroupState) -> OptState:
+    """Return the state of one group by reference, as :func:`checked_state` takes it.
+
+    If some parameters have been updated more often than others, or never (they were frozen), the
+    count is a dict.
+    """
+    sites = parameter_sites(module) if state.steps else {}
+    names = [n for n, site in sites.items() if n in state.steps or site.tensor.requires_grad]
+    steps = {name: state.steps.get(name, 0) for name in names}
+    if not any(name in state.steps for name in names):
+        return OptState(0, {slot: {} for slot in state.slots})
+    slots = {}
+    for slot, column in state.slots.items():
+        kept = {name: x for name, x in dict(column).items() if name in steps}
+        if any(x is not None for x in kept.values()):
+            slots[slot] = kept
+    counts = set(steps.values())
+    whole = len(counts) == 1 and all(name in state.steps for name in names)
+    return OptState(counts.pop() if whole else steps, slots)
+
+
+def checked_state(
+    optimizer: Any, module: nn.Module, state: OptState, absent: Iterable[str] = ()
+) -> GroupState:
     """Return the state of one group, checked entry by entry.
+
+    ``absent`` names trainable parameters that it may lack, for they were frozen.
 
     Raises:
         ValueError: Naming the first entry that does not fit the optimizer or the module.
@@ -39,61 +77,48 @@ def checked_state(optimizer: Any, module: nn.Module, state: OptState) -> GroupSt
     plan = optimizer.transformation.plan
     plan.check_slots(state.slots, type(optimizer).__name__)
     sites = parameter_sites(module)
+    trainable = [name for name, site in sites.items() if site.tensor.requires_grad]
     columns = {slot: dict(column) for slot, column in state.slots.items() if column}
-    if not columns and state.step == 0:
-        return GroupState({}, {slot: {} for slot in plan.slot_names})
-    counts = state.step if isinstance(state.step, Mapping) else None
-    names = list(next(iter(columns.values()), sites if counts is None else counts))
-    trainable = [n for n, site in sites.items() if site.tensor.requires_grad or n in names]
-    _check_names("the parameters", names, trainable)
-    steps: dict[str, Any] = dict.fromkeys(names, state.step) if counts is None else dict(counts)
-    for what, column in {"step": steps, **columns}.items():
-        _check_names(what, list(column), names)
-    for name, step in steps.items():
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(
-                f"The state does not match at step[{name!r}]: {step!r} instead of a count."
-            )
+    if isinstance(state.step, Mapping):
+        steps = {name: _count(f"step[{name!r}]", count) for name, count in state.step.items()}
+    else:
+        count = _count("step", state.step)
+        steps = dict.fromkeys(next(iter(columns.values()), trainable if count else ()), count)
+    if steps or columns:
+        optional = set(sites) - set(trainable) | set(absent)
+        _check_names(
+            "the parameters", list(steps), [n for n in sites if n in steps or n not in optional]
+        )
+    given = {name for column in columns.values() for name, x in column.items() if x is not None}
+    steps = {name: count for name, count in steps.items() if count or name in given}
+    for slot, column in columns.items():
+        columns[slot] = {n: x for n, x in column.items() if n in steps or x is not None}
+        _check_names(slot, list(columns[slot]), list(steps))
     for slot in plan.slot_names:
-        for name in names:
-            value = columns.get(slot, {}).get(name)
-            if value is None and slot in plan.optional_slots:
-                continue
-            shape = tuple(sites[name].tensor.shape)
-            if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-                given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-                raise ValueError(
-                    f"The state does not match at {slot}[{name!r}]: {given} instead of a "
-                    f"tensor of shape {shape}."
-                )
+        for name in steps:
+            _check_slot(plan, slot, name, columns.get(slot, {}).get(name), sites[name].tensor)
     return GroupState(steps, {slot: columns.get(slot, {}) for slot in plan.slot_names})
 
 
-def check_groups(optimizer: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse saved hyperparameters of another optimizer.
+def _count(what: str, value: Any) -> int:
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"The state does not match at {what}: {value!r} instead of a count.")
+    return number
 
-    Raises:
-        ValueError: Naming the hyperparameter that is missing, unknown or out of bounds.
-    """
-    specs = optimizer.transformation.hyper_specs()
-    if len(groups) != len(optimizer.param_groups):
+
+def _check_slot(plan: Any, slot: str, name: str, value: Any, param: Tensor) -> None:
+    if value is None and slot in plan.optional_slots:
+        return
+    shape = tuple(param.shape)
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        given = misuse.short(value)
         raise ValueError(
-            f"The state has {len(groups)} param_groups, {type(optimizer).__name__} has "
-            f"{len(optimizer.param_groups)}."
+            f"The state does not match at {slot}[{name!r}]: {given} instead of a tensor of shape "
+            f"{shape}."
         )
-    for group, live in zip(groups, optimizer.param_groups):
-        for name in specs:
-            code = callable(live[name]) and not isinstance(live[name], Tensor)
-            if name not in group and not code:  # schedules are not saved
-                raise ValueError(
-                    f"The state belongs to another optimizer: it lacks the hyperparameter {name!r}."
-                )
-        for name, value in group.items():
-            if name not in specs:
-                raise ValueError(
-                    f"The state belongs to another optimizer: it has the hyperparameter {name!r}."
-                )
-            hyper.check(name, value, specs[name])
 
 
 def _check_names(what: str, given: Sequence[str], wanted: Sequence[str]) -> None:

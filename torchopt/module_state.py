@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchopt import moments
+
 
 _GRAD: Any = Tensor.grad
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
+_LOAD_STATE_DICT = nn.Module._load_from_state_dict.__code__
 
 
 class FastWeight(Tensor):
@@ -23,12 +28,36 @@ class FastWeight(Tensor):
 
     # operations return plain tensors
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
-    _is_param = True  # isinstance(weight, nn.Parameter), as code that walks modules expects
+
+    @property
+    def _is_param(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether ``isinstance(weight, nn.Parameter)``: yes, as code that walks modules expects.
+
+        But not for ``load_state_dict(assign=True)`` when it asks whether the tensor that it was
+        given can stand in a module as it is: PyTorch wants no history there, and makes a parameter.
+        """
+        caller = sys._getframe(1).f_back
+        if self.grad_fn is None or caller is None or caller.f_code is not _LOAD_STATE_DICT:
+            return True
+        return caller.f_locals.get("input_param") is not self
+
+    @_is_param.setter
+    def _is_param(self, _: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # nn.Parameter(weight) marks what it makes
+        self.__class__ = nn.Parameter  # pyright: ignore[reportAttributeAccessIssue]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         copied = nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)
         memo[id(self)] = copied
         return copied
+
+    def detach(self) -> Tensor:
+        """Return the tensor without history; for ``nn.Parameter(weight)`` a parameter."""
+        detached = super().detach()
+        if sys._getframe(1).f_code is _NEW_PARAMETER:
+            # it insists on the class that it was given, and then marks what it makes
+            detached.__class__ = type(self)
+        return detached
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # a pickle cannot hold history either: what is loaded is a parameter
@@ -74,6 +103,21 @@ def parameter_sites(module: nn.Module) -> dict[str, ParameterSite]:
         else:
             sites[id(tensor)] = ParameterSite(name, tensor, [(owner, attribute)])
     return {site.name: site for site in sites.values()}
+
+
+def refuse_scripted(what: str, module: nn.Module) -> None:
+    """Refuse a module that keeps its parameters in TorchScript, where no others can be put.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            where = f"its part {name!r} is" if name else "it is"
+            raise TypeError(
+                f"{what} cannot put other weights into {type(module).__name__}: {where} "
+                "scripted or traced by torch.jit. Give it the network before torch.jit.script."
+            )
 
 
 class ParameterWalk:
@@ -149,14 +193,11 @@ def place_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
     if type(tensor) is Tensor:
         # The class of this very tensor changes, so that no operation is added to the graph.
         tensor.__class__ = FastWeight
+    if moments.references or moments.noting:
+        moments.record(owner, "_parameters", attribute)
     owner._parameters[attribute] = tensor  # pyright: ignore[reportArgumentType]
     if isinstance(owner, nn.RNNBase):
-        _refresh_recurrent_weights(owner)
-
-
-def _refresh_recurrent_weights(owner: nn.RNNBase) -> None:
-    """Recurrent modules compute with a second list of their weights; keep it the same."""
-    owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
+        moments.refresh(owner)
 
 
 def place_all(
@@ -168,4 +209,4 @@ def place_all(
             place_parameter(owner, attribute, params[name])
     for name, owner, attribute, _ in named_places(module, "_buffers"):
         if name in buffers:
-            owner._buffers[attribute] = buffers[name]
+            moments.put(owner, "_buffers", attribute, buffers[name])

@@ -1,7 +1,8 @@
 """Slots of several parameters in one flat tensor, taken apart only when somebody looks.
 
 A differentiable optimizer hands its slots from step to step. Kept in one tensor for all parameters
-they cost one allocation and one edge of the graph instead of one for each parameter.
+they cost one allocation and one edge of the graph instead of one for each parameter. Entries stand
+in the order of contiguous tensors; parameters with another layout (channels-last) are not packed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchopt.unpacking import unpacked
 
 
 class Packing:
@@ -81,7 +84,7 @@ class Packed(Sequence):
         """Return the tensors: copies, so that each can be detached or changed by itself."""
         if self._tensors is None:
             with torch.enable_grad():
-                self._tensors = [x.clone() for x in self.packing.unpack(self.flat)]
+                self._tensors = unpacked(self.flat, self.packing)
         return self._tensors
 
     def __len__(self) -> int:

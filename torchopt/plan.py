@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torchopt import tree
+from torchopt import misuse, tree
 
 
 class Plan:
@@ -27,6 +27,8 @@ class Plan:
         self.optional_slots: set[str] = set()
         self.fields: list[dict[str, str]] = []
         self.slots: list[tuple[str, ...]] = []
+        #: Slots that are one tree for all parameters: whose they are, and under which masks.
+        self.whole: dict[str, tuple[Any, tuple[Any, ...]]] = {}
         for part in self.parts:
             specs = part.hyper_specs()
             fields = {name: _free_name(name, self.hyper_specs) for name in specs}
@@ -38,6 +40,8 @@ class Plan:
             values = part.hyperparameters()
             self.values.update({fields[name]: values[name] for name in specs})
             own = part.slot_names()
+            whole = part.whole_slots()
+            self.whole.update({n: whole[slot] for n, slot in zip(names, own) if slot in whole})
             self.optional_slots |= {n for n, slot in zip(names, own) if slot in part.optional_slots}
 
     def check_slots(self, given: Iterable[str], owner: object) -> None:
@@ -52,8 +56,8 @@ class Plan:
         if unknown or missing:
             what = f"has {unknown}" if unknown else f"lacks {missing}"
             raise ValueError(
-                f"The state belongs to another optimizer: it {what}, while {owner} keeps "
-                f"{list(self.slot_names)}."
+                f"The state belongs to another optimizer: it {what}, while "
+                f"{misuse.clipped(str(owner))} keeps {list(self.slot_names)}."
             )
 
     def rows_of(self, position: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_PACKAGE = __name__.partition(".")[0]
 
 
 def signature_of_recipe(
@@ -20,3 +26,63 @@ def signature_of_recipe(
     middle = inspect.signature(recipe).parameters.values()
     result.__signature__ = inspect.Signature([*before, *middle, *after])
     return result
+
+
+def renamed(**names: str) -> Callable[[F], F]:
+    """Let a function take arguments by the keywords of TorchOpt 0.7.3 too: ``old="new"``."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old, new in names.items():
+                if old in kwargs:
+                    if new in kwargs:
+                        raise TypeError(
+                            f"{function.__qualname__} got both {new}= and {old}=, which is what "
+                            "TorchOpt 0.7.3 called it; give one."
+                        )
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        result: Any = call
+        return result
+
+    return decorate
+
+
+def without(name: str, why: str) -> Callable[[F], F]:
+    """Let a function take a keyword of TorchOpt 0.7.3 that has no meaning any more.
+
+    It is not in the signature. A call that gives it is answered by a warning.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name in kwargs:
+                del kwargs[name]
+                warnings.warn(
+                    f"{name} is accepted for scripts written for TorchOpt 0.7.3 and ignored: {why} "
+                    "See docs/coming_from/torchopt.md.",
+                    FutureWarning,
+                    stacklevel=_depth_of_caller(),
+                )
+            return function(*args, **kwargs)
+
+        result: Any = call
+        return result
+
+    return decorate
+
+
+ignoring_moment_requires_grad = without(
+    "moment_requires_grad", "moments carry the graph of what they are made of."
+)
+
+
+def _depth_of_caller() -> int:
+    """Return the ``stacklevel`` of the first caller outside of this package, as seen one above."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        frame, depth = frame.f_back, depth + 1
+    return depth

@@ -14,6 +14,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
+from torchopt import misuse
 from torchopt.numerics import exact, power
 from torchopt.typing import Schedule
 from torchopt.values import same
@@ -60,7 +61,7 @@ def _power(base: Any, exponent: Any) -> Any:
 
 def _check_steps(name: str, value: int, minimum: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}.")
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {misuse.short(value)}.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +75,9 @@ class constant(_Comparable):  # noqa: N801 - schedules are called like functions
     """
 
     value: Value
+
+    def __post_init__(self) -> None:
+        misuse.check_values(value=self.value)
 
     def __call__(self, count: Count) -> Value:
         """Return the value."""
@@ -111,6 +115,8 @@ class polynomial(_Comparable):  # noqa: N801
     transition_begin: int = 0
 
     def __post_init__(self) -> None:
+        values = {"init_value": self.init_value, "end_value": self.end_value}
+        misuse.check_values(**values, power=self.power)
         _check_steps("transition_steps", self.transition_steps)
         _check_steps("transition_begin", self.transition_begin, 0)
 
@@ -168,6 +174,7 @@ class exponential_decay(_Comparable):  # noqa: N801
     def __post_init__(self) -> None:
         _check_steps("transition_steps", self.transition_steps)
         _check_steps("transition_begin", self.transition_begin, 0)
+        misuse.check_values(init_value=self.init_value, decay_rate=self.decay_rate)
         if not isinstance(self.decay_rate, Tensor) and not self.decay_rate > 0:
             raise ValueError(f"decay_rate must be > 0, got {self.decay_rate!r}.")
         if self.end_value is not None and isinstance(self.decay_rate, Tensor):
@@ -216,6 +223,8 @@ class cosine_decay(_Comparable):  # noqa: N801
     exponent: Value = 1.0
 
     def __post_init__(self) -> None:
+        values = {"init_value": self.init_value, "alpha": self.alpha}
+        misuse.check_values(**values, exponent=self.exponent)
         _check_steps("decay_steps", self.decay_steps)
 
     def __call__(self, count: Count) -> Value:
@@ -249,6 +258,12 @@ class piecewise_constant(_Comparable):  # noqa: N801
     boundaries_and_scales: Mapping[int, Value] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.boundaries_and_scales, Mapping):
+            raise TypeError(
+                "boundaries_and_scales must be a dict {count: factor}, got "
+                f"{misuse.short(self.boundaries_and_scales)}."
+            )
+        misuse.check_values(init_value=self.init_value)
         for boundary in self.boundaries_and_scales:
             _check_steps("A boundary", boundary, 0)
 
@@ -282,6 +297,7 @@ class join(_Comparable):  # noqa: N801
     boundaries: Sequence[int]
 
     def __post_init__(self) -> None:
+        misuse.check_joined(self.schedules)
         if len(self.schedules) != len(self.boundaries) + 1:
             raise ValueError(
                 f"join expects one boundary fewer than schedules, got {len(self.schedules)} "

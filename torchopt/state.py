@@ -8,10 +8,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from torchopt import tree
+from torchopt import marks, misuse, moments, tree
 from torchopt.module_state import named_places, parameter_sites, place_all
 from torchopt.opt_state import OptState
+from torchopt.state_targets import check_tree
 from torchopt.typing import PyTree
 
 
@@ -91,6 +93,8 @@ def extract_state_dict(
 
     Raises:
         ValueError: If ``by`` is another word, or a tree is to carry names.
+        TypeError: If there are no tensors to take, as in a :class:`torchopt.Optimizer`, whose
+            ``state_dict()`` they are.
 
     Example:
         >>> import torch, torchopt
@@ -115,6 +119,7 @@ def extract_state_dict(
             prefix = visual_prefix if len(states) == 1 else f"{visual_prefix}{position}."
             state.__dict__["visual_contents"] = _prefixed(prefix, tree.named_leaves(state.slots))
         return states
+    check_tree("extract_state_dict", target)
     if enable_visual or visual_prefix:
         raise ValueError(
             "enable_visual is for modules and meta-optimizers. Give make_dot a dict of names and "
@@ -127,12 +132,29 @@ def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {prefix + name: x for name, x in tensors.items() if isinstance(x, Tensor)}
 
 
+class _CopiesHistory(TorchFunctionMode):
+    """Lets ``copy.deepcopy`` copy tensors with history, which PyTorch refuses.
+
+    A module may have them among its attributes: ``weight`` under ``weight_norm``, a stored output.
+    """
+
+    def __init__(self, copier: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._copier = copier
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            copied = args[1][id(args[0])] = self._copier(args[0])
+            return copied
+        return func(*args, **(kwargs or {}))
+
+
 class _Copier:
     """Copies tensors one way; a tensor met twice gives the same copy."""
 
     def __init__(self, by: str, device: Any) -> None:
-        if by not in _SPELLINGS:
-            raise ValueError(f"by must be 'reference', 'copy' or 'deepcopy', got {by!r}.")
+        if not isinstance(by, str) or by not in _SPELLINGS:
+            raise ValueError(f"by must be 'reference', 'copy' or 'deepcopy', got {by!r:.80}.")
         self.by = _SPELLINGS[by]
         self.device = device
         self.copies: dict[int, tuple[Any, Any]] = {}
@@ -141,13 +163,21 @@ class _Copier:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self.copies:
-            self.copies[id(value)] = (value, self._copy(value))  # the original is kept alive: ids
+            copied = self._copy(value)
+            if copied is not value and isinstance(value, nn.Parameter):
+                marks.carry(value, copied)
+            self.copies[id(value)] = (value, copied)  # the original is kept alive: ids
         return self.copies[id(value)][1]
 
     def buffer(self, value: Tensor, detach: bool) -> Tensor:
         return self(value).detach().clone() if detach else self(value)
 
     def _copy(self, value: Tensor) -> Tensor:
+        if nn.parameter.is_lazy(value) and not (self.by == "reference" and self.device is None):
+            raise ValueError(
+                "A lazy parameter has no shape yet and cannot be copied. Run the network once "
+                "before: net(x)."
+            )
         if self.by == "reference":
             return value if self.device is None else value.to(self.device)
         if self.by == "copy":
@@ -175,7 +205,8 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     Raises:
         ValueError: If ``state`` has another structure, naming the first path that differs. Nothing
             has changed then.
-        TypeError: If ``state`` is no extracted state of such a target.
+        TypeError: If ``state`` is no extracted state of such a target, or ``target`` is something
+            else, such as a :class:`torchopt.Optimizer`, which has its ``load_state_dict``.
 
     Example:
         >>> import torch, torchopt
@@ -191,6 +222,8 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     if isinstance(target, HoldsState):
         target.recover_state(state)
         return None
+    misuse.check_recovered(target, state)
+    check_tree("recover_state_dict", target)
     leaves, spec = tree.flatten(target)
     values = tree.flatten_like(state, target, spec, "The leaves of the state", "the target")
     names = tree.leaf_names(target)
@@ -201,10 +234,7 @@ def recover_state_dict(target: Any, state: Any) -> Any:
 
 def _recover_module(module: nn.Module, state: Any) -> None:
     if not isinstance(state, ModuleState):
-        raise TypeError(
-            "The state of a module must be what extract_state_dict(module) returned, got "
-            f"{type(state).__name__}."
-        )
+        raise TypeError(misuse.not_a_module_state(state))
     params = {name: t for name, _, _, t in named_places(module, "_parameters")}
     buffers = {name: t for name, _, _, t in named_places(module, "_buffers")}
     for what, own, given in (
@@ -272,6 +302,7 @@ def stop_gradient(target: T) -> T:
 
     Raises:
         ValueError: If a tensor of a tree is a view with history, which cannot be detached in place.
+        TypeError: If there is nothing to cut, as in a :class:`torchopt.Optimizer`.
 
     Example:
         >>> import torch, torchopt
@@ -286,18 +317,20 @@ def stop_gradient(target: T) -> T:
     """
     if isinstance(target, nn.Module):
         for site in parameter_sites(target).values():
-            if site.tensor.grad_fn is not None:
-                site.place(
-                    nn.Parameter(site.tensor.detach(), requires_grad=site.tensor.requires_grad)
-                )
+            old = site.tensor
+            if old.grad_fn is not None:
+                leaf = nn.Parameter(old.detach(), requires_grad=old.requires_grad)
+                marks.carry(old, leaf)
+                site.place(leaf)
         for _, owner, attribute, buffer in named_places(target, "_buffers"):
             if buffer.grad_fn is not None:
-                owner._buffers[attribute] = buffer.detach()
+                moments.put(owner, "_buffers", attribute, buffer.detach())
     elif isinstance(target, HoldsState):
         states = target.extract_state()
         # without requires_grad: an outer backward() would fill the grad of every moment
         target.recover_state(tuple(tree.tree_map(_detached, state) for state in states))
     else:
+        check_tree("stop_gradient", target)
         _detach_leaves(target)
     return target
 
@@ -343,6 +376,7 @@ def module_clone(
 
     Raises:
         ValueError: If ``by`` is another word.
+        TypeError: If ``target`` is something else, such as a :class:`torchopt.Optimizer`.
 
     Example:
         >>> import torch, torchopt
@@ -358,7 +392,8 @@ def module_clone(
             for kind in ("_parameters", "_buffers")
             for _, _, _, t in named_places(target, kind)
         }
-        cloned = copy.deepcopy(target, dict(shared))
+        with _CopiesHistory(_Copier(by, device)):
+            cloned = copy.deepcopy(target, dict(shared))
         recover_state_dict(cloned, state)
         return cloned
     if isinstance(target, HoldsState):
@@ -367,4 +402,5 @@ def module_clone(
         )
         cloned.recover_state(extract_state_dict(target, by=by, device=device))
         return cloned
+    check_tree("module_clone", target)
     return extract_state_dict(target, by=by, device=device)

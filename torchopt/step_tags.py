@@ -29,6 +29,9 @@ Slots = Mapping[str, Any]
 #: ``"gradient"``.
 STEP_TAG = "torchopt.step"
 
+#: The key in ``metadata`` under which a new weight tells how its gradient was taken.
+CREATE_GRAPH = "torchopt.create_graph"
+
 
 class StepTag(NamedTuple):
     """One step.
@@ -37,7 +40,8 @@ class StepTag(NamedTuple):
         parts: Names of the classes of its transformations.
         step: The step count, 1 at the first step; ``None`` if it is a tensor.
         constant_gradient: Whether no gradient that it was given carries a graph.
-        weights_are_leaves: Whether the first weight that it was given was not computed.
+        weights_are_leaves: Whether the first weight that it was given was not computed, or any
+            that had been updated before.
         constant_slots: The names of slots whose first one was given without a graph.
         first: The number of its first node.
         last: The number after that of its last node.
@@ -97,7 +101,7 @@ def end(
         parts,
         count if type(count) is int else None,
         not (g.requires_grad or any(x.requires_grad for x in leaves.g)),
-        p is not None and p.is_leaf,
+        p is not None and (p.is_leaf or _some_are_leaves(leaves)),
         tuple(loose),
         first,
         last,
@@ -118,10 +122,35 @@ def end(
             _tag(x, "gradient")
 
 
+def note_create_graph(weights: Sequence[Any], create_graph: bool) -> None:
+    """Note at a new weight whether the gradient that made it was to carry a graph.
+
+    A gradient without graph is an approximation if it was not; else the loss is linear.
+    """
+    for weight in weights:
+        if isinstance(weight, Tensor) and weight.grad_fn is not None:
+            node: Any = weight.grad_fn
+            node.metadata[CREATE_GRAPH] = create_graph
+            return
+
+
+def read_create_graph(node: Any) -> bool | None:
+    """Return what :func:`note_create_graph` has noted at a node; ``None`` if nothing."""
+    return node.metadata.get(CREATE_GRAPH)
+
+
 def read(node: Any) -> StepTag | str | None:
     """Return the tag of a node: that of a step's result, ``"gradient"``, or ``None``."""
     tag = node.metadata.get(STEP_TAG)
     return StepTag(*tag) if isinstance(tag, tuple) else tag
+
+
+def _some_are_leaves(leaves: Any) -> bool:
+    """Whether a weight that has been updated before was not computed."""
+    return any(
+        p.is_leaf and p.requires_grad and type(t) is int and t > 1
+        for p, t in zip(leaves.p, leaves.t)
+    )
 
 
 def _is_constant(slot: Tensor | None) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from torchopt import hyper, tree
+from torchopt import hyper, misuse, tree, whole
 from torchopt.apply import apply_updates
 from torchopt.engine import Leaves, initialise, step_list
 from torchopt.functional import advance_trees, gather_call, slot_trees
@@ -88,12 +88,25 @@ class GradientTransformation:
         if "init_slots" in vars(cls) and "constant_slots" not in vars(cls):
             cls.constant_slots = False
 
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *args, **kwargs):
+            """``GradientTransformation(init, update)`` makes a pair of functions of this class."""
+            if cls is GradientTransformation and (args or "init" in kwargs):
+                from torchopt.pair import Pair  # which is built on this class
+
+                return object.__new__(Pair)
+            return object.__new__(cls)
+
     def __post_init__(self) -> None:
+        misuse.check_decorated(self)
         for name, spec in self.hyper_specs().items():
-            value = getattr(self, name)
+            given = getattr(self, name)
+            value = hyper.plain(given)
             hyper.check(name, value, spec)
-            if spec.pair:
-                object.__setattr__(self, name, tuple(value))
+            value = tuple(value) if spec.pair else value
+            if value is not given:
+                object.__setattr__(self, name, value)
 
     # What a subclass defines ------------------------------------------------------------------
 
@@ -108,7 +121,7 @@ class GradientTransformation:
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Return the updates and the new slots of all parameters; pure."""
-        raise TypeError(f"{type(self).__name__} defines no step(leaves).")
+        raise TypeError(misuse.no_step(self))
 
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether the rule is right for sparse gradients with these hyperparameters."""
@@ -132,6 +145,14 @@ class GradientTransformation:
     def slot_names(self) -> tuple[str, ...]:
         """Return the names of the buffers kept for each parameter."""
         return self.slots
+
+    def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Return the slots that are one tree for all parameters; see :mod:`torchopt.whole`."""
+        return {}
+
+    def renewed(self) -> GradientTransformation:
+        """Return the same with such slots of its own."""
+        return self
 
     @property
     def plan(self) -> Plan:
@@ -161,10 +182,10 @@ class GradientTransformation:
             TypeError: If a leaf is neither a tensor nor ``None``.
         """
         leaves, spec = tree.flatten(params)
-        slots = initialise(
-            self, gather_call(self, params, None, leaves, step_list(0, len(leaves)), {})
-        )
-        return OptState(0, slot_trees(params, params, spec, slots))
+        call = gather_call(self, params, None, leaves, step_list(0, len(leaves)), {})
+        slots = slot_trees(self, params, params, spec, initialise(self, call))
+        whole.begin(self.plan, {}, call)
+        return OptState(0, {**slots, **whole.end(self.plan, call)})
 
     def update(
         self,
@@ -180,11 +201,14 @@ class GradientTransformation:
         Args:
             grads: Gradients, with the structure of ``params``. ``None`` leaves a parameter and its
                 slots alone.
-            state: What :meth:`init` or the last :meth:`update` returned.
+            state: What :meth:`init` or the last :meth:`update` returned; its parts, as a tuple; or
+                ``None`` where nothing is kept.
             params: The parameters; needed by weight decay and by masks given as a function.
             inplace: ``True`` is leave to reuse the buffers of ``grads`` and ``state``. ``False`` is
                 pure, and differentiable in every input.
-            **extra: Further values for transformations that read them; others ignore them.
+            **extra: Further values for transformations that read them, by ``leaves.call.extra`` in
+                :meth:`step` or by an argument of a pair's function
+                (:class:`torchopt.pair.Pair`); others ignore them.
 
         Returns:
             The updates, with the structure of ``grads``, and the new state.
@@ -319,10 +343,19 @@ class ElementwiseTransformation(GradientTransformation):
         """Apply :meth:`rule` to every parameter."""
         updates, slots = [], []
         for g, p, t, s, h in zip(leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper):
-            u, s = self.rule(g, p, t, s, **h)
-            updates.append(u)
-            slots.append(s)
+            result = self.rule(g, p, t, s, **h)
+            if not _is_result(result, s):
+                raise TypeError(misuse.not_a_result(self, result, s))
+            updates.append(result[0])
+            slots.append(result[1])
         return updates, slots
+
+
+def _is_result(result: Any, slots: tuple[Any, ...]) -> bool:
+    """Whether a rule returned an update and as many slots as it was given."""
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        return False
+    return isinstance(result[0], Tensor) and len(result[1]) == len(slots)
 
 
 def check_transformation(tx: object, where: str) -> None:
@@ -332,7 +365,4 @@ def check_transformation(tx: object, where: str) -> None:
         TypeError: Naming what was given and what to give.
     """
     if not isinstance(tx, GradientTransformation):
-        raise TypeError(
-            f"{where} expects a gradient transformation such as torchopt.adam(1e-3), got {tx!r} "
-            f"of type {type(tx).__name__}."
-        )
+        raise TypeError(misuse.not_a_transformation(tx, where))

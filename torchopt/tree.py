@@ -15,6 +15,7 @@ import torch
 from optree.utils import total_order_sorted
 from torch.utils import _pytree as torch_pytree
 
+from torchopt import misuse
 from torchopt.typing import PyTree
 
 
@@ -181,7 +182,10 @@ def flatten_like(tree: PyTree, reference: PyTree, spec: Any, what: str, like: st
         return leaves
     by_path = dict(zip(paths, leaves))
     if len(paths) != len(expected) or by_path.keys() != set(expected):
-        raise ValueError(f"{what} do not match {like}: {first_difference(paths, expected)}.")
+        misuse.check_trees({what: tree, like: reference})
+        difference = first_difference(paths, expected)
+        kinds = misuse.different_kinds(what, tree, like, reference)
+        raise ValueError(f"{what} do not match {like}: {difference}.{kinds}")
     return [by_path[path] for path in expected]
 
 
@@ -227,8 +231,10 @@ def register_node(
         keys = [torch_pytree.GetAttrKey(str(entry)) for entry in path_entries(node)]
         return list(zip(keys, children)), metadata
 
+    # in every namespace: a script's own optree.tree_map, or torchopt.pytree's, sees the leaves
+    everywhere: Any = optree.registry.__GLOBAL_NAMESPACE  # pyright: ignore[reportAttributeAccessIssue]
+    optree.register_pytree_node(cls, optree_flatten, unflatten_function, namespace=everywhere)
     _ENTRIES[cls] = path_entries
-    optree.register_pytree_node(cls, optree_flatten, unflatten_function, namespace=NAMESPACE)
     torch_pytree.register_pytree_node(
         cls,
         lambda node: (list(flatten_function(node)[0]), flatten_function(node)[1]),

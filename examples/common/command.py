@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ import torch
 
 from common import EXTRA
 from common.checkpoints import check_settings, write_atomically
+from common.endings import plain_endings as plain_endings
+from common.endings import refuse
+from common.lock import FolderInUseError, FolderLock
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -74,44 +77,40 @@ def device(text: str) -> torch.device:
     return result
 
 
-def prepare_folder(folder: Path, marker: Path, resume: bool, overwrite: bool) -> None:
-    """Make the output folder, before time is spent.
+def prepare_folder(
+    folder: Path, markers: Sequence[Path], resume: bool, overwrite: bool
+) -> FolderLock:
+    """Make the output folder and lock it, before time is spent.
 
     Args:
         folder: The folder.
-        marker: A file in it that exists if it holds a run.
+        markers: Files in it of which one exists if it holds a run, of whatever example.
         resume: Whether to go on with that run.
         overwrite: Whether to start anew nevertheless.
 
+    Returns:
+        The lock, to be kept as long as the run writes there.
+
     Raises:
-        SystemExit: If it cannot be written to, or holds a run and neither option was given.
+        SystemExit: If it cannot be written to, is in use by another run, or holds a run and neither
+            option was given.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "writable", lambda path: path.write_text(""))
         (folder / "writable").unlink()
+        lock = FolderLock(folder)
     except OSError as error:
-        raise SystemExit(f"Cannot write to the output folder {folder}: {error}") from error
-    if marker.exists() and not (resume or overwrite):
-        raise SystemExit(
+        refuse(f"Cannot write to the output folder {folder}: {error}", error)
+    except FolderInUseError as error:
+        refuse(str(error), error)
+    if any(marker.exists() for marker in markers) and not (resume or overwrite):
+        lock.release()
+        refuse(
             f"{folder} holds a run already. Pass --resume to go on with it, --overwrite "
             "to start anew, or another --output."
         )
-
-
-@contextlib.contextmanager
-def plain_endings(name: str) -> Iterator[None]:
-    """End a run that was interrupted, or cannot be done, with one line instead of a traceback.
-
-    Args:
-        name: The example's name, as a user typed it.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit("Interrupted; go on with --resume.") from None
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        raise SystemExit(f"{name}: {error}") from error
+    return lock
 
 
 class Jobs:
@@ -135,13 +134,16 @@ class Jobs:
         self, folder: Path, settings: dict[str, Any], resume: bool, overwrite: bool
     ) -> None:
         self.folder, self.path = folder, folder / "metrics.jsonl"
-        prepare_folder(folder, self.path, resume, overwrite)
+        # a checkpoint without metrics is of another example
+        markers = [self.path, folder / "results.json", folder / "checkpoint.pt"]
+        self._lock = prepare_folder(folder, markers, resume, overwrite)
         self.rows: list[dict[str, Any]] = []
         settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        self._head = {"settings": settings}
         if resume and self.path.exists():
             head, *self.rows = _whole_lines(self.path)
             check_settings(head["settings"], settings, self.path)
-        self._write([{"settings": settings}, *self.rows])
+        self._write([self._head, *self.rows])
 
     def finished(self, **job: Any) -> bool:
         """Whether there are lines of this job."""
@@ -158,8 +160,7 @@ class Jobs:
         """
         if not self.finished(**job):
             self.rows += [{**job, **row} for row in work()]
-            head = _whole_lines(self.path)[:1]
-            self._write([*head, *self.rows])
+            self._write([self._head, *self.rows])
         return [row for row in self.rows if all(row.get(k) == v for k, v in job.items())]
 
     def run_all(
@@ -204,10 +205,11 @@ class Jobs:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except json.JSONDecodeError as error:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except ValueError as error:  # of the text or of JSON
         raise ValueError(f"{path} is damaged ({error}); start anew with --overwrite.") from error
-    if not rows or "settings" not in rows[0]:
+    whole = all(isinstance(row, dict) for row in rows)
+    if not whole or not rows or not isinstance(rows[0].get("settings"), dict):
         raise ValueError(f"{path} is not of this example; start anew with --overwrite.")
     return rows
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.command import Estimate, Jobs, estimate
-from common.reporting import Table, console, mpl
+from common.reporting import Table, console, mpl, save_figure
 
 
 STYLES = ("functional", "object-oriented", "differentiable", "torch.optim.Adam")
@@ -213,7 +213,7 @@ def draw(
     for panel in axes.flat:
         panel.grid(alpha=0.3)
         panel.set_axisbelow(True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

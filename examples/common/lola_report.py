@@ -14,6 +14,7 @@ from torch import Tensor
 from common.command import estimate
 from common.lola_learning import is_forgiving, is_tit_for_tat
 from common.prisoners_dilemma import STATES, TIT_FOR_TAT, forgiveness_limit
+from common.reporting import save_figure
 
 
 COLOURS = ("tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
@@ -163,7 +164,7 @@ def draw(path: Path, parts: list[tuple[dict[str, Any], Rows]], discount: float, 
         _collapse(axes[1, 1], why[0], discount)
     else:
         axes[1, 1].set_axis_off()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
     plt.close(figure)
 
 

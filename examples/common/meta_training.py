@@ -13,7 +13,7 @@ from torch import Tensor
 
 import torchopt
 from common.augmentation import RandomAffine
-from common.checkpoints import check_settings, load_checkpoint, save_checkpoint
+from common.checkpoints import check_settings, load_checkpoint, reading, save_checkpoint
 from common.episodes import EpisodeSampler
 from common.maml import Learner, Params, initial_rates
 
@@ -132,11 +132,12 @@ class MetaTraining:
         device = next(iter(self.params.values())).device
         saved = load_checkpoint(path, device)
         check_settings(saved["settings"], asdict(self.settings), path)
-        for own, stored in ((self.params, saved["params"]), (self.rates, saved["rates"])):
-            _copy(own, stored)
-        self.outer.load_state_dict(saved["outer"])
-        self.sampler.generator.set_state(saved["sampler"].cpu())
-        self.iteration, self.seconds = saved["iteration"], saved["seconds"]
+        with reading(path):
+            for own, stored in ((self.params, saved["params"]), (self.rates, saved["rates"])):
+                _copy(own, stored)
+            self.outer.load_state_dict(saved["outer"])
+            self.sampler.generator.set_state(saved["sampler"].cpu())
+            self.iteration, self.seconds = int(saved["iteration"]), float(saved["seconds"])
 
 
 def _copy(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:

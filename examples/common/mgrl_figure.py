@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.command import estimate
+from common.reporting import save_figure
 
 
 def draw(path: Path, summary: Any) -> None:
@@ -45,7 +46,7 @@ def draw(path: Path, summary: Any) -> None:
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=85)
+    save_figure(figure, path, dpi=85)
     plt.close(figure)
 
 

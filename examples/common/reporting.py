@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import EXTRA
+from common.checkpoints import write_atomically
 
 
 try:
@@ -109,8 +111,15 @@ def draw_curves(
     right.set(xlabel="accuracy on unseen classes (%), 95 % interval", xlim=(0, 100))
     for axes in (left, middle):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure into a file, at once or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ import matplotlib as mpl
 from rich.table import Table
 
 from common.command import Estimate, estimate
+from common.reporting import save_figure
 from common.reweight_training import METHODS, PLAIN, REWEIGHTED, WEIGHT_BINS
 
 
@@ -169,7 +170,7 @@ def draw(path: Path, rows: Rows, digits: Sequence[int], flip_rate: float) -> Non
     for panel, place in zip(panels, axes[0]):
         panel(place)
         place.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

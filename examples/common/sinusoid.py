@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import torchopt
-from common.checkpoints import check_settings, load_checkpoint, save_checkpoint
+from common.checkpoints import check_settings, load_checkpoint, reading, save_checkpoint
 from common.command import Jobs, parser, plain_endings, positive_float, positive_int
 from common.reporting import console, print_claims, progress_bar
 from common.sinusoid_report import Fit, Tested, claims, draw, table
@@ -152,12 +152,12 @@ class Training:
             return
         content = load_checkpoint(self.path, self.args.device)
         check_settings(content["settings"], settings_of(self.args), self.path)
-        self.iteration, self.rows = content["iteration"], content["rows"]
-        with torch.no_grad():
+        with reading(self.path), torch.no_grad():
+            self.iteration, self.rows = int(content["iteration"]), list(content["rows"])
             for name, p in self.params.items():
                 p.copy_(content["params"][name])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.generator.set_state(content["generator"].cpu())
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.generator.set_state(content["generator"].cpu())
 
 
 def trainings(args: argparse.Namespace) -> dict[str, Training]:

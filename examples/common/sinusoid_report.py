@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.command import Estimate, estimate
-from common.reporting import Table, mpl
+from common.reporting import Table, mpl, save_figure
 
 
 @dataclass
@@ -160,7 +160,7 @@ def draw(path: Path, shots: int, tested: Sequence[Tested], shown: Sequence[Fit])
         frameon=False,
     )
     _draw_errors(axes["errors"], tested)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

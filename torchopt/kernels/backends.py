@@ -56,7 +56,7 @@ def _cuda_unavailable() -> str:
     return f"{NOT_LOADED} GPUs are not loaded: {problem}" if problem else ""
 
 
-@functools.cache
+@functools.cache  # one entry for each GPU
 def _too_old(device: torch.device) -> str:
     """Return why Triton has no compiler for one of the GPUs, or the empty string."""
     if torch.version.hip is not None:
@@ -86,7 +86,7 @@ def missing(device: torch.device, program: Program, mode: str) -> str:
     return ""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # a user's own rules may be of any number
 def find(name: str) -> int | None:
     """Return the position of a kernel in the C library, or ``None``."""
     return native.library().find(name)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from torchopt import tree
+from torchopt import misuse, tree
 from torchopt.engine import Call, Leaves, run_by_rules
 from torchopt.kernels import fused, native
 from torchopt.kernels import operators as operators  # registers them
@@ -85,7 +85,11 @@ def _take(
     for k, t in enumerate(leaves.t):
         if isinstance(t, Tensor):
             part = plan.parts[first]
-            raise RuntimeError(fused.refusal(part, leaves.name(k), "the step count is a tensor"))
+            reason = (
+                "the step count is a tensor (the state has been taken apart, and "
+                "OptState(int(state.step), state.slots) makes it a number again)"
+            )
+            raise RuntimeError(fused.refusal(part, leaves.name(k), reason))
     given = {"p": leaves.p}
     for slots in plan.slots[first:last]:
         for name in slots:
@@ -118,7 +122,8 @@ def _checked_row(
             own[public] = value = row[public]
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, Tensor):
-                    raise RuntimeError(fused.refusal(part, name, "a hyperparameter is a tensor"))
+                    reason = misuse.no_number({public: value})
+                    raise RuntimeError(fused.refusal(part, name, reason))
     return own
 
 

@@ -1,30 +1,27 @@
-"""The fused update as one node of the graph, and its backward pass as another.
+"""What the nodes of the graph compute: the update of some parameters, and its backward pass.
 
-The forward and the first backward pass are kernels. The backward pass is itself a node, whose own
-derivative is taken by differentiating the rules, so every higher order is that of the rules.
-Nothing is saved but the inputs: gradients, parameters and slots exist anyway.
+The forward and the first backward pass are kernels. The derivative of the backward pass is taken by
+differentiating the rules, so every higher order is that of the rules.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    is_legacy_batchedtensor,
-    peek_interpreter_stack,
-)
+from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 
-from torchopt.kernels import levels
 from torchopt.kernels.graph import Kernel, topological
+from torchopt.kernels.independent import Part, divide
 from torchopt.kernels.launch import Column, launch
+from torchopt.kernels.places import Place, places
 from torchopt.kernels.program import Program
 from torchopt.kernels.rules import Rules
-from torchopt.packed import Packed, Packing
+from torchopt.packed import Packed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +38,7 @@ class Group:
         indices: Which row of numbers each parameter has; ``None`` if there is one only.
         values: Rows of hyperparameters and the step count, from which the numbers are computed.
         rule: The same computation by the rules: the inputs to the outputs.
+        bare: Whether nothing that can be freed lies behind them in the graph.
     """
 
     program: Program
@@ -49,6 +47,7 @@ class Group:
     indices: list[int] | None
     values: list[tuple[Sequence[float], int]]
     rule: Rules
+    bare: bool = False
 
     @property
     def kernel(self) -> Kernel:
@@ -94,6 +93,43 @@ class Group:
                 columns[stream] = Packed(column[0], self.rule.packing)
         return columns
 
+    @property
+    def places_in(self) -> list[Place]:
+        """Where the inputs stand."""
+        return places(self.rule.inputs, self.count, self.rule.packed_in)
+
+    @property
+    def places_out(self) -> list[Place]:
+        """Where the outputs stand."""
+        return places(self.rule.outputs, self.count, self.rule.packed_out)
+
+    def subset(self, rows: Sequence[int], bare: bool = False) -> Group:
+        """Return the group of some parameters, nothing of it packed."""
+        indices, values = self.indices, self.values
+        if indices is not None:
+            used = list(dict.fromkeys(indices[k] for k in rows))
+            values = [values[index] for index in used]
+            indices = [used.index(indices[k]) for k in rows] if len(used) > 1 else None
+        rule = self.rule.subset(rows)
+        return Group(self.program, self.mode, len(rows), indices, values, rule, bare)
+
+    def divided(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], Group]]:
+        """Return groups that may each be one node of the graph, and their rows.
+
+        A group of which something is packed must have been divided before.
+        """
+        if self.rule.packing is not None:
+            return [(list(range(self.count)), self)]
+        columns = [tensors[k : k + self.count] for k in range(0, len(tensors), self.count)]
+        parts = split_for_hooks(divide(columns, (), self.count))
+        if len(parts) > 1:
+            return [(rows, self.subset(rows, bare)) for rows, bare in parts]
+        return [(parts[0].rows, self.as_bare(parts[0].bare))]
+
+    def as_bare(self, bare: bool) -> Group:
+        """Return the same with another value of ``bare``."""
+        return self if bare == self.bare else dataclasses.replace(self, bare=bare)
+
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the forward kernel on real tensors."""
         kernel, rule = self.kernel, self.rule
@@ -127,6 +163,50 @@ class BackwardCall:
     group: Group
     given: list[bool]
     wanted: dict[str, Sequence[bool]]
+
+    @property
+    def places_in(self) -> list[Place]:
+        """Where the inputs stand: derivatives, then the inputs of the group."""
+        bars = [(f"bar_{s}", row) for s, row in self.group.places_out]
+        return [*(bar for bar, given in zip(bars, self.given) if given), *self.group.places_in]
+
+    @property
+    def places_out(self) -> list[Place]:
+        """Where the outputs stand."""
+        streams, packed = self.group.backward_kernel.outputs, self.group.rule.packed_in
+        found = places(list(streams), self.group.count, packed)
+        return [(s, row) for s, row in found if self._wants(s, row)]
+
+    def _wants(self, stream: str, row: int) -> bool:
+        mask = self.wanted[stream]
+        return mask[0] if stream in self.group.rule.packed_in else mask[row]
+
+    def subset(self, rows: Sequence[int], there: Container[Place]) -> BackwardCall:
+        """Return the call for some parameters, nothing of it packed.
+
+        Args:
+            rows: Which parameters.
+            there: The places of the incoming derivatives that there are.
+        """
+        group = self.group.subset(rows)
+        given = [(f"bar_{s}", rows[k]) in there for s, k in group.places_out]
+        wanted: dict[str, Sequence[bool]] = {
+            s: [self._wants(s, k) for k in rows] for s in self.wanted
+        }
+        return BackwardCall(group, given, wanted)
+
+    def divided(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], BackwardCall]]:
+        """Return calls that may each be one node of the graph, and their rows."""
+        everyone = list(range(self.group.count))
+        if not self.group.bare or self.group.rule.packing is not None:
+            return [(everyone, self)]
+        found = dict(zip(self.places_in, tensors))
+        streams = dict.fromkeys(stream for stream, _ in found)
+        columns = [[found.get((s, k), _NOTHING) for k in everyone] for s in streams]
+        divided = []
+        for rows, bare in divide(columns, (), self.group.count):
+            divided += [(own, self.subset(own, found)) for own in _one_by_one(rows, bare)]
+        return divided
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
         """Return the incoming derivatives, ``None`` where there is none, and the inputs."""
@@ -196,107 +276,25 @@ class BackwardCall:
         )
 
 
-@functools.cache
+_NOTHING = torch.empty(0)
+
+
+def split_for_hooks(parts: list[Part]) -> list[Part]:
+    """Divide further where hooks want to see what is saved: that of a bare part is kept by hand."""
+    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 does not tell
+    if top is None or top(False) is None:
+        return parts
+    return [Part(own, bare) for rows, bare in parts for own in _one_by_one(rows, bare)]
+
+
+def _one_by_one(rows: list[int], bare: bool) -> list[list[int]]:
+    return [[k] for k in rows] if bare else [rows]
+
+
+@functools.lru_cache(maxsize=256)
 def sources(kernel: Kernel) -> dict[str, frozenset[str]]:
     """Return, for each output stream of a kernel, the input streams that it is computed from."""
     return {
         stream: frozenset(n.args[0] for n in topological([node]) if n.op == "input")
         for stream, node in kernel.outputs.items()
     }
-
-
-class Fused(torch.autograd.Function):
-    """The update of a group: ``apply(group, *inputs) -> outputs``."""
-
-    @staticmethod
-    def forward(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return group.run(tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        group: Group = inputs[0]
-        ctx.group = group
-        ctx.set_materialize_grads(False)
-        if not all(ctx.needs_input_grad[1:]):
-            rule = group.rule
-            needs = group.columns(rule.inputs, ctx.needs_input_grad[1:], rule.packed_in)
-            needed = {stream for stream, mask in needs.items() if any(mask)}
-            outputs = group.columns(rule.outputs, output, rule.packed_out)
-            # as by the rules: what comes from constants is constant (slots in first-order mode)
-            constant = [s for s in outputs if needed.isdisjoint(sources(group.kernel)[s])]
-            ctx.mark_non_differentiable(*(x for stream in constant for x in outputs[stream]))
-            if needed.issubset(group.program.passes[f"backward_{group.mode}"]):
-                return  # the derivatives are those that come in; nothing needs to be kept
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *bars: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        group: Group = ctx.group
-        rule, kernel = group.rule, group.backward_kernel
-        needs = group.columns(rule.inputs, ctx.needs_input_grad[1:], rule.packed_in)
-        wanted = {s: needs[s] for s in kernel.output_streams}
-        derivatives: dict[str, Sequence[Any]] = {}
-        given = [bar for bar in bars if bar is not None]
-        if given and any(map(any, wanted.values())):
-            call = BackwardCall(group, [bar is not None for bar in bars], wanted)
-            found = iter(_backward(call, [*given, *ctx.saved_tensors]))
-            for stream, mask in wanted.items():
-                derivatives[stream] = [next(found) if needed else None for needed in mask]
-        streams = [f"bar_{s}" for s in rule.outputs]
-        incoming = group.columns(streams, bars, frozenset(f"bar_{s}" for s in rule.packed_out))
-        for stream, bar in group.program.passes[f"backward_{group.mode}"].items():
-            derivatives[stream] = _passed(incoming[bar], needs[stream], rule.packing)
-        result: list[Any] = [None]
-        for stream, mask in needs.items():
-            result += derivatives.get(stream, [None] * len(mask))
-        return tuple(result)
-
-
-class FusedBackward(torch.autograd.Function):
-    """The backward pass of a group: ``apply(call, *derivatives, *inputs)``."""
-
-    @staticmethod
-    def forward(call: BackwardCall, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return call.run(tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.call = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *bars: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _, vjp = torch.func.vjp(ctx.call.rule, *ctx.saved_tensors)  # pyright: ignore[reportAssignmentType]
-        return (None, *vjp(bars))
-
-
-def _passed(
-    bars: Sequence[Tensor | None], needs: Sequence[bool], packing: Packing | None
-) -> list[Tensor | None]:
-    """Return incoming derivatives as those by an input whose derivative is 1."""
-    if len(bars) < len(needs):  # one packed output, many inputs
-        assert packing is not None
-        bars = [None] * len(needs) if bars[0] is None else packing.unpack(bars[0])
-    elif len(bars) > len(needs):
-        assert packing is not None
-        there = [
-            torch.zeros(shape, **_like(bars)) if bar is None else bar
-            for bar, shape in zip(bars, packing.shapes)
-        ]
-        bars = [packing.pack(there)] if any(bar is not None for bar in bars) else [None]
-    return [bar if needed else None for bar, needed in zip(bars, needs)]
-
-
-def _like(bars: Sequence[Tensor | None]) -> dict[str, Any]:
-    bar = next((bar for bar in bars if bar is not None), None)
-    return {} if bar is None else {"dtype": bar.dtype, "device": bar.device}
-
-
-def _backward(call: BackwardCall, tensors: list[Tensor]) -> Sequence[Tensor]:
-    if torch.autograd.forward_ad._current_level >= 0:
-        return call.rule(*tensors)
-    if any(map(is_legacy_batchedtensor, tensors)):
-        return call.rule_by_autograd(*tensors)
-    if call.group.rule.packing is not None and peek_interpreter_stack() is not None:
-        return call.rule(*tensors)  # a batch of flat tensors has another layout
-    return levels.apply(FusedBackward, call, tensors)

@@ -38,7 +38,7 @@ def why(
         >>> params = {"w": torch.randn(3, requires_grad=True)}
         >>> tx = torchopt.adam(lr=torch.tensor(1e-3))
         >>> torchopt.kernels.why(tx, params)
-        ["ScaleByLearningRate of 'w': a hyperparameter is a tensor"]
+        ["ScaleByLearningRate of 'w': the hyperparameter lr is a tensor"]
     """
     check_transformation(tx, "why")
     lines: list[str] = []

@@ -18,15 +18,20 @@ from torch import Tensor
 from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     TransformType,
     get_interpreter_stack,
+    peek_interpreter_stack,
 )
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
+from torchopt import misuse
 from torchopt.engine import Call, Leaves, run_by_rules
 from torchopt.kernels import backends, levels
 from torchopt.kernels.assignment import assign
-from torchopt.kernels.differentiable import Fused, Group
+from torchopt.kernels.differentiable import Group, split_for_hooks
+from torchopt.kernels.independent import divide, named
 from torchopt.kernels.matching import Run, runs_from, unjoined, whole_run
+from torchopt.kernels.nodes import Fused
+from torchopt.kernels.places import spread
 from torchopt.kernels.program import UPDATE, slot_stream
 from torchopt.kernels.repeated import group_again, remember
 from torchopt.packed import Packed
@@ -173,7 +178,10 @@ def compute(
     results: list[Any] = [None] * len(leaves.g)
     new: dict[str, Any] = {}
     for positions, group in groups:
-        outputs = run_group(group, _inputs(run, leaves, columns, positions, group))
+        tensors = _inputs(run, leaves, columns, positions, group)
+        if group.rule.packing is not None:
+            group, tensors = _packed_if_one_node(group, tensors)
+        outputs = run_group(group, tensors)
         rule = group.rule
         for stream, column in group.columns(rule.outputs, outputs, rule.packed_out).items():
             if stream in rule.packed_out:
@@ -223,9 +231,34 @@ def _inputs(
     return tensors
 
 
+def _packed_if_one_node(group: Group, tensors: list[Tensor]) -> tuple[Group, list[Tensor]]:
+    """Return a group as it is if its parameters may share a node of the graph, else unpacked."""
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        return group, tensors
+    rule = group.rule
+    columns = group.columns(rule.inputs, tensors, rule.packed_in)
+    flat = [columns.pop(stream)[0] for stream in rule.packed_in]
+    parts = split_for_hooks(divide(list(columns.values()), flat, group.count))
+    if len(parts) == 1:
+        return group.as_bare(parts[0].bare), tensors
+    found = spread(group.places_in, tensors, group.rule.packing)
+    group = group.subset(range(group.count))
+    return group, [found[place] for place in group.places_in]
+
+
 def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
-    """Run a group, and record it in the graph where one is being recorded."""
-    return levels.apply(Fused, group, tensors)
+    """Run a group, and record it in the graph where one is being recorded.
+
+    A new parameter gets a node of its own behind that of the step: a derivative by parameters of
+    different steps, which autograd takes at their nodes, would else run through the later step.
+    """
+    outputs = levels.apply(Fused, group, tensors)
+    if group.mode != "apply" or group.count == 1 or peek_interpreter_stack() is not None:
+        return outputs
+    n = group.count  # updates come first
+    if not any(x.requires_grad for x in outputs[:n]):
+        return outputs
+    return [*map(named, outputs[:n]), *outputs[n:]]
 
 
 def answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:
@@ -247,7 +280,7 @@ def refusal(part: Any, name: str, reason: str) -> str:
     """Return the message for a parameter that cannot have the kernel that a part requires."""
     return (
         f"use_accelerated_op=True requires a fused kernel, but {name} cannot have one for "
-        f"{type(part).__name__}: {reason}. Pass None to use kernels where they are available."
+        f"{type(part).__name__}: {reason}. {misuse.without_kernel(reason)}"
     )
 
 
@@ -264,7 +297,7 @@ def asking(lines: list[str]) -> Iterator[None]:
         _asked.reset(token)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _warn_once(reason: str) -> None:
     warnings.warn(
         f"Optimizers run unfused, and slower: {reason}. Pass use_accelerated_op=False to silence "

@@ -11,12 +11,14 @@ import bisect
 import itertools
 import operator
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from torchopt import hyper
 from torchopt.alike import Alike
 from torchopt.kernels import backends, native
 from torchopt.kernels.assignment import PLAIN
@@ -28,6 +30,8 @@ from torchopt.plan import Plan
 
 
 MODE = "apply"
+#: The state of a parameter that has none, as SGD's without momentum.
+NOTHING: Any = MappingProxyType({})
 
 
 class Prepared:
@@ -45,23 +49,26 @@ class Prepared:
         self.present = tuple(column[0] is not None for column in columns)
         self.kept = [c for c, there in zip(columns, self.present) if there]
         self.kept_names = [n for n, there in zip(self.run.slots, self.present) if there]
+        self.by_state = list(itertools.chain.from_iterable(zip(*self.kept)))
         self.lengths = list(map(len, states))
         self.dtype = params[0].dtype
         self.shapes = [p.shape for p in params]
         self.sizes = list(map(Tensor.numel, params))
+        self.written = [*params, *itertools.chain.from_iterable(self.kept)]
         self.addresses = [list(map(Tensor.data_ptr, column)) for column in (params, *self.kept)]
+        self.places = list(itertools.chain.from_iterable(self.addresses))
         written = sorted(
             (address, address + x.nbytes)
-            for column, addresses in zip((params, *self.kept), self.addresses)
-            for x, address in zip(column, addresses)
+            for x, address in zip(self.written, self.places)
             if x.nbytes
         )
         self.starts = [start for start, _ in written]
         self.stops = [stop for _, stop in written]
-        self.known_params, self.known_grads = Alike(), Alike()
+        self.known_written, self.known_grads = Alike(), Alike()
         self.apart: list[int] = []  # addresses of gradients known to lie elsewhere
         self.program: Program | None = None
         self.call: native.KernelCall | None = None
+        self.told: list[int] = []  # addresses of gradients that the call has been given
 
     @staticmethod
     def make(plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> Prepared | None:
@@ -71,9 +78,14 @@ class Prepared:
             return None
         if not all(p.is_cpu and p.layout == torch.strided for p in params):
             return None
+        if not all(isinstance(s, (dict, MappingProxyType)) for s in states):
+            return None
         columns: list[list[Any]] = [[s.get(name) for s in states] for name in run.slots]
         if any(len({x is None for x in column}) > 1 for column in columns):
             return None  # some parameters have the slot, and others have not
+        slots = [x for column in columns for x in column if x is not None]
+        if not all(isinstance(x, Tensor) and x.layout == torch.strided for x in slots):
+            return None  # a sparse buffer has no address
         made = Prepared(run, params, states, columns)
         return made if made._fits() else None
 
@@ -95,46 +107,66 @@ class Prepared:
             return False
         if not all(map(Tensor.is_contiguous, tensors)):
             return False
+        if any(0 in column for column in self.addresses) and any(
+            x.numel() and not x.data_ptr() for x in tensors
+        ):
+            return False  # its memory has been given back
         # what is overwritten must not be two things at once
         return not _overlap(zip(self.starts, self.stops))
 
     def is_current(self, params: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> bool:
-        """Whether parameters, states and slots are the same objects at the same places.
+        """Whether parameters, states and slots are the same objects, alike, at the same places.
 
-        The size of a tensor at the same address can have changed only within the same storage, so
-        for slots, which are the optimizer's own, the address says enough.
+        The address alone says too little: what begins there may have been transposed in place, or
+        be read as another dtype.
         """
-        if len(params) != len(self.params) or list(map(len, states)) != self.lengths:
+        if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
             return False
-        if not all(map(operator.is_, params, self.params)):
+        if len(states) != len(self.states) or not all(map(operator.is_, states, self.states)):
             return False
-        if not all(map(operator.is_, states, self.states)):
+        if list(map(len, states)) != self.lengths:
             return False
-        for name, column in zip(self.kept_names, self.kept):
-            if not all(map(operator.is_, map(operator.itemgetter(name), states), column)):
-                return False
-        for column, addresses in zip((self.params, *self.kept), self.addresses):
-            if list(map(Tensor.data_ptr, column)) != addresses:
-                return False
-        return self.known_params.knows(params) or self._become_known(self.known_params, params)
+        if self.kept_names and not self._keeps_slots(states):
+            return False
+        if list(map(Tensor.data_ptr, self.written)) != self.places:
+            return False
+        return self.known_written.knows(self.written) or self._stay_known()
+
+    def _keeps_slots(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Whether the slots in the states are the same objects."""
+        pick = operator.itemgetter(*self.kept_names)
+        found: Iterable[Any] = map(pick, states)
+        try:
+            if len(self.kept_names) > 1:
+                found = itertools.chain.from_iterable(found)
+            return all(map(operator.is_, found, self.by_state))
+        except KeyError:  # taken away, and something else put in
+            return False
+
+    def _stay_known(self) -> bool:
+        """Check parameters and slots of which no like were seen; return whether they fit still."""
+        if not self._fits() or [p.shape for p in self.params] != self.shapes:
+            return False
+        self.known_written.add(self.written)
+        return True
 
     def takes(self, grads: Sequence[Tensor]) -> bool:
         """Whether kernels can read the gradients as they are."""
-        known = self.known_grads.knows(grads) or self._become_known(self.known_grads, grads)
+        known = self.known_grads.knows(grads) or self._become_known(grads)
         return known and self._lie_apart(list(map(Tensor.data_ptr, grads)))
 
-    def _become_known(self, kinds: Alike, tensors: Sequence[Tensor]) -> bool:
-        """Check parameters or gradients of which no like were seen; return whether they fit."""
+    def _become_known(self, grads: Sequence[Tensor]) -> bool:
+        """Check gradients of which no like were seen; return whether they fit."""
         fit = (
-            PLAIN.issuperset(map(type, tensors))
-            and all(x.layout == torch.strided and x.is_cpu for x in tensors)
-            and {x.dtype for x in tensors} == {self.dtype}
-            and [x.shape for x in tensors] == self.shapes
-            and all(map(Tensor.is_contiguous, tensors))
-            and not any(map(Tensor.is_neg, tensors))
+            PLAIN.issuperset(map(type, grads))
+            and all(x.layout == torch.strided and x.is_cpu for x in grads)
+            and {x.dtype for x in grads} == {self.dtype}
+            and [x.shape for x in grads] == self.shapes
+            and all(map(Tensor.is_contiguous, grads))
+            and not any(map(Tensor.is_neg, grads))
         )
         if fit:
-            kinds.add(tensors)
+            self.known_grads.add(grads)
         return fit
 
     def _lie_apart(self, addresses: list[int]) -> bool:
@@ -150,7 +182,8 @@ class Prepared:
         for address, n in zip(addresses, sizes):
             following = bisect.bisect_right(self.starts, address)
             if n and (
-                (following and self.stops[following - 1] > address)
+                not address  # its memory has been given back
+                or (following and self.stops[following - 1] > address)
                 or (following < len(self.starts) and self.starts[following] < address + n * entry)
             ):
                 return True
@@ -159,17 +192,22 @@ class Prepared:
     def plan_step(self, row: dict[str, Any], t: int) -> bool:
         """Choose the program for these numbers; return whether there is one."""
         read = self.run.read(row)
+        if read is None:  # no derivative is recorded here, so a tensor is as good as its number
+            row = {name: hyper.as_numbers(value) for name, value in row.items()}
+            read = self.run.read(row)
         if read is None:
             return False
         variant = self.run.variant(row, read, t, self.present, has_params=True)
         program = variant.program
-        if program is None or backends.missing(self.params[0].device, program, MODE):
+        if program is None:
             return False
-        kept = {slot_stream(k) for k, there in enumerate(self.present) if there}
-        if not kept.issuperset(program.kernels[MODE].output_streams[1:]):
-            return False  # a slot that is not there yet has to be made
         if program is not self.program:
-            self.program, self.call = program, self._make_call(program)
+            if backends.missing(self.params[0].device, program, MODE):
+                return False
+            kept = {slot_stream(k) for k, there in enumerate(self.present) if there}
+            if not kept.issuperset(program.kernels[MODE].output_streams[1:]):
+                return False  # a slot that is not there yet has to be made
+            self.program, self.call, self.told = program, self._make_call(program), []
         assert self.call is not None
         self.call.set_numbers(program.numbers[MODE](read[0], t))
         return True
@@ -209,10 +247,11 @@ class Prepared:
         assert self.call is not None
         assert self.program is not None
         # autograd must see that saved tensors have changed, as after any operation in place
-        increment_version([*self.params, *itertools.chain.from_iterable(self.kept)])
+        increment_version(self.written)
         inputs = self.program.kernels[MODE].inputs
-        if GRADIENT in inputs:
+        if GRADIENT in inputs and self.apart is not self.told:
             self.call.set_input(inputs.index(GRADIENT), self.apart)
+            self.told = self.apart
         self.call.run()
 
 
@@ -234,21 +273,21 @@ class Stepper:
         Nothing has changed if not. An interrupt leaves either the old values or all new ones.
         """
         plan = optimizer.transformation.plan
-        states = list(optimizer.state.values())
         groups = optimizer.param_groups
-        if len(grads) != len(states) or hindered():
-            return False
         counts = optimizer._counts_steps()
+        states = self._states(optimizer, len(grads), counts)
+        if states is None or hindered():
+            return False
         begin, work = 0, []
         for k, group in enumerate(groups):
             params = group["params"]
             own = slice(begin, begin + len(params))
             begin += len(params)
             prepared = self._prepare(k, plan, params, states[own], optimizer)
-            step = _common_step(states[own], counts)
-            row = optimizer._row(group)
+            step = None if prepared is None else _common_step(states[own], counts)
             if prepared is None or step is None:
                 return False
+            row = optimizer._row(group)
             if not prepared.takes(grads[own]) or not prepared.plan_step(row, step + 1):
                 return False
             work.append((prepared, step + 1))
@@ -265,13 +304,25 @@ class Stepper:
         _commit(work, counts)
         return True
 
+    def _states(self, optimizer: Any, count: int, counts: bool) -> list[Any] | None:
+        """Return the states of all parameters, ``None`` if one must have a state and has none."""
+        found = optimizer.state
+        if len(found) == count:
+            return list(found.values())
+        if not found:  # parameters that keep neither slots nor a count
+            return None if counts else [NOTHING] * count
+        if counts and len(found) < count:
+            return None
+        params = itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups)
+        return [found.get(p, NOTHING) for p in params]
+
     def _prepare(
         self, k: int, plan: Plan, params: list[Tensor], states: list[Any], optimizer: Any
     ) -> Prepared | None:
         if k < len(self.prepared) and self.prepared[k].is_current(params, states):
             return self.prepared[k]
         del self.prepared[k:]
-        if not all(map(operator.is_, map(optimizer.state.get, params), states)):
+        if any(optimizer.state.get(p, NOTHING) is not s for p, s in zip(params, states)):
             return None  # the states stand in another order
         made = Prepared.make(plan, list(params), states)
         if made is not None:

@@ -100,7 +100,7 @@ def run(
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _facts(kernel: Kernel) -> tuple[int, int, int]:
     """Return where the library has a kernel, and which streams have the parameters' dtype."""
     position = backends.find(kernel.name)
@@ -114,9 +114,17 @@ def addresses(tensors: Column) -> list[int]:
         start, size = tensors.flat.data_ptr(), tensors.flat.element_size()
         return [start + size * offset for offset in tensors.packing.offsets]
     try:
-        return list(map(Tensor.data_ptr, tensors))  # pyright: ignore[reportArgumentType]
+        found = list(map(Tensor.data_ptr, tensors))  # pyright: ignore[reportArgumentType]
     except TypeError:
-        return [0 if x is None else x.data_ptr() for x in tensors]
+        found = [0 if x is None else x.data_ptr() for x in tensors]
+    if 0 in found:
+        for x, address in zip(tensors, found):
+            if x is not None and not address and x.numel():  # which a kernel would read as zeros
+                raise RuntimeError(
+                    f"A tensor of shape {tuple(x.shape)} has no memory: its storage was resized "
+                    "(untyped_storage().resize_). Give it its memory back before the update."
+                )
+    return found
 
 
 def slot_dtype(dtype: torch.dtype) -> torch.dtype:

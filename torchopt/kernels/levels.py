@@ -25,7 +25,8 @@ def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tenso
     Args:
         function: A ``torch.autograd.Function`` with ``setup_context`` whose outputs, all of them
             new tensors, have one batch dimension more, at the front, if all inputs have.
-        call: What it does, its first argument.
+        call: What it does, its first argument; ``call.divided(tensors)`` says of which parameters
+            each node may be, ``call.places_in`` and ``call.places_out`` where their tensors stand.
         tensors: The others.
     """
     # what a level saved that has ended since is still wrapped by it, and may be of another one
@@ -41,10 +42,28 @@ def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tenso
 
 
 def _recorded(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        # past the argument binding of Function.apply, which is for torch.func and costs time
-        return super(torch.autograd.Function, function).apply(call, *tensors)  # pyright: ignore[reportAttributeAccessIssue]
-    return function.forward(call, *tensors)
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        return function.forward(call, *tensors)
+    # past the argument binding of Function.apply, which is for torch.func and costs time
+    record: Any = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+    parts = call.divided(tensors)
+    if len(parts) == 1:
+        return record(parts[0][1], *tensors)
+    return _recorded_apart(function, record, call, parts, tensors)
+
+
+def _recorded_apart(
+    function: Any, record: Any, call: Any, parts: Sequence[Any], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Record parameters that do not depend on each other in nodes of their own."""
+    places_in, places_out = call.places_in, call.places_out
+    outputs: dict[Any, Tensor] = {}
+    for rows, part in parts:
+        own = [x for (_, row), x in zip(places_in, tensors) if row in rows]
+        recorded = any(x.requires_grad for x in own)
+        results = (record if recorded else function.forward)(part, *own)
+        outputs.update(zip([place for place in places_out if place[1] in rows], results))
+    return [outputs[place] for place in places_out]
 
 
 def _batched(

@@ -4,24 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
-from torchopt.kernels.program import Program, build
+from torch import Tensor
+
+from torchopt import misuse
+from torchopt.kernels.program import Program, build, compiled, holds
 from torchopt.kernels.tracing import UntraceableError
+from torchopt.kernels.watching import Watch
 from torchopt.plan import Plan
 from torchopt.values import is_plain
 
 
+#: How many programs are kept for one sequence of rules.
+VARIANTS = 64
+
+
 @dataclasses.dataclass
 class Variant:
-    """A program, and for which calls it was made; or why there is none."""
+    """A program, and for which calls it was made; or why there is none.
+
+    Attributes:
+        flags: The flags among the hyperparameters.
+        present: For each slot, whether it is a tensor.
+        has_params: Whether the parameter is known.
+        program: The program.
+        reason: Why there is none.
+        guards: Comparisons of numbers, and how they must come out (where there is no program).
+        own: What a rule has read from itself instead of its arguments; ``None`` if nothing.
+    """
 
     flags: tuple[bool, ...]
     present: tuple[bool, ...]
     has_params: bool
     program: Program | None
     reason: str = ""
+    guards: tuple[Any, tuple[bool, ...]] | None = None
+    own: Any = None
+
+    def holds(self, values: Sequence[float], t: int) -> bool:
+        """Whether it is that of these numbers, too."""
+        if self.program is not None:
+            return self.program.holds(values, t)
+        if self.guards is None:
+            return False
+        compare, outcome = self.guards
+        return holds(compare, outcome, values, t)
 
 
 class Run:
@@ -32,6 +63,8 @@ class Run:
         self.parts = plan.parts[first:last]
         self.slots = [name for names in plan.slots[first:last] for name in names]
         self.variants = _variants_of(self.parts)
+        self.own_variants: list[Variant] = []  # where a rule reads what is no number from itself
+        self._own: Any = None
         self.public = [name for fields in plan.fields[first:last] for name in fields.values()]
 
     def rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -69,40 +102,59 @@ class Run:
     ) -> Variant:
         """Return the program for a row of hyperparameters (read by :meth:`read`), or why not."""
         if read is None:
-            return Variant((), present, has_params, None, "a hyperparameter is a tensor")
+            reason = misuse.no_number({name: row[name] for name in self.public})
+            return Variant((), present, has_params, None, reason)
         values, flags = read
         if type(t) is not int:
             return Variant(flags, present, has_params, None, "the step count is a tensor")
-        for known in self.variants:
+        for known in itertools.chain(self.variants, self.own_variants):
             if (
                 known.flags == flags
                 and known.present == present
                 and known.has_params == has_params
-                and (known.program is None or known.program.holds(values, t))
+                and (known.own is None or known.own == self._own_values())
+                and known.holds(values, t)
             ):
                 return known
+        made = Variant(flags, present, has_params, None)
+        watch = Watch(self.parts)
         try:
-            program = build(self.parts, self.rows(row), t, present, has_params)
-            made = Variant(flags, present, has_params, program)
-        except UntraceableError as error:
-            made = Variant(flags, present, has_params, None, f"its rule is not pointwise: {error}")
+            made.program = build(watch.parts, self.rows(row), t, present, has_params)
         except Exception as error:
-            made = Variant(flags, present, has_params, None, f"its rule cannot be traced: {error}")
-        self.variants.append(made)
+            what = "is not pointwise" if isinstance(error, UntraceableError) else "cannot be traced"
+            made.reason = f"its rule {what}: {error}"
+            made.guards = compiled(getattr(error, "guards", ()))
+        kept = self.variants
+        if watch.was_read:
+            made.own = self._own_values()
+            kept = self.variants if is_plain(made.own) else self.own_variants
+        if len(kept) >= VARIANTS:
+            del kept[0]
+        kept.append(made)
         return made
+
+    def _own_values(self) -> tuple[Any, ...]:
+        """Return the hyperparameters that the transformations were made with."""
+        if self._own is None:
+            self._own = tuple(getattr(p, name) for p in self.parts for name in p.declared)
+        return self._own
 
 
 def _variants_of(parts: tuple[Any, ...]) -> list[Variant]:
-    """Return where to keep the programs of a run: one list for equal parts.
+    """Return where to keep the programs of a run: one list for parts of one structure.
 
-    Transformations are often made anew in each call, and tracing takes a millisecond. All fields
-    count, for a rule may read them from itself instead of its arguments.
+    Transformations are often made anew in each call, with other numbers, and tracing takes a
+    millisecond. A rule is given its hyperparameters, so their values do not count; those of all
+    other fields do, which a rule can only read from itself.
     """
     key: list[Any] = []
     for part in parts:
-        values = [getattr(part, field.name) for field in dataclasses.fields(part)]
+        fields = [f.name for f in dataclasses.fields(part) if f.name not in part.declared]
+        values = [getattr(part, name) for name in fields]
         if not all(map(is_plain, values)):
             return []  # nothing that holds a graph, or code, is kept for good
+        if any(isinstance(getattr(part, name), Tensor) for name in part.declared):
+            return []  # there will be no program
         key.append((type(part), *zip(map(type, values), values)))
     return _known_variants(tuple(key))
 

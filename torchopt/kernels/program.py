@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,10 +57,20 @@ class Program:
 
     def holds(self, values: Sequence[float], step: float) -> bool:
         """Whether the guards hold for these numbers."""
-        try:
-            return self.guards(values, step) == self.outcome
-        except ArithmeticError:  # a later comparison that the rule would not have come to
-            return False
+        return holds(self.guards, self.outcome, values, step)
+
+
+def holds(
+    guards: Callable[[Sequence[float], float], tuple[bool, ...]],
+    outcome: tuple[bool, ...],
+    values: Sequence[float],
+    step: float,
+) -> bool:
+    """Whether comparisons of these numbers come out as in a trace."""
+    try:
+        return guards(values, step) == outcome
+    except ArithmeticError:  # a later comparison that the rule would not have come to
+        return False
 
 
 def build(
@@ -79,16 +90,19 @@ def build(
         has_params: Whether the parameter is known.
 
     Raises:
-        UntraceableError: If a rule does something that has no pointwise graph.
+        UntraceableError: If a rule does something that has no pointwise graph. As any other error
+            of a rule it has the attribute ``guards``: for which numbers the rule comes to it.
     """
     traces = []
     with _TRACING:
         for decoy in SymbolicNumber.decoys:
             SymbolicNumber.decoy = decoy
             traces.append(_trace(parts, rows, step, present, has_params))
-    if traces[0] != traces[1]:
-        raise UntraceableError("it computes with its numbers in a way that cannot be followed")
     outputs, guards = traces[0]
+    if traces[0] != traces[1]:
+        error = UntraceableError("it computes with its numbers in a way that cannot be followed")
+        error.guards = guards
+        raise error
     outputs = _with_sign(outputs)
     # a slot that stays what it is needs no output
     computed = {s: node for s, node in outputs.items() if node is not input_node(s)}
@@ -105,11 +119,27 @@ def build(
         passes[name] = passed
     return Program(
         kernels,
-        _compile(source for source, _ in guards),
-        tuple(outcome for _, outcome in guards),
+        *compiled(guards),
         {name: _compile(kernel.numbers) for name, kernel in kernels.items()},
         passes,
     )
+
+
+@contextlib.contextmanager
+def _leaving(guards: Guards) -> Iterator[None]:
+    """Note at an error which comparisons a rule had made before."""
+    try:
+        yield
+    except Exception as error:
+        error.guards = guards  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
+def compiled(
+    guards: Sequence[tuple[str, bool]],
+) -> tuple[Callable[..., tuple[bool, ...]], tuple[bool, ...]]:
+    """Return the function that makes comparisons again, and how they came out."""
+    return _compile(source for source, _ in guards), tuple(outcome for _, outcome in guards)
 
 
 def _symbolic_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -143,7 +173,7 @@ def _trace(
     t = SymbolicNumber(step, "t")
     outputs: dict[str, Node] = {}
     position = 0
-    with torch.no_grad(), Guards() as guards:
+    with torch.no_grad(), Guards() as guards, _leaving(guards):
         for part, row in zip(parts, _symbolic_rows(rows)):
             streams = [slot_stream(position + k) for k in range(len(part.slot_names()))]
             slots = tuple(
@@ -151,7 +181,7 @@ def _trace(
                 for k, s in enumerate(streams)
             )
             u, new = part.rule(u, p, t, slots, **row)  # pyright: ignore[reportArgumentType]
-            for stream, value in zip(streams, new):
+            for stream, value in zip(streams, new, strict=True):
                 if value is not None:
                     outputs[stream] = _node_of(value)
             position += len(streams)

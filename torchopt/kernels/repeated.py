@@ -20,6 +20,10 @@ from torchopt.packed import Packed, Packing
 from torchopt.plan import Plan
 
 
+#: How many programs a memo tells about: those of a first step, of later ones, of other numbers.
+PROGRAMS = 16
+
+
 @dataclasses.dataclass
 class Memo:
     """What an update found out.
@@ -80,6 +84,8 @@ def remember(run: Run, call: Call, group: Group, apply: bool) -> None:
     )
     if memo == rule.packing.memo:  # other programs have run
         memo.streams, memo.known = rule.packing.memo.streams, rule.packing.memo.known
+        if len(memo.streams) >= PROGRAMS:
+            memo.streams = {}
     memo.streams[group.program] = rule.packed_in, packed_out
     rule.packing.memo = memo
 

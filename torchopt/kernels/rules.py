@@ -67,6 +67,17 @@ class Rules:
             flat += column
         return tuple(flat)
 
+    def subset(self, rows: Sequence[int]) -> Rules:
+        """Return the rules of some parameters, nothing of them packed."""
+        return dataclasses.replace(
+            self,
+            rows=[self.rows[k] for k in rows],
+            steps=[self.steps[k] for k in rows],
+            packed_in=frozenset(),
+            packed_out=frozenset(),
+            packing=None,
+        )
+
     def _one(self, given: dict[str, Tensor], rows: list[dict[str, Any]], t: int) -> dict[str, Any]:
         g = given.get(GRADIENT, given.get(PARAMETER))
         assert g is not None, "every kernel reads the gradient or the parameter"

@@ -13,6 +13,8 @@ from torchopt.kernels.graph import ZERO, Node, Number, constant, number_node
 class UntraceableError(Exception):
     """A rule does something that has no pointwise graph; the message says what."""
 
+    guards: Guards
+
 
 class Guards(list):
     """The comparisons of numbers that a rule has made: expressions, with their outcome."""

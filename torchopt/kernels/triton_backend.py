@@ -108,6 +108,8 @@ def _records(records: array[int], streams: int) -> Tensor:
 
 #: Text of the kernel, dtype, type of device -> what Triton launches. The text stands for the name.
 _functions: dict[tuple[str, str, str], Any] = {}
+#: How many are kept: a user's own rules, made anew in a loop, may be of any number.
+FUNCTIONS = 256
 
 
 def _function(kernel: Kernel, stored: str, device_type: str) -> Any:
@@ -120,6 +122,9 @@ def _function(kernel: Kernel, stored: str, device_type: str) -> Any:
                 "Kernels written in Triton run on GPUs, and with TRITON_INTERPRET=1 in the "
                 f"environment on the CPU; the tensors are on {device_type!r}."
             )
+        while len(_functions) >= FUNCTIONS:  # the oldest one, and its source
+            oldest = _functions.pop(next(iter(_functions)))
+            linecache.cache.pop(oldest.fn.__code__.co_filename, None)
         _functions[key] = function
     return function
 

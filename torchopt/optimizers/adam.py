@@ -19,6 +19,7 @@ from torchopt.numerics import (
     power,
     root,
 )
+from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.typing import Hyperparameter, Step
@@ -114,6 +115,7 @@ def scale_by_adam(
     return ScaleByAdam(betas, eps, eps_root, amsgrad)
 
 
+@ignoring_moment_requires_grad
 def adam(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -176,7 +178,8 @@ class Adam(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.Adam``.
     """
 
-    optional_hyperparameters = frozenset({"eps_root", "maximize"})
+    optional_hyperparameters = frozenset({"eps_root"})
+    former_defaults = {"amsgrad": False, "maximize": False}
     fixed_options = {"decoupled_weight_decay": False}
 
     @optim.from_recipe(adam)
@@ -186,6 +189,8 @@ class Adam(optim.Optimizer):
 
 class MetaAdam(meta.MetaOptimizer):
     """:func:`torchopt.adam` as a differentiable optimizer of a network."""
+
+    twin = Adam
 
     @meta.from_recipe(adam)
     def __init__(self, module: Any) -> None:

@@ -8,11 +8,13 @@ from torchopt import meta, optim
 from torchopt.accelerated_op import accelerated
 from torchopt.chaining import chain
 from torchopt.optimizers.adam import scale_by_adam
+from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import GradientTransformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.typing import Hyperparameter
 
 
+@ignoring_moment_requires_grad
 def adamw(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -78,7 +80,8 @@ class AdamW(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.AdamW``.
     """
 
-    optional_hyperparameters = frozenset({"eps_root", "maximize"})
+    optional_hyperparameters = frozenset({"eps_root"})
+    former_defaults = {"amsgrad": False, "maximize": False}
     fixed_options = {"decoupled_weight_decay": True}
 
     @optim.from_recipe(adamw)
@@ -88,6 +91,8 @@ class AdamW(optim.Optimizer):
 
 class MetaAdamW(meta.MetaOptimizer):
     """:func:`torchopt.adamw` as a differentiable optimizer of a network."""
+
+    twin = AdamW
 
     @meta.from_recipe(adamw)
     def __init__(self, module: Any) -> None:

@@ -198,7 +198,8 @@ class RMSprop(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.RMSprop``.
     """
 
-    optional_hyperparameters = frozenset({"dampening", "nesterov", "maximize", "centered"})
+    optional_hyperparameters = frozenset({"dampening", "nesterov"})
+    former_defaults = {"momentum": 0.0, "centered": False, "maximize": False}
     counts_steps = True  # torch.optim.RMSprop keeps a count that its rule does not read
 
     @optim.from_recipe(rmsprop)
@@ -208,6 +209,8 @@ class RMSprop(optim.Optimizer):
 
 class MetaRMSProp(meta.MetaOptimizer):
     """:func:`torchopt.rmsprop` as a differentiable optimizer of a network."""
+
+    twin = RMSprop
 
     @meta.from_recipe(rmsprop)
     def __init__(self, module: Any) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 from torchopt import meta, optim
 from torchopt.accelerated_op import accelerated
 from torchopt.chaining import chain
+from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import GradientTransformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.transforms.momentum import trace
 from torchopt.typing import Hyperparameter
 
 
+@ignoring_moment_requires_grad
 def sgd(
     lr: Hyperparameter = 1e-3,
     momentum: Hyperparameter = 0.0,
@@ -27,10 +29,11 @@ def sgd(
 
     .. math::
         g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
-        b_t = \mu b_{t-1} + (1 - \tau) g_t \;\;(b_1 = g_1), \qquad
+        b_t = \mu b_{t-1} + (1 - \tau) g_t \;\;(b_1 = \mu b_0 + g_1), \qquad
         p_t = p_{t-1} - \eta\, b_t
 
-    With ``nesterov`` the step is :math:`g_t + \mu b_t`; without momentum it is :math:`g_t`.
+    A fresh buffer :math:`b_0` is zero. With ``nesterov`` the step is :math:`g_t + \mu b_t`; without
+    momentum it is :math:`g_t`.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
@@ -43,7 +46,8 @@ def sgd(
             ``False`` never.
 
     Slots: ``momentum_buffer``, if the momentum is not the number 0. Differentiable in gradients,
-    parameters, slots and every number.
+    parameters, slots and every number. Sparse gradients are taken without weight decay; the buffer
+    of a parameter that has had no other is sparse as well.
 
     Raises:
         ValueError: If a number is out of bounds.
@@ -76,6 +80,8 @@ class SGD(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.SGD``.
     """
 
+    former_defaults = {"momentum": 0.0, "nesterov": False, "maximize": False}
+
     @optim.from_recipe(sgd)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.sgd`."""
@@ -83,6 +89,8 @@ class SGD(optim.Optimizer):
 
 class MetaSGD(meta.MetaOptimizer):
     """:func:`torchopt.sgd` as a differentiable optimizer of a network."""
+
+    twin = SGD
 
     @meta.from_recipe(sgd)
     def __init__(self, module: Any) -> None:

@@ -1,4 +1,4 @@
-"""Scaling, weight decay, sign, repair and hooks."""
+"""Scaling, freezing, weight decay, sign, repair and hooks."""
 
 from __future__ import annotations
 
@@ -38,12 +38,17 @@ class Scale(ElementwiseTransformation):
     def rule(
         self, g: Tensor, p: Any, t: Step, slots: tuple, *, step_size: Any
     ) -> tuple[Tensor, tuple]:
-        """Return ``step_size * g``."""
+        """Return ``step_size * g``; zeros for the number 0, for which ``0 * nan`` is ``nan``."""
+        if is_zero(step_size):
+            return torch.zeros_like(g), slots
         return g * step_size, slots
 
 
 def scale(step_size: Hyperparameter) -> GradientTransformation:
     r"""Multiply by a factor: :math:`u = s\, g`.
+
+    While the factor is the Python number 0 the update is zero, whatever the gradient is (``nan``
+    included), and does not depend on it: that of :func:`set_to_zero`.
 
     Args:
         step_size: The factor; a number, a tensor, a schedule or a tree with one entry per
@@ -91,6 +96,63 @@ class ScaleBySchedule(Scale):
     """Multiply by a scheduled factor; see :func:`scale_by_schedule`."""
 
     uses_step = True
+
+
+@transformation
+class SetToZero(ElementwiseTransformation):
+    """Let nothing through; see :func:`set_to_zero`."""
+
+    accepts_sparse = True
+
+    def rule(self, g: Tensor, p: Any, t: Step, slots: tuple) -> tuple[Tensor, tuple]:
+        """Return zeros."""
+        return torch.zeros_like(g), slots
+
+    def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
+        """Return itself: nothing is computed here that a kernel could be required for."""
+        return self
+
+
+def set_to_zero() -> GradientTransformation:
+    r"""Return zeros, whatever the gradient is: :math:`u = 0`.
+
+    A gradient that is ``nan`` or infinite gives zero as well, which ``scale`` by a tensor does not
+    promise. The update does not depend on the gradient, so that all its derivatives are zero.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.set_to_zero()
+        >>> tx.update([torch.tensor([float("nan"), 1.0])], tx.init([torch.ones(2)]))[0]
+        [tensor([0., 0.])]
+    """
+    return SetToZero()
+
+
+def freeze(mask: Any) -> GradientTransformation:
+    """Keep the parameters at which ``mask`` is true as they are, and let the others pass.
+
+    It belongs at the end of a chain: what comes after it, such as weight decay, may move them
+    again. There no ``nan`` in a gradient, and no weight decay, reaches a frozen parameter; it may
+    reach its moments, and the norm of a :func:`clip_grad_norm`: for those put another at the
+    beginning. Parameters that are never to be trained need none of it: ``requires_grad_(False)``.
+
+    Args:
+        mask: Which parameters are frozen; see :func:`torchopt.masked`.
+
+    Raises:
+        ValueError: If the mask does not match the parameters (at the first ``init``).
+        TypeError: If an entry of the mask is not a bool.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.chain(torchopt.adamw(0.1), torchopt.freeze({"body": True, "head": False}))
+        >>> params = {"body": torch.ones(1), "head": torch.ones(1)}
+        >>> grads = {"body": torch.tensor([float("nan")]), "head": torch.ones(1)}
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> torchopt.apply_updates(params, updates)
+        {'body': tensor([1.]), 'head': tensor([0.8990])}
+    """
+    return masked(set_to_zero(), mask)
 
 
 @transformation

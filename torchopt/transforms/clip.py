@@ -62,6 +62,8 @@ def _magnitudes(leaves: Leaves) -> list[Tensor]:
 def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """Return the norm of all tensors taken as one vector, with derivative zero at zero.
 
+    The norm of a distributed tensor is that of the whole, on every process.
+
     The derivative is zero at zero in every order: a squared sum goes through
     :func:`torchopt.numerics.root` and not through ``Tensor.norm``, whose second derivative is
     ``nan`` there.
@@ -69,18 +71,28 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     first = tensors[0]
     if order == math.inf:
         parts = [g.abs().max() for g in tensors if g.numel()]
-        parts = [part.to(device=first.device) for part in parts] or [first.new_zeros(())]
-        return torch.stack(parts).max()
+        parts = [_whole(part).to(device=first.device) for part in parts]
+        return torch.stack(parts or [_whole(first.new_zeros(()))]).max()
     if order == 2.0:
         parts = [g.square().sum() for g in tensors]
     elif order == 1.0:
         parts = [g.abs().sum() for g in tensors]
     else:
         parts = [_safe_power(g.abs(), order).sum() for g in tensors]
-    total = torch.stack([part.to(device=first.device) for part in parts]).sum()
+    total = torch.stack([_whole(part).to(device=first.device) for part in parts]).sum()
     if order == 2.0:
         return root(total)
     return total if order == 1.0 else _safe_power(total, 1.0 / order)
+
+
+def _whole(part: Tensor) -> Tensor:
+    """Return a 0-d tensor as a plain one: that of a DTensor, the same on every process.
+
+    Plain and distributed tensors, or those of two meshes, cannot be added otherwise.
+    """
+    if type(part) is Tensor or not hasattr(part, "full_tensor"):
+        return part
+    return part.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _safe_power(x: Tensor, exponent: float) -> Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.hyper import flag, hyper
+from torchopt.engine import Leaves
+from torchopt.hyper import flag, hyper, numbers_in
 from torchopt.numerics import add_scaled, is_zero
+from torchopt.recipe import ignoring_moment_requires_grad
 from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
 from torchopt.typing import Hyperparameter, Step
 
@@ -27,7 +29,10 @@ class Trace(ElementwiseTransformation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
+        # what is no number cannot be compared: a tensor's entry may be on a device, or learned
+        without = any(map(is_zero, numbers_in(self.momentum)))
+        damped = not all(map(is_zero, numbers_in(self.dampening)))
+        if self.nesterov and (without or damped):
             raise ValueError(
                 "Nesterov momentum needs momentum > 0 and dampening = 0, got "
                 f"momentum={self.momentum!r}, dampening={self.dampening!r}."
@@ -36,6 +41,17 @@ class Trace(ElementwiseTransformation):
     def init_slots(self, param: Tensor, *, momentum: Any, **_: Any) -> tuple[Tensor | None, ...]:
         """Return a buffer of zeros, or none where the momentum is the number 0."""
         return (None if is_zero(momentum) else torch.zeros_like(param),)
+
+    def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
+        """Apply :meth:`rule` to every parameter, sparse ones in forms that can be added."""
+        g, slots = list(leaves.g), list(leaves.slots)
+        for k, (x, (b,)) in enumerate(zip(leaves.g, leaves.slots)):
+            sparse = x.layout != torch.strided or (b is not None and b.layout != torch.strided)
+            if sparse and not is_zero(leaves.hyper[k]["momentum"]):
+                g[k], b = _added_alike(x, b, leaves.t[k])
+                slots[k] = (b,)
+        t, rows, index, call = leaves.t, leaves.hyper, leaves.index, leaves.call
+        return super().step(Leaves(g, leaves.p, t, slots, rows, index, call))
 
     def rule(
         self,
@@ -53,28 +69,64 @@ class Trace(ElementwiseTransformation):
         if is_zero(momentum):
             return g, slots
         if b is None:
-            b = g.clone()
-        elif isinstance(t, Tensor):
-            b = torch.where(t == 1, g, momentum * b + (1 - dampening) * g)
-        elif t == 1:
             b = g.clone()  # a gradient buffer that is reused later must not change the state
         else:
-            b = add_scaled(momentum * b, g, 1 - dampening)
+            b = _decayed_sum(momentum * b, g, dampening, t)
         return (add_scaled(g, b, momentum) if nesterov else b), (b,)
 
     def takes_sparse(self, *, momentum: Any, **_: Any) -> bool:
-        """Only if no buffer is kept."""
-        return is_zero(momentum)
+        """Yes: the buffer is sparse too, with the entries of all gradients so far."""
+        return True
 
 
+def _added_alike(g: Tensor, b: Tensor | None, t: Step) -> tuple[Tensor, Tensor | None]:
+    """Return gradient and buffer in forms that can be added; sparse ones without duplicates.
+
+    A buffer that was dense stays dense, but for the zeros of a new one. One that is sparse becomes
+    dense with the first gradient that is, and where the step count is a tensor, which ``where``
+    compares.
+    """
+    dense = isinstance(t, Tensor) or g.layout == torch.strided
+    if not dense and b is not None and b.layout == torch.strided:
+        if t == 1 and not b.any():
+            b = None  # the rule makes one of the gradient's layout
+        dense = b is not None
+    return _merged(g, dense), None if b is None else _merged(b, dense)
+
+
+def _merged(x: Tensor, dense: bool) -> Tensor:
+    if x.layout != torch.strided and dense:
+        return x.to_dense()
+    return x.coalesce() if x.layout == torch.sparse_coo else x
+
+
+def _decayed_sum(b: Tensor, g: Tensor, dampening: Any, t: Step) -> Tensor:
+    """Return ``b + (1 - dampening) * g``, at the first step ``b + g``.
+
+    A new buffer is zero, so that the first one is the gradient as in ``torch.optim``; one that was
+    given is used.
+    """
+    if is_zero(dampening):
+        return add_scaled(b, g, 1 - dampening)
+    if isinstance(t, Tensor):
+        return torch.where(t == 1, b + g, b + (1 - dampening) * g)
+    if t == 1:
+        # a number stays an expression of dampening, for which there is one kernel
+        dampening = 0.0 if isinstance(dampening, Tensor) else dampening * 0.0
+    return add_scaled(b, g, 1 - dampening)
+
+
+@ignoring_moment_requires_grad
 def trace(
     momentum: Hyperparameter = 0.9, dampening: Hyperparameter = 0.0, nesterov: bool = False
 ) -> GradientTransformation:
     r"""Accumulate gradients with decay, as ``torch.optim.SGD`` does.
 
     .. math::
-        b_1 = g_1, \qquad b_t = \mu\, b_{t-1} + (1 - \tau)\, g_t, \qquad
+        b_1 = \mu\, b_0 + g_1, \qquad b_t = \mu\, b_{t-1} + (1 - \tau)\, g_t, \qquad
         u_t = b_t \;\text{ or, for Nesterov, }\; g_t + \mu\, b_t
+
+    A fresh buffer :math:`b_0` is zero, and the first one the gradient.
 
     Args:
         momentum: :math:`\mu \ge 0`. The Python number 0 keeps no buffer.

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any, Union
 
 from torch import Tensor
+from torch.nn import Module
 
-from torchopt import hyper, tree
+from torchopt import hyper, misuse, tree
 from torchopt.engine import Call, Leaves, part_slots, run
+from torchopt.pair import as_transformation
 from torchopt.transform import GradientTransformation, check_transformation, transformation
 from torchopt.typing import PyTree
 
@@ -43,6 +45,20 @@ class Masked(GradientTransformation):
         """Return the slots of the inner transformation."""
         return self.inner.slot_names()
 
+    def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Return those of the inner transformation, under this mask as well."""
+        return {
+            name: (pair, (self._mask_leaves, *masks))
+            for name, (pair, masks) in self.inner.plan.whole.items()
+        }
+
+    def renewed(self) -> GradientTransformation:
+        """Return the same with such slots of its own."""
+        return dataclasses.replace(self, inner=self.inner.renewed())
+
+    def _mask_leaves(self, call: Call) -> list[bool]:
+        return mask_leaves(self.mask, call)
+
     def __post_init__(self) -> None:
         check_transformation(self.inner, "masked")
 
@@ -50,6 +66,12 @@ class Masked(GradientTransformation):
         """Return the same with another setting of the fused kernels inside."""
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
+
+    def takes_sparse(self, **hyperparameters: Any) -> bool:
+        """Whether all rules inside are right for sparse gradients."""
+        plan = self.inner.plan
+        rows = [plan.rows_of(k, [hyperparameters])[0] for k in range(len(plan.parts))]
+        return all(part.takes_sparse(**row) for part, row in zip(plan.parts, rows))
 
     def init_all_slots(self, leaves: Leaves) -> list[tuple[Any, ...]]:
         """Return the inner transformation's slots where the mask is true, else ``None``."""
@@ -93,17 +115,19 @@ def mask_leaves(mask: Any, call: Call) -> list[bool]:
         TypeError: If an entry is not a bool.
         ValueError: If the mask does not match the parameters.
     """
-    if callable(mask):
+    if callable(mask) and not isinstance(mask, Module):
         mask = mask(call.reference)
     values = (
         [mask] * len(call.g)
         if isinstance(mask, bool)
-        else hyper.match_by_name("mask", mask, call.names())
+        else hyper.match_by_name("mask", mask, call.names(), call.known)
     )
     for name, value in zip(call.names(), values):
         if not isinstance(value, bool):
             raise TypeError(
-                f"The mask of {tree.quoted(name)} must be True or False, got {value!r}."
+                f"The mask of {tree.quoted(name)} must be True or False, got "
+                f"{misuse.short(value)}. A mask is True or False, a dict of them by name, or a "
+                "function of the parameters."
             )
     return values
 
@@ -126,9 +150,10 @@ def masked(
 
     Example:
         >>> import torch, torchopt
-        >>> tx = torchopt.masked(torchopt.scale(0.0), {"w": False, "b": True})
+        >>> tx = torchopt.masked(torchopt.scale(0.5), {"w": False, "b": True})
         >>> g = {"w": torch.ones(1), "b": torch.ones(1)}
         >>> tx.update(g, tx.init(g))[0]
-        {'w': tensor([1.]), 'b': tensor([0.])}
+        {'w': tensor([1.]), 'b': tensor([0.5000])}
     """
-    return Masked(inner, mask)
+    inner = as_transformation(inner)
+    return Masked(inner.renewed() if isinstance(inner, GradientTransformation) else inner, mask)

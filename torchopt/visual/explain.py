@@ -17,10 +17,12 @@ from torchopt.visual.flow import (
     why_zero,
     word_of,
 )
-from torchopt.visual.graph import FIRST_ORDER, Extraction, extract, output_of
+from torchopt.visual.graph import Extraction, extract, output_of
 from torchopt.visual.names import named_tensors
-from torchopt.visual.operations import OVERWRITTEN, dtype_name, operation_label, saved_tensors
+from torchopt.visual.operations import OVERWRITTEN, dtype_name, saved_tensors
+from torchopt.visual.partial import missing, verdict
 from torchopt.visual.unreached import reached_leaves, reasons
+from torchopt.visual.words import place
 
 
 def explain(loss: Tensor, param: Tensor | str, params: Any = None) -> str:
@@ -36,8 +38,9 @@ def explain(loss: Tensor, param: Tensor | str, params: Any = None) -> str:
         params: Names for tensors, as :func:`torchopt.visual.make_dot` takes them.
 
     Returns:
-        A few lines to print. The first one is the verdict, the others tell where and why, as far as
-        the graph tells.
+        A few lines to print. The first one is the verdict: the gradient arrives; it arrives, but
+        only in part (with the place, or the condition where the graph alone does not tell); it is
+        zero, ``None`` or not finite. The others tell where and why, as far as the graph tells.
 
     Raises:
         TypeError: If ``loss`` or ``param`` is of another kind.
@@ -162,11 +165,13 @@ def _reached(
         return _failed(what, found, error)
     word = word_of(gradient)
     on_path = between(found, output)
+    cuts = missing(found, tensor, output, on_path, loss)
+    cut_lines = [cut.line for cut in cuts]
     if word == "finite":
         return [
-            f"{what}: its gradient arrives; {_size(gradient)}.",
+            f"{what}: {verdict(cuts)}; {_size(gradient)}.",
+            *cut_lines,
             *_paths(found, output),
-            *_first_order(found),
         ]
     seen = passages(loss, tensor, found, on_path, output)
     if word == "infinite":
@@ -174,15 +179,15 @@ def _reached(
         lines = [f"{what}: its gradient arrives, but is not finite (nan or infinite)."]
         if culprit is not None:
             lines.append(
-                f"* It becomes so at {_place(found, culprit)}: {why_infinite(found, culprit)}."
+                f"* It becomes so at {place(found, culprit)}: {why_infinite(found, culprit)}."
             )
-        return [*lines, *_paths(found, output)]
-    verdict = "exactly zero" if word == "zero" else "None"
+        return [*lines, *cut_lines, *_paths(found, output)]
+    value = "exactly zero" if word == "zero" else "None"
     return [
-        f"{what}: its gradient is {verdict}, though the loss reaches it.",
+        f"{what}: its gradient is {value}, though the loss reaches it.",
         *_where_it_ends(found, killers(seen)),
+        *cut_lines,
         *_paths(found, output),
-        *_first_order(found),
     ]
 
 
@@ -197,7 +202,7 @@ def _failed(what: str, found: Extraction, error: RuntimeError) -> list[str]:
             spoilt = [name for name, saved in saved_tensors(node) if saved == OVERWRITTEN]
             if spoilt:
                 lines.append(
-                    f"* {_place(found, position)} has saved {', '.join(spoilt)}, which was "
+                    f"* {place(found, position)} has saved {', '.join(spoilt)}, which was "
                     "overwritten since."
                 )
         lines.append(
@@ -227,26 +232,13 @@ def _where_it_ends(found: Extraction, ends: list[int]) -> list[str]:
             "* No single operation is to blame: contributions cancel exactly (as in x - x), or the "
             "gradient becomes too small for its precision."
         ]
-    counted = collections.Counter(f"{_place(found, end)}: {why_zero(found, end)}" for end in ends)
+    counted = collections.Counter(f"{place(found, end)}: {why_zero(found, end)}" for end in ends)
     lines = [
         f"* The gradient ends at {text}{f' ({count} times)' if count > 1 else ''}."
         for text, count in counted.most_common(8)
     ]
     rest = len(counted) - 8
     return lines if rest < 1 else [*lines, f"* ... and at {rest} more operations."]
-
-
-def _place(found: Extraction, position: int) -> str:
-    """Return which operation a node is and between which steps it stands."""
-    node = found.graph.nodes[found.node_of[position]]
-    if node.kind == "step":
-        return node.label
-    name = operation_label(found.walk.nodes[position].name())
-    shape = "" if node.shape is None else f" of shape {node.shape}"
-    if not found.walk.steps:
-        return f"{name}{shape}"
-    where = f"after {node.lane} step{'s' * (node.lane != 1)}" if node.lane else "before any step"
-    return f"{name}{shape} ({where})"
 
 
 def _paths(found: Extraction, output: tuple[int, int]) -> list[str]:
@@ -285,14 +277,3 @@ def _paths(found: Extraction, output: tuple[int, int]) -> list[str]:
 
 def _count(count: int) -> str:
     return str(count) if count < 10**6 else f"about 10^{len(str(count)) - 1}"
-
-
-def _first_order(found: Extraction) -> list[str]:
-    labels = [node.label for node in found.graph.nodes if FIRST_ORDER in node.cuts]
-    if not labels:
-        return []
-    shown = ", ".join(labels[:6]) + (", ..." if len(labels) > 6 else "")
-    return [
-        f"* First-order: {shown} took the gradient as a constant (create_graph=False, or an inner "
-        "loss that is linear in the weights), so paths through inner gradients are missing."
-    ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchopt.visual.graph import Extraction
-from torchopt.visual.operations import operation_label, saved_tensors
+from torchopt.visual.operations import is_function_of_others, operation_label, saved_tensors
 
 
 @dataclass
@@ -48,11 +48,17 @@ def between(found: Extraction, output: tuple[int, int]) -> set[int]:
 
 
 def passages(
-    loss: Tensor, tensor: Tensor, found: Extraction, on_path: set[int], output: tuple[int, int]
+    loss: Tensor,
+    tensor: Tensor,
+    found: Extraction,
+    on_path: set[int],
+    output: tuple[int, int],
+    watched: Iterable[int] | None = None,
 ) -> list[Passage]:
     """Run one backward pass and return what passed each node, in the order of the pass.
 
-    Nothing is kept but one word for each edge; hooks are taken away again.
+    ``watched`` are the nodes to look at, all that are ``on_path`` unless it is given. Nothing is
+    kept but one word for each edge; hooks are taken away again.
     """
     seen: list[Passage] = []
     handles = []
@@ -69,7 +75,7 @@ def passages(
         handles.append(found.walk.nodes[position].register_hook(hook))
 
     try:
-        for position in on_path:
+        for position in on_path if watched is None else watched:
             watch(position)
         torch.autograd.grad(loss, [tensor], retain_graph=True, allow_unused=True)
     finally:
@@ -99,6 +105,21 @@ def _worst(words: set[str]) -> str:
 def killers(seen: list[Passage]) -> list[int]:
     """Return the nodes that received a gradient and handed none or zero on towards the tensor."""
     return [p.position for p in seen if p.received == "finite" and p.handed <= {"none", "zero"}]
+
+
+def undefined(
+    loss: Tensor, tensor: Tensor, found: Extraction, on_path: set[int], output: tuple[int, int]
+) -> list[int]:
+    """Return functions written by others that hand on ``None`` where they received a gradient.
+
+    Operations of torch do so only where the derivative is zero. Without such functions on the
+    paths no backward pass is run.
+    """
+    watched = [p for p in sorted(on_path) if is_function_of_others(found.walk.nodes[p])]
+    if not watched:
+        return []
+    seen = passages(loss, tensor, found, on_path, output, watched)
+    return [p.position for p in seen if p.received != "none" and "none" in p.handed]
 
 
 def first_infinite(seen: list[Passage]) -> int | None:

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from torchopt.visual.aliases import Alias, Output, detached_aliases
+from torchopt.visual.entering import entering_leaves
 from torchopt.visual.names import named_tensors
 from torchopt.visual.operations import attributes, dtype_name, operation_label, output_metadata
 from torchopt.visual.walk import (
     Step,
     Walk,
-    entering_leaves,
     root_of,
     unpacked_from,
     walk,
@@ -96,12 +97,14 @@ class Extraction:
         walk: The autograd nodes.
         units: What each node of ``graph`` stands for.
         node_of: For each autograd node, the node of ``graph`` that it is in.
+        aliases: Tensors whose values enter the graph a second time, without their history.
     """
 
     graph: Graph
     walk: Walk
     units: list[Unit]
     node_of: list[int]
+    aliases: list[Alias]
 
 
 def build(var: Tensor | Sequence[Tensor], params: Any = None) -> Graph:
@@ -145,11 +148,13 @@ def extract(var: Tensor | Sequence[Tensor], params: Any = None) -> Extraction:
     edges = _edges(found, units, node_of, values)
     order, lanes = _order(units, edges)
     place = {unit: key for key, unit in enumerate(order)}
+    aliases = detached_aliases(found, [*results, *(tensor for _, tensor in named)])
     _note_cuts(found, units, node_of)
+    _note_aliases(found, units, node_of, aliases)
     kept = [units[unit] for unit in order]
     nodes = [_node(key, unit, lanes[order[key]], found) for key, unit in enumerate(kept)]
     graph = Graph(nodes, sorted((place[a], place[b]) for a, b in edges))
-    return Extraction(graph, found, kept, [place[unit] for unit in node_of])
+    return Extraction(graph, found, kept, [place[unit] for unit in node_of], aliases)
 
 
 def _results(var: Any) -> list[Tensor]:
@@ -222,10 +227,10 @@ def output_of(found: Walk, tensor: Tensor) -> tuple[int, int] | None:
         if node in found.index and unpacked_from(found, found.index[node]) is None:
             return found.index[node], number
         following = node.next_functions
-        unpacks = node.name().startswith(("Clone", "View", "Split")) and len(following) == 1
-        if not unpacks or following[0][0] is None:
+        unpacks = node.name().startswith(("Clone", "View", "Split", "_Unpack"))
+        if not unpacks or len(following) != 1 or following[0][0] is None:
             return None
-        is_split = node.name().startswith("Split")
+        is_split = node.name().startswith(("Split", "_Unpack"))
         node, number = following[0]
         if is_split:
             there = node in found.index and found.step_of[found.index[node]] >= 0
@@ -287,14 +292,14 @@ def _note_cuts(found: Walk, units: list[Unit], node_of: list[int]) -> None:
         step = unit.step
         if step is None:
             continue
-        if step.constant_gradient:
+        if step.first_order:
             unit.cuts.append(FIRST_ORDER)
         if step.count is None or step.count == 1:
             continue
-        if step.weights_are_leaves:
+        if step.is_cut:
             unit.cuts.append(
                 f"its weights do not come from step {step.count - 1}: they entered as leaves "
-                "(stop_gradient, detach or recover_state_dict)"
+                "(stop_gradient, detach, torch.no_grad() or recover_state_dict)"
             )
             for leaf in entering_leaves(found, step):
                 units[node_of[leaf]].cuts.append(
@@ -302,6 +307,29 @@ def _note_cuts(found: Walk, units: list[Unit], node_of: list[int]) -> None:
                 )
         for slot in step.constant_slots:
             unit.cuts.append(f"its state {slot} carries no graph (stop_gradient or detach)")
+
+
+def _note_aliases(
+    found: Walk, units: list[Unit], node_of: list[int], aliases: Sequence[Alias]
+) -> None:
+    """Write to operations and leaves whose values they take without the history."""
+    names = {unit.output: unit.names[0] for unit in units if unit.names and unit.output}
+    names |= {(u.members[0], 0): u.names[0] for u in units if u.names and u.kind == "leaf"}
+
+    def name_of(source: Output) -> str:
+        if source in names:
+            return repr(names[source])
+        unit = units[node_of[source[0]]]
+        label = unit.step.label if unit.step else operation_label(found.nodes[source[0]].name())
+        return "another leaf" if unit.kind == "leaf" else f"what {label} made"
+
+    for alias in aliases:
+        unit = units[node_of[alias.position]]
+        how = "detach().requires_grad_(), nn.Parameter(x)" if alias.is_leaf else ".detach(), .data"
+        takes = "it has" if alias.is_leaf else "it takes"
+        cut = f"{takes} the values of {name_of(alias.source)} without their graph ({how})"
+        if cut not in unit.cuts:
+            unit.cuts.append(cut)
 
 
 def _node(key: int, unit: Unit, lane: int, found: Walk) -> Node:
@@ -333,7 +361,7 @@ def _step_detail(unit: Unit) -> str:
     assert unit.step is not None
     how = "operations of the rules"
     if unit.step.fused:
-        how = "fused" if len(unit.members) == len(unit.step.fused) else "partly fused"
+        how = "partly fused" if unit.step.recorded else "fused"
     nodes = f"{len(unit.members)} autograd node{'s' * (len(unit.members) > 1)}"
     return f"{' -> '.join(unit.step.parts)}\n{nodes}, {how}"
 

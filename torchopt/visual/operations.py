@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def output_metadata(node: Any) -> list[tuple[tuple[int, ...], str]]:
     ]
 
 
-_ATTRIBUTES: dict[type, tuple[list[str], list[str]]] = {}
+_ATTRIBUTES: WeakKeyDictionary[type, tuple[list[str], list[str]]] = WeakKeyDictionary()
 
 
 def _attribute_names(node: Any) -> tuple[list[str], list[str]]:
@@ -68,3 +69,32 @@ def saved_tensors(node: Any) -> Iterator[tuple[str, Tensor | str]]:
 def dtype_name(tensor: Tensor) -> str:
     """Return ``float32`` for ``torch.float32``."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def own_saved_tensors(node: Any) -> Iterator[Tensor]:
+    """Yield the tensors that an operation keeps itself; no hooks run."""
+    for name in _attribute_names(node)[1]:
+        try:
+            raw = getattr(node, f"_raw{name}")
+            saved = getattr(node, name) if not _is_hooked(raw) else None
+        except RuntimeError:  # freed, or overwritten
+            continue
+        for tensor in saved if isinstance(saved, (list, tuple)) else [saved]:
+            if isinstance(tensor, Tensor):
+                yield tensor
+
+
+def _is_hooked(raw: Any) -> bool:
+    entries = raw if isinstance(raw, (list, tuple)) else [raw]
+    return any(getattr(entry, "unpack_hook", None) is not None for entry in entries)
+
+
+def is_builtin(node: Any) -> bool:
+    """Whether a node belongs to an operation of torch, such as ``MulBackward0``."""
+    return re.search(r"Backward\d+$", node.name()) is not None
+
+
+def is_function_of_others(node: Any) -> bool:
+    """Whether a node belongs to a ``torch.autograd.Function`` that is none of this library."""
+    forward = getattr(type(node), "_forward_cls", None)
+    return forward is not None and not forward.__module__.startswith("torchopt.")

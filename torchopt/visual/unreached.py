@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchopt.visual import words
 from torchopt.visual.graph import Extraction
 from torchopt.visual.operations import dtype_name, operation_label, saved_tensors
 from torchopt.visual.walk import Step, walk
@@ -125,13 +125,13 @@ def _constants(found: Extraction, tensor: Tensor) -> Iterator[str]:
     if alias:
         yield (
             "* Detached: its values enter as a constant, cut off by .detach(), .data, "
-            f"stop_gradient or torch.no_grad(), at {_listed(alias)}."
+            f"stop_gradient or torch.no_grad(), at {words.listed(alias)}."
         )
     if equal:
         yield (
-            f"* A constant with the same values enters at {_listed(equal)}: a copy without graph "
-            "(clone().detach(), deepcopy, extract_state_dict(by='deepcopy'), torch.tensor(x)) or, "
-            "for a single number, .item() or float()."
+            f"* A constant with the same values enters at {words.listed(equal)}: a copy without "
+            "graph (clone().detach(), deepcopy, extract_state_dict(by='deepcopy'), "
+            "torch.tensor(x)) or, for a single number, .item() or float()."
         )
 
 
@@ -162,52 +162,21 @@ def _numbers(found: Extraction, tensor: Tensor) -> Iterator[str]:
     """Find fused steps that took a number equal to the tensor as a hyperparameter."""
     if tensor.numel() != 1 or tensor.is_complex():
         return
-    value = tensor.detach().reshape(())
-    labels = []
-    for step in _steps(found):
-        rows = [row for f in step.fused for row in found.walk.nodes[f].group.rule.rows]
-        numbers = {number for row in rows for number in _numbers_in(row.values())}
-        if any(value == torch.tensor(n, dtype=value.dtype) for n in numbers - {0.0, 1.0}):
-            labels.append(step.label)
-    if labels:
-        yield (
-            f"* {_listed(collections.Counter(labels))} took the number {float(value):g} as a "
-            "hyperparameter, which equals its value: the tensor was made a number by .item() or "
-            "float(). Give the tensor itself."
-        )
-
-
-def _numbers_in(values: Any) -> Iterator[float]:
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _numbers_in(value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield float(value)
+    steps = [s for s in _steps(found) if s.fused and words.took_the_number(found, s, tensor)]
+    if steps:
+        yield words.number_cut(steps, tensor)
 
 
 def _cut_steps(found: Extraction) -> Iterator[str]:
     """Tell where the graph of the steps is cut."""
-    constant = collections.Counter(s.label for s in _steps(found) if s.constant_gradient)
-    if constant:
-        yield (
-            f"* First-order: {_listed(constant)} took the gradient as a constant "
-            "(create_graph=False, or an inner loss that is linear in the weights). What acts on "
-            "the weights through the inner loss only is not reached then; pass create_graph=True."
-        )
+    approximate = [step for step in _steps(found) if step.first_order]
+    if approximate:
+        yield words.first_order(approximate)
     for step in _steps(found):
-        if step.count is None or step.count < 2:
-            continue
-        if step.weights_are_leaves:
-            yield (
-                f"* Detached before {step.label}: the weights that entered it are leaves "
-                "(stop_gradient, detach or recover_state_dict after step "
-                f"{step.count - 1}), so what influenced earlier steps is not reached through them."
-            )
-        if step.constant_slots:
-            yield (
-                f"* Detached before {step.label}: its state ({', '.join(step.constant_slots)}) "
-                "carries no graph (stop_gradient or detach)."
-            )
+        if step.is_cut:
+            yield words.weights_cut(step)
+        if step.constant_slots and step.count is not None and step.count > 1:
+            yield words.slots_cut(step)
 
 
 def _no_steps(found: Extraction) -> Iterator[str]:
@@ -229,14 +198,9 @@ def _integers(found: Extraction) -> Iterator[str]:
     if seen:
         yield (
             "* Nothing flows through integers and booleans. If it only decides those, it is not "
-            f"reached: {_listed(seen)}."
+            f"reached: {words.listed(seen)}."
         )
 
 
 def _flows(saved: Tensor) -> bool:
     return saved.is_floating_point() or saved.is_complex()
-
-
-def _listed(texts: collections.Counter[str]) -> str:
-    shown = [f"{text} ({n} times)" if n > 1 else text for text, n in list(texts.items())[:5]]
-    return ", ".join(shown) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")

@@ -13,13 +13,14 @@ from torch.autograd.graph import get_gradient_edge
 
 from torchopt import step_tags
 from torchopt.kernels.differentiable import Group
+from torchopt.kernels.independent import NAMING
 from torchopt.kernels.program import GRADIENT, PARAMETER
 from torchopt.step_tags import StepTag
 
 
 #: What takes slots of several parameters out of the flat tensor they travel in.
-_UNPACKING = ("SplitWithSizesBackward", "SplitBackward", "ViewBackward", "CloneBackward")
-
+_UNPACKING = ("SplitWithSizesBackward", "SplitBackward", "_UnpackBackward")
+_UNPACKING += ("ViewBackward", "CloneBackward")
 #: How many nodes in a row may be freed by recursion.
 _DEEP = 1_000
 
@@ -32,8 +33,13 @@ class Step:
         parts: Names of the classes of its transformations.
         count: The optimizer's step count, 1 at the first step; ``None`` if it is a tensor.
         constant_gradient: Whether the gradient that it was given carries no graph.
-        weights_are_leaves: Whether it was given weights, none of which was computed.
-        constant_slots: The names of slots that it was given without a graph.
+        weights_are_leaves: Whether it was given weights, none of which was computed; or, after
+            the first step, some that were not.
+        constant_slots: The names of slots that it was given without a graph, though the step
+            before gave them one.
+        create_graph: What ``create_graph`` was where the library took the gradient; ``None`` if
+            that was done elsewhere.
+        recorded: Whether it was computed by the rules, perhaps with fused kernels among them.
         members: Positions of its nodes in :attr:`Walk.nodes`.
         fused: The nodes among them that are fused kernels.
     """
@@ -43,8 +49,20 @@ class Step:
     constant_gradient: bool
     weights_are_leaves: bool
     constant_slots: tuple[str, ...]
+    create_graph: bool | None = None
+    recorded: bool = False
     members: list[int] = field(default_factory=list)
     fused: list[int] = field(default_factory=list)
+
+    @property
+    def first_order(self) -> bool:
+        """Whether derivatives of its gradient are missing, or may be if the loss is not linear."""
+        return self.constant_gradient and self.create_graph is not True
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its weights come from nowhere, though an earlier step has made some."""
+        return self.weights_are_leaves and self.count is not None and self.count > 1
 
     @property
     def label(self) -> str:
@@ -106,9 +124,55 @@ def walk(roots: Iterable[Any]) -> Walk:
     _find_fused_steps(found)
     _fold_unpacking(found)
     for step in found.steps:
-        if step.constant_gradient:  # first order, where slots carry no graph by themselves
-            step.constant_slots = ()
+        marks = [step_tags.read_create_graph(nodes[member]) for member in step.members]
+        step.create_graph = next((mark for mark in marks if mark is not None), None)
+    _forget_natural_constants(found)
     return found
+
+
+def users_of(found: Walk) -> list[list[int]]:
+    """Return for each node those that were computed from it."""
+    users: list[list[int]] = [[] for _ in found.nodes]
+    for position, sources in enumerate(found.inputs):
+        for source, _ in sources:
+            if source is not None:
+                users[source].append(position)
+    return users
+
+
+def ancestors(found: Walk, positions: Iterable[int]) -> set[int]:
+    """Return the nodes that some nodes were computed from, and these."""
+    seen: set[int] = set()
+    stack = list(positions)
+    while stack:
+        position = stack.pop()
+        if position not in seen:
+            seen.add(position)
+            stack += [source for source, _ in found.inputs[position] if source is not None]
+    return seen
+
+
+def _forget_natural_constants(found: Walk) -> None:
+    """Do not hold against a step that slots made of constant gradients carry no graph."""
+    given = [step.constant_slots for step in found.steps]
+    for step in found.steps:
+        if step.constant_gradient:
+            step.constant_slots = ()
+        if not step.constant_slots or step.count is None:
+            continue
+        before: set[int] | None = None
+        for other, earlier in enumerate(found.steps):
+            last = (earlier.parts, earlier.count) == (step.parts, step.count - 1)
+            if not last or not earlier.constant_gradient:
+                continue
+            before = ancestors(found, step.members) if before is None else before
+            if before.isdisjoint(earlier.members):
+                continue
+            if earlier.count == 1:
+                step.constant_slots = ()
+            else:
+                kept = tuple(slot for slot in step.constant_slots if slot not in given[other])
+                step.constant_slots = kept
 
 
 def _let_it_be_freed(found: Walk) -> None:
@@ -133,13 +197,8 @@ def _let_it_be_freed(found: Walk) -> None:
 
 def _depths(found: Walk) -> list[int]:
     """Return for each node how many nodes lie before it on the longest path."""
-    users: list[list[int]] = [[] for _ in found.nodes]
-    missing = [0] * len(found.nodes)
-    for position, sources in enumerate(found.inputs):
-        for source, _ in sources:
-            if source is not None:
-                users[source].append(position)
-                missing[position] += 1
+    users = users_of(found)
+    missing = [sum(source is not None for source, _ in sources) for sources in found.inputs]
     depths = [0] * len(found.nodes)
     ready = [position for position, count in enumerate(missing) if not count]
     for source in ready:  # grows while it is read
@@ -187,7 +246,7 @@ def _find_recorded_steps(found: Walk) -> None:
         for position in positions:
             found.step_of[position] = len(found.steps)
         known = (tag.parts, tag.step, tag.constant_gradient, tag.weights_are_leaves)
-        found.steps.append(Step(*known, tag.constant_slots, positions))
+        found.steps.append(Step(*known, tag.constant_slots, recorded=True, members=positions))
 
 
 def _leading_to(
@@ -211,7 +270,7 @@ def _find_fused_steps(found: Walk) -> None:
         for position, node in enumerate(found.nodes)
         if isinstance(group := getattr(node, "group", None), Group)
     ]
-    previous: tuple[int, Any, int | None] | None = None
+    previous: tuple[range, Any, int | None] | None = None
     for number, position, group in sorted(fused, key=lambda entry: entry[0]):
         if found.step_of[position] >= 0:
             found.steps[found.step_of[position]].fused.append(position)
@@ -219,7 +278,7 @@ def _find_fused_steps(found: Walk) -> None:
             continue
         counts = {step for _, step in group.values}
         key = (group.rule.run, counts.pop() if len(counts) == 1 else None)
-        if previous is None or previous != (number - 1, *key):
+        if previous is None or number not in previous[0] or previous[1:] != key:
             parts = tuple(type(part).__name__ for part in group.rule.run.parts)
             found.steps.append(Step(parts, key[1], True, PARAMETER in group.rule.inputs, ()))
         step = found.steps[-1]
@@ -227,7 +286,11 @@ def _find_fused_steps(found: Walk) -> None:
         found.step_of[position] = len(found.steps) - 1
         step.members.append(position)
         step.fused.append(position)
-        previous = (number, *key)
+        # each of its new parameters may have got a node of its own
+        previous = (range(number + 1, number + 2 + group.count), *key)
+    for step in found.steps:
+        if not step.recorded:
+            step.weights_are_leaves |= _some_weights_are_leaves(found, step)
 
 
 def fused_inputs(found: Walk, position: int) -> dict[str, Sequence[tuple[Any, int]]]:
@@ -248,33 +311,27 @@ def _note_inputs(found: Walk, position: int, group: Group, step: Step) -> None:
             step.constant_slots += () if name in step.constant_slots else (name,)
 
 
-def entering_leaves(found: Walk, step: Step) -> list[int]:
-    """Return the leaves that are the weights of a step.
-
-    What the rules compute does not tell weights from hyperparameters: there, leaves count that are
-    used outside of steps too, as weights are by the inner loss.
-    """
-    if len(step.fused) == len(step.members):
-        sources = {
-            source
-            for position in step.fused
-            for source, _ in fused_inputs(found, position).get(PARAMETER, [])
-        }
-    else:
-        sources = {source for member in step.members for source, _ in found.inputs[member]}
-        sources &= {
-            source
-            for position, inputs in enumerate(found.inputs)
-            if found.step_of[position] < 0
-            for source, _ in inputs
-        }
-    return sorted(s for s in sources if s is not None and not found.inputs[s])
+def _some_weights_are_leaves(found: Walk, step: Step) -> bool:
+    """Whether a weight that has been updated before enters a fused step as a leaf."""
+    for position in step.fused:
+        group: Group = found.nodes[position].group
+        for k, (source, _) in enumerate(fused_inputs(found, position).get(PARAMETER, [])):
+            row = 0 if group.indices is None else group.indices[k]
+            if source is not None and not found.inputs[source] and group.values[row][1] > 1:
+                return True
+    return False
 
 
 def _fold_unpacking(found: Walk) -> None:
-    """Count what takes packed slots apart to the step that they come from."""
+    """Count what takes packed slots apart, or names a new parameter, to the step it comes from."""
+    names = [node.name().rstrip("0123456789") for node in found.nodes]
+    for position in [p for p, node in enumerate(found.nodes) if node.name() == NAMING]:
+        source = found.inputs[position][0][0]
+        if source is not None and isinstance(getattr(found.nodes[source], "group", None), Group):
+            found.step_of[position] = found.step_of[source]
+            found.steps[found.step_of[source]].members.append(position)
     for position in sorted(
-        (p for p, node in enumerate(found.nodes) if node.name().rstrip("0123456789") in _UNPACKING),
+        (p for p, name in enumerate(names) if name in _UNPACKING),
         key=lambda p: found.nodes[p]._sequence_nr(),
     ):
         step = unpacked_from(found, position)
@@ -293,7 +350,7 @@ def unpacked_from(found: Walk, position: int) -> int | None:
     step = found.step_of[source]
     if step < 0:
         return None
-    if name.startswith("Split"):
+    if name.startswith(("Split", "_Unpack")):
         group = getattr(found.nodes[source], "group", None)
         return step if isinstance(group, Group) and _is_packed(group, number) else None
     unpacked = found.nodes[source].name().startswith(("Split", "View"))

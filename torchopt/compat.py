@@ -1,0 +1,300 @@
+"""The import paths of TorchOpt 0.7.3: one table of old paths and of what stands behind them here.
+
+``import torchopt`` makes the modules of the table importable, and lets those that exist in both
+versions find the old names too. Nothing is looked up before it is asked for. What 0.7.3 had and
+this version has not fails with an error that says where to read on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NoReturn, Union
+
+from torch import Tensor
+from typing_extensions import TypeAlias
+
+from torchopt.accelerated_op import accelerated
+from torchopt.chaining import Chain, chain
+from torchopt.optimizers import adam
+from torchopt.recipe import ignoring_moment_requires_grad
+from torchopt.transform import GradientTransformation
+from torchopt.transforms.basic import add_decayed_weights, flip_sign
+from torchopt.typing import Hyperparameter
+
+
+#: Module of 0.7.3, module of today (``-``: not here yet), and names; ``old=new`` where they differ.
+#: Modules stand without ``torchopt.``, which is the dot.
+TABLE = """
+.                             -                   adadelta adagrad adamax radam AdaDelta Adadelta
+.                             -                   AdaGrad Adagrad AdaMax Adamax RAdam MetaRAdam
+.                             -                   MetaAdaDelta MetaAdadelta MetaAdaGrad MetaAdagrad
+.                             -                   MetaAdaMax MetaAdamax diff distributed linalg
+.                             -                   linear_solve nn
+accelerated_op                accelerated_op      is_available=accelerated_op_available
+accelerated_op                -                   AdamOp adam_op
+alias                         optimizers.adam     adam
+alias                         optimizers.adamw    adamw
+alias                         optimizers.rmsprop  rmsprop
+alias                         optimizers.sgd      sgd
+alias                         -                   adadelta adagrad adamax radam
+alias.adam                    optimizers.adam     adam
+alias.adamw                   optimizers.adamw    adamw
+alias.rmsprop                 optimizers.rmsprop  rmsprop
+alias.sgd                     optimizers.sgd      sgd
+alias.utils                   compat              flip_sign_and_add_weight_decay
+alias.utils                   transforms.basic    scale_by_neg_lr=scale_by_learning_rate
+base                          state_parts         EmptyState UninitializedState
+base                          transform           GradientTransformation
+base                          chaining            ChainedGradientTransformation=Chain
+base                          transforms.basic    identity
+base                          compat              IdentityGradientTransformation
+clip                          transforms.clip     clip_grad_norm
+combine                       chaining            chain chain_flat
+optim                         optimizers.adam     Adam
+optim                         optimizers.adamw    AdamW
+optim                         optimizers.rmsprop  RMSProp=RMSprop RMSprop
+optim                         optimizers.sgd      SGD
+optim                         func_optimizer      FuncOptimizer
+optim                         -                   AdaDelta Adadelta AdaGrad Adagrad AdaMax Adamax
+optim                         -                   RAdam adadelta adagrad adamax radam
+optim.adam                    optimizers.adam     Adam
+optim.adamw                   optimizers.adamw    AdamW
+optim.base                    optim               Optimizer
+optim.func                    func_optimizer      FuncOptimizer
+optim.func.base               func_optimizer      FuncOptimizer
+optim.meta                    optimizers.adam     MetaAdam
+optim.meta                    optimizers.adamw    MetaAdamW
+optim.meta                    optimizers.rmsprop  MetaRMSProp MetaRMSprop=MetaRMSProp
+optim.meta                    optimizers.sgd      MetaSGD
+optim.meta                    meta                MetaOptimizer
+optim.meta                    -                   MetaAdaDelta MetaAdadelta MetaAdaGrad MetaAdagrad
+optim.meta                    -                   MetaAdaMax MetaAdamax MetaRAdam adadelta adagrad
+optim.meta                    -                   adamax radam
+optim.meta.adam               optimizers.adam     MetaAdam
+optim.meta.adamw              optimizers.adamw    MetaAdamW
+optim.meta.base               meta                MetaOptimizer
+optim.meta.rmsprop            optimizers.rmsprop  MetaRMSProp MetaRMSprop=MetaRMSProp
+optim.meta.sgd                optimizers.sgd      MetaSGD
+optim.rmsprop                 optimizers.rmsprop  RMSProp=RMSprop RMSprop
+optim.sgd                     optimizers.sgd      SGD
+schedule.polynomial           schedules           linear_schedule polynomial_schedule
+schedule.exponential_decay    schedules           exponential_decay
+transform                     compat              scale_by_adam scale_by_accelerated_adam
+transform                     optimizers.rmsprop  scale_by_rms scale_by_stddev
+transform                     transforms.basic    add_decayed_weights nan_to_num scale
+transform                     transforms.basic    scale_by_schedule
+transform                     transforms.momentum trace
+transform                     transforms.wrap     masked
+transform                     -                   scale_by_adadelta scale_by_adamax scale_by_radam
+transform                     -                   scale_by_rss utils
+transform.add_decayed_weights transforms.basic    add_decayed_weights
+transform.add_decayed_weights transforms.wrap     masked
+transform.nan_to_num          transforms.basic    nan_to_num
+transform.scale               transforms.basic    scale
+transform.scale_by_adam       compat              scale_by_adam scale_by_accelerated_adam
+transform.scale_by_adam       state_parts         ScaleByAdamState
+transform.scale_by_rms        optimizers.rmsprop  scale_by_rms
+transform.scale_by_rms        state_parts         ScaleByRmsState
+transform.scale_by_schedule   transforms.basic    scale_by_schedule
+transform.scale_by_schedule   state_parts         ScaleByScheduleState
+transform.scale_by_stddev     optimizers.rmsprop  scale_by_stddev
+transform.scale_by_stddev     state_parts         ScaleByRStdDevState
+transform.trace               transforms.momentum trace
+transform.trace               state_parts         TraceState
+typing                        state_parts         EmptyState UninitializedState
+typing                        transform           GradientTransformation
+typing                        chaining            ChainedGradientTransformation=Chain
+typing                        opt_state           OptState
+typing                        accelerated_op      Device
+typing                        typing              Params=TensorTree Updates=TensorTree
+typing                        typing              OptionalTensorTree=TensorTree
+typing                        torch               Size Tensor
+typing                        torch.distributions Distribution
+typing                        torch.futures       Future
+typing                        compat              Scalar Numeric ScalarOrSchedule ListOfTensors
+typing                        compat              TupleOfTensors SequenceOfTensors TensorOrTensors
+typing                        compat              OptionalTensor ListOfOptionalTensors
+typing                        compat              TupleOfOptionalTensors SequenceOfOptionalTensors
+typing                        compat              OptionalTensorOrOptionalTensors TensorContainer
+typing                        compat              ModuleTensorContainers
+typing                        -                   LinearSolver RRef SampleFunc Samplable
+update                        apply               apply_updates
+utils                         state               ModuleState extract_state_dict recover_state_dict
+utils                         state               stop_gradient module_clone
+utils                         state               module_detach_=stop_gradient
+utils                         -                   extract_module_containers
+"""
+
+
+def parsed(table: str) -> tuple[dict[str, dict[str, tuple[str, str]]], set[str]]:
+    """Return what is here, as module -> name -> (module, name) of today, and what is not."""
+    here: dict[str, dict[str, tuple[str, str]]] = {}
+    absent: set[str] = set()
+    for line in table.strip().splitlines():
+        old, new, *names = line.split()
+        old = f"torchopt.{old}".rstrip(".")
+        target = new if new.partition(".")[0] == "torch" else f"torchopt.{new}"
+        for name in names:
+            before, _, today = name.partition("=")
+            if new == "-":
+                absent.add(f"{old}.{before}")
+            else:
+                here.setdefault(old, {})[before] = (target, today or before)
+    return here, absent
+
+
+HERE, ABSENT = parsed(TABLE)
+
+#: A module of today that 0.7.3 called otherwise.
+MODULES = {"torchopt.schedule": "torchopt.schedules"}
+#: Modules that are imported when they are asked for.
+LAZY = ("torchopt.hook", "torchopt.pytree")
+
+
+class OldModule(ModuleType):
+    """A module that 0.7.3 had: its names stand in the table."""
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *HERE.get(self.__name__, {})})
+
+
+def look_up(module: ModuleType, name: str) -> Any:
+    """Return what a module of 0.7.3 had under a name.
+
+    Raises:
+        AttributeError: If that is nothing, or nothing that is here yet.
+    """
+    path = f"{module.__name__}.{name}"
+    if name in HERE.get(module.__name__, {}):
+        target, today = HERE[module.__name__][name]
+        value = getattr(importlib.import_module(target), today)
+    elif path in sys.modules:
+        value = sys.modules[path]
+    elif path in LAZY:
+        value = importlib.import_module(path)
+    elif path in ABSENT:
+        raise AttributeError(_told(path), name=name, obj=module)
+    else:
+        raise AttributeError(
+            f"module {module.__name__!r} has no attribute {name!r}", name=name, obj=module
+        )
+    setattr(module, name, value)
+    return value
+
+
+class Absent:
+    """Finds nothing: it stands last and says of what 0.7.3 had that it is not here."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        """Refuse to import what 0.7.3 had, and leave all else to Python."""
+        parent = name
+        while parent and parent not in ABSENT:
+            parent = parent.rpartition(".")[0]
+        if parent:
+            _refuse(name)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ImportError(_told(name), name=name)
+
+
+def _told(path: str) -> str:
+    return (
+        f"{path} of TorchOpt 0.7.3 is not in this version. What there is instead, and what is yet "
+        "to come, stands in docs/coming_from/torchopt.md."
+    )
+
+
+def install() -> None:
+    """Make the table's modules importable, and its names known to the modules of today.
+
+    They are entered into ``sys.modules``, not found by an importer: importing a module such as
+    ``torchopt.transform.scale`` would put it in the place of the function of that name.
+    """
+    for name in HERE:
+        if name not in sys.modules:
+            sys.modules[name] = module = OldModule(name, f"{name} of TorchOpt 0.7.3.")
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+            module.__path__ = []  # so that importing what is absent asks the finder below
+    for name, today in MODULES.items():
+        sys.modules[name] = sys.modules[today]
+    modules = ["torchopt", *HERE, *(path.rpartition(".")[0] for path in ABSENT)]
+    for module in (sys.modules[name] for name in dict.fromkeys(modules) if name in sys.modules):
+        if "__getattr__" not in vars(module):
+            _teach(module)
+    if not any(finder is Absent for finder in sys.meta_path):
+        sys.meta_path.append(Absent)  # pyright: ignore[reportArgumentType]
+
+
+def _teach(module: ModuleType) -> None:
+    def find(name: str) -> Any:
+        return look_up(module, name)
+
+    vars(module)["__getattr__"] = find
+    vars(module).setdefault("__path__", [])
+
+
+# What had another signature --------------------------------------------------------------------
+
+
+@ignoring_moment_requires_grad
+def scale_by_adam(
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 0.0,
+) -> GradientTransformation:
+    """:func:`torchopt.scale_by_adam` with the arguments that ``torchopt.transform`` had for it."""
+    return adam.scale_by_adam((b1, b2), eps, eps_root)
+
+
+@ignoring_moment_requires_grad
+def scale_by_accelerated_adam(
+    b1: Hyperparameter = 0.9,
+    b2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 0.0,
+) -> GradientTransformation:
+    """The same with a fused kernel required."""
+    return accelerated(adam.scale_by_adam((b1, b2), eps, eps_root), True)
+
+
+def flip_sign_and_add_weight_decay(
+    weight_decay: Hyperparameter = 0.0, maximize: bool = False
+) -> GradientTransformation:
+    """:func:`torchopt.flip_sign` and :func:`torchopt.add_decayed_weights`, in this order."""
+    return chain(flip_sign(maximize), add_decayed_weights(weight_decay))
+
+
+class _Empty(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, Chain) and not instance.parts
+
+
+class IdentityGradientTransformation(metaclass=_Empty):
+    """What :func:`torchopt.identity` returns: the empty chain."""
+
+    def __new__(cls) -> Any:
+        """Return it."""
+        return chain()
+
+
+Scalar: TypeAlias = Union[float, int, bool]
+Numeric: TypeAlias = Union[Tensor, float, int, bool]
+ScalarOrSchedule: TypeAlias = Union[float, Callable[[Numeric], Numeric]]
+OptionalTensor: TypeAlias = Tensor | None
+ListOfTensors: TypeAlias = list[Tensor]
+TupleOfTensors: TypeAlias = tuple[Tensor, ...]
+SequenceOfTensors: TypeAlias = Sequence[Tensor]
+TensorOrTensors: TypeAlias = Union[Tensor, Sequence[Tensor]]
+ListOfOptionalTensors: TypeAlias = list[Tensor | None]
+TupleOfOptionalTensors: TypeAlias = tuple[Tensor | None, ...]
+SequenceOfOptionalTensors: TypeAlias = Sequence[Tensor | None]
+OptionalTensorOrOptionalTensors: TypeAlias = Union[Tensor, Sequence[Tensor | None], None]
+TensorContainer: TypeAlias = dict[str, Tensor | None]
+ModuleTensorContainers: TypeAlias = tuple[dict[str, Tensor | None], ...]
