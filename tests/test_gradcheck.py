@@ -118,6 +118,23 @@ TRANSFORMS: dict[str, tuple[Build, Values]] = {
         {"weight_decay": 0.3},
     ),
     "scale": (lambda v: torchopt.scale(**v), {"step_size": -0.4}),
+    "set_to_zero": (
+        lambda v: torchopt.chain(
+            torchopt.scale(**v), torchopt.masked(torchopt.set_to_zero(), {"w": True, "b": False})
+        ),
+        {"step_size": -0.4},
+    ),
+    "freeze": (
+        lambda v: torchopt.chain(torchopt.trace(**v), torchopt.freeze({"w": False, "b": True})),
+        {"momentum": 0.7},
+    ),
+    "partition": (
+        lambda v: torchopt.partition(
+            {"fast": torchopt.scale(v["factor"]), "slow": torchopt.trace(v["momentum"])},
+            {"w": "fast", "b": "slow"},
+        ),
+        {"factor": -0.4, "momentum": 0.7},
+    ),
     "scale_by_learning_rate": (lambda v: torchopt.scale_by_learning_rate(**v), {"lr": 0.4}),
     "scale_by_learning_rate-by-name": (
         lambda v: torchopt.scale_by_learning_rate({"w": v["lr_w"], "b": v["lr_b"]}),
