@@ -339,6 +339,8 @@ def test_complex_parameters(case: Case) -> None:
     net = nn.ParameterDict({"p": start.clone()})
     meta = case.meta(net, **case.kwargs)
     assert_close(complex_run(meta, lambda: net["p"]), expected)
+    (state,) = meta.extract_state()
+    assert all(slot.is_complex() for slot in tensors_of(state.slots))
 
 
 @every_case
