@@ -135,8 +135,8 @@ def new_call(
     )
     fresh = [step == 1 and e.name not in known[e.group] for step, e in zip(steps, entries)]
     complete = single and (not known[0] or known[0].keys() == set(names))
-    # what is packed is contiguous, and so is what a kernel computes with it; a kernel would pack the
-    # pairs of reals that it sees of complex numbers
+    # what is packed is contiguous, and so is what a kernel computes with it; a kernel would pack
+    # the pairs of reals that it sees of complex numbers
     dense = all(map(Tensor.is_contiguous, params)) and not any(map(Tensor.is_complex, params))
     call.pack_slots = complete and dense and packs(tx.plan)
     packed: dict[str, Any] = {}
