@@ -147,7 +147,7 @@ class GradientTransformation:
         return self.slots
 
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-        """Return the slots that are one tree for all parameters; see :mod:`torchopt.whole`."""
+        """Return the slots that are one tree for all parameters; see ``torchopt.whole``."""
         return {}
 
     def renewed(self) -> GradientTransformation:
@@ -207,8 +207,8 @@ class GradientTransformation:
             inplace: ``True`` is leave to reuse the buffers of ``grads`` and ``state``. ``False`` is
                 pure, and differentiable in every input.
             **extra: Further values for transformations that read them, by ``leaves.call.extra`` in
-                :meth:`step` or by an argument of a pair's function
-                (:class:`torchopt.pair.Pair`); others ignore them.
+                :meth:`step`, or by an argument of the second function of a pair
+                ``GradientTransformation(init, update)``; others ignore them.
 
         Returns:
             The updates, with the structure of ``grads``, and the new state.

@@ -38,9 +38,9 @@ def explain(loss: Tensor, param: Tensor | str, params: Any = None) -> str:
         params: Names for tensors, as :func:`torchopt.visual.make_dot` takes them.
 
     Returns:
-        A few lines to print. The first one is the verdict: the gradient arrives; it arrives, but
-        only in part (with the place, or the condition where the graph alone does not tell); it is
-        zero, ``None`` or not finite. The others tell where and why, as far as the graph tells.
+        A few lines to print. The first one says that the gradient arrives; that it arrives, but
+        only in part (with the place, or the condition where the graph alone does not tell); or that
+        it is zero, ``None`` or not finite. The others tell where and why, as far as the graph does.
 
     Raises:
         TypeError: If ``loss`` or ``param`` is of another kind.
