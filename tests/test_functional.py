@@ -563,7 +563,7 @@ def test_the_step_may_be_a_tensor(case: Any) -> None:
         expected, state = tx.update(grads, state, params, inplace=False)
         updates, counted = tx.update(grads, counted, params, inplace=False)
         assert_close(updates, expected)
-    assert counted.step.item() == state.step == 4
+    assert counted.step == state.step == 4
 
 
 # FuncOptimizer ------------------------------------------------------------------------------------

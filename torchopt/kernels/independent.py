@@ -57,9 +57,9 @@ def named(x: Tensor) -> Tensor:
     return x.transpose_(0, 0)
 
 
-_NAMED: Any = type(named(torch.ones((), requires_grad=True).clone()).grad_fn)
+NAMED: Any = type(named(torch.ones((), requires_grad=True).clone()).grad_fn)
 #: The name of such a node.
-NAMING: str = _NAMED.__name__
+NAMING: str = NAMED.__name__
 
 
 def divide(columns: Sequence[Sequence[Tensor]], flat: Sequence[Tensor], count: int) -> list[Part]:
@@ -110,7 +110,7 @@ def _same_step(behind: dict[Any, int], everyone: int) -> bool:
     """Whether one earlier step lies behind everyone."""
     found: dict[Any, int] = {}
     for node, rows in behind.items():
-        source: Any = node.next_functions[0][0] if type(node) is _NAMED else node  # pyright: ignore[reportOptionalMemberAccess]
+        source: Any = node.next_functions[0][0] if type(node) is NAMED else node  # pyright: ignore[reportOptionalMemberAccess]
         if isinstance(source, BackwardCFunction):
             found[source] = found.get(source, 0) | rows
     return any(rows == everyone and _is_step(source) for source, rows in found.items())
