@@ -119,7 +119,8 @@ def addresses(tensors: Column) -> list[int]:
         found = [0 if x is None else x.data_ptr() for x in tensors]
     if 0 in found:
         for x, address in zip(tensors, found):
-            if x is not None and not address and x.numel():  # which a kernel would read as zeros
+            # a kernel reads zeros there, which is right for autograd's zeros without memory only
+            if x is not None and not address and x.numel() and not x._is_zerotensor():
                 raise RuntimeError(
                     f"A tensor of shape {tuple(x.shape)} has no memory: its storage was resized "
                     "(untyped_storage().resize_). Give it its memory back before the update."
