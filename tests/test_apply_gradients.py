@@ -190,6 +190,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @every_case
 def test_transforms(case: Case, name: str) -> None:
