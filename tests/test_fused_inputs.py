@@ -296,7 +296,8 @@ def test_a_refused_call_changes_nothing(face: str) -> None:
             for p, g in zip(own, gs):
                 p.grad = g
             if k == 2:
-                optimizer.param_groups[0]["lr"] = lr
+                # one entry would be read as a number
+                optimizer.param_groups[0]["lr"] = [torch.full_like(p, 0.1) for p in params]
                 before = copy_of([[*own], optimizer.state_dict()["state"]])
                 with pytest.raises(RuntimeError, match="is a tensor"):
                     optimizer.step()
