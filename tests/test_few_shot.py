@@ -140,6 +140,7 @@ class TestDigits:
 
 class TestResume:
     @pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.thorough)])
+    @pytest.mark.thorough
     def test_sigkill_at_random_moments_gives_the_numbers_of_an_uninterrupted_run(
         self, tmp_path, times
     ):
@@ -244,6 +245,7 @@ class TestOmniglotFiles:
         assert 0 <= image.min() < image.max() <= 1
         assert 0.1 < image.mean() < 0.6  # ink is bright on dark paper: a third of the cells
 
+    @pytest.mark.thorough
     def test_trains_from_files(self, tmp_path):
         zip_of_characters(tmp_path / "images_background.zip", {"A": 4, "B": 3})
         zip_of_characters(tmp_path / "images_evaluation.zip", {"C": 5})

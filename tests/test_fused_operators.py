@@ -337,6 +337,7 @@ def test_compiled_calls_give_the_bits_of_eager_ones(make: Any, dtype: torch.dtyp
 
 
 @compiles
+@pytest.mark.thorough
 def test_compiled_calls_with_inductor() -> None:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("the default backend needs a C++ compiler on the path")

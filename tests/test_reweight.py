@@ -239,6 +239,7 @@ class TestRun:
         assert resumed["accuracies"] == straight["accuracies"]
         assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "straight")
 
+    @pytest.mark.thorough
     def test_several_at_once_give_the_same(self, tmp_path):
         options = [*TINY_FLIP, "--threads", "1", "--workers"]
         one = run_here(tmp_path / "one", *options, "1")

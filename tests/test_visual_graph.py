@@ -285,6 +285,7 @@ def test_gradients_of_other_devices_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("residual", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.thorough
 def test_a_hundred_thousand_operations(residual: bool) -> None:
     """Also when the graph is freed afterwards, from its middle too."""
     x = torch.ones(2, requires_grad=True)
