@@ -8,8 +8,8 @@ compares the case of module names there too.
 import sys
 
 import torchopt
-import torchopt.hook
-import torchopt.pytree
+import torchopt.base.pytree
+import torchopt.transforms.hook
 
 
 sys.modules[__name__] = torchopt

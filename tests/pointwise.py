@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchopt import ElementwiseTransformation, numerics, transformation
-from torchopt.hyper import hyper
+from torchopt import ElementwiseTransformation, transformation
+from torchopt.base import numerics
+from torchopt.core.hyper import hyper
 from torchopt.kernels.graph import Kernel, Node, topological
 from torchopt.kernels.program import Program, build
 

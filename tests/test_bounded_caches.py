@@ -16,15 +16,15 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import torchopt
-from torchopt.hyper import hyper
+from torchopt.core.hyper import hyper
+from torchopt.core.packed import Packing
+from torchopt.core.plan import Plan
+from torchopt.core.transform import ElementwiseTransformation, transformation
 from torchopt.kernels import differentiable as differentiable_kernels
 from torchopt.kernels import launch, matching
 from torchopt.kernels.graph import Kernel
 from torchopt.kernels.matching import Run, Variant
 from torchopt.kernels.program import Program
-from torchopt.packed import Packing
-from torchopt.plan import Plan
-from torchopt.transform import ElementwiseTransformation, transformation
 
 
 pytestmark = needs_library

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import torchopt
-from torchopt import checkpointing, moments
+from torchopt.nn import checkpointing, moments
 
 
 X = torch.linspace(-1.0, 1.5, 24, dtype=torch.float64).sin().reshape(8, 3)

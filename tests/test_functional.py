@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import torchopt
-from torchopt import tree
+from torchopt.base import tree
 
 
 Pair = namedtuple("Pair", ("weight", "bias"))

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import torchopt
-from torchopt import tree
+from torchopt.base import tree
 
 
 MEMBERS = 4
@@ -339,4 +339,6 @@ def test_update_compiles_with_inductor() -> None:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("the default backend needs a C++ compiler on the path")
     (case,) = (case for case in CASES if case.name == "adamw")
-    assert _compiled_steps(case.tx(), "inductor", steps=3)[-1] <= 2
+    # old compilers make a graph of its own for a count of 1, too
+    most = 2 if tree._COMPILER_KNOWS_OPTREE else 3
+    assert _compiled_steps(case.tx(), "inductor", steps=4)[-1] <= most

@@ -14,11 +14,11 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import torchopt
-from torchopt import alike
-from torchopt.alike import KINDS, Alike
+from torchopt.base import alike
+from torchopt.base.alike import KINDS, Alike
+from torchopt.core.packed import Packed, Packing
 from torchopt.kernels import inplace
 from torchopt.optimizers.adam import ScaleByAdam
-from torchopt.packed import Packed, Packing
 
 
 class Marked(Tensor):

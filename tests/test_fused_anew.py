@@ -6,9 +6,9 @@ from conftest import nonzero
 from fusing import needs_library
 
 import torchopt
-from torchopt.hyper import hyper
+from torchopt.core.hyper import hyper
+from torchopt.core.transform import ElementwiseTransformation, transformation
 from torchopt.kernels import matching
-from torchopt.transform import ElementwiseTransformation, transformation
 
 
 pytestmark = needs_library

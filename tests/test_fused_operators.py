@@ -19,7 +19,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchopt
-from torchopt import tree
+from torchopt.base import tree
 from torchopt.kernels import operators as operators  # registers them
 from torchopt.kernels.written import read, write
 

@@ -194,6 +194,6 @@ def test_hooks_do_not_pile_up() -> None:
     for _ in range(20):
         cut(net, inner)
         inner.step(loss(net))
-    from torchopt.marks import _HOOKS
+    from torchopt.nn.marks import _HOOKS
 
     assert len(vars(net.rows.weight)[_HOOKS]) == 1

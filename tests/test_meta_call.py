@@ -9,7 +9,7 @@ from fusing import needs_library
 from torch import nn
 
 import torchopt
-from torchopt import engine
+from torchopt.core import engine
 from torchopt.kernels import fused
 
 

@@ -415,9 +415,14 @@ STATES = {
     "own-state": (lambda: torchopt.adam().init(parameters()), "expects a dict"),
 }
 
+#: torch 2.6 saves the same of Adam and of AdamW.
+MARKED = "decoupled_weight_decay" in torch.optim.AdamW([torch.ones(1)]).defaults
+
 
 @pytest.mark.parametrize(("make", "message"), STATES.values(), ids=STATES.keys())
 def test_states_that_are_refused_change_nothing(make: Any, message: str) -> None:
+    if make is STATES["torch-AdamW"][0] and not MARKED:
+        pytest.skip("this torch does not tell an AdamW state from one of Adam")
     optimizer, params = _trained(torchopt.Adam)
     state = make()
     with refused((ValueError, TypeError), message, optimizer, state):
@@ -443,6 +448,8 @@ PAIRS = {
 
 @pytest.mark.parametrize(("donor", "cls"), PAIRS.values(), ids=PAIRS.keys())
 def test_the_state_of_another_algorithm_is_refused(donor: Any, cls: Any) -> None:
+    if (donor, cls) == PAIRS["torch-Adam-into-AdamW"] and not MARKED:
+        pytest.skip("this torch does not tell an AdamW state from one of Adam")
     saved = _trained(donor)[0].state_dict()
     optimizer, _ = _trained(cls)
     with refused(ValueError, "another optimizer|decoupled_weight_decay", optimizer, saved):

@@ -18,7 +18,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import torchopt
-from torchopt import pytree
+from torchopt.base import pytree
 
 
 class MomentumState(NamedTuple):

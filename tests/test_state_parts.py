@@ -10,7 +10,8 @@ from conftest import nonzero
 from tolerances import assert_close
 
 import torchopt
-from torchopt import pytree, state_parts
+from torchopt.base import pytree
+from torchopt.core import state_parts
 
 
 def advanced(tx: Any, params: Any, count: int = 2) -> Any:

@@ -16,7 +16,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 import torchopt
-from torchopt import tree
+from torchopt.base import tree
 
 
 def params() -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ from tolerances import assert_close
 from torch import Tensor
 
 import torchopt
+from torchopt.core.packed import Packed, Packing
 from torchopt.kernels import device_tables, emit_triton, launch, native, triton_backend
 from torchopt.kernels.catalogue import kernels
 from torchopt.kernels.graph import OPERATIONS, Kernel, Node, input_node, make_kernel
-from torchopt.packed import Packed, Packing
 
 
 pytestmark = [

@@ -12,7 +12,7 @@ from conftest import nonzero
 from torch import Tensor, nn
 
 import torchopt
-from torchopt import step_tags
+from torchopt.core import step_tags
 from torchopt.visual.graph import FIRST_ORDER, Graph, build
 from torchopt.visual.names import named_tensors
 

@@ -12,7 +12,7 @@ import torch
 from conftest import nonzero, nonzero_like
 
 import torchopt
-from torchopt import tree
+from torchopt.base import tree
 
 
 Pair = namedtuple("Pair", ("weight", "bias"))

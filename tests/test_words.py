@@ -14,7 +14,7 @@ from wording import TX, Entry, check_words, enter, like_tree, loss, net, paramet
 
 import torchopt
 from torchopt import schedules
-from torchopt.hyper import hyper
+from torchopt.core.hyper import hyper
 
 
 TREE = ("a generator", "list(net.parameters())", "dict(net.named_parameters())")

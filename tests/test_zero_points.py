@@ -19,7 +19,7 @@ from tolerances import META_GRADIENT, VALUES, all_finite, assert_close
 from torch import Tensor, nn
 
 import torchopt
-from torchopt.numerics import root
+from torchopt.base.numerics import root
 
 
 Function = Callable[[Tensor], Tensor]

@@ -5,16 +5,20 @@ One definition of each optimizer has three faces: functional (:func:`adam`), obj
 """
 
 from torchopt import kernels as kernels
+from torchopt import typing as typing
 from torchopt import visual as visual
 from torchopt import schedules as schedule
 from torchopt import schedules as schedules
-from torchopt.accelerated_op import accelerated_op_available as accelerated_op_available
-from torchopt.apply import apply_updates as apply_updates
-from torchopt.func_optimizer import FuncOptimizer as FuncOptimizer
-from torchopt.inner_loop import inner_loop as inner_loop
-from torchopt.meta import MetaOptimizer as MetaOptimizer
-from torchopt.opt_state import OptState as OptState
-from torchopt.optim import Optimizer as Optimizer
+from torchopt.core.accelerated_op import accelerated_op_available as accelerated_op_available
+from torchopt.core.apply import apply_updates as apply_updates
+from torchopt.optim.func_optimizer import FuncOptimizer as FuncOptimizer
+from torchopt.optim.inner_loop import inner_loop as inner_loop
+from torchopt.optim.meta_optimizer import MetaOptimizer as MetaOptimizer
+from torchopt.core.hyper import HyperSpec as HyperSpec
+from torchopt.core.hyper import flag as flag
+from torchopt.core.hyper import hyper as hyper
+from torchopt.core.opt_state import OptState as OptState
+from torchopt.optim.optimizer import Optimizer as Optimizer
 from torchopt.optimizers.adam import Adam as Adam
 from torchopt.optimizers.adam import MetaAdam as MetaAdam
 from torchopt.optimizers.adam import adam as adam
@@ -35,16 +39,16 @@ from torchopt.optimizers.sgd import sgd as sgd
 from torchopt.schedules import exponential_decay as exponential_decay
 from torchopt.schedules import linear_schedule as linear_schedule
 from torchopt.schedules import polynomial_schedule as polynomial_schedule
-from torchopt.state import ModuleState as ModuleState
-from torchopt.state import extract_state_dict as extract_state_dict
-from torchopt.state import module_clone as module_clone
-from torchopt.state import recover_state_dict as recover_state_dict
-from torchopt.state import stop_gradient as module_detach_
-from torchopt.state import stop_gradient as stop_gradient
-from torchopt.chaining import chain as chain
-from torchopt.transform import ElementwiseTransformation as ElementwiseTransformation
-from torchopt.transform import GradientTransformation as GradientTransformation
-from torchopt.transform import transformation as transformation
+from torchopt.nn.snapshot import ModuleState as ModuleState
+from torchopt.nn.snapshot import extract_state_dict as extract_state_dict
+from torchopt.nn.snapshot import module_clone as module_clone
+from torchopt.nn.snapshot import recover_state_dict as recover_state_dict
+from torchopt.nn.snapshot import stop_gradient as module_detach_
+from torchopt.nn.snapshot import stop_gradient as stop_gradient
+from torchopt.core.chaining import chain as chain
+from torchopt.core.transform import ElementwiseTransformation as ElementwiseTransformation
+from torchopt.core.transform import GradientTransformation as GradientTransformation
+from torchopt.core.transform import transformation as transformation
 from torchopt.transforms.basic import add_decayed_weights as add_decayed_weights
 from torchopt.transforms.basic import flip_sign as flip_sign
 from torchopt.transforms.basic import freeze as freeze
@@ -63,7 +67,21 @@ from torchopt.transforms.partition import partition as partition
 from torchopt.transforms.wrap import masked as masked
 from torchopt.version import __version__ as __version__
 
+from types import ModuleType as _ModuleType
+
 from torchopt import compat as _compat
 
 _compat.install()
-del _compat
+#: Modules of the public interface; the others are rooms of the house (docs/architecture.md).
+_MODULES = {"kernels", "schedule", "schedules", "typing", "visual"}
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    name
+    for name, value in globals().items()
+    if name == "__version__"
+    or name in _MODULES
+    or not (name.startswith("_") or isinstance(value, _ModuleType))
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,11 +17,11 @@ from typing import Any, NoReturn, Union
 from torch import Tensor
 from typing_extensions import TypeAlias
 
-from torchopt.accelerated_op import accelerated
-from torchopt.chaining import Chain, chain
+from torchopt.core.accelerated_op import accelerated
+from torchopt.core.chaining import Chain, chain
+from torchopt.core.recipe import ignoring_moment_requires_grad
+from torchopt.core.transform import GradientTransformation
 from torchopt.optimizers import adam
-from torchopt.recipe import ignoring_moment_requires_grad
-from torchopt.transform import GradientTransformation
 from torchopt.transforms.basic import add_decayed_weights, flip_sign
 from torchopt.typing import Hyperparameter
 
@@ -29,104 +29,106 @@ from torchopt.typing import Hyperparameter
 #: Module of 0.7.3, module of today (``-``: not here yet), and names; ``old=new`` where they differ.
 #: Modules stand without ``torchopt.``, which is the dot.
 TABLE = """
-.                             -                   adadelta adagrad adamax radam AdaDelta Adadelta
-.                             -                   AdaGrad Adagrad AdaMax Adamax RAdam MetaRAdam
-.                             -                   MetaAdaDelta MetaAdadelta MetaAdaGrad MetaAdagrad
-.                             -                   MetaAdaMax MetaAdamax diff distributed linalg
-.                             -                   linear_solve nn
-accelerated_op                accelerated_op      is_available=accelerated_op_available
-accelerated_op                -                   AdamOp adam_op
-alias                         optimizers.adam     adam
-alias                         optimizers.adamw    adamw
-alias                         optimizers.rmsprop  rmsprop
-alias                         optimizers.sgd      sgd
-alias                         -                   adadelta adagrad adamax radam
-alias.adam                    optimizers.adam     adam
-alias.adamw                   optimizers.adamw    adamw
-alias.rmsprop                 optimizers.rmsprop  rmsprop
-alias.sgd                     optimizers.sgd      sgd
-alias.utils                   compat              flip_sign_and_add_weight_decay
-alias.utils                   transforms.basic    scale_by_neg_lr=scale_by_learning_rate
-base                          state_parts         EmptyState UninitializedState
-base                          transform           GradientTransformation
-base                          chaining            ChainedGradientTransformation=Chain
-base                          transforms.basic    identity
-base                          compat              IdentityGradientTransformation
-clip                          transforms.clip     clip_grad_norm
-combine                       chaining            chain chain_flat
-optim                         optimizers.adam     Adam
-optim                         optimizers.adamw    AdamW
-optim                         optimizers.rmsprop  RMSProp=RMSprop RMSprop
-optim                         optimizers.sgd      SGD
-optim                         func_optimizer      FuncOptimizer
-optim                         -                   AdaDelta Adadelta AdaGrad Adagrad AdaMax Adamax
-optim                         -                   RAdam adadelta adagrad adamax radam
-optim.adam                    optimizers.adam     Adam
-optim.adamw                   optimizers.adamw    AdamW
-optim.base                    optim               Optimizer
-optim.func                    func_optimizer      FuncOptimizer
-optim.func.base               func_optimizer      FuncOptimizer
-optim.meta                    optimizers.adam     MetaAdam
-optim.meta                    optimizers.adamw    MetaAdamW
-optim.meta                    optimizers.rmsprop  MetaRMSProp MetaRMSprop=MetaRMSProp
-optim.meta                    optimizers.sgd      MetaSGD
-optim.meta                    meta                MetaOptimizer
-optim.meta                    -                   MetaAdaDelta MetaAdadelta MetaAdaGrad MetaAdagrad
-optim.meta                    -                   MetaAdaMax MetaAdamax MetaRAdam adadelta adagrad
-optim.meta                    -                   adamax radam
-optim.meta.adam               optimizers.adam     MetaAdam
-optim.meta.adamw              optimizers.adamw    MetaAdamW
-optim.meta.base               meta                MetaOptimizer
-optim.meta.rmsprop            optimizers.rmsprop  MetaRMSProp MetaRMSprop=MetaRMSProp
-optim.meta.sgd                optimizers.sgd      MetaSGD
-optim.rmsprop                 optimizers.rmsprop  RMSProp=RMSprop RMSprop
-optim.sgd                     optimizers.sgd      SGD
-schedule.polynomial           schedules           linear_schedule polynomial_schedule
-schedule.exponential_decay    schedules           exponential_decay
-transform                     compat              scale_by_adam scale_by_accelerated_adam
-transform                     optimizers.rmsprop  scale_by_rms scale_by_stddev
-transform                     transforms.basic    add_decayed_weights nan_to_num scale
-transform                     transforms.basic    scale_by_schedule
-transform                     transforms.momentum trace
-transform                     transforms.wrap     masked
-transform                     -                   scale_by_adadelta scale_by_adamax scale_by_radam
-transform                     -                   scale_by_rss utils
-transform.add_decayed_weights transforms.basic    add_decayed_weights
-transform.add_decayed_weights transforms.wrap     masked
-transform.nan_to_num          transforms.basic    nan_to_num
-transform.scale               transforms.basic    scale
-transform.scale_by_adam       compat              scale_by_adam scale_by_accelerated_adam
-transform.scale_by_adam       state_parts         ScaleByAdamState
-transform.scale_by_rms        optimizers.rmsprop  scale_by_rms
-transform.scale_by_rms        state_parts         ScaleByRmsState
-transform.scale_by_schedule   transforms.basic    scale_by_schedule
-transform.scale_by_schedule   state_parts         ScaleByScheduleState
-transform.scale_by_stddev     optimizers.rmsprop  scale_by_stddev
-transform.scale_by_stddev     state_parts         ScaleByRStdDevState
-transform.trace               transforms.momentum trace
-transform.trace               state_parts         TraceState
-typing                        state_parts         EmptyState UninitializedState
-typing                        transform           GradientTransformation
-typing                        chaining            ChainedGradientTransformation=Chain
-typing                        opt_state           OptState
-typing                        accelerated_op      Device
-typing                        typing              Params=TensorTree Updates=TensorTree
-typing                        typing              OptionalTensorTree=TensorTree
-typing                        torch               Size Tensor
-typing                        torch.distributions Distribution
-typing                        torch.futures       Future
-typing                        compat              Scalar Numeric ScalarOrSchedule ListOfTensors
-typing                        compat              TupleOfTensors SequenceOfTensors TensorOrTensors
-typing                        compat              OptionalTensor ListOfOptionalTensors
-typing                        compat              TupleOfOptionalTensors SequenceOfOptionalTensors
-typing                        compat              OptionalTensorOrOptionalTensors TensorContainer
-typing                        compat              ModuleTensorContainers
-typing                        -                   LinearSolver RRef SampleFunc Samplable
-update                        apply               apply_updates
-utils                         state               ModuleState extract_state_dict recover_state_dict
-utils                         state               stop_gradient module_clone
-utils                         state               module_detach_=stop_gradient
-utils                         -                   extract_module_containers
+.                             -                    adadelta adagrad adamax radam AdaDelta Adadelta
+.                             -                    AdaGrad Adagrad AdaMax Adamax RAdam MetaRAdam
+.                             -                    MetaAdaDelta MetaAdadelta MetaAdaGrad MetaAdagrad
+.                             -                    MetaAdaMax MetaAdamax distributed linalg
+.                             -                    linear_solve
+accelerated_op                core.accelerated_op  is_available=accelerated_op_available
+accelerated_op                -                    AdamOp adam_op
+alias                         optimizers.adam      adam
+alias                         optimizers.adamw     adamw
+alias                         optimizers.rmsprop   rmsprop
+alias                         optimizers.sgd       sgd
+alias                         -                    adadelta adagrad adamax radam
+alias.adam                    optimizers.adam      adam
+alias.adamw                   optimizers.adamw     adamw
+alias.rmsprop                 optimizers.rmsprop   rmsprop
+alias.sgd                     optimizers.sgd       sgd
+alias.utils                   compat               flip_sign_and_add_weight_decay
+alias.utils                   transforms.basic     scale_by_neg_lr=scale_by_learning_rate
+base                          core.state_parts     EmptyState UninitializedState
+base                          core.transform       GradientTransformation
+base                          core.chaining        ChainedGradientTransformation=Chain
+base                          transforms.basic     identity
+base                          compat               IdentityGradientTransformation
+clip                          transforms.clip      clip_grad_norm
+combine                       core.chaining        chain chain_flat
+optim                         optimizers.adam      Adam
+optim                         optimizers.adamw     AdamW
+optim                         optimizers.rmsprop   RMSProp=RMSprop RMSprop
+optim                         optimizers.sgd       SGD
+optim                         optim.func_optimizer FuncOptimizer
+optim                         -                    AdaDelta Adadelta AdaGrad Adagrad AdaMax Adamax
+optim                         -                    RAdam adadelta adagrad adamax radam
+optim.adam                    optimizers.adam      Adam
+optim.adamw                   optimizers.adamw     AdamW
+optim.base                    optim.optimizer      Optimizer
+optim.func                    optim.func_optimizer FuncOptimizer
+optim.func.base               optim.func_optimizer FuncOptimizer
+optim.meta                    optimizers.adam      MetaAdam
+optim.meta                    optimizers.adamw     MetaAdamW
+optim.meta                    optimizers.rmsprop   MetaRMSProp MetaRMSprop=MetaRMSProp
+optim.meta                    optimizers.sgd       MetaSGD
+optim.meta                    optim.meta_optimizer MetaOptimizer
+optim.meta                    -                    MetaAdaDelta MetaAdadelta MetaAdaGrad MetaAdagrad
+optim.meta                    -                    MetaAdaMax MetaAdamax MetaRAdam adadelta adagrad
+optim.meta                    -                    adamax radam
+optim.meta.adam               optimizers.adam      MetaAdam
+optim.meta.adamw              optimizers.adamw     MetaAdamW
+optim.meta.base               optim.meta_optimizer MetaOptimizer
+optim.meta.rmsprop            optimizers.rmsprop   MetaRMSProp MetaRMSprop=MetaRMSProp
+optim.meta.sgd                optimizers.sgd       MetaSGD
+optim.rmsprop                 optimizers.rmsprop   RMSProp=RMSprop RMSprop
+optim.sgd                     optimizers.sgd       SGD
+schedule.polynomial           schedules            linear_schedule polynomial_schedule
+schedule.exponential_decay    schedules            exponential_decay
+transform                     compat               scale_by_adam scale_by_accelerated_adam
+transform                     optimizers.rmsprop   scale_by_rms scale_by_stddev
+transform                     transforms.basic     add_decayed_weights nan_to_num scale
+transform                     transforms.basic     scale_by_schedule
+transform                     transforms.momentum  trace
+transform                     transforms.wrap      masked
+transform                     -                    scale_by_adadelta scale_by_adamax scale_by_radam
+transform                     -                    scale_by_rss utils
+transform.add_decayed_weights transforms.basic     add_decayed_weights
+transform.add_decayed_weights transforms.wrap      masked
+transform.nan_to_num          transforms.basic     nan_to_num
+transform.scale               transforms.basic     scale
+transform.scale_by_adam       compat               scale_by_adam scale_by_accelerated_adam
+transform.scale_by_adam       core.state_parts     ScaleByAdamState
+transform.scale_by_rms        optimizers.rmsprop   scale_by_rms
+transform.scale_by_rms        core.state_parts     ScaleByRmsState
+transform.scale_by_schedule   transforms.basic     scale_by_schedule
+transform.scale_by_schedule   core.state_parts     ScaleByScheduleState
+transform.scale_by_stddev     optimizers.rmsprop   scale_by_stddev
+transform.scale_by_stddev     core.state_parts     ScaleByRStdDevState
+transform.trace               transforms.momentum  trace
+transform.trace               core.state_parts     TraceState
+typing                        core.state_parts     EmptyState UninitializedState
+typing                        core.transform       GradientTransformation
+typing                        core.chaining        ChainedGradientTransformation=Chain
+typing                        core.opt_state       OptState
+typing                        core.accelerated_op  Device
+typing                        typing               Params=TensorTree Updates=TensorTree
+typing                        typing               OptionalTensorTree=TensorTree
+typing                        torch                Size Tensor
+typing                        torch.distributions  Distribution
+typing                        torch.futures        Future
+typing                        compat               Scalar Numeric ScalarOrSchedule ListOfTensors
+typing                        compat               TupleOfTensors SequenceOfTensors TensorOrTensors
+typing                        compat               OptionalTensor ListOfOptionalTensors
+typing                        compat               TupleOfOptionalTensors SequenceOfOptionalTensors
+typing                        compat               OptionalTensorOrOptionalTensors TensorContainer
+typing                        compat               ModuleTensorContainers
+typing                        -                    LinearSolver RRef SampleFunc Samplable
+update                        core.apply           apply_updates
+utils                         nn.snapshot          ModuleState extract_state_dict recover_state_dict
+utils                         nn.snapshot          stop_gradient module_clone
+utils                         nn.snapshot          module_detach_=stop_gradient
+utils                         -                    extract_module_containers
+nn                            -                    MetaGradientModule ImplicitMetaGradientModule
+diff                          -                    implicit zero_order
 """
 
 
@@ -150,9 +152,11 @@ def parsed(table: str) -> tuple[dict[str, dict[str, tuple[str, str]]], set[str]]
 HERE, ABSENT = parsed(TABLE)
 
 #: A module of today that 0.7.3 called otherwise.
-MODULES = {"torchopt.schedule": "torchopt.schedules"}
-#: Modules that are imported when they are asked for.
-LAZY = ("torchopt.hook", "torchopt.pytree")
+MODULES = {
+    "torchopt.hook": "torchopt.transforms.hook",
+    "torchopt.pytree": "torchopt.base.pytree",
+    "torchopt.schedule": "torchopt.schedules",
+}
 
 
 class OldModule(ModuleType):
@@ -174,8 +178,6 @@ def look_up(module: ModuleType, name: str) -> Any:
         value = getattr(importlib.import_module(target), today)
     elif path in sys.modules:
         value = sys.modules[path]
-    elif path in LAZY:
-        value = importlib.import_module(path)
     elif path in ABSENT:
         raise AttributeError(_told(path), name=name, obj=module)
     else:
@@ -222,7 +224,7 @@ def install() -> None:
             module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
             module.__path__ = []  # so that importing what is absent asks the finder below
     for name, today in MODULES.items():
-        sys.modules[name] = sys.modules[today]
+        sys.modules[name] = importlib.import_module(today)
     modules = ["torchopt", *HERE, *(path.rpartition(".")[0] for path in ABSENT)]
     for module in (sys.modules[name] for name in dict.fromkeys(modules) if name in sys.modules):
         if "__getattr__" not in vars(module):

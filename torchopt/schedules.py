@@ -14,10 +14,10 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from torchopt import misuse
-from torchopt.numerics import exact, power
+from torchopt.base import misuse
+from torchopt.base.numerics import exact, power
+from torchopt.base.values import same
 from torchopt.typing import Schedule
-from torchopt.values import same
 
 
 Value = Union[float, Tensor]

@@ -94,13 +94,13 @@ def group_of(symbol: Symbol) -> str:
         return "Transformations" if last.startswith("scale_by") else "Functional optimizers"
     if module.startswith("torchopt.transforms") or value is torchopt.chain:
         return "Transformations"
-    if module in ("torchopt.state", "torchopt.inner_loop"):
+    if module in ("torchopt.nn.snapshot", "torchopt.optim.inner_loop"):
         return "Inner loops and state"
     if symbol.module == "torchopt.schedules":
         return "Schedules"
     if symbol.module == "torchopt.visual":
         return "Visualization"
-    if symbol.module == "torchopt.kernels" or module == "torchopt.accelerated_op":
+    if symbol.module == "torchopt.kernels" or module == "torchopt.core.accelerated_op":
         return "Fused kernels"
     return "Core" if symbol.module == "torchopt" else f"`{symbol.module}`"
 
@@ -172,9 +172,9 @@ Rules of your own
 A rule is a class decorated with :func:`torchopt.transformation`; see there for an example.
 Its hyperparameters are fields made by these two functions.
 
-.. autofunction:: torchopt.hyper.hyper
-.. autofunction:: torchopt.hyper.flag
-.. autoclass:: torchopt.hyper.HyperSpec
+.. autofunction:: torchopt.hyper
+.. autofunction:: torchopt.flag
+.. autoclass:: torchopt.HyperSpec
    :members:
 """
 
@@ -250,7 +250,7 @@ def name_aliases(
 
 
 def resolve_internal_name(app: Sphinx, env: Any, node: Any, contnode: Any) -> nodes.Node | None:
-    """Resolve ``torchopt.transform.GradientTransformation`` to the page of the public name."""
+    """Resolve ``torchopt.core.transform.GradientTransformation`` to the page of the public name."""
     if node.get("refdomain") != "py":
         return None
     name, domain = node["reftarget"], env.domains["py"]

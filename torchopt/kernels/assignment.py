@@ -12,8 +12,9 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     get_interpreter_stack,
 )
 
-from torchopt.engine import Leaves
-from torchopt.gradient_checks import Common
+from torchopt.core.engine import Leaves
+from torchopt.core.gradient_checks import Common
+from torchopt.core.packed import Packed, Packing
 from torchopt.kernels import backends, native
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.graph import Kernel
@@ -21,8 +22,7 @@ from torchopt.kernels.launch import slot_dtype
 from torchopt.kernels.matching import Run
 from torchopt.kernels.program import UPDATE, slot_stream
 from torchopt.kernels.rules import Rules
-from torchopt.module_state import FastWeight
-from torchopt.packed import Packed, Packing
+from torchopt.nn.parameters import FastWeight
 
 
 #: Tensors that are what they seem. Others (DTensor, FakeTensor, a user's subclass) may have no

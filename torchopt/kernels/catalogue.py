@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torchopt
+from torchopt.core.transform import GradientTransformation
 from torchopt.kernels.graph import Kernel
 from torchopt.kernels.program import build
-from torchopt.transform import GradientTransformation
 
 
 #: Function -> the configurations whose graphs differ; every combination is generated.

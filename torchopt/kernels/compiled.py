@@ -20,16 +20,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from torchopt import misuse, tree
-from torchopt.engine import Call, Leaves, run_by_rules
+from torchopt.base import misuse, tree
+from torchopt.base.numerics import HALF
+from torchopt.core.engine import Call, Leaves, run_by_rules
+from torchopt.core.plan import Plan
 from torchopt.kernels import fused, native
 from torchopt.kernels import operators as operators  # registers them
 from torchopt.kernels.assignment import PLAIN, assign
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.matching import Run, runs_from
 from torchopt.kernels.written import write
-from torchopt.numerics import HALF
-from torchopt.plan import Plan
 
 
 #: What tracers put in the place of plain tensors.

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 
+from torchopt.core.packed import Packed
 from torchopt.kernels.graph import Kernel, topological
 from torchopt.kernels.independent import Part, divide
 from torchopt.kernels.launch import Column, launch
 from torchopt.kernels.places import Place, places
 from torchopt.kernels.program import Program
 from torchopt.kernels.rules import Rules
-from torchopt.packed import Packed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

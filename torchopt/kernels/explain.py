@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from torchopt.core.opt_state import OptState
+from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.kernels import fused
-from torchopt.opt_state import OptState
-from torchopt.transform import GradientTransformation, check_transformation
 from torchopt.typing import TensorTree
 
 

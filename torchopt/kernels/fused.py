@@ -23,8 +23,10 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
-from torchopt import misuse
-from torchopt.engine import Call, Leaves, run_by_rules
+from torchopt.base import misuse
+from torchopt.core.engine import Call, Leaves, run_by_rules
+from torchopt.core.packed import Packed
+from torchopt.core.plan import Plan
 from torchopt.kernels import backends, levels
 from torchopt.kernels.assignment import assign
 from torchopt.kernels.differentiable import Group, split_for_hooks
@@ -34,8 +36,6 @@ from torchopt.kernels.nodes import Fused
 from torchopt.kernels.places import spread
 from torchopt.kernels.program import UPDATE, slot_stream
 from torchopt.kernels.repeated import group_again, remember
-from torchopt.packed import Packed
-from torchopt.plan import Plan
 
 
 if hasattr(_pytree, "register_constant"):
@@ -282,6 +282,11 @@ def refusal(part: Any, name: str, reason: str) -> str:
         f"use_accelerated_op=True requires a fused kernel, but {name} cannot have one for "
         f"{type(part).__name__}: {reason}. {misuse.without_kernel(reason)}"
     )
+
+
+def unavailable(device: str) -> str:
+    """Return why there are no kernels for a type of device; the empty string if there are."""
+    return backends.unavailable(device)
 
 
 _asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)

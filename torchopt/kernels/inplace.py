@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from torchopt import hyper
-from torchopt.alike import Alike
+from torchopt.base.alike import Alike
+from torchopt.core import hyper
+from torchopt.core.plan import Plan
 from torchopt.kernels import backends, native
 from torchopt.kernels.assignment import PLAIN
 from torchopt.kernels.fused import hindered
 from torchopt.kernels.launch import narrow_mask, slot_dtype
 from torchopt.kernels.matching import Run, whole_run
 from torchopt.kernels.program import GRADIENT, Program, slot_stream
-from torchopt.plan import Plan
 
 
 MODE = "apply"

@@ -14,9 +14,9 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
+from torchopt.core.packed import Packed, Packing
 from torchopt.kernels import backends, native
 from torchopt.kernels.graph import Kernel
-from torchopt.packed import Packed, Packing
 
 
 #: Streams that have the dtype of the parameters; the others are float32 if that is half precision.

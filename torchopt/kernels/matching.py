@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from torchopt import misuse
+from torchopt.base import misuse
+from torchopt.base.values import is_plain
+from torchopt.core.plan import Plan
 from torchopt.kernels.program import Program, build, compiled, holds
 from torchopt.kernels.tracing import UntraceableError
 from torchopt.kernels.watching import Watch
-from torchopt.plan import Plan
-from torchopt.values import is_plain
 
 
 #: How many programs are kept for one sequence of rules.

@@ -18,10 +18,10 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     peek_interpreter_stack,
 )
 
+from torchopt.core.packed import Packing
 from torchopt.kernels import levels
 from torchopt.kernels.differentiable import BackwardCall, Group, sources
 from torchopt.kernels.places import ALL, collected, rows_given, spread
-from torchopt.packed import Packing
 
 
 class Fused(torch.autograd.Function):

@@ -30,6 +30,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from torchopt.base.numerics import to_compute_dtype
 from torchopt.kernels.operator_calls import (
     Call,
     columns_of,
@@ -41,7 +42,6 @@ from torchopt.kernels.operator_calls import (
     update_backward,
 )
 from torchopt.kernels.written import evaluate
-from torchopt.numerics import to_compute_dtype
 
 
 _REST = "str graph, float[] values, Tensor? live, SymInt[] steps, int[]? rows"

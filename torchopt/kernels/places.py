@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from torchopt.packed import Packing
-from torchopt.unpacking import marked, packed, unpacked
+from torchopt.core.packed import Packing
+from torchopt.core.unpacking import marked, packed, unpacked
 
 
 #: A stream, and the row of the parameter; ``ALL`` for a flat tensor of all parameters.

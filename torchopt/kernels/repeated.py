@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from torchopt.alike import Alike
-from torchopt.engine import Call
+from torchopt.base.alike import Alike
+from torchopt.core.engine import Call
+from torchopt.core.packed import Packed, Packing
+from torchopt.core.plan import Plan
 from torchopt.kernels.assignment import PLAIN
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.launch import slot_dtype
 from torchopt.kernels.matching import Run
 from torchopt.kernels.program import UPDATE, Program
 from torchopt.kernels.rules import Rules
-from torchopt.packed import Packed, Packing
-from torchopt.plan import Plan
 
 
 #: How many programs a memo tells about: those of a first step, of later ones, of other numbers.

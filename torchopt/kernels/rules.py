@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from torchopt.base.numerics import to_compute_dtype
+from torchopt.core.packed import Packing
 from torchopt.kernels.matching import Run
 from torchopt.kernels.program import GRADIENT, PARAMETER, UPDATE, slot_stream
-from torchopt.numerics import to_compute_dtype
-from torchopt.packed import Packing
 
 
 @dataclasses.dataclass(frozen=True)

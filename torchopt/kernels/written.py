@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from torchopt.base.numerics import root
 from torchopt.kernels.derivative import derive
 from torchopt.kernels.graph import (
     OPERATIONS,
@@ -33,7 +34,6 @@ from torchopt.kernels.graph import (
     number_node,
     topological,
 )
-from torchopt.numerics import root
 
 
 Numbers = Callable[[Sequence[float], float], tuple[float, ...]]
@@ -114,7 +114,7 @@ def _parse(text: str) -> dict[str, Node]:
 
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 #: No expression that was traced comes near; Python's compiler fails at deep nesting.
-_LONGEST = 2000
+_LONGEST, _DEEPEST = 2000, 200
 
 
 def _checked(source: str) -> str:
@@ -133,19 +133,22 @@ def _checked(source: str) -> str:
     return f"({source})" if isinstance(node, ast.BinOp) and node.col_offset == 0 else source
 
 
-def _check_floats(node: ast.expr) -> None:
+def _check_floats(node: ast.expr, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise ValueError(f"an expression of numbers is nested at most {_DEEPEST} deep")
+    depth += 1
     match node:
         case ast.Constant(value=float()) | ast.Name(id="t"):
             pass
         case ast.Subscript(value=ast.Name(id="h"), slice=ast.Constant(value=int())):
             pass
         case ast.UnaryOp(op=ast.UAdd() | ast.USub(), operand=operand):
-            _check_floats(operand)
+            _check_floats(operand, depth)
         case ast.BinOp(left=left, op=op, right=right) if isinstance(op, _OPERATORS):
-            _check_floats(left)
-            _check_floats(right)
+            _check_floats(left, depth)
+            _check_floats(right, depth)
         case ast.Call(func=ast.Name(id="abs"), args=[argument], keywords=[]):
-            _check_floats(argument)
+            _check_floats(argument, depth)
         case ast.Call(
             func=ast.Name(id="float"),
             args=[ast.Constant(value="inf" | "-inf" | "nan")],

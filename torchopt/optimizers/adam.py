@@ -7,11 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt import meta, optim
-from torchopt.accelerated_op import accelerated
-from torchopt.chaining import chain
-from torchopt.hyper import flag, hyper
-from torchopt.numerics import (
+from torchopt.base.numerics import (
     is_zero,
     moving_average,
     moving_average_of_square,
@@ -19,8 +15,17 @@ from torchopt.numerics import (
     power,
     root,
 )
-from torchopt.recipe import ignoring_moment_requires_grad
-from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
+from torchopt.core.accelerated_op import accelerated
+from torchopt.core.chaining import chain
+from torchopt.core.hyper import flag, hyper
+from torchopt.core.recipe import ignoring_moment_requires_grad
+from torchopt.core.transform import (
+    ElementwiseTransformation,
+    GradientTransformation,
+    transformation,
+)
+from torchopt.optim import meta_optimizer as meta
+from torchopt.optim import optimizer as optim
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.typing import Hyperparameter, Step
 

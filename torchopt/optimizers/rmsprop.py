@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt import meta, optim
-from torchopt.accelerated_op import accelerated
-from torchopt.chaining import chain
-from torchopt.hyper import HyperSpec, check_number, flag, hyper
-from torchopt.numerics import moving_average, moving_average_of_square, over_root
-from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
+from torchopt.base.numerics import moving_average, moving_average_of_square, over_root
+from torchopt.core.accelerated_op import accelerated
+from torchopt.core.chaining import chain
+from torchopt.core.hyper import HyperSpec, check_number, flag, hyper
+from torchopt.core.transform import (
+    ElementwiseTransformation,
+    GradientTransformation,
+    transformation,
+)
+from torchopt.optim import meta_optimizer as meta
+from torchopt.optim import optimizer as optim
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.transforms.momentum import trace
 from torchopt.typing import Hyperparameter, Step

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchopt import meta, optim
-from torchopt.accelerated_op import accelerated
-from torchopt.chaining import chain
-from torchopt.recipe import ignoring_moment_requires_grad
-from torchopt.transform import GradientTransformation
+from torchopt.core.accelerated_op import accelerated
+from torchopt.core.chaining import chain
+from torchopt.core.recipe import ignoring_moment_requires_grad
+from torchopt.core.transform import GradientTransformation
+from torchopt.optim import meta_optimizer as meta
+from torchopt.optim import optimizer as optim
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.transforms.momentum import trace
 from torchopt.typing import Hyperparameter

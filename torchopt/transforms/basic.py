@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.chaining import Chain
-from torchopt.hyper import check_number, flag, hyper
-from torchopt.numerics import add_scaled, is_zero
-from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
+from torchopt.base.numerics import add_scaled, is_zero
+from torchopt.core.chaining import Chain
+from torchopt.core.hyper import check_number, flag, hyper
+from torchopt.core.transform import (
+    ElementwiseTransformation,
+    GradientTransformation,
+    transformation,
+)
 from torchopt.transforms.wrap import masked
 from torchopt.typing import Hyperparameter, Schedule, Step
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.engine import Leaves
-from torchopt.hyper import check_number, hyper
-from torchopt.numerics import root
-from torchopt.transform import (
+from torchopt.base.numerics import root
+from torchopt.core.engine import Leaves
+from torchopt.core.hyper import check_number, hyper
+from torchopt.core.transform import (
     ElementwiseTransformation,
     GradientTransformation,
     transformation,
@@ -65,7 +65,7 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     The norm of a distributed tensor is that of the whole, on every process.
 
     The derivative is zero at zero in every order: a squared sum goes through
-    :func:`torchopt.numerics.root` and not through ``Tensor.norm``, whose second derivative is
+    :func:`torchopt.base.numerics.root` and not through ``Tensor.norm``, whose second derivative is
     ``nan`` there.
     """
     first = tensors[0]

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.engine import Leaves
-from torchopt.hyper import flag, hyper, numbers_in
-from torchopt.numerics import add_scaled, is_zero
-from torchopt.recipe import ignoring_moment_requires_grad
-from torchopt.transform import ElementwiseTransformation, GradientTransformation, transformation
+from torchopt.base.numerics import add_scaled, is_zero
+from torchopt.core.engine import Leaves
+from torchopt.core.hyper import flag, hyper, numbers_in
+from torchopt.core.recipe import ignoring_moment_requires_grad
+from torchopt.core.transform import (
+    ElementwiseTransformation,
+    GradientTransformation,
+    transformation,
+)
 from torchopt.typing import Hyperparameter, Step
 
 

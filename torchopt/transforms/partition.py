@@ -9,12 +9,13 @@ from typing import Any, Union
 
 from torch import Tensor
 
-from torchopt import hyper, tree
-from torchopt.engine import Call, Leaves, part_slots, run
-from torchopt.pair import as_transformation
-from torchopt.transform import GradientTransformation, check_transformation, transformation
+from torchopt.base import tree
+from torchopt.core import hyper
+from torchopt.core.engine import Call, Leaves, part_slots, run
+from torchopt.core.pair import as_transformation
+from torchopt.core.transform import GradientTransformation, check_transformation, transformation
+from torchopt.core.whole import distinct
 from torchopt.typing import PyTree
-from torchopt.whole import distinct
 
 
 @transformation

@@ -9,10 +9,11 @@ from typing import Any, Union
 from torch import Tensor
 from torch.nn import Module
 
-from torchopt import hyper, misuse, tree
-from torchopt.engine import Call, Leaves, part_slots, run
-from torchopt.pair import as_transformation
-from torchopt.transform import GradientTransformation, check_transformation, transformation
+from torchopt.base import misuse, tree
+from torchopt.core import hyper
+from torchopt.core.engine import Call, Leaves, part_slots, run
+from torchopt.core.pair import as_transformation
+from torchopt.core.transform import GradientTransformation, check_transformation, transformation
 from torchopt.typing import PyTree
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchopt import tree
-from torchopt.module_state import named_places
-from torchopt.opt_state import OptState
-from torchopt.state import HoldsState, ModuleState
+from torchopt.base import tree
+from torchopt.core.opt_state import OptState
+from torchopt.nn.parameters import named_places
+from torchopt.nn.snapshot import HoldsState, ModuleState
 
 
 _FORMS = (

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from torchopt import step_tags
+from torchopt.core import step_tags
 from torchopt.visual import words
 from torchopt.visual.aliases import Alias
 from torchopt.visual.entering import entering_leaves, entering_weights

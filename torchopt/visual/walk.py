@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from torchopt import step_tags
+from torchopt.core import step_tags
+from torchopt.core.step_tags import StepTag
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.independent import NAMING
 from torchopt.kernels.program import GRADIENT, PARAMETER
-from torchopt.step_tags import StepTag
 
 
 #: What takes slots of several parameters out of the flat tensor they travel in.

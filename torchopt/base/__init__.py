@@ -1,0 +1,1 @@
+"""What everything stands on: trees, numerics, values, and the words of errors."""

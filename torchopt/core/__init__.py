@@ -1,0 +1,1 @@
+"""The centre: transformations, their hyperparameters and slots, states, and the engine."""

@@ -1,0 +1,371 @@
+"""The engine under the three faces: flat lists of tensors through the parts of a transformation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from torchopt.base import misuse, tree
+from torchopt.base.numerics import exact, to_compute_dtype
+from torchopt.core import step_tags
+from torchopt.core.gradient_checks import Common, check_gradients, common_of
+from torchopt.core.packed import Packed, Packing
+from torchopt.core.plan import Plan
+from torchopt.typing import PyTree, Step
+
+
+@dataclasses.dataclass
+class Call:
+    """One update as a face asks for it: lists with one entry per parameter, ``None`` if absent."""
+
+    g: list[Any]
+    p: list[Any]
+    t: list[Step]
+    slots: dict[str, list[Any]]
+    hyper: list[dict[str, Any]]
+    names: Callable[[], Sequence[str]]
+    reference: PyTree  # a tree with the structure of the parameters, for masks
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pack_slots: bool = False  # whether new slots may come back as Packed
+    known: Any = ()  # parameters that an entry of a mask may name besides; see hyper.match_by_name
+    pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.core.whole
+    labels: Any = None  # of the parameters, for a partition, where the face knows them
+
+
+@dataclasses.dataclass
+class Leaves:
+    """What one part of a transformation sees: the parameters that have a gradient.
+
+    Attributes:
+        g: Gradients, or what earlier parts made of them.
+        p: Parameters; entries are ``None`` if the caller gave none.
+        t: Step counts, 1 at the first update.
+        slots: The part's buffers of each parameter, in the order of its ``slots``.
+        hyper: The part's hyperparameters of each parameter.
+        index: Positions among all parameters of ``call``.
+        call: The whole call.
+        common: What is known of ``g`` and ``p``, if they are alike.
+    """
+
+    g: list[Tensor]
+    p: list[Any]
+    t: list[Step]
+    slots: list[tuple[Any, ...]]
+    hyper: list[dict[str, Any]]
+    index: list[int]
+    call: Call
+    common: Common | None = None
+
+    def name(self, position: int) -> str:
+        """Return the quoted name of a parameter, for error messages."""
+        return tree.quoted(self.call.names()[self.index[position]])
+
+    def with_tensors(self, g: list[Tensor], p: list[Any], common: Common | None) -> Leaves:
+        """Return the leaves with other gradients and parameters."""
+        # spelled out, for torch 2.6 cannot compile dataclasses.replace
+        return Leaves(g, p, self.t, self.slots, self.hyper, self.index, self.call, common)
+
+    def subset(self, positions: Sequence[int]) -> Leaves:
+        """Return the leaves at some positions."""
+
+        def at(values: Any) -> list[Any]:
+            return [values[k] for k in positions] if len(values) else []
+
+        # spelled out, for torch 2.6 cannot compile dataclasses.replace
+        index = at(self.index)
+        return Leaves(
+            at(self.g), at(self.p), at(self.t), at(self.slots), at(self.hyper), index, self.call
+        )
+
+
+def step_list(old: Union[Step, list[Any]], count: int) -> list[Step]:
+    """Return the step count of every parameter at this update."""
+    if isinstance(old, list):
+        return [step + 1 for step in old]
+    step = exact(old) + 1 if isinstance(old, Tensor) else old + 1
+    return [step] * count
+
+
+def next_step(
+    old: Union[Step, list[Any]], grads: Sequence[Any], params: Sequence[Any] | None
+) -> Union[Step, list[Any]]:
+    """Return the step counts to remember: one number while all parameters agree."""
+    if isinstance(old, Tensor):
+        return old + 1
+    previous = old if isinstance(old, list) else [old] * len(grads)
+    steps = [step if g is None else step + 1 for step, g in zip(previous, grads)]
+    # a place in the tree that has no parameter has no count to disagree with
+    counts = steps
+    if params is not None:
+        counts = [n for n, p in zip(steps, params) if p is not None] or steps
+    if not counts:
+        return old + 1 if isinstance(old, int) else old
+    if any(isinstance(count, Tensor) for count in counts):
+        return steps  # of a batch: nothing can be known
+    return counts[0] if all(count == counts[0] for count in counts) else steps
+
+
+def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
+    """Return the initial slots of every parameter of ``call``."""
+    index = [i for i, p in enumerate(call.p) if p is not None]
+    for i in index:
+        if not isinstance(call.p[i], Tensor):
+            name = tree.quoted(call.names()[i])
+            raise TypeError(
+                f"Parameter {name} must be a tensor or None, got {type(call.p[i]).__name__}."
+                f"{misuse.advice_for_leaf(call.p[i])}"
+            )
+    params = [to_compute_dtype(call.p[i].detach()) for i in index]
+    columns: dict[str, list[Any]] = {name: [None] * len(call.p) for name in tx.slot_names()}
+    rows = [call.hyper[i] for i in index]
+    for position, part in enumerate(tx.plan.parts):
+        if not tx.plan.slots[position] and not hasattr(part, "init_all_slots"):
+            continue
+        leaves = Leaves(params, params, [], [], tx.plan.rows_of(position, rows), index, call)
+        for i, values in zip(index, part_slots(part, leaves)):
+            for name, value in zip(tx.plan.slots[position], values):
+                columns[name][i] = value
+    return columns
+
+
+def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> dict[str, Any] | None:
+    """Return the initial slots of all parameters packed; ``None`` if they have to be made singly.
+
+    The parts must treat entries alike, whatever tensor they are in, and have one row of
+    hyperparameters for all. ``packing`` is one that fits, if there is one already.
+    """
+    elementwise = all(part.elementwise for part in tx.plan.parts)
+    row = call.hyper[0] if call.hyper else {}
+    common = common_of(call)
+    if not elementwise or common is None or any(other is not row for other in call.hyper):
+        return None
+    packing = packing or Packing(common.shapes)
+    flat: Tensor | None = None
+    columns: dict[str, Any] = {}
+    for position, part in enumerate(tx.plan.parts):
+        if not tx.plan.slots[position]:
+            continue
+        (own,) = tx.plan.rows_of(position, [row])
+        if part.constant_slots:
+            one = to_compute_dtype(torch.zeros(1, dtype=common.dtype))
+            values = [
+                None if x is None else packing.filled(x.item(), x.dtype, common.device)
+                for x in part.init_slots(one, **own)
+            ]
+        else:
+            if flat is None:
+                flat = to_compute_dtype(packing.pack([p.detach() for p in call.p]))
+            slots = part.init_slots(flat, **own)
+            values = [None if x is None else Packed(x, packing) for x in slots]
+        for name, value in zip(tx.plan.slots[position], values):
+            columns[name] = [None] * len(call.p) if value is None else value
+    return columns
+
+
+def part_slots(part: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
+    """Return the initial slots of one part for the parameters ``leaves.p``."""
+    if hasattr(part, "init_all_slots"):
+        return part.init_all_slots(leaves)
+    return [part.init_slots(p, **h) for p, h in zip(leaves.p, leaves.hyper)]
+
+
+def advance(tx: Any, call: Call, apply: bool = False) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Compute the updates and the new slots of one call, leaving its inputs as they are.
+
+    With ``apply`` the new parameters are returned instead of the updates.
+    """
+    if call.pack_slots and accelerates(tx.plan):
+        again = accelerator.take_again(tx.plan, call, apply)
+        if again is not None:
+            return again
+    index = [i for i, g in enumerate(call.g) if g is not None]
+    common = common_of(call) if len(index) == len(call.g) else None
+    if common is None:
+        check_gradients(tx, call, index)
+    if not index:
+        return [None] * len(call.g), dict(call.slots)
+    whole = len(index) == len(call.g)
+    leaves = _leaves(call, index)
+    leaves.common = common
+    columns: dict[str, Any] = dict(call.slots)
+    if not whole:
+        columns = {name: [column[i] for i in index] for name, column in columns.items()}
+    first_node = step_tags.begin()
+    # a kernel reads half precision as it is
+    fused = (
+        accelerator.take_whole(tx.plan, leaves, columns, apply) if accelerates(tx.plan) else None
+    )
+    if fused is None:
+        fused = _advance_by_parts(tx, leaves, columns, apply)
+        if first_node >= 0:
+            step_tags.end(first_node, tx.plan, leaves, call.slots, columns, fused)
+    if whole:
+        return fused, columns
+    results: list[Any] = [None] * len(call.g)
+    slots = {name: list(column) for name, column in call.slots.items()}
+    for position, i in enumerate(index):
+        results[i] = fused[position]
+        for name, column in columns.items():
+            slots[name][i] = column[position]
+    return results, slots
+
+
+#: The fused engine (torchopt.kernels.fused), once it is loaded; the mathematics does without.
+accelerator: Any = None
+#: What steps in place (torchopt.kernels.inplace.Stepper), once it is loaded.
+in_place_stepper: Any = None
+
+
+def accelerates(plan: Plan) -> bool:
+    """Whether to ask the fused engine.
+
+    Not while compiling, for a compiler fuses the rules itself, unless a part requires a kernel.
+    """
+    if accelerator is None or not torch.compiler.is_compiling():
+        return accelerator is not None
+    return any(part.use_accelerated_op for part in plan.parts)
+
+
+def packs(plan: Plan) -> bool:
+    """Whether packed slots pay: kernels compute the whole plan, and read them as they are."""
+    return accelerates(plan) and accelerator.covers(plan)
+
+
+def _leaves(call: Call, index: list[int]) -> Leaves:
+    return Leaves(
+        g=[call.g[i] for i in index],
+        p=[call.p[i] for i in index],
+        t=[call.t[i] for i in index],
+        slots=[],
+        hyper=[call.hyper[i] for i in index],
+        index=index,
+        call=call,
+    )
+
+
+def _advance_by_parts(tx: Any, given: Leaves, columns: dict[str, Any], apply: bool) -> list[Tensor]:
+    """Convert to the dtype of computation, run the parts one after the other, convert back."""
+    is_complex = [g.is_complex() for g in given.g]
+    enter = [_view_as_real if c else to_compute_dtype for c in is_complex]
+
+    def entered(column: Any) -> Any:
+        if isinstance(column, Packed) and not any(is_complex):
+            return column  # slots in half precision are float32 already
+        return [None if x is None else convert(x) for convert, x in zip(enter, column)]
+
+    g, p = entered(given.g), entered(given.p)
+    same = all(x is y for x, y in zip(g, given.g))
+    leaves = given.with_tensors(g, p, given.common if same else None)
+    own = {name: entered(column) for name, column in columns.items()}
+    # the sum is taken in the parameters' own dtype
+    applies = apply and same
+    updates, applied = run(tx.plan, leaves, own, applies)
+    results = []
+    for position, (g, c, u) in enumerate(zip(leaves.g, is_complex, updates)):
+        if not isinstance(u, Tensor) or u.shape != g.shape:
+            _refuse_update(tx, u, g, given.name(position))
+        u = _leave(u, c, given.g[position].dtype)
+        results.append(given.p[position] + u if apply and not applied else u)
+    for name, column in own.items():
+        if isinstance(column, Packed):
+            columns[name] = column
+            continue
+        columns[name] = list(columns[name])
+        for position, (c, value) in enumerate(zip(is_complex, column)):
+            if value is not None:
+                old = columns[name][position]
+                if old is not None:
+                    dtype = old.dtype
+                else:  # made in this call, in the dtype of computation unless it is no such number
+                    dtype = leaves.g[position].dtype if value.is_floating_point() else value.dtype
+                columns[name][position] = _leave(value, c, dtype)
+    return results
+
+
+def run(
+    plan: Plan, leaves: Leaves, columns: dict[str, list[Any]], apply: bool = False
+) -> tuple[list[Tensor], bool]:
+    """Apply all parts of a plan one after the other; ``columns`` receives the new slots.
+
+    Returns:
+        The updates, and whether they have been added to the parameters, as ``apply`` allows.
+    """
+    g, position = leaves.g, 0
+    while position < len(plan.parts):
+        # the position tells, for torch 2.6 compiles `is` between lists as a comparison of tensors
+        own = leaves if position == 0 else leaves.with_tensors(g, leaves.p, None)
+        fused = None
+        if accelerates(plan):
+            fused = accelerator.take_run(plan, position, own, columns, apply)
+        if fused is not None:
+            position, g, applied = fused
+            if applied:
+                return g, True
+        else:
+            g = run_by_rules(plan, position, position + 1, own, columns)
+            position += 1
+    return g, False
+
+
+def run_by_rules(
+    plan: Plan, first: int, last: int, leaves: Leaves, columns: dict[str, list[Any]]
+) -> list[Tensor]:
+    """Apply the parts ``first`` to ``last - 1`` by their own rules."""
+    g = leaves.g
+    for position in range(first, last):
+        names = plan.slots[position]
+        slots = list(zip(*(columns[name] for name in names))) if names else [()] * len(g)
+        rows = plan.rows_of(position, leaves.hyper)
+        own = Leaves(g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
+        before = g
+        g, slots = plan.parts[position].step(own)
+        if _may_promote(rows):
+            g = [_like(u, x) for u, x in zip(g, before)]
+        for name, column in zip(names, zip(*slots)):
+            columns[name] = list(column)
+    return g
+
+
+def _may_promote(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether a hyperparameter is a tensor, whose dtype may be wider than that of a gradient."""
+    # torch 2.6 cannot compile `is` between dicts: there each row is looked at
+    previous, each = None, tree.compiler_is_old()
+    for row in rows:
+        if each or row is not previous:
+            for value in row.values():
+                if isinstance(value, Tensor):
+                    return True
+                if isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
+                    return True
+            previous = row
+    return False
+
+
+def _like(u: Any, g: Tensor) -> Any:
+    """Return an update in the dtype of its gradient, in which the next part expects it."""
+    wider = isinstance(u, Tensor) and u.dtype != g.dtype and u.is_floating_point()
+    return u.to(g.dtype) if wider else u
+
+
+def _view_as_real(x: Tensor) -> Tensor:
+    """A complex parameter is updated as its real and imaginary parts, as torch.optim does."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _leave(x: Tensor, is_complex: bool, dtype: torch.dtype) -> Tensor:
+    """Undo the conversions on the way in (a 0-d parameter may also have been promoted)."""
+    if is_complex and not x.is_complex():
+        x = torch.view_as_complex(x)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _refuse_update(tx: Any, update: Any, g: Tensor, name: str) -> None:
+    given = f"shape {tuple(update.shape)}" if isinstance(update, Tensor) else misuse.short(update)
+    raise ValueError(
+        f"{misuse.clipped(repr(tx))} returned an update of {given} for the gradient of {name}, "
+        f"whose shape is {tuple(g.shape)}. A rule must return a tensor of that shape."
+    )

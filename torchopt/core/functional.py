@@ -1,0 +1,187 @@
+"""The functional face's side of the engine: trees become the flat lists of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torchopt.base import misuse, tree
+from torchopt.base.recording import refuse_recorded
+from torchopt.core import hyper, step_count, whole
+from torchopt.core.engine import Call, advance, next_step, step_list
+from torchopt.core.opt_state import OptState
+from torchopt.core.state_parts import EmptyState, joined
+from torchopt.typing import PyTree, Step, TensorTree
+
+
+def gather_call(
+    tx: Any,
+    reference: PyTree,
+    grads: list[Any] | None,
+    params: list[Any] | None,
+    steps: list[Step],
+    slots: dict[str, list[Any]],
+    extra: dict[str, Any] | None = None,
+    mask_tree: PyTree = None,
+) -> Call:
+    """Gather one call of the functional face for the engine.
+
+    ``reference`` has the order of the lists; ``mask_tree`` is what a mask given as a function sees.
+    """
+    leaves = params if params is not None else grads
+    names = _lazy_names(reference)
+    count = max_count(steps)
+    rows = hyper.resolve(tx.hyperparameters(), tx.hyper_specs(), leaves or [], names, count)
+    return Call(
+        g=grads if grads is not None else [None] * len(steps),
+        p=params if params is not None else [None] * len(steps),
+        t=steps,
+        slots=slots,
+        hyper=rows,
+        names=names,
+        reference=reference if mask_tree is None else mask_tree,
+        extra=extra or {},
+    )
+
+
+def max_count(steps: Sequence[Step]) -> Step:
+    """Return the count a schedule is evaluated at: 0 at the first update."""
+    if not steps:
+        return 0
+    if isinstance(steps[0], Tensor):
+        return steps[0] - 1
+    return max(steps) - 1
+
+
+def _lazy_names(reference: PyTree) -> Any:
+    return lambda: tree.leaf_names(reference)
+
+
+def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, list[Any]]:
+    """Return the slots of a state as lists aligned with the gradients.
+
+    Raises:
+        TypeError: If ``state`` is no optimizer state.
+        ValueError: If it is that of another transformation or of other parameters.
+    """
+    if not isinstance(state, OptState):
+        raise TypeError(misuse.no_state(state))
+    tx.plan.check_slots(state.slots, tx)
+    absent = [name for name in tx.plan.whole if name not in state.slots]
+    if absent:
+        raise ValueError(f"The state belongs to another optimizer: it lacks {absent} of {tx}.")
+    return {
+        name: tree.flatten_like(
+            state.slots[name], grads, spec, f"The slot {name!r} of the state", "grads"
+        )
+        if name in state.slots and name not in tx.plan.whole
+        else [None] * spec.num_leaves
+        for name in tx.slot_names()
+    }
+
+
+def _counts(state: OptState, grads: PyTree, spec: Any) -> Any:
+    """Return the step count so far: one for all, or a list aligned with the gradients."""
+    step = state.step
+    if isinstance(step, (int, Tensor)):
+        return step_count.read(step)
+    counts = tree.flatten_like(step, grads, spec, "The steps of the state", "grads")
+    return [step_count.read(count) for count in counts]
+
+
+def as_state(tx: Any, state: Any) -> Any:
+    """Return what stands for a state as one: ``None`` if none is kept, or the parts of one.
+
+    Raises:
+        TypeError: If ``state`` is ``None`` and the transformation keeps something.
+    """
+    if isinstance(state, EmptyState):
+        state = None
+    if isinstance(state, (tuple, list)):
+        found = joined(state)
+        return state if found is None else OptState(*found)
+    if state is not None:
+        return state
+    values = tx.hyperparameters().values()
+    if tx.slot_names() or any(map(hyper.has_schedule, values)) or uses_step(tx):
+        raise TypeError(
+            f"update expects the state that init returned, got None. Only what keeps nothing does "
+            f"without, and {tx} does not; write state = tx.init(params) first."
+        )
+    return OptState(0, {})
+
+
+def uses_step(tx: Any) -> bool:
+    """Whether a part of a transformation reads the step count."""
+    return any(part.uses_step for part in tx.plan.parts)
+
+
+def hyper_values(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return the hyperparameters that an update uses, with pairs taken apart."""
+    values: list[Any] = []
+    each = tree.compiler_is_old()
+    for row, previous in zip(rows, [None, *rows]):
+        if each or row is not previous:
+            for value in row.values():
+                values.extend(value if isinstance(value, tuple) else (value,))
+    return values
+
+
+def slot_trees(
+    tx: Any, like: PyTree, reference: PyTree, spec: Any, columns: dict[str, list[Any]]
+) -> dict[str, TensorTree]:
+    """Build the slots of a state with the structure of ``like``; unneeded ones are left out."""
+    optional = tx.plan.optional_slots
+    return {
+        name: tree.unflatten_like(like, reference, spec, column)
+        for name, column in columns.items()
+        if name not in optional or any(value is not None for value in column)
+    }
+
+
+def advance_trees(
+    tx: Any,
+    grads: PyTree,
+    state: OptState,
+    params: PyTree,
+    inplace: bool,
+    extra: dict[str, Any],
+    apply: bool = False,
+) -> tuple[list[Any], list[Any], Any, OptState]:
+    """Take a step over trees; see ``GradientTransformation.update``.
+
+    Returns:
+        The updates, or the new parameters with ``apply``; the parameters; the structure of
+        ``grads``, in whose order both are; and the new state.
+    """
+    state = state if type(state) is OptState else as_state(tx, state)
+    g, spec = tree.flatten(grads)
+    p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
+    slots = state_slots(tx, state, grads, spec)
+    old_steps = _counts(state, grads, spec)
+    call = gather_call(tx, grads, g, p, step_list(old_steps, len(g)), slots, extra, params)
+    own, pairs = whole.split(tx.plan, state.slots) if tx.plan.whole else (state.slots, {})
+    if inplace:
+        columns = {
+            "grads": g,
+            **slots,
+            **{name: tree.flatten(value)[0] for name, value in pairs.items()},
+            "hyperparameters": hyper_values(call.hyper),
+            "extra values": tree.flatten(extra)[0] if extra else [],
+        }
+        refuse_recorded("update", columns, {} if p is None else {"params": p})
+        # parameters may be leaves that require grad; the updates must not carry a graph
+        call.p = [x.detach() if isinstance(x, Tensor) else x for x in call.p]
+    whole.begin(tx.plan, pairs, call)
+    results, slots = advance(tx, call, apply)
+    step = next_step(old_steps, g, p)
+    like = grads if params is None else params
+    if own:
+        like = list(own.values())[0]  # noqa: RUF015 - torch 2.6 cannot compile next
+    new_state = OptState(
+        tree.unflatten_like(like, grads, spec, step) if isinstance(step, list) else step,
+        {**slot_trees(tx, like, grads, spec, slots), **whole.end(tx.plan, call)},
+    )
+    return results, call.p, spec, new_state

@@ -1,0 +1,108 @@
+"""Whether gradients fit their parameters: at one glance in the usual case, else one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.base import misuse, tree
+from torchopt.base.numerics import HALF
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """What all gradients and parameters of a call have in common: the usual case."""
+
+    types: set[type]
+    shapes: list[torch.Size]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def common_of(call: Any) -> Common | None:
+    """Return what gradients and parameters have in common, or ``None`` if they need a closer look.
+
+    In the first case everything that :func:`check_gradients` asks for holds.
+    """
+    g, p = call.g, call.p
+    if not g or any(x is None for x in p):
+        return None
+    types = {*map(type, g), *map(type, p)}
+    if not all(issubclass(t, Tensor) for t in types):
+        return None
+    shapes = [x.shape for x in g]
+    dtypes = {x.dtype for x in g} | {x.dtype for x in p}
+    devices = {x.device for x in g} | {x.device for x in p}
+    if (
+        len(dtypes) > 1
+        or len(devices) > 1
+        or not g[0].is_floating_point()
+        or {x.layout for x in g} | {x.layout for x in p} != {torch.strided}
+        or [x.shape for x in p] != shapes
+    ):
+        return None
+    return Common(types, shapes, g[0].dtype, g[0].device)
+
+
+def check_gradients(tx: Any, call: Any, index: Sequence[int]) -> None:
+    """Refuse gradients that do not fit their parameters, or their state.
+
+    Raises:
+        TypeError: For what is no tensor, for a dtype, and for a layout without a rule.
+        ValueError: For a shape, a device, or a parameter that is missing.
+    """
+    for i in index:
+        g, p = call.g[i], call.p[i]
+        if not isinstance(g, Tensor):
+            name = tree.quoted(call.names()[i])
+            raise TypeError(
+                f"The gradient of {name} must be a tensor or None, got {type(g).__name__}."
+                f"{misuse.advice_for_leaf(g)}"
+            )
+        if g.layout != torch.strided:
+            _check_sparse(tx, call, i)
+        elif not (g.is_floating_point() or g.is_complex()):
+            name = tree.quoted(call.names()[i])
+            raise TypeError(
+                f"The gradient of {name} must be floating-point or complex, got {g.dtype}."
+            )
+        if p is None and any(x is not None for x in call.p):
+            name = tree.quoted(call.names()[i])
+            raise ValueError(f"{name} has a gradient but its parameter is None.")
+        if p is not None:
+            _check_same("parameter", g, p, call, i)
+            continue
+        for column in call.slots.values():
+            if column[i] is not None:
+                _check_same("state", g, column[i], call, i)
+                break
+
+
+def _check_sparse(tx: Any, call: Any, i: int) -> None:
+    for position, part in enumerate(tx.plan.parts):
+        (row,) = tx.plan.rows_of(position, [call.hyper[i]])
+        if not part.takes_sparse(**row):
+            raise TypeError(
+                f"The gradient of {tree.quoted(call.names()[i])} is sparse ({call.g[i].layout}), "
+                f"and {type(part).__name__} has no sparse rule. Use to_dense(), or an embedding "
+                "with sparse=False."
+            )
+
+
+def _check_same(what: str, g: Tensor, p: Tensor, call: Any, i: int) -> None:
+    if what == "state":
+        same_dtype = g.dtype == p.dtype or g.dtype in HALF
+    else:
+        same_dtype = g.dtype == p.dtype
+    if g.shape == p.shape and same_dtype and g.device == p.device:
+        return
+    message = (
+        f"The gradient of {tree.quoted(call.names()[i])} does not fit its {what}: gradient "
+        f"{g.dtype} {tuple(g.shape)} on {g.device}, {what} {p.dtype} {tuple(p.shape)} on "
+        f"{p.device}."
+    )
+    raise (ValueError if same_dtype else TypeError)(message)

@@ -1,0 +1,99 @@
+"""The state of an optimizer in the functional face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from torchopt.base import tree
+from torchopt.base.values import describe
+from torchopt.core.state_parts import parts_of
+from torchopt.core.step_count import as_tensor, read
+from torchopt.typing import PyTree, TensorTree
+
+
+class OptState:
+    """What an optimizer remembers between two updates.
+
+    Attributes:
+        step: How many gradients the parameters have received: one number for all. It becomes a
+            tree of numbers with the structure of the parameters once they differ (a gradient was
+            ``None``). A number is an ``int``, or a 0-d int64 tensor on the CPU in a state that has
+            been taken apart.
+        slots: Named buffers under ``torch.optim``'s names (``exp_avg``, ``momentum_buffer``, ...),
+            each a tree with the structure of the parameters. Also readable as attributes.
+
+    Indexing and iteration give the parts as TorchOpt 0.7.3 named them (``state[0].mu``), the step
+    count last (``state[-1].count``); a tuple of such parts is accepted where a state is.
+
+    It is a pytree node for optree and for PyTorch's own pytrees, and everything in it is a leaf,
+    the step count too, as a tensor: a state that is copied or saved leaf by leaf is whole.
+
+    Example:
+        >>> import torch, torchopt
+        >>> state = torchopt.adam().init({"w": torch.randn(2, 3)})
+        >>> state
+        OptState(step=0, exp_avg={'w': float32[2, 3]}, exp_avg_sq={'w': float32[2, 3]})
+        >>> state.exp_avg["w"].shape
+        torch.Size([2, 3])
+        >>> torch.utils._pytree.tree_leaves(state)[-1]
+        tensor(0)
+    """
+
+    def __init__(self, step: PyTree, slots: dict[str, TensorTree]) -> None:
+        self.step = step
+        self.slots = slots
+
+    def __getattr__(self, name: str) -> TensorTree:
+        slots = self.__dict__.get("slots", {})
+        if name in slots:
+            return slots[name]
+        raise AttributeError(f"OptState has no attribute or slot {name!r}; slots: {list(slots)}")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(parts_of(self.step, self.slots))
+
+    def __len__(self) -> int:
+        return len(parts_of(self.step, self.slots))
+
+    def __getitem__(self, index: Any) -> Any:
+        return parts_of(self.step, self.slots)[index]
+
+    def __repr__(self) -> str:
+        step = tree.tree_map(lambda n: n if getattr(n, "ndim", 0) else read(n), self.step)
+        parts = [f"step={describe(step)}"]
+        parts += [f"{name}={describe(value)}" for name, value in self.slots.items()]
+        return f"OptState({', '.join(parts)})"
+
+
+def _flatten(state: OptState) -> tuple[list[Any], Any]:
+    names = tuple(state.slots)
+    children = [state.slots[name] for name in names]
+    if torch.compiler.is_compiling() and isinstance(state.step, int):
+        # the compiler knows an int, which becomes a guard at most, but not what a tensor holds
+        return children, (names, state.step)
+    # A count is an int until somebody looks: an update needs the number, and a tensor takes longer
+    # to make than a small update. From then on the leaf is what counts: it may be changed in place.
+    step = as_tensor(state.step)
+    if torch._C._len_torch_dispatch_stack() == 0:  # a tracer's tensors stand for others
+        state.step = step
+    return [*children, step], (names, None)
+
+
+def _unflatten(metadata: Any, children: Any) -> OptState:
+    names, step = metadata
+    children = list(children)
+    if step is None:
+        step = children.pop()
+    return OptState(step, dict(zip(names, children)))
+
+
+def _entries(state: OptState) -> tuple[str, ...]:
+    if torch.compiler.is_compiling() and isinstance(state.step, int):
+        return tuple(state.slots)
+    return (*state.slots, "step")
+
+
+tree.register_node(OptState, _flatten, _unflatten, _entries)

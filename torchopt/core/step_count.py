@@ -1,0 +1,61 @@
+"""Step counts: leaves of a state to whoever looks at it, numbers to the rules and kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+from torchopt.base import tree
+from torchopt.typing import PyTree
+
+
+def as_tensor(step: PyTree) -> PyTree:
+    """Return a count, or a tree of counts, with every number as a 0-d tensor."""
+    if isinstance(step, Tensor):
+        return step
+    if type(step) is int:
+        return _tensor(step)
+    return tree.tree_map(lambda n: _tensor(n) if type(n) is int else n, step)
+
+
+def _tensor(count: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(count)
+    with torch._C._DisableFuncTorch():  # no level of torch.func may own it: the state outlives it
+        return torch.tensor(count, device="cpu")
+
+
+def read(step: Any) -> Any:
+    """Return a count as an ``int`` where that can be known here and now, else as it is.
+
+    A tensor on the CPU is read. Under ``vmap`` counts of a batch are read if all are the same. One
+    on another device is left alone, for reading it would wait for the device; so is that of a
+    tracer, for which the number would be a constant.
+
+    Raises:
+        ValueError: If a tensor is not 0-d, or holds no whole number.
+    """
+    if not isinstance(step, Tensor):
+        return step
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return step
+    if not step.is_cpu or torch._C._get_tracing_state() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return step
+    if step.dim():
+        raise ValueError(
+            f"The step count of a state must be a 0-d tensor, got shape {tuple(step.shape)}. The "
+            "state of a batch goes through torch.func.vmap(...)."
+        )
+    value = step
+    while functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+    with torch._C._DisableFuncTorch():
+        counts = value.detach().reshape(-1).tolist()
+    if value is not step and len(set(counts)) != 1:
+        return step  # a batch of states that have come to different counts
+    if counts[0] != int(counts[0]):
+        raise ValueError(f"The step count of a state must be a whole number, got {counts[0]}.")
+    return int(counts[0])

@@ -1,0 +1,371 @@
+"""GradientTransformation: hyperparameters, slots and one pure step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import dataclass_transform
+
+from torchopt.base import misuse, tree
+from torchopt.base.values import describe, same
+from torchopt.core import hyper, whole
+from torchopt.core.apply import apply_updates
+from torchopt.core.engine import Leaves, initialise, step_list
+from torchopt.core.functional import advance_trees, gather_call, slot_trees
+from torchopt.core.opt_state import OptState
+from torchopt.core.plan import Plan
+from torchopt.typing import Step, TensorTree
+
+
+@dataclass_transform(
+    frozen_default=True, field_specifiers=(hyper.hyper, hyper.flag, dataclasses.field)
+)
+def transformation(cls: type) -> type:
+    """Make a class a transformation: its annotated fields become its hyperparameters.
+
+    Example:
+        >>> import torch, torchopt
+        >>> from torchopt.core.hyper import hyper
+        >>> @torchopt.transformation
+        ... class ScaleByRoot(torchopt.ElementwiseTransformation):
+        ...     floor: float = hyper(1.0, gt=0)
+        ...
+        ...     def rule(self, g, p, t, slots, *, floor):
+        ...         return g / (g.abs() + floor).sqrt(), slots
+        >>> tx = torchopt.chain(ScaleByRoot(floor=1.0), torchopt.scale(-0.1))
+        >>> g = [torch.tensor([8.0, -3.0])]
+        >>> tx.update(g, tx.init(g))[0]
+        [tensor([-0.2667,  0.1500])]
+    """
+    decorated: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    decorated.declared = hyper.specs_of(decorated)
+    return decorated
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class GradientTransformation:
+    r"""A rule that turns gradients into updates, written once and used through three faces.
+
+    A subclass is a frozen dataclass (decorate it with :func:`transformation`). Fields declared with
+    :func:`~torchopt.hyper` or :func:`~torchopt.flag` are its hyperparameters, ``slots`` names the
+    buffers it keeps for each parameter, and :meth:`step` is the rule over lists of tensors;
+    :class:`ElementwiseTransformation` asks for the rule of one tensor only.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.adam(lr=0.1)
+        >>> params = {"w": torch.tensor([1.0, -2.0])}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"w": torch.tensor([0.5, 0.5])}, state, params)
+        >>> torchopt.apply_updates(params, updates)
+        {'w': tensor([ 0.9000, -2.1000])}
+    """
+
+    #: ``None`` uses fused kernels where they are available, ``True`` requires and ``False`` forbids
+    #: them.
+    use_accelerated_op: bool | None = dataclasses.field(default=None, kw_only=True, compare=False)
+
+    #: The class of a pair of functions, and what joins transformations: both are built on this
+    #: class, so their modules set them.
+    of_functions: ClassVar[type[GradientTransformation]]
+    joined: ClassVar[Callable[..., GradientTransformation]]
+
+    #: The declared hyperparameters, by field name; set by :func:`transformation`.
+    declared: ClassVar[dict[str, hyper.HyperSpec]] = {}
+    #: Names of the buffers kept for each parameter, under ``torch.optim``'s names.
+    slots: ClassVar[tuple[str, ...]] = ()
+    #: Those of ``slots`` that some values of the hyperparameters leave out.
+    optional_slots: ClassVar[frozenset[str]] = frozenset()
+    #: Whether each initial slot is one number everywhere, whatever the parameter; what overrides
+    #: :meth:`init_slots` has to say so anew.
+    constant_slots: ClassVar[bool] = True
+    #: Whether the rule reads the step count (bias correction).
+    uses_step: ClassVar[bool] = False
+    #: Whether rule and initial slots depend on each entry of a parameter by itself.
+    elementwise: ClassVar[bool] = False
+    #: Whether the rule is right for sparse gradients.
+    accepts_sparse: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "init_slots" in vars(cls) and "constant_slots" not in vars(cls):
+            cls.constant_slots = False
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *args, **kwargs):
+            """``GradientTransformation(init, update)`` makes a pair of functions of this class."""
+            if cls is GradientTransformation and (args or "init" in kwargs):
+                return object.__new__(cls.of_functions)
+            return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        misuse.check_decorated(self)
+        for name, spec in self.hyper_specs().items():
+            given = getattr(self, name)
+            value = hyper.plain(given)
+            hyper.check(name, value, spec)
+            value = tuple(value) if spec.pair else value
+            if value is not given:
+                object.__setattr__(self, name, value)
+
+    # What a subclass defines ------------------------------------------------------------------
+
+    def init_slots(
+        self, param: Tensor, *args: Any, **hyperparameters: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Return the initial buffers of one parameter, in the order of ``slots``.
+
+        Those in ``optional_slots`` may be ``None``.
+        """
+        return tuple(torch.zeros_like(param) for _ in self.slots)
+
+    def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
+        """Return the updates and the new slots of all parameters; pure."""
+        raise TypeError(misuse.no_step(self))
+
+    def takes_sparse(self, **hyperparameters: Any) -> bool:
+        """Whether the rule is right for sparse gradients with these hyperparameters."""
+        return self.accepts_sparse
+
+    # Structure --------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> tuple[GradientTransformation, ...]:
+        """The transformations that a chain applies one after the other."""
+        return (self,)
+
+    def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
+        """Return the declared hyperparameters by name."""
+        return self.declared
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the hyperparameters by name: what ``torch.optim`` calls a parameter group."""
+        return {name: getattr(self, name) for name in self.hyper_specs()}
+
+    def slot_names(self) -> tuple[str, ...]:
+        """Return the names of the buffers kept for each parameter."""
+        return self.slots
+
+    def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Return the slots that are one tree for all parameters; see ``torchopt.core.whole``."""
+        return {}
+
+    def renewed(self) -> GradientTransformation:
+        """Return the same with such slots of its own."""
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        """Where each part finds its hyperparameters and slots among those of the whole."""
+        plan = self.__dict__.get("_plan")  # not cached_property: its lock cannot be compiled
+        if plan is None:
+            plan = Plan(self.parts)
+            object.__setattr__(self, "_plan", plan)
+        return plan
+
+    def chain(self, following: GradientTransformation) -> GradientTransformation:
+        """Return ``chain(self, following)``."""
+        return self.joined(self, following)
+
+    def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
+        """Return this transformation with another setting of the fused kernels."""
+        return dataclasses.replace(self, use_accelerated_op=use_accelerated_op)
+
+    # The functional face ----------------------------------------------------------------------
+
+    def init(self, params: TensorTree) -> OptState:
+        """Return the state for ``params``, any pytree of tensors.
+
+        Raises:
+            TypeError: If a leaf is neither a tensor nor ``None``.
+        """
+        leaves, spec = tree.flatten(params)
+        call = gather_call(self, params, None, leaves, step_list(0, len(leaves)), {})
+        slots = slot_trees(self, params, params, spec, initialise(self, call))
+        whole.begin(self.plan, {}, call)
+        return OptState(0, {**slots, **whole.end(self.plan, call)})
+
+    def update(
+        self,
+        grads: TensorTree,
+        state: OptState,
+        params: TensorTree | None = None,
+        *,
+        inplace: bool = True,
+        **extra: Any,
+    ) -> tuple[TensorTree, OptState]:
+        """Turn gradients into updates, to be added by :func:`torchopt.apply_updates`.
+
+        Args:
+            grads: Gradients, with the structure of ``params``. ``None`` leaves a parameter and its
+                slots alone.
+            state: What :meth:`init` or the last :meth:`update` returned; its parts, as a tuple; or
+                ``None`` where nothing is kept.
+            params: The parameters; needed by weight decay and by masks given as a function.
+            inplace: ``True`` is leave to reuse the buffers of ``grads`` and ``state``. ``False`` is
+                pure, and differentiable in every input.
+            **extra: Further values for transformations that read them, by ``leaves.call.extra`` in
+                :meth:`step`, or by an argument of the second function of a pair
+                ``GradientTransformation(init, update)``; others ignore them.
+
+        Returns:
+            The updates, with the structure of ``grads``, and the new state.
+
+        Raises:
+            ValueError: If a structure, shape or device does not match, or the state belongs to
+                another transformation.
+            TypeError: If a dtype does not match or a gradient is sparse and the rule has no
+                sparse form.
+            RuntimeError: If ``inplace=True`` and a gradient is being recorded through an input.
+        """
+        updates, _, spec, new_state = advance_trees(self, grads, state, params, inplace, extra)
+        return tree.unflatten(spec, updates), new_state
+
+    def apply_gradients(
+        self,
+        grads: TensorTree,
+        state: OptState,
+        params: TensorTree,
+        *,
+        inplace: bool = True,
+        **extra: Any,
+    ) -> tuple[TensorTree, OptState]:
+        r"""Take a step: :meth:`update` and :func:`torchopt.apply_updates` in one.
+
+        .. math:: p \leftarrow p + u(g, p)
+
+        With ``inplace=False`` a fused kernel does both in one pass over memory, and both are one
+        node of the graph. The values are the same bits; in half precision the sum is rounded once
+        instead of twice.
+
+        Args:
+            grads: As for :meth:`update`.
+            state: As for :meth:`update`.
+            params: The parameters. Where the gradient is ``None`` they stay.
+            inplace: ``True`` changes the tensors in ``params`` and returns them. ``False`` makes
+                new ones, differentiable in every input.
+            **extra: As for :meth:`update`.
+
+        Returns:
+            The parameters after the step, with the structure of ``params``, and the new state.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: As :meth:`update` and
+                :func:`torchopt.apply_updates`; nothing has changed then.
+
+        Example:
+            >>> import torch, torchopt
+            >>> tx = torchopt.sgd(lr=0.1)
+            >>> params = {"w": torch.tensor([1.0, -2.0])}
+            >>> grads = {"w": torch.tensor([0.5, 0.5])}
+            >>> params, state = tx.apply_gradients(grads, tx.init(params), params, inplace=False)
+            >>> params
+            {'w': tensor([ 0.9500, -2.0500])}
+        """
+        # update does without parameters, and refuses if some are there and others are not
+        given, received = (any(x is not None for x in tree.flatten(t)[0]) for t in (params, grads))
+        if received and not given:
+            raise TypeError(
+                "apply_gradients needs the parameters, got none; update(grads, state) gives the "
+                "updates alone."
+            )
+        if inplace:
+            updates, new_state = self.update(grads, state, params, **extra)
+            return apply_updates(params, updates), new_state
+        new, p, spec, new_state = advance_trees(self, grads, state, params, False, extra, True)
+        new = [old if x is None else x for x, old in zip(new, p)]
+        return tree.unflatten_like(params, grads, spec, new), new_state
+
+    # Printing, comparing, hashing ---------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        fields = ", ".join(
+            f"{field.name}={describe(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)
+            if field.name != "use_accelerated_op" or self.use_accelerated_op is not None
+        )
+        return f"{type(self).__name__}({fields})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        names = [f.name for f in dataclasses.fields(self) if f.compare]
+        return all(same(getattr(self, name), getattr(other, name)) for name in names)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # without the plan, which is made anew
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+class ElementwiseTransformation(GradientTransformation):
+    """A transformation whose rule treats each parameter by itself, entry by entry.
+
+    Example:
+        >>> import torch, torchopt
+        >>> @torchopt.transformation
+        ... class Sign(torchopt.ElementwiseTransformation):
+        ...     def rule(self, g, p, t, slots):
+        ...         return g.sign(), slots
+        >>> tx = Sign()
+        >>> tx.update([torch.tensor([0.5, -2.0])], tx.init([torch.ones(2)]))[0]
+        [tensor([ 1., -1.])]
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    def rule(
+        self,
+        g: Tensor,
+        p: Tensor | None,
+        t: Step,
+        slots: tuple[Any, ...],
+        *args: Any,
+        **hyperparameters: Any,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return the update of one parameter and its new slots; pure.
+
+        Args:
+            g: The gradient, or what earlier parts of a chain made of it.
+            p: The parameter, or ``None`` if the caller gave none.
+            t: The step count, 1 at the first update.
+            slots: The buffers, in the order of ``slots``.
+            *args: None; here so that a subclass may name its hyperparameters.
+            **hyperparameters: Numbers, or tensors that broadcast to ``g``.
+        """
+        raise TypeError(f"{type(self).__name__} defines no rule(g, p, t, slots, ...).")
+
+    def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
+        """Apply :meth:`rule` to every parameter."""
+        updates, slots = [], []
+        for g, p, t, s, h in zip(leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper):
+            result = self.rule(g, p, t, s, **h)
+            if not _is_result(result, s):
+                raise TypeError(misuse.not_a_result(self, result, s))
+            updates.append(result[0])
+            slots.append(result[1])
+        return updates, slots
+
+
+def _is_result(result: Any, slots: tuple[Any, ...]) -> bool:
+    """Whether a rule returned an update and as many slots as it was given."""
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        return False
+    return isinstance(result[0], Tensor) and len(result[1]) == len(slots)
+
+
+def check_transformation(tx: object, where: str) -> None:
+    """Refuse anything but a transformation.
+
+    Raises:
+        TypeError: Naming what was given and what to give.
+    """
+    if not isinstance(tx, GradientTransformation):
+        raise TypeError(misuse.not_a_transformation(tx, where))

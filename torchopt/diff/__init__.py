@@ -1,0 +1,1 @@
+"""Ways to differentiate an inner problem."""

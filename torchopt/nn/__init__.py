@@ -1,0 +1,1 @@
+"""Networks: their parameters, snapshots of them, and undoing what happened to them."""

@@ -1,0 +1,1 @@
+"""Optimizers that hold parameters or a network: object-oriented and differentiable."""

@@ -1,0 +1,207 @@
+"""Check and convert states saved by ``torch.optim`` or by the object-oriented face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.base import misuse, tree
+from torchopt.base.numerics import HALF
+from torchopt.core import hyper
+from torchopt.optim.schedules import REPLACED
+
+
+def unexpected(optimizer: Any, given: Any) -> str:
+    """Say that something is no saved state."""
+    return (
+        f"{type(optimizer).__name__}.load_state_dict expects a dict with 'state' and "
+        f"'param_groups', got {given}."
+    )
+
+
+def checked_groups(optimizer: Any, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the saved parameter groups, complete and in the order of the live parameters.
+
+    Raises:
+        ValueError: If they are those of another optimizer or do not match its parameters.
+    """
+    title = type(optimizer).__name__
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            unexpected(
+                optimizer, list(state_dict) if isinstance(state_dict, Mapping) else state_dict
+            )
+        )
+    saved = state_dict["param_groups"]
+    if not isinstance(state_dict["state"], Mapping):
+        raise ValueError(f"'state' must be a dict, got {type(state_dict['state']).__name__}.")
+    if not isinstance(saved, (list, tuple)) or not all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple))
+        for group in saved
+    ):
+        raise ValueError("'param_groups' must be a list of dicts, each with a list 'params'.")
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(
+            f"The state has {len(saved)} parameter groups, {title} has "
+            f"{len(optimizer.param_groups)}."
+        )
+    return [
+        _checked_group(optimizer, index, group, live)
+        for index, (group, live) in enumerate(zip(saved, optimizer.param_groups))
+    ]
+
+
+def _checked_group(
+    optimizer: Any, index: int, saved: Mapping[str, Any], live: dict[str, Any]
+) -> dict[str, Any]:
+    """Return one saved group, complete and in the order of the live parameters."""
+    title, specs = type(optimizer).__name__, optimizer.group_specs(live)
+    if len(saved["params"]) != len(live["params"]):
+        raise ValueError(
+            f"Parameter group {index} of the state has {len(saved['params'])} parameters, "
+            f"that of {title} has {len(live['params'])}."
+        )
+    group = {name: value for name, value in saved.items() if name != REPLACED}
+    if "label" in live and group.setdefault("label", live["label"]) != live["label"]:
+        raise ValueError(
+            f"Parameter group {index} of the state has the label {group['label']!r}, that of "
+            f"{title} {live['label']!r}."
+        )
+    for name, spec in specs.items():
+        if name in group:
+            hyper.check(name, group[name], spec)
+        elif name in optimizer.former_defaults and not is_recent(saved):
+            group[name] = optimizer.former_defaults[name]
+        elif optimizer.has_schedule(live, name) or name in optimizer.optional_hyperparameters:
+            group[name] = live[name]
+        else:
+            raise ValueError(
+                f"The state belongs to another optimizer: parameter group {index} has no "
+                f"{name!r}, which {title} needs; it has {sorted(map(str, group))}."
+            )
+    for name, value in optimizer.fixed_options.items():
+        if group.get(name, value) != value:
+            raise ValueError(
+                f"The state has {name}={misuse.short(group[name])}; {title} is {name}={value!r}."
+            )
+    names, own = saved.get("param_names"), live.get("param_names")
+    if names is None or own is None or list(names) == list(own):
+        return group
+    return _reordered(group, _order_by_name(index, list(names), list(own)), specs)
+
+
+def is_recent(group: Mapping[str, Any]) -> bool:
+    """Whether a group lacks what old ones lack for another reason: it is RAdam's."""
+    return "decoupled_weight_decay" in group and not {"fused", "amsgrad"} & group.keys()
+
+
+def _order_by_name(index: int, names: list[str], own: list[str]) -> list[int]:
+    """Return where each of the live parameters stands in a saved group.
+
+    Raises:
+        ValueError: If the names are not the same ones.
+    """
+    if sorted(names) != sorted(own) or len(set(own)) < len(own):
+        raise ValueError(
+            f"The names of the parameters in group {index} differ from those of the state: "
+            f"{tree.first_difference(names, own)}. The state has {names}, the optimizer {own}. "
+            f"To load by position, remove the names: "
+            f"state['param_groups'][{index}].pop('param_names')."
+        )
+    return [names.index(name) for name in own]
+
+
+def _reordered(group: dict[str, Any], order: list[int], specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved group, with what lists one value for each parameter, in another order."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and len(value) == len(order):
+            return [value[k] for k in order]
+        return value
+
+    for name in specs:
+        pair = specs[name].pair
+        group[name] = tuple(map(own, group[name])) if pair else own(group[name])
+    for name in ("params", "param_names"):
+        group[name] = own(group[name])
+    return group
+
+
+def saved_group(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parameter group to save: tensors that schedulers change in place are copied."""
+    names = optimizer.group_specs(group)
+    own = {name: _copied(value) if name in names else value for name, value in group.items()}
+    return {**optimizer.fixed_options, **own}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, (Tensor, Mapping, list, tuple)):
+        return tree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, value)
+    return value
+
+
+def checked_slots(
+    optimizer: Any, state: Mapping[Any, Any], groups: list[dict[str, Any]]
+) -> dict[Tensor, dict[str, Any]]:
+    """Return copies of the saved slots by parameter, in the dtype in which they are kept.
+
+    Raises:
+        ValueError: If they are those of another optimizer or do not match its parameters.
+    """
+    keys = [key for group in groups for key in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    plan, loaded = optimizer.transformation.plan, {}
+    reads_step = any(part.uses_step for part in plan.parts)
+    for key, p in zip(keys, params):
+        entry = state.get(key, {})
+        if not isinstance(entry, Mapping):
+            raise ValueError(
+                f"The state of parameter {key} must be a dict, got {misuse.short(entry)}."
+            )
+        entry = {name: value for name, value in entry.items() if value is not None}
+        if not entry:
+            continue
+        plan.check_slots([name for name in entry if name != "step"], type(optimizer).__name__)
+        if reads_step and "step" not in entry:
+            raise ValueError(f"The state of parameter {key} lacks 'step'.")
+        dtype = torch.float32 if p.dtype in HALF else p.dtype
+        loaded[p] = {
+            name: _step_to_int(value, key)
+            if name == "step"
+            else _copy_slot(name, value, key, p, dtype)
+            for name, value in entry.items()
+        }
+    return loaded
+
+
+def step_to_tensor(step: Any) -> Any:
+    """Return a count as ``torch.optim`` keeps it."""
+    return step if isinstance(step, Tensor) else torch.tensor(float(step))
+
+
+def _step_to_int(step: Any, key: Any) -> int:
+    try:
+        number = float(step)
+    except (TypeError, ValueError, RuntimeError):
+        number = -1.0
+    if not (number >= 0 and number.is_integer()):
+        raise ValueError(
+            f"'step' of parameter {key} must be a count of updates, got {misuse.short(step)}."
+        )
+    return int(number)
+
+
+def _copy_slot(name: str, value: Any, key: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name!r} of parameter {key} must be a tensor, got {misuse.short(value)}."
+        )
+    if value.shape != param.shape:
+        raise ValueError(
+            f"{name!r} of parameter {key} has shape {tuple(value.shape)} in the state, "
+            f"the parameter {tuple(param.shape)}."
+        )
+    return value.detach().to(device=param.device, dtype=dtype, copy=True)

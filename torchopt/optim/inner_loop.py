@@ -1,0 +1,86 @@
+"""Adapt a network inside a ``with`` block and have it back unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from torchopt.base import misuse
+from torchopt.base.commit import all_or_nothing
+from torchopt.core.transform import GradientTransformation
+from torchopt.nn.parameters import refuse_scripted
+from torchopt.nn.rollback import Rollback
+from torchopt.optim.meta_optimizer import MetaOptimizer
+
+
+@misuse.block
+def inner_loop(
+    module: nn.Module,
+    tx: GradientTransformation | MetaOptimizer,
+    *,
+    create_graph: bool | None = None,
+    restore_buffers: bool = True,
+) -> Iterator[MetaOptimizer]:
+    """Adapt a network inside a ``with`` block; at its end it is what it was before.
+
+    The adapted tensors live on in the graph of any loss computed in the block, so an outer loss may
+    be differentiated inside or after it. What the network held comes back, also if the block
+    raises: parameters, buffers and sub-modules (what was added goes), values that were changed in
+    place (``reset_parameters``, ``load_state_dict``, an embedding's ``max_norm``), flags
+    (``requires_grad``), the mode of ``train`` and ``eval``, and the optimizer. Other attributes
+    stay as the block left them, ``grad`` as well. A lazy module that got its shapes in the block
+    keeps them.
+
+    A loss computed from values that were changed in place, of the network's own parameters, has to
+    be differentiated inside the block: afterwards PyTorch raises, for they have been put back.
+
+    Args:
+        module: The network.
+        tx: A transformation, for a fresh optimizer; or a :class:`MetaOptimizer` of ``module``.
+        create_graph: ``False`` gives the first-order approximation.
+        restore_buffers: Let the block work on copies of the buffers (BatchNorm statistics), and
+            put the originals back. ``False`` keeps what the block made of them.
+
+    Yields:
+        The optimizer.
+
+    Example:
+        >>> import torch, torchopt
+        >>> net = torch.nn.Linear(2, 1)
+        >>> x = torch.randn(8, 2)
+        >>> with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
+        ...     for _ in range(3):
+        ...         inner.step(net(x).square().mean())
+        ...     net(x).square().mean().backward()
+        >>> net.weight.grad.shape
+        torch.Size([1, 2])
+    """
+    misuse.check_inner_loop(module, tx)
+    optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
+    refuse_scripted("inner_loop", module)
+    groups = list(optimizer.param_groups)
+    modules = {id(m): m for m in (module, *(group["params"] for group in groups))}
+    rollback = Rollback(modules.values(), restore_buffers)
+    groups_before = [dict(group) for group in groups]
+    # states are replaced at each step and never changed, so that they need no copy
+    states_before, pairs_before = list(optimizer._states), optimizer._pairs
+    create_graph_before = optimizer.create_graph
+    if create_graph is not None:
+        optimizer.create_graph = create_graph
+
+    def undo() -> None:
+        rollback.undo()
+        optimizer.create_graph = create_graph_before
+        for group, before in zip(groups, groups_before):
+            group.clear()
+            group.update(before)
+        optimizer.param_groups[:] = groups
+        optimizer._states, optimizer._pairs = list(states_before), pairs_before
+
+    try:
+        yield optimizer
+    finally:
+        all_or_nothing(undo)
+        if optimizer is not tx:  # a step would change the network for good
+            vars(optimizer)["step"] = misuse.step_after_block

@@ -1,0 +1,44 @@
+"""Refuse tensors whose memory has been given back, which PyTorch reads without looking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.base import tree
+from torchopt.core.engine import Call
+
+
+#: Tensors that have an address; others (DTensor, FakeTensor) may have none, and are no error.
+_ADDRESSED = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+
+
+def refuse_released(call: Call) -> None:
+    """Refuse a call in which a tensor has entries but no memory for them.
+
+    ``x.untyped_storage().resize_(0)`` gives memory back, as sharding libraries do between uses; the
+    tensor keeps its shape, and arithmetic with it crashes the process.
+
+    Raises:
+        RuntimeError: Naming the parameter.
+    """
+    columns = {"Parameter": call.p, "The gradient of": call.g}
+    columns.update({f"The slot {name!r} of": column for name, column in call.slots.items()})
+    for what, column in columns.items():
+        for k in _released(column):
+            name = tree.quoted(call.names()[k])
+            raise RuntimeError(
+                f"{what} {name} of shape {tuple(column[k].shape)} has no memory: its storage was "
+                "resized to 0 bytes (untyped_storage().resize_). Give it its memory back before "
+                "the step."
+            )
+
+
+def _released(column: Iterable[Any]) -> Iterable[int]:
+    for k, x in enumerate(column):
+        addressed = type(x) in _ADDRESSED and x.layout == torch.strided and not x.is_meta
+        if addressed and not x.data_ptr() and x.numel() and not x._is_zerotensor():
+            yield k

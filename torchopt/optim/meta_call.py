@@ -1,0 +1,343 @@
+"""What a differentiable step asks the engine for, and the state after it.
+
+A step like the one before takes a short way: what that one found out need only be compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from torchopt.base.alike import Alike
+from torchopt.base.values import is_plain
+from torchopt.core import hyper
+from torchopt.core.engine import Call, initialise, initialise_packed, packs
+from torchopt.core.packed import Packed, PackedDict, Packing
+from torchopt.core.transform import GradientTransformation
+from torchopt.nn.parameters import ParameterSite, ParameterWalk, named_places
+from torchopt.optim.meta_state import GroupState
+
+
+_shape_of = operator.attrgetter("shape")
+
+
+class Entry(NamedTuple):
+    """One parameter of one group."""
+
+    group: int
+    name: str
+    site: ParameterSite
+
+
+class Trainable:
+    """The parameters of all groups that require grad, at this moment.
+
+    Attributes:
+        frozen: By group, those that did not at some step: a state may be without them.
+    """
+
+    def __init__(self, frozen: Mapping[int, set[str]] | None = None) -> None:
+        self.frozen = {index: set(names) for index, names in (frozen or {}).items()}
+        self._walks: list[ParameterWalk] = []
+        self._entries: list[list[Entry]] = []
+
+    def now(self, groups: Sequence[dict[str, Any]]) -> tuple[list[Entry], list[Tensor]]:
+        """Return the entries and their present tensors."""
+        entries: list[Entry] = []
+        params: list[Tensor] = []
+        for index, group in enumerate(groups):
+            own = self._look_up(index, group["params"])
+            if own is None:
+                own = self._walk(index, group["params"])
+            known = self._entries[index]
+            if all(tensor.requires_grad for tensor in own):
+                entries += known
+                params += own
+                continue
+            for entry, tensor in zip(known, own):
+                if tensor.requires_grad:
+                    entries.append(entry)
+                    params.append(tensor)
+                else:
+                    self.frozen.setdefault(index, set()).add(entry.name)
+        return entries, params
+
+    def _look_up(self, index: int, module: Any) -> list[Tensor] | None:
+        if index < len(self._walks) and self._walks[index].module is module:
+            return self._walks[index].tensors()
+        return None
+
+    def _walk(self, index: int, module: Any) -> list[Tensor]:
+        walk = ParameterWalk(module)
+        del self._walks[index:], self._entries[index:]
+        self._walks.append(walk)
+        self._entries.append([Entry(index, site.name, site) for site in walk.sites])
+        return [site.tensor for site in walk.sites]
+
+
+def known_names(module: nn.Module) -> hyper.Known:
+    """Return the names of all parameters of a network, and the further ones of tied weights."""
+    names: dict[int, str] = {}
+    others: dict[str, list[str]] = {}
+    for name, _, _, tensor in named_places(module, "_parameters"):
+        if id(tensor) in names:
+            others.setdefault(names[id(tensor)], []).append(name)
+        names.setdefault(id(tensor), name)
+    return hyper.Known(list(names.values()), others)
+
+
+def _known_of_all(groups: Sequence[dict[str, Any]]) -> hyper.Known:
+    """Return the names of all parameters of several networks, as masks see them."""
+    names: list[str] = []
+    others: dict[str, list[str]] = {}
+    for index, group in enumerate(groups):
+        known = known_names(group["params"])
+        names += [f"{index}.{name}" for name in known.names]
+        others.update(
+            {f"{index}.{n}": [f"{index}.{o}" for o in more] for n, more in known.others.items()}
+        )
+    return hyper.Known(names, others)
+
+
+def new_call(
+    tx: GradientTransformation,
+    groups: Sequence[dict[str, Any]],
+    states: Sequence[GroupState],
+    entries: Sequence[Entry],
+    params: list[Tensor],
+    grads: list[Any],
+) -> Call:
+    """Return the call of a step of which nothing is known."""
+    states = _without_reshaped(states, entries, params)
+    single = len(groups) == 1
+    names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
+    known = [state.steps for state in states]
+    steps: list[Any] = [known[entry.group].get(entry.name, 0) + 1 for entry in entries]
+    specs = tx.hyper_specs()
+    rows: list[dict[str, Any]] = []
+    for index, group in enumerate(groups):
+        for name, spec in specs.items():
+            hyper.check(name, group[name], spec)  # they may have been changed since
+        own = [k for k, entry in enumerate(entries) if single or entry.group == index]
+        count = max((steps[k] for k in own), default=1) - 1
+        own_names = names if single else [entries[k].name for k in own]
+        own_params = [params[k] for k in own]
+        around = partial(known_names, group["params"])
+        rows += hyper.resolve(group, specs, own_params, lambda n=own_names: n, count, around)
+    call = Call(grads, params, steps, {}, rows, lambda: names, dict(zip(names, params)))
+    call.known = (
+        partial(known_names, groups[0]["params"]) if single else partial(_known_of_all, groups)
+    )
+    fresh = [step == 1 and e.name not in known[e.group] for step, e in zip(steps, entries)]
+    complete = single and (not known[0] or known[0].keys() == set(names))
+    # what is packed is contiguous, and so is what a kernel computes with it; a kernel would pack
+    # the pairs of reals that it sees of complex numbers
+    dense = all(map(Tensor.is_contiguous, params)) and not any(map(Tensor.is_complex, params))
+    call.pack_slots = complete and dense and packs(tx.plan)
+    packed: dict[str, Any] = {}
+    if call.pack_slots:
+        if not known[0]:
+            packed = initialise_packed(tx, call) or {}
+        elif not any(fresh):
+            packed = states[0].packed_slots(names)
+    initial = {}
+    if any(fresh) and not packed:  # at the first step, or for parameters that were frozen
+        missing = [p if new else None for p, new in zip(params, fresh)]
+        initial = initialise(tx, dataclasses.replace(call, p=missing))
+    for slot in tx.slot_names():
+        if slot in packed:
+            call.slots[slot] = packed[slot]
+            continue
+        call.slots[slot] = [
+            initial[slot][k] if new else states[entry.group].slots[slot].get(entry.name)
+            for k, (entry, new) in enumerate(zip(entries, fresh))
+        ]
+    return call
+
+
+def _without_reshaped(
+    states: Sequence[GroupState], entries: Sequence[Entry], params: Sequence[Tensor]
+) -> Sequence[GroupState]:
+    """Leave out parameters of another shape than their slots: new ones under an old name."""
+    shapes: list[dict[str, Any]] = [{} for _ in states]
+    for state, found in zip(states, shapes):
+        for column in state.slots.values():
+            if type(column) is PackedDict:
+                found.update(zip(column.names, column.packed.packing.shapes))
+            else:
+                found.update((name, x.shape) for name, x in column.items() if x is not None)
+    kept = list(states)
+    for entry, param in zip(entries, params):
+        if shapes[entry.group].get(entry.name, param.shape) != param.shape:
+            state = kept[entry.group]
+            kept[entry.group] = GroupState(
+                {name: step for name, step in state.steps.items() if name != entry.name},
+                {
+                    slot: {name: x for name, x in column.items() if name != entry.name}
+                    for slot, column in state.slots.items()
+                },
+            )
+    return kept
+
+
+def next_states(
+    states: Sequence[GroupState],
+    entries: Sequence[Entry],
+    call: Call,
+    slots: dict[str, list[Any]],
+    track: bool,
+) -> list[GroupState]:
+    """Return the states after a step; ``track`` says whether slots keep their graph."""
+    following = [
+        GroupState(
+            dict(state.steps),
+            {
+                slot: {} if isinstance(slots[slot], Packed) else dict(column)
+                for slot, column in state.slots.items()
+            },
+        )
+        for state in states
+    ]
+    for k, entry in enumerate(entries):
+        state = following[entry.group]
+        step = call.t[k] if call.g[k] is not None else call.t[k] - 1
+        state.steps[entry.name] = int(step)
+    names = tuple(entry.name for entry in entries)
+    for slot, column in slots.items():
+        if isinstance(column, Packed) and len(names) == len(column):
+            kept = column if track else column.detach()
+            following[0].slots[slot] = PackedDict(names, kept)
+            continue
+        for entry, value in zip(entries, column):
+            kept = value if track or value is None else value.detach()
+            following[entry.group].slots[slot][entry.name] = kept
+    return following
+
+
+class Steady:
+    """The hyperparameters and the slots of a step whose next one may be like it.
+
+    Args:
+        group: The only group of the optimizer.
+        rows: Its hyperparameters, of each parameter.
+        names: The names of the parameters.
+        packing: How the slots are packed.
+        absent: Slots that no parameter has, as the state keeps them.
+    """
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        rows: list[dict[str, Any]],
+        names: tuple[str, ...],
+        packing: Packing,
+        absent: dict[str, Any],
+    ) -> None:
+        self.rows, self.names, self.packing, self.absent = rows, names, packing, absent
+        self._fields = list(rows[0])
+        self._values = [group[name] for name in self._fields]
+        self._initial: dict[str, Any] = {}  # the slots of parameters like those in known
+        self._known = Alike()
+
+    @classmethod
+    def after(
+        cls, groups: Sequence[dict[str, Any]], call: Call, states: Sequence[GroupState]
+    ) -> Steady | None:
+        """Return what a step found out; ``None`` if the next one must look again.
+
+        Numbers cannot change behind our back; a schedule, a tensor or a dict can.
+        """
+        columns = states[0].slots
+        packed = [column for column in columns.values() if type(column) is PackedDict]
+        absent = {slot: c for slot, c in columns.items() if type(c) is not PackedDict}
+        if not call.pack_slots or not packed or any(g is None for g in call.g):
+            return None
+        row = call.hyper[0]
+        if any(other is not row for other in call.hyper):
+            return None
+        if any(value is not None for column in absent.values() for value in column.values()):
+            return None
+        if not all(is_plain(groups[0][name]) for name in row):
+            return None
+        return cls(groups[0], call.hyper, packed[0].names, packed[0].packed.packing, absent)
+
+    def call(
+        self,
+        tx: Any,
+        groups: Sequence[dict[str, Any]],
+        states: Sequence[GroupState],
+        entries: Sequence[Entry],
+        params: list[Tensor],
+        grads: list[Any],
+    ) -> Call | None:
+        """Return the call of the next step, or ``None`` if something differs."""
+        names = self.names
+        if len(groups) != 1 or len(entries) != len(names) or any(g is None for g in grads):
+            return None
+        if not all(map(operator.is_, map(groups[0].get, self._fields), self._values)):
+            return None
+        if not all(map(operator.eq, names, (entry.name for entry in entries))):
+            return None
+        if list(map(_shape_of, params)) != self.packing.shapes:
+            return None
+        known = states[0].steps
+        counts = set(known.values()) or {0}
+        step = counts.pop()
+        if counts or (known and len(known) != len(names)):
+            return None
+        reference = dict(zip(names, params))
+        call = Call(
+            grads, params, [step + 1] * len(params), {}, self.rows, lambda: names, reference
+        )
+        call.pack_slots = True
+        # a count of 0 may come with slots that somebody gave
+        slots = self._slots(states[0]) if known else self._fresh_slots(tx, call)
+        if slots is None:
+            return None
+        call.slots = slots
+        return call
+
+    def _slots(self, state: GroupState) -> dict[str, Any] | None:
+        slots: dict[str, Any] = {}
+        for slot, column in state.slots.items():
+            if slot in self.absent:
+                if column is not self.absent[slot]:
+                    return None
+                slots[slot] = [None] * len(self.names)
+            elif type(column) is not PackedDict or column.names is not self.names:
+                return None
+            else:
+                slots[slot] = column.packed
+        return slots
+
+    def _fresh_slots(self, tx: Any, call: Call) -> dict[str, Any] | None:
+        """Return the slots of a first step; the numbers that they are have no memory to share."""
+        if self._known.knows(call.p):
+            return {
+                slot: column.again() if type(column) is Packed else column
+                for slot, column in self._initial.items()
+            }
+        slots = initialise_packed(tx, call, self.packing)
+        if slots is None or {slot for slot, c in slots.items() if type(c) is not Packed} != set(
+            self.absent
+        ):
+            return None
+        if all(part.constant_slots for part in tx.plan.parts):
+            self._initial = slots
+            self._known.add(call.p)
+        return slots
+
+    def next_state(self, call: Call, slots: dict[str, Any], track: bool) -> GroupState | None:
+        """Return the state after a step, ``None`` if the slots are no longer packed."""
+        columns = dict(self.absent)
+        for slot, column in slots.items():
+            if slot not in columns:
+                if type(column) is not Packed:
+                    return None
+                columns[slot] = PackedDict(self.names, column if track else column.detach())
+        return GroupState(dict.fromkeys(self.names, int(call.t[0])), columns)

@@ -1,0 +1,352 @@
+"""The differentiable face: optimizers that keep a network connected to what it was."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Concatenate, ParamSpec
+
+from torchopt.base import misuse, tree
+from torchopt.base.commit import all_or_nothing
+from torchopt.base.values import describe, same
+from torchopt.core import hyper, step_tags, whole
+from torchopt.core.engine import Call, advance
+from torchopt.core.opt_state import OptState
+from torchopt.core.pair import as_transformation
+from torchopt.core.recipe import renamed, signature_of_recipe
+from torchopt.core.transform import GradientTransformation, check_transformation
+from torchopt.diff.gradient import differentiate
+from torchopt.nn import marks
+from torchopt.nn.checkpointing import remember_weights
+from torchopt.nn.parameters import parameter_sites, refuse_scripted
+from torchopt.nn.snapshot import extract_state_dict
+from torchopt.optim.meta_call import Entry, Steady, Trainable, known_names, new_call, next_states
+from torchopt.optim.meta_saved import loaded_form, saved_form
+from torchopt.optim.meta_state import GroupState, checked_state, state_of
+
+
+P = ParamSpec("P")
+remember_weights(required=False)
+
+
+class MetaOptimizer(misuse.NoPlainOptimizer):
+    """Optimize a network by steps that can be differentiated through.
+
+    :meth:`step` puts new tensors into the network, connected by the graph to the old ones, to the
+    data and to every hyperparameter that is a tensor; so a later loss can be differentiated with
+    respect to any of them.
+
+    Args:
+        module: The network; or a list of networks and of dicts ``{"params": network, "lr": ...}``
+            with hyperparameters of their own.
+        tx: The transformation. A hyperparameter may be a dict keyed by parameter name, or by the
+            name of a part of the network (``{"body": a, "head": b}``).
+
+    Attributes:
+        param_groups: One dict per network: ``"params"`` and the hyperparameters, read at each step.
+        create_graph: What :meth:`step` uses unless told otherwise; ``False`` gives the first-order
+            approximation.
+
+    Raises:
+        TypeError: If ``tx`` is no transformation or ``module`` no module.
+        ValueError: If a module has no parameters or a hyperparameter is out of bounds.
+
+    Example:
+        >>> import torch, torchopt
+        >>> net = torch.nn.Linear(2, 1)
+        >>> start = net.weight
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> inner = torchopt.MetaOptimizer(net, torchopt.sgd(lr))
+        >>> inner.step(net(torch.ones(3, 2)).square().mean())
+        >>> outer_loss = net(torch.ones(3, 2)).square().mean()
+        >>> [g.shape for g in torch.autograd.grad(outer_loss, [start, lr])]
+        [torch.Size([1, 2]), torch.Size([])]
+    """
+
+    #: The object-oriented class of the same algorithm, which reads the same saved states.
+    twin: ClassVar[Any] = None
+
+    @renamed(impl="tx")
+    def __init__(self, module: nn.Module | Sequence[Any], tx: GradientTransformation) -> None:
+        tx = as_transformation(tx)
+        check_transformation(tx, type(self).__name__)
+        remember_weights()
+        self.transformation = tx
+        self.create_graph = True
+        self.param_groups: list[dict[str, Any]] = []
+        self._states: list[GroupState] = []
+        self._pairs: dict[str, Any] = {}  # the states of pairs, which are of all groups together
+        self._trainable = Trainable()
+        self._steady: Steady | None = None
+        groups: Any = module if isinstance(module, (list, tuple)) else [module]
+        for group in groups:
+            self.add_param_group(group)
+        if not self.param_groups:
+            raise ValueError(f"{type(self).__name__} got an empty list instead of a module.")
+
+    def add_param_group(self, group: nn.Module | dict[str, Any]) -> None:
+        """Let the optimizer also train another network.
+
+        Args:
+            group: The network, or ``{"params": network, "lr": ...}`` with its own hyperparameters.
+
+        Raises:
+            TypeError: If there is no module in it, or an unknown hyperparameter.
+            ValueError: If the module has no parameters or shares one with another group.
+        """
+        given = dict(group) if isinstance(group, Mapping) else {"params": group}
+        module = given.pop("params", None)
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                misuse.not_a_module(group if module is None else module, type(self).__name__)
+            )
+        refuse_scripted(type(self).__name__, module)
+        specs = self.transformation.hyper_specs()
+        given = {name: hyper.plain(value) for name, value in given.items()}
+        for name, value in given.items():
+            if name not in specs:
+                raise TypeError(misuse.unknown_hyperparameter(name, self, list(specs)))
+            hyper.check(name, value, specs[name])
+        sites = parameter_sites(module)
+        if not sites:
+            raise ValueError(f"The module {type(module).__name__} has no parameters to optimize.")
+        taken = {
+            id(s.tensor) for g in self.param_groups for s in parameter_sites(g["params"]).values()
+        }
+        for name, site in sites.items():
+            if id(site.tensor) in taken:
+                raise ValueError(f"Parameter {name!r} belongs to another group already.")
+        hyperparameters = {**self.transformation.hyperparameters(), **given}
+        trained = {n: s.tensor for n, s in sites.items() if s.tensor.requires_grad}
+        around = partial(known_names, module)
+        hyper.resolve(
+            hyperparameters, specs, list(trained.values()), lambda: list(trained), 0, around
+        )
+        self.param_groups.append({"params": module, **hyperparameters})
+        self._states.append(GroupState({}, {slot: {} for slot in self.transformation.slot_names()}))
+
+    @property
+    def impl(self) -> GradientTransformation:
+        """The transformation, by its name in TorchOpt 0.7.3."""
+        return self.transformation
+
+    @property
+    def state_groups(self) -> list[OptState]:
+        """What :meth:`extract_state` returns, as TorchOpt 0.7.3 had it."""
+        return list(self.extract_state())
+
+    # Stepping ---------------------------------------------------------------------------------
+
+    def step(
+        self, loss: Tensor, *, create_graph: bool | None = None, retain_graph: bool | None = None
+    ) -> None:
+        """Differentiate the loss, update, and put the new tensors into the network.
+
+        Under ``torch.no_grad()`` nothing is recorded: the new tensors are leaves, for adapting
+        without a meta-gradient at the memory of one step.
+
+        Attributes of a parameter go over to the tensor that takes its place. Its hooks
+        (``weight.register_hook``) filter the gradient of the loss at every step; they are not run
+        on what an outer loss sends back from one step to the one before, only, as ever, on what
+        arrives at the parameter itself.
+
+        Args:
+            loss: A scalar computed with the network's present tensors.
+            create_graph: ``False`` treats the gradient as a constant (the first-order
+                approximation); ``None`` means the attribute ``create_graph``.
+            retain_graph: As in :func:`torch.autograd.grad`; ``None`` means ``create_graph``.
+
+        Raises:
+            TypeError: If ``loss`` is no tensor.
+            ValueError: If ``loss`` is not scalar, has no graph or does not depend on the weights.
+            RuntimeError: If its graph has been freed. The network and this optimizer have not
+                changed then, nor in any other case of refusal.
+        """
+        track = torch.is_grad_enabled()
+        create_graph = (self.create_graph if create_graph is None else create_graph) and track
+        entries, params = self._trainable.now(self.param_groups)
+        marked = marks.any_marked(params)
+        grads = list(differentiate(loss, params, create_graph, retain_graph))
+        if marked:
+            grads = marks.filtered(params, grads, create_graph)
+        steady, call = self._next_call(entries, params, grads)
+        whole.begin(self.transformation.plan, self._pairs, call)
+        weights, slots = advance(self.transformation, call, apply=True)
+        new_weights = [
+            w if w is None or track else w.detach().requires_grad_(True) for w in weights
+        ]
+        for old, new in zip(params, new_weights) if marked else ():
+            if new is not None:
+                marks.carry(old, new)
+        if track:
+            step_tags.note_create_graph(new_weights, create_graph)
+        state = None if steady is None else steady.next_state(call, slots, track)
+        if state is not None:
+            states = [state]
+        else:
+            states = next_states(self._states, entries, call, slots, track)
+            steady = Steady.after(self.param_groups, call, states)
+
+        pairs = whole.end(self.transformation.plan, call)
+        pairs = pairs if track else tree.tree_map(_detached, pairs)
+
+        def write() -> None:
+            self._states, self._steady, self._pairs = states, steady, pairs
+            for entry, weight in zip(entries, new_weights):
+                if weight is not None:
+                    entry.site.place(weight)
+
+        all_or_nothing(write)
+
+    def _forget(self) -> None:
+        """Drop what earlier steps found out: it belongs to the optimizer that this is a copy of."""
+        self._trainable, self._steady = Trainable(self._trainable.frozen), None
+
+    def _next_call(
+        self, entries: list[Entry], params: list[Tensor], grads: list[Any]
+    ) -> tuple[Steady | None, Call]:
+        """Return the call of this step, and what is known of it if it is like the one before."""
+        steady, groups, states = self._steady, self.param_groups, self._states
+        if steady is not None:
+            call = steady.call(self.transformation, groups, states, entries, params, grads)
+            if call is not None:
+                return steady, call
+        return None, new_call(self.transformation, groups, states, entries, params, grads)
+
+    # State ------------------------------------------------------------------------------------
+
+    def extract_state(self) -> tuple[OptState, ...]:
+        """Return the state by reference, one :class:`~torchopt.OptState` per group."""
+        pairs = zip(self.param_groups, self._states)
+        states = tuple(state_of(group["params"], state) for group, state in pairs)
+        for index, state in enumerate(states):
+            state.slots = self._with_pairs(state.slots, index)
+        return states
+
+    def _with_pairs(self, slots: dict[str, Any], index: int) -> dict[str, Any]:
+        """Return the slots of a group, and with the first group's the states of pairs."""
+        own, _ = whole.split(self.transformation.plan, slots)
+        return {**own, **(self._pairs if index == 0 else {})}
+
+    def recover_state(self, state: Any) -> None:
+        """Go back to an extracted state; see :func:`torchopt.recover_state_dict`."""
+        if not isinstance(state, (tuple, list)) or not all(isinstance(s, OptState) for s in state):
+            raise TypeError(misuse.not_an_optimizer_state(state, self))
+        if len(state) != len(self.param_groups):
+            raise ValueError(
+                f"The state has {len(state)} groups, {type(self).__name__} has "
+                f"{len(self.param_groups)}."
+            )
+        plan, frozen = self.transformation.plan, self._trainable.frozen
+        split = [whole.split(plan, saved.slots) for saved in state]
+        self._states = [
+            checked_state(self, group["params"], OptState(saved.step, own), frozen.get(index, ()))
+            for index, (group, saved, (own, _)) in enumerate(zip(self.param_groups, state, split))
+        ]
+        self._pairs = split[0][1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and hyperparameters in ``torch.optim``'s format, for ``torch.save``.
+
+        The tensors are detached; :func:`torchopt.extract_state_dict` keeps their graph. Parameters
+        are numbered in the network's order, frozen ones too, and named. Schedules given as
+        hyperparameters are code and are left out; loading keeps the live ones.
+        """
+        saved = saved_form(self, self._states)
+        if self._pairs:
+            saved["state"][whole.PAIRS] = tree.tree_map(_detached, self._pairs)
+        return saved
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict`, here or of an optimizer of ``torch.optim``, returned.
+
+        That may be ``torch.optim``'s or ours of the same algorithm, over the same network: its
+        parameters are found by name, or else by their order. Tensors are copied.
+
+        Raises:
+            ValueError: If the state is that of another optimizer or network; nothing changes then.
+
+        Example:
+            >>> import torch, torchopt
+            >>> net = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+            >>> net(torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> inner = torchopt.MetaSGD(net, momentum=0.9)
+            >>> inner.load_state_dict(optimizer.state_dict())
+            >>> torchopt.extract_state_dict(inner)[0].momentum_buffer["bias"]
+            tensor([1.])
+        """
+        rest, pairs = whole.taken_out(self.transformation.plan, state_dict, type(self))
+        states, groups = loaded_form(self, rest)
+        self.recover_state(states)
+        self._pairs = extract_state_dict(pairs, by="deepcopy")
+        for live, group in zip(self.param_groups, groups):
+            live.update(group)
+
+    def clone(self, clone_module: Callable[[nn.Module], nn.Module]) -> MetaOptimizer:
+        """Return an optimizer with this state over ``clone_module`` of each network."""
+        cloned = copy.copy(self)
+        cloned.param_groups = [
+            {**g, "params": clone_module(g["params"])} for g in self.param_groups
+        ]
+        cloned._states = list(self._states)
+        cloned._forget()
+        return cloned
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_trainable": Trainable(self._trainable.frozen), "_steady": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MetaOptimizer:
+        memo[id(self)] = cloned = copy.copy(self)
+        keep = {}  # a hyperparameter with history cannot be copied
+        for group in self.param_groups:
+            for value in tree.flatten({k: v for k, v in group.items() if k != "params"})[0]:
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    keep[id(value)] = value
+        memo.update(keep)
+        cloned.transformation = copy.deepcopy(self.transformation, memo)
+        cloned.param_groups = [copy.deepcopy(group, memo) for group in self.param_groups]
+        # not by recover_state: a network that owns its optimizer is a copy in the making here
+        cloned._states = [state.deepcopy() for state in self._states]
+        cloned._forget()
+        return cloned
+
+    def __repr__(self) -> str:
+        defaults = self.transformation.hyperparameters()
+        networks = []
+        for group in self.param_groups:
+            live = [
+                f"{name}={describe(group[name])}"
+                for name, value in defaults.items()
+                if not same(group[name], value)
+            ]
+            networks.append(" ".join([type(group["params"]).__name__, *live]))
+        return f"{type(self).__name__}({', '.join(networks)}, {self.transformation!r})"
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def from_recipe(
+    recipe: Callable[P, GradientTransformation],
+) -> Callable[[Callable[[Any, Any], None]], Callable[Concatenate[Any, Any, P], None]]:
+    """Give ``__init__(self, module)`` of a named class the arguments of its recipe as well."""
+
+    def decorate(
+        documented: Callable[[Any, Any], None],
+    ) -> Callable[Concatenate[Any, Any, P], None]:
+        def init(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+            MetaOptimizer.__init__(self, module, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
+
+        own = inspect.signature(init).parameters
+        return signature_of_recipe(init, documented, recipe, [own["self"], own["module"]], [])
+
+    return decorate

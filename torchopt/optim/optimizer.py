@@ -1,0 +1,477 @@
+"""The object-oriented face: any transformation as a real ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Concatenate, ParamSpec
+
+from torchopt.base import misuse, tree
+from torchopt.base.commit import all_or_nothing
+from torchopt.core import engine, hyper, whole
+from torchopt.core.accelerated_op import accelerated
+from torchopt.core.apply import refuse_unwritable
+from torchopt.core.engine import Call, advance, initialise
+from torchopt.core.pair import as_transformation
+from torchopt.core.recipe import renamed, signature_of_recipe
+from torchopt.core.transform import GradientTransformation, check_transformation
+from torchopt.optim.checkpoint import (
+    checked_groups,
+    checked_slots,
+    saved_group,
+    step_to_tensor,
+    unexpected,
+)
+from torchopt.optim.memory import refuse_released
+from torchopt.optim.part_groups import PLACES, PartGroups, divide, warn_of_hidden_rates
+from torchopt.optim.schedules import REPLACED, LiveSchedules
+
+
+P = ParamSpec("P")
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Run a transformation over parameters in place, as every ``torch.optim`` optimizer does.
+
+    A subclass of ``torch.optim.Optimizer`` with all that comes with it: parameter groups with
+    their own hyperparameters, read anew at each step; learning-rate schedulers; gradient scaling;
+    hooks; closures; ``state_dict`` in ``torch.optim``'s format. Transformations that look at all
+    gradients, such as clipping by norm, see those of all groups together.
+
+    A schedule given as a hyperparameter stands behind its group: ``group["lr"]`` is the number that
+    the next step will take. Another number put there, by hand or by a scheduler of ``torch.optim``,
+    takes the schedule's place for as long as it stands.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs, or parameter groups, as in ``torch.optim``.
+        tx: The transformation. Its hyperparameters are the defaults of the groups. Each label of a
+            :func:`torchopt.partition` gets a group of its own, and so does each part of a chain of
+            masked optimizers that share no parameter; their masks are read once, here.
+
+    Raises:
+        TypeError: If ``tx`` is no transformation.
+        ValueError: If a hyperparameter is out of bounds or there are no parameters.
+
+    Example:
+        >>> import torch, torchopt
+        >>> net = torch.nn.Linear(2, 1)
+        >>> optimizer = torchopt.Optimizer(
+        ...     net.parameters(), torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.adam(1e-3))
+        ... )
+        >>> net(torch.ones(3, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.param_groups[0]["lr"]
+        0.001
+    """
+
+    #: Hyperparameters that a state saved by ``torch.optim``'s class of the same name may lack.
+    optional_hyperparameters: ClassVar[frozenset[str]] = frozenset()
+    #: What a hyperparameter was in states saved before ``torch.optim``'s class had it.
+    former_defaults: ClassVar[dict[str, Any]] = {}
+    #: Options of ``torch.optim``'s class that must have this value in a loaded state.
+    fixed_options: ClassVar[dict[str, Any]] = {}
+    #: Whether ``state[p]["step"]`` is kept even if the rule does not read it.
+    counts_steps: ClassVar[bool] = False
+
+    transformation: GradientTransformation
+    _stepper: Any = None
+    _parts: PartGroups | None = None  # where each label of a partition has its own groups
+    _schedules: LiveSchedules
+    _lent: bool = False  # whether slots stand in a state dict too, and must not be overwritten
+
+    @renamed(impl="tx")
+    def __init__(self, params: Any, tx: GradientTransformation) -> None:
+        misuse.check_parameters(params, type(self).__name__)
+        tx = as_transformation(tx)
+        check_transformation(tx, type(self).__name__)
+        self.transformation, self._parts, params = divide(tx, params)
+        self._schedules = LiveSchedules()
+        super().__init__(params, self._defaults())
+        warn_of_hidden_rates(self)
+
+    @property
+    def impl(self) -> GradientTransformation:
+        """The transformation, by its name in TorchOpt 0.7.3."""
+        return self.transformation
+
+    def add_param_group(self, param_group: Any) -> None:
+        """Add a parameter group; its missing hyperparameters take the defaults.
+
+        Args:
+            param_group: A dict with ``"params"`` and hyperparameters, as in ``torch.optim``, or
+                the parameters alone: a tensor, or several, or ``(name, parameter)`` pairs.
+                ``"fused": True`` requires kernels, for all groups, as in the constructor.
+
+        Raises:
+            ValueError: If a hyperparameter is out of bounds, a switch is refused as in the
+                constructor, or a parameter is in a group already. Nothing has changed then.
+        """
+        misuse.check_group(param_group, type(self).__name__)
+        if not isinstance(param_group, dict):
+            if not isinstance(param_group, Iterable) or isinstance(param_group, str):
+                raise TypeError(
+                    "param_group must be a dict with 'params', or parameters, got "
+                    f"{type(param_group).__name__}. Of a module give module.parameters()."
+                )
+            param_group = {"params": param_group}
+        places: list[int] | None = None
+        if self._parts is not None:
+            if "label" not in param_group:
+                self._add_divided(self._parts, param_group)
+                return
+            places = param_group.pop(PLACES, None)
+            param_group = self._parts.completed(param_group)
+        for name, spec in self.group_specs(param_group).items():
+            if name in param_group:
+                hyper.check(name, param_group[name], spec)
+        switches = [bool(param_group.get(name)) for name in ("capturable", "differentiable")]
+        _refuse_switches(type(self).__name__, *switches)
+        tx = self.transformation
+        if param_group.get("fused"):
+            tx = accelerated(tx, True)
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            if "non-leaf" not in str(error):
+                raise
+            raise ValueError(misuse.with_history(type(self).__name__)) from error
+        if self._parts is not None:
+            self._parts.place(self.param_groups[-1], places)
+        self.transformation = tx
+        self._adopt_schedules(self.param_groups[-1:])
+
+    def _add_divided(self, parts: PartGroups, group: dict[str, Any]) -> None:
+        before, places = len(self.param_groups), len(parts.places)
+        try:
+            for own in parts.divided([group]):
+                self.add_param_group(own)
+        except BaseException:
+            del self.param_groups[before:], parts.places[places:]
+            raise
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return the hyperparameters of every group."""
+        return (
+            self.transformation.hyperparameters() if self._parts is None else self._parts.defaults
+        )
+
+    def group_specs(self, group: Mapping[str, Any]) -> dict[str, hyper.HyperSpec]:
+        """Return the hyperparameters that a group holds, by name."""
+        return (
+            self.transformation.hyper_specs() if self._parts is None else self._parts.specs(group)
+        )
+
+    def _adopt_schedules(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            self._schedules.adopt([group], list(self.group_specs(group)), self._count)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update the parameters from their ``grad``; those without one stay.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or ``None``.
+
+        Raises:
+            TypeError: For a gradient the rule has no form for (sparse). Nothing has changed then.
+            RuntimeError: For a parameter that cannot be changed by itself (expanded), or whose
+                memory has been given back. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            misuse.check_closure(closure, self)
+            with torch.enable_grad():
+                loss = closure()
+        params = list(itertools.chain.from_iterable(g["params"] for g in self.param_groups))
+        grads = [p.grad for p in params]
+        types = set(map(type, grads))
+        if types <= {type(None)}:
+            return loss
+        if self._schedules.any:
+            self._schedules.write(self.param_groups, self._count)
+        if type(None) in types or self._lent or not self._step_in_place(grads):
+            self._step_by_engine(params, grads)
+        if self._schedules.any:
+            self._schedules.write(self.param_groups, self._count, soon=True)
+        return loss
+
+    def _step_by_engine(self, params: list[Tensor], grads: list[Any]) -> None:
+        """Compute updates and slots, then write them: new tensors for slots."""
+        self._adopt_schedules(self.param_groups)
+        if self._parts is not None:
+            order = self._parts.order(self.param_groups)
+            params, grads = [params[k] for k in order], [grads[k] for k in order]
+        call = self._call(params, grads)
+        if not (compiling := torch.compiler.is_compiling()):
+            refuse_released(call)
+        updates, slots = advance(self.transformation, call)
+        counts = self._counts_steps()
+        changed = [k for k, u in enumerate(updates) if u is not None]
+        refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
+        versions = [None if compiling or p.is_inference() else p._version for p in params]
+        lent = self._slots_lent(params)
+        begun = False
+
+        def write() -> None:
+            nonlocal begun
+            again, begun = begun, True
+            for index, (p, u) in enumerate(zip(params, updates)):
+                if u is None:
+                    continue
+                kept = {
+                    n: column[index] for n, column in slots.items() if column[index] is not None
+                }
+                if counts:
+                    kept["step"] = call.t[index]
+                if kept:
+                    self.state[p].update(kept)
+                version = versions[index]
+                if not again or (version is not None and p._version == version):
+                    p.add_(u)
+            for p in params if lent else ():
+                entry = self.state.get(p, {})
+                # those of a parameter without gradient, or left as they were by the rule
+                entry.update({n: x.clone() for n, x in entry.items() if id(x) in lent})
+            if call.pairs:
+                self.state[whole.PAIRS] = whole.end(self.transformation.plan, call)  # pyright: ignore
+
+        all_or_nothing(write)
+        self._lent = False
+
+    def _slots_lent(self, params: list[Tensor]) -> set[int]:
+        """Return the identities of the slots that stand in a state dict as well."""
+        entries = [self.state.get(p, {}) for p in params] if self._lent else []
+        return {id(x) for entry in entries for x in entry.values() if isinstance(x, Tensor)}
+
+    def _step_in_place(self, grads: list[Tensor]) -> bool:
+        """Let a fused kernel overwrite parameters and slots; return whether one could."""
+        if not engine.accelerates(self.transformation.plan):
+            return False
+        if self._stepper is None:
+            self._stepper = engine.in_place_stepper()
+        return self._stepper.step(self, grads)
+
+    def _row(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the hyperparameters of a group as they are now."""
+        if self._parts is not None:
+            return self._parts.row(group)
+        return {name: group[name] for name in self.transformation.hyper_specs()}
+
+    def _call(self, params: list[Tensor], grads: list[Any]) -> Call:
+        names = _parameter_names(self.param_groups)
+        steps: list[Any] = [self._previous_step(p) + 1 for p in params]
+        rows: list[dict[str, Any]] = []
+        for group in self.param_groups:
+            first, last = len(rows), len(rows) + len(group["params"])
+            if self._parts is not None:
+                values = self._parts.row(group)
+            else:
+                values = {**self.transformation.hyperparameters(), **group}
+            specs = self.transformation.hyper_specs()
+            values = {name: hyper.as_numbers(values[name]) for name in specs}
+            group_names = names[first:last]
+            # 0 stands for the count: there are no schedules in the groups any more
+            rows += hyper.resolve(values, specs, group["params"], lambda n=group_names: n, 0, names)
+        labels = None
+        if self._parts is not None:  # in the order of params
+            labels = [group["label"] for group in self.param_groups for _ in group["params"]]
+            order = self._parts.order(self.param_groups)
+            rows, names = [rows[k] for k in order], [names[k] for k in order]
+            labels = [labels[k] for k in order]
+        fresh = [
+            p if g is not None and not self.state.get(p) else None for p, g in zip(params, grads)
+        ]
+        call = Call(grads, fresh, steps, {}, rows, lambda: names, params, labels=labels)
+        call.slots = initialise(self.transformation, call)
+        for name, column in call.slots.items():
+            for index, p in enumerate(params):
+                if fresh[index] is None and p in self.state:
+                    column[index] = self.state[p].get(name)
+        call.p = params
+        whole.begin(self.transformation.plan, self.state.get(whole.PAIRS, {}), call)  # pyright: ignore
+        return call
+
+    def _previous_step(self, param: Tensor) -> int:
+        """Return the count of updates so far; a state without a count (SGD's) counts as one."""
+        state = self.state.get(param)
+        if state is None:
+            return 0
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"optimizer.state has {state!r} for a parameter of shape {tuple(param.shape)}; "
+                "expected a dict of slots. Remove it with optimizer.state.pop(parameter)."
+            )
+        return int(state.get("step", 1)) if state else 0
+
+    def _count(self, group: dict[str, Any]) -> int:
+        """Return how often a group has been updated: the most updates of one of its parameters."""
+        return max(map(self._previous_step, group["params"]), default=0)
+
+    def _counts_steps(self) -> bool:
+        return (
+            self.counts_steps
+            or self._schedules.any
+            or any(part.uses_step for part in self.transformation.plan.parts)
+        )
+
+    def has_schedule(self, group: dict[str, Any], name: str) -> bool:
+        """Whether a hyperparameter of a group was given as a schedule."""
+        return self._schedules.has(group, name) or hyper.has_schedule(group[name])
+
+    # Saving and loading -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in ``torch.optim``'s format, readable by its class of the same name.
+
+        It is a snapshot: count, slots and hyperparameters belong together, and no later step
+        changes them, so that ``load_state_dict`` goes back to this moment. Nothing is copied for
+        it here. The slots are lent to the snapshot, and the next step writes new ones instead of
+        overwriting them, as the first step does; those after it are in place again. (What
+        ``torch.optim`` returns goes on with the optimizer; a best state kept in memory has to be
+        copied there.)
+
+        Of a schedule given as a hyperparameter the present number is saved. Loading keeps the
+        schedules of the optimizer that loads, at the loaded count.
+        """
+
+        def convert(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+            state = {
+                key: {n: step_to_tensor(v) if n == "step" else v for n, v in entry.items()}
+                if isinstance(entry, dict)
+                else entry
+                for key, entry in saved["state"].items()
+            }
+            groups = [saved_group(self, group) for group in saved["param_groups"]]
+            for group, live in zip(groups, self.param_groups):
+                if replaced := self._schedules.replaced(live):
+                    group[REPLACED] = replaced
+            return {**saved, "state": state, "param_groups": groups}
+
+        self._adopt_schedules(self.param_groups)
+        hook = self.register_state_dict_post_hook(convert, prepend=True)  # before the user's
+        self._lent = bool(self.state)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Load what :meth:`state_dict`, here or of ``torch.optim``'s class, returned.
+
+        Tensors are copied. Slots are kept in the parameter's dtype, in float32 for half precision.
+        Parameters are matched by name where both sides have names (the optimizer was made from
+        ``named_parameters()``), else by position. A hyperparameter that the state is too old to
+        have is what it was at the time.
+
+        Raises:
+            TypeError: If it is no dict.
+            ValueError: If the state is that of another optimizer or of other parameters. Nothing
+                has changed then.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(unexpected(self, type(state_dict).__name__))
+        loaded: dict[Tensor, dict[str, Any]] = {}
+
+        restore: Callable[..., None] = lambda *_: None  # noqa: E731
+
+        def check(_: Any, given: Any) -> dict[str, Any]:
+            nonlocal restore
+            groups = checked_groups(self, given)
+            loaded.update(checked_slots(self, given["state"], groups))
+            restore = self._schedules.keep_through_load(self.param_groups, given["param_groups"])
+            whole.check(self.transformation.plan, given["state"].get(whole.PAIRS, {}), type(self))
+            return {**given, "param_groups": groups}
+
+        def adopt(_: Any) -> None:  # torch has cast the slots to the parameters' dtype
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p in loaded:
+                        self.state[p] = loaded[p]
+                    else:
+                        self.state.pop(p, None)
+            self._lent = False  # the slots are copies
+            restore(self.param_groups, self._count)
+            if whole.PAIRS in self.state:  # the states of pairs are copied as the slots are
+                self.state[whole.PAIRS] = tree.tree_map(_copied, self.state[whole.PAIRS])  # pyright: ignore
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),  # after the user's
+            self.register_load_state_dict_post_hook(adopt, prepend=True),  # before the user's
+        ]
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.optim.Optimizer keeps only its own attributes in pickles and deep copies
+        own = ("transformation", "_parts", "_schedules", "_lent")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+
+def from_recipe(
+    recipe: Callable[P, GradientTransformation],
+) -> Callable[[Callable[[Any, Any], None]], Callable[Concatenate[Any, Any, P], None]]:
+    """Give ``__init__(self, params)`` of a named class the arguments of its recipe as well.
+
+    The implementation switches of ``torch.optim`` are accepted as keywords, so that calls carry
+    over: ``foreach`` changes nothing, ``fused=True`` means ``use_accelerated_op=True``, and
+    ``differentiable=True`` and ``capturable=True`` are refused with the way to get them.
+    """
+
+    def decorate(
+        documented: Callable[[Any, Any], None],
+    ) -> Callable[Concatenate[Any, Any, P], None]:
+        def init(
+            self: Any,
+            params: Any,
+            *args: Any,
+            foreach: bool | None = None,
+            fused: bool | None = None,
+            capturable: bool = False,
+            differentiable: bool = False,
+            **kwargs: Any,
+        ) -> None:
+            _refuse_switches(type(self).__name__, capturable, differentiable)
+            if fused:
+                kwargs["use_accelerated_op"] = True
+            Optimizer.__init__(self, params, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
+
+        own = inspect.signature(init).parameters
+        switches = [own[name] for name in ("foreach", "fused", "capturable", "differentiable")]
+        return signature_of_recipe(init, documented, recipe, [own["self"], own["params"]], switches)
+
+    return decorate
+
+
+def _refuse_switches(title: str, capturable: bool, differentiable: bool) -> None:
+    if differentiable:
+        raise ValueError(
+            f"{title} changes its parameters in place. To differentiate through its steps use "
+            f"torchopt.Meta{title}(module, ...) or the functional face with inplace=False."
+        )
+    if capturable:
+        raise ValueError(f"{title} has no capturable form yet; leave capturable=False.")
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:
+    names = []
+    for index, group in enumerate(groups):
+        given = group.get("param_names")
+        names += given or [
+            f"param_groups[{index}]['params'][{k}]" for k in range(len(group["params"]))
+        ]
+    return names
