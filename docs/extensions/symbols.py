@@ -58,8 +58,11 @@ def own_names(module: ModuleType) -> list[str]:
 
 
 def public_modules() -> list[ModuleType]:
-    """Return torchopt, the modules that it shows, and packages that re-export names."""
-    shown = [getattr(torchopt, name) for name in reexported(torchopt)]
+    """Return torchopt, the modules that it shows, and packages that re-export names.
+
+    The aliases of ``torchopt.typing`` have a page of their own.
+    """
+    shown = [getattr(torchopt, name) for name in reexported(torchopt) if name != "typing"]
     modules = [torchopt, *(value for value in shown if inspect.ismodule(value))]
     for package in pkgutil.iter_modules(torchopt.__path__, "torchopt."):
         if package.ispkg and not package.name.rpartition(".")[2].startswith("_"):

@@ -15,7 +15,13 @@ from torchopt.typing import Step
 
 @dataclasses.dataclass(frozen=True)
 class HyperSpec:
-    """What values a hyperparameter may take; stands beside the field as data."""
+    """What values a hyperparameter may take; stands beside the field as data.
+
+    Example:
+        >>> import torchopt
+        >>> torchopt.scale_by_learning_rate(0.1).hyper_specs()["lr"].allows(-0.1)
+        False
+    """
 
     ge: float | None = None
     gt: float | None = None
@@ -76,13 +82,37 @@ def hyper(
         le: Upper bound.
         lt: The same, exclusive.
         pair: The value is a tuple of two hyperparameters, such as ``betas``.
+
+    Example:
+        >>> import torch, torchopt
+        >>> @torchopt.transformation
+        ... class Soften(torchopt.ElementwiseTransformation):
+        ...     width: float = torchopt.hyper(1.0, gt=0)
+        ...
+        ...     def rule(self, g, p, t, slots, *, width):
+        ...         return g / (g.abs() + width), slots
+        >>> Soften(width=0.0)
+        Traceback (most recent call last):
+        ValueError: width must be > 0, got 0.0.
     """
     spec = HyperSpec(ge=ge, gt=gt, le=le, lt=lt, pair=pair)
     return dataclasses.field(default=default, metadata={"hyper": spec})
 
 
 def flag(default: bool = False) -> Any:
-    """Declare a dataclass field as a hyperparameter that is ``True`` or ``False``."""
+    """Declare a dataclass field as a hyperparameter that is ``True`` or ``False``.
+
+    Example:
+        >>> import torchopt
+        >>> @torchopt.transformation
+        ... class Sign(torchopt.ElementwiseTransformation):
+        ...     ascend: bool = torchopt.flag(False)
+        ...
+        ...     def rule(self, g, p, t, slots, *, ascend):
+        ...         return (g.sign() if ascend else -g.sign()), slots
+        >>> Sign(ascend=True).hyperparameters()
+        {'ascend': True}
+    """
     return dataclasses.field(default=default, metadata={"hyper": HyperSpec(flag=True)})
 
 
