@@ -87,7 +87,7 @@ def _targets(node: ast.AST, known: dict[str, Path]) -> list[str]:
 
 def room_of(module: str) -> str:
     """Return the room that a module stands in."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def tier_of(room: str) -> int:
@@ -140,9 +140,7 @@ def draw() -> None:
             for room in tier:
                 if room in present:
                     lines = PURPOSE[room].replace("\n", "<br/>")
-                    row.node(
-                        room, f"<<b>{room}</b><br/><font point-size='9'>{lines}</font>>"
-                    )
+                    row.node(room, f"<<b>{room}</b><br/><font point-size='9'>{lines}</font>>")
     for a, b in sorted(drawn()):
         picture.edge(b, a, dir="back")
     PICTURE.write_bytes(picture.pipe(format="svg"))

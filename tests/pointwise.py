@@ -111,7 +111,7 @@ def program_of(tx: Any, step: int = 2, has_params: bool = True) -> Program:
     present = [
         slot is not None
         for part in tx.parts
-        for slot in part.init_slots(torch.zeros(1), **part.hyperparameters())
+        for slot in part.first_slots(torch.zeros(1), **part.hyperparameters())
     ]
     return build(tx.parts, rows, step, present, has_params)
 

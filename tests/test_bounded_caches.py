@@ -19,7 +19,8 @@ import torchopt
 from torchopt.core.hyper import hyper
 from torchopt.core.packed import Packing
 from torchopt.core.plan import Plan
-from torchopt.core.transform import ElementwiseTransformation, transformation
+from torchopt.core.rules import ElementwiseTransformation
+from torchopt.core.transform import transformation
 from torchopt.kernels import differentiable as differentiable_kernels
 from torchopt.kernels import launch, matching
 from torchopt.kernels.graph import Kernel

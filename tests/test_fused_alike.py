@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, every_case
 from conftest import nonzero
 from fusing import kernel_calls_fixture, needs_library  # noqa: F401
 from tolerances import assert_close
@@ -128,38 +127,16 @@ class TestStepsWithAndWithout:
         assert_close(*outcomes)
 
 
-class TestConstantSlots:
-    @every_case
-    def test_declared_ones_are_constant(self, case: Case):
-        for part in case.tx().parts:
-            own = {name: getattr(part, name) for name in part.hyper_specs()}
-            if not part.constant_slots or not hasattr(part, "rule"):
-                continue
-            numbers = part.init_slots(torch.zeros(1, dtype=torch.float64), **own)
-            for param in (nonzero(3, 2), -nonzero(5)):
-                for slot, number in zip(part.init_slots(param, **own), numbers):
-                    assert (slot is None) == (number is None)
-                    if slot is not None:
-                        assert torch.equal(slot, number.expand_as(param))
-
-    def test_what_overrides_them_must_declare_it_anew(self):
-        class Own(ScaleByAdam):
-            def init_slots(self, param, **hyperparameters):
-                return param.square(), param.square(), None
-
-        class Declared(Own):
-            constant_slots = True
-
-        assert ScaleByAdam.constant_slots
-        assert not Own.constant_slots
-        assert Declared.constant_slots
-
+class TestFirstSlots:
     @needs_library
     def test_slots_that_start_from_the_parameter_do(self, kernel_calls):
         @torchopt.transformation
         class Own(ScaleByAdam):
-            def init_slots(self, param, **hyperparameters):
-                return 0.5 * param, param.square(), None
+            slots = (
+                torchopt.Slot("exp_avg", start=lambda param, **_: 0.5 * param),
+                torchopt.Slot("exp_avg_sq", start=lambda param, **_: param.square()),
+                torchopt.Slot("max_exp_avg_sq", when="amsgrad"),
+            )
 
         outcomes = []
         for setting in (True, False):

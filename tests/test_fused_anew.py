@@ -7,7 +7,8 @@ from fusing import needs_library
 
 import torchopt
 from torchopt.core.hyper import hyper
-from torchopt.core.transform import ElementwiseTransformation, transformation
+from torchopt.core.rules import ElementwiseTransformation
+from torchopt.core.transform import transformation
 from torchopt.kernels import matching
 
 

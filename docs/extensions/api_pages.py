@@ -174,6 +174,9 @@ Its hyperparameters are fields made by these two functions.
 
 .. autofunction:: torchopt.hyper
 .. autofunction:: torchopt.flag
+.. autofunction:: torchopt.choice
+.. autoclass:: torchopt.Slot
+.. autoclass:: torchopt.Counter
 .. autoclass:: torchopt.HyperSpec
    :members:
 """

@@ -7,6 +7,7 @@ from typing import Any
 from torchopt.core import hyper
 from torchopt.core.pair import Pair, as_transformation
 from torchopt.core.plan import Plan
+from torchopt.core.slots import Counter, Slot
 from torchopt.core.transform import GradientTransformation, check_transformation, transformation
 from torchopt.core.whole import distinct
 
@@ -30,8 +31,18 @@ class Chain(GradientTransformation):
         """Return the hyperparameters of all parts."""
         return dict(self.plan.values)
 
+    @property
+    def slots(self) -> tuple[Slot, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The slots of all parts."""
+        return self.plan.renamed_slots()
+
+    @property
+    def counters(self) -> tuple[Counter, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The counters of all parts."""
+        return self.plan.renamed_counters()
+
     def slot_names(self) -> tuple[str, ...]:
-        """Return the slots of all parts."""
+        """Return the names of the slots of all parts."""
         return self.plan.slot_names
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
-from torchopt.base.numerics import exact, to_compute_dtype
+from torchopt.base.numerics import HALF, exact, to_compute_dtype
 from torchopt.core import step_tags
 from torchopt.core.gradient_checks import Common, check_gradients, common_of
 from torchopt.core.packed import Packed, Packing
@@ -31,7 +31,7 @@ class Call:
     reference: PyTree  # a tree with the structure of the parameters, for masks
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     pack_slots: bool = False  # whether new slots may come back as Packed
-    known: Any = ()  # parameters that an entry of a mask may name besides; see hyper.match_by_name
+    known: Any = ()  # parameters that a mask may name besides; see resolving.match_by_name
     pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.core.whole
     labels: Any = None  # of the parameters, for a partition, where the face knows them
 
@@ -119,12 +119,10 @@ def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
                 f"Parameter {name} must be a tensor or None, got {type(call.p[i]).__name__}."
                 f"{misuse.advice_for_leaf(call.p[i])}"
             )
-    params = [to_compute_dtype(call.p[i].detach()) for i in index]
-    columns: dict[str, list[Any]] = {name: [None] * len(call.p) for name in tx.slot_names()}
+    params = [to_compute_dtype(call.p[i]) for i in index]
+    columns: dict[str, list[Any]] = {name: [None] * len(call.p) for name in tx.plan.slot_names}
     rows = [call.hyper[i] for i in index]
     for position, part in enumerate(tx.plan.parts):
-        if not tx.plan.slots[position] and not hasattr(part, "init_all_slots"):
-            continue
         leaves = Leaves(params, params, [], [], tx.plan.rows_of(position, rows), index, call)
         for i, values in zip(index, part_slots(part, leaves)):
             for name, value in zip(tx.plan.slots[position], values):
@@ -150,27 +148,47 @@ def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> di
         if not tx.plan.slots[position]:
             continue
         (own,) = tx.plan.rows_of(position, [row])
-        if part.constant_slots:
-            one = to_compute_dtype(torch.zeros(1, dtype=common.dtype))
-            values = [
-                None if x is None else packing.filled(x.item(), x.dtype, common.device)
-                for x in part.init_slots(one, **own)
-            ]
-        else:
+        for name, slot in zip(tx.plan.slots[position], part.slots):
+            if slot.shape is not None or slot.dtype is not None:
+                return None
+            columns[name] = [None] * len(call.p)
+            if not all(slot.needed(shape, own) for shape in common.shapes):
+                continue
+            if slot.is_number:
+                dtype = torch.float32 if common.dtype in HALF else common.dtype
+                columns[name] = packing.filled(float(slot.start), dtype, common.device)
+                continue
             if flat is None:
-                flat = to_compute_dtype(packing.pack([p.detach() for p in call.p]))
-            slots = part.init_slots(flat, **own)
-            values = [None if x is None else Packed(x, packing) for x in slots]
-        for name, value in zip(tx.plan.slots[position], values):
-            columns[name] = [None] * len(call.p) if value is None else value
+                flat = to_compute_dtype(packing.pack(call.p))
+            first = slot.first(flat, own)
+            assert first is not None
+            columns[name] = Packed(first, packing)
     return columns
 
 
 def part_slots(part: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
-    """Return the initial slots of one part for the parameters ``leaves.p``."""
+    """Return the initial slots of one part for the parameters ``leaves.p``.
+
+    Raises:
+        ValueError: If the part has no rule for one of them.
+    """
+    for k, p in enumerate(leaves.p):
+        if reason := part.refuses(p):
+            raise ValueError(f"{leaves.name(k)} {reason}")
     if hasattr(part, "init_all_slots"):
         return part.init_all_slots(leaves)
-    return [part.init_slots(p, **h) for p, h in zip(leaves.p, leaves.hyper)]
+    return [part.first_slots(p, **h) for p, h in zip(leaves.p, leaves.hyper)]
+
+
+def refuse_parameter(tx: Any, name: str, param: Tensor) -> None:
+    """Refuse a parameter that a part of a transformation has no rule for.
+
+    Raises:
+        ValueError: Saying why, and what to do.
+    """
+    for part in tx.plan.parts:
+        if reason := part.refuses(param):
+            raise ValueError(f"{tree.quoted(name)} {reason}")
 
 
 def advance(tx: Any, call: Call, apply: bool = False) -> tuple[list[Any], dict[str, list[Any]]]:

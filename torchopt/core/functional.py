@@ -9,9 +9,11 @@ from torch import Tensor
 
 from torchopt.base import misuse, tree
 from torchopt.base.recording import refuse_recorded
-from torchopt.core import hyper, step_count, whole
+from torchopt.core import hyper, resolving, step_count, whole
 from torchopt.core.engine import Call, advance, next_step, step_list
+from torchopt.core.evaluation import converted
 from torchopt.core.opt_state import OptState
+from torchopt.core.slots import PARAM
 from torchopt.core.state_parts import EmptyState, joined
 from torchopt.typing import PyTree, Step, TensorTree
 
@@ -23,17 +25,23 @@ def gather_call(
     params: list[Any] | None,
     steps: list[Step],
     slots: dict[str, list[Any]],
+    counters: dict[str, list[Any]] | None = None,
     extra: dict[str, Any] | None = None,
     mask_tree: PyTree = None,
 ) -> Call:
     """Gather one call of the functional face for the engine.
 
-    ``reference`` has the order of the lists; ``mask_tree`` is what a mask given as a function sees.
+    ``reference`` has the order of the lists; ``mask_tree`` is what a mask given as a function sees;
+    ``counters`` are those before this update.
     """
     leaves = params if params is not None else grads
     names = _lazy_names(reference)
     count = max_count(steps)
-    rows = hyper.resolve(tx.hyperparameters(), tx.hyper_specs(), leaves or [], names, count)
+    rows = resolving.resolve(tx.hyperparameters(), tx.hyper_specs(), leaves or [], names, count)
+    if counters:
+        rows = tx.plan.counted_rows(rows, steps, counters)
+    elif tx.plan.counters:
+        rows = [tx.plan.with_starts(row) for row in rows]
     return Call(
         g=grads if grads is not None else [None] * len(steps),
         p=params if params is not None else [None] * len(steps),
@@ -68,7 +76,7 @@ def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, l
     """
     if not isinstance(state, OptState):
         raise TypeError(misuse.no_state(state))
-    tx.plan.check_slots(state.slots, tx)
+    tx.plan.check_slots({**state.slots, **state.counters}, tx)
     absent = [name for name in tx.plan.whole if name not in state.slots]
     if absent:
         raise ValueError(f"The state belongs to another optimizer: it lacks {absent} of {tx}.")
@@ -89,6 +97,30 @@ def _counts(state: OptState, grads: PyTree, spec: Any) -> Any:
         return step_count.read(step)
     counts = tree.flatten_like(step, grads, spec, "The steps of the state", "grads")
     return [step_count.read(count) for count in counts]
+
+
+def _counters(state: OptState, grads: PyTree, spec: Any) -> dict[str, list[Any]]:
+    """Return the other counters so far, aligned with the gradients."""
+    columns: dict[str, list[Any]] = {}
+    for name, value in state.counters.items():
+        if isinstance(value, (int, float, Tensor)):
+            columns[name] = [step_count.read_number(value)] * spec.num_leaves
+        else:
+            given = tree.flatten_like(value, grads, spec, f"The {name} of the state", "grads")
+            columns[name] = [step_count.read_number(x) for x in given]
+    return columns
+
+
+def _next_counters(call: Call, old: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return the counters to remember: one number while all parameters agree."""
+    found: dict[str, Any] = {}
+    for name, column in old.items():
+        new = [x if g is None else row[name] for x, g, row in zip(column, call.g, call.hyper)]
+        own = [x for x, p, g in zip(new, call.p, call.g) if p is not None or g is not None] or new
+        first = own[0] if own else 0.0
+        one = all(x is first or (type(x) is float and x == first) for x in own)
+        found[name] = first if one else new
+    return found
 
 
 def as_state(tx: Any, state: Any) -> Any:
@@ -133,12 +165,22 @@ def slot_trees(
     tx: Any, like: PyTree, reference: PyTree, spec: Any, columns: dict[str, list[Any]]
 ) -> dict[str, TensorTree]:
     """Build the slots of a state with the structure of ``like``; unneeded ones are left out."""
-    optional = tx.plan.optional_slots
+    slots = tx.plan.slot_of
     return {
         name: tree.unflatten_like(like, reference, spec, column)
         for name, column in columns.items()
-        if name not in optional or any(value is not None for value in column)
+        if not slots[name].may_be_absent or any(value is not None for value in column)
     }
+
+
+def eval_trees(tx: Any, state: Any, params: PyTree) -> PyTree:
+    """Return the parameters to evaluate with; see ``GradientTransformation.eval_params``."""
+    state = state if type(state) is OptState else as_state(tx, state)
+    p, spec = tree.flatten(params)
+    slots = state_slots(tx, state, params, spec)
+    steps = step_list(_counts(state, params, spec), len(p))
+    call = gather_call(tx, params, None, p, steps, slots)
+    return tree.unflatten(spec, converted(tx, call, True))
 
 
 def advance_trees(
@@ -161,9 +203,15 @@ def advance_trees(
     p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
     slots = state_slots(tx, state, grads, spec)
     old_steps = _counts(state, grads, spec)
-    call = gather_call(tx, grads, g, p, step_list(old_steps, len(g)), slots, extra, params)
+    counters = _counters(state, grads, spec) if tx.plan.counters else {}
+    steps = step_list(old_steps, len(g))
+    call = gather_call(tx, grads, g, p, steps, slots, counters, extra, params)
     own, pairs = whole.split(tx.plan, state.slots) if tx.plan.whole else (state.slots, {})
     if inplace:
+        if old_steps == 0:  # an anchor may lead to the parameters, which may be leaves as well
+            for name, slot in tx.plan.slot_of.items():
+                if slot.start == PARAM:
+                    slots[name] = [x.detach() if isinstance(x, Tensor) else x for x in slots[name]]
         columns = {
             "grads": g,
             **slots,
@@ -183,5 +231,9 @@ def advance_trees(
     new_state = OptState(
         tree.unflatten_like(like, grads, spec, step) if isinstance(step, list) else step,
         {**slot_trees(tx, like, grads, spec, slots), **whole.end(tx.plan, call)},
+        {
+            name: tree.unflatten_like(like, grads, spec, x) if isinstance(x, list) else x
+            for name, x in _next_counters(call, counters).items()
+        },
     )
     return results, call.p, spec, new_state

@@ -63,6 +63,8 @@ def check_gradients(tx: Any, call: Any, index: Sequence[int]) -> None:
                 f"The gradient of {name} must be a tensor or None, got {type(g).__name__}."
                 f"{misuse.advice_for_leaf(g)}"
             )
+        if g.is_complex():
+            _check_complex(tx, call, i)
         if g.layout != torch.strided:
             _check_sparse(tx, call, i)
         elif not (g.is_floating_point() or g.is_complex()):
@@ -80,6 +82,15 @@ def check_gradients(tx: Any, call: Any, index: Sequence[int]) -> None:
             if column[i] is not None:
                 _check_same("state", g, column[i], call, i)
                 break
+
+
+def _check_complex(tx: Any, call: Any, i: int) -> None:
+    for part in tx.plan.parts:
+        if not part.accepts_complex:
+            raise TypeError(
+                f"The gradient of {tree.quoted(call.names()[i])} is complex, and "
+                f"{type(part).__name__} has no complex rule: optimize torch.view_as_real of it."
+            )
 
 
 def _check_sparse(tx: Any, call: Any, i: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torchopt.base import tree
 from torchopt.base.values import describe
 from torchopt.core.state_parts import parts_of
-from torchopt.core.step_count import as_tensor, read
+from torchopt.core.step_count import as_tensor, read_number
 from torchopt.typing import PyTree, TensorTree
 
 
@@ -24,6 +24,8 @@ class OptState:
             been taken apart.
         slots: Named buffers under ``torch.optim``'s names (``exp_avg``, ``momentum_buffer``, ...),
             each a tree with the structure of the parameters. Also readable as attributes.
+        counters: Named numbers (``mu_product``, ...), kept as the step count is: one for all
+            parameters, or a tree of them. Also readable as attributes.
 
     Indexing and iteration give the parts as TorchOpt 0.7.3 named them (``state[0].mu``), the step
     count last (``state[-1].count``); a tuple of such parts is accepted where a state is.
@@ -42,58 +44,77 @@ class OptState:
         tensor(0)
     """
 
-    def __init__(self, step: PyTree, slots: dict[str, TensorTree]) -> None:
+    def __init__(
+        self,
+        step: PyTree,
+        slots: dict[str, TensorTree],
+        counters: dict[str, PyTree] | None = None,
+    ) -> None:
         self.step = step
         self.slots = slots
+        self.counters = counters or {}
 
     def __getattr__(self, name: str) -> TensorTree:
-        slots = self.__dict__.get("slots", {})
+        slots, counters = (self.__dict__.get(n, {}) for n in ("slots", "counters"))
         if name in slots:
             return slots[name]
-        raise AttributeError(f"OptState has no attribute or slot {name!r}; slots: {list(slots)}")
+        if name in counters:
+            return counters[name]
+        raise AttributeError(
+            f"OptState has no attribute or slot {name!r}; slots: {[*slots, *counters]}"
+        )
+
+    def _parts(self) -> tuple[Any, ...]:
+        return parts_of(self.step, {**self.slots, **self.counters})
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(parts_of(self.step, self.slots))
+        return iter(self._parts())
 
     def __len__(self) -> int:
-        return len(parts_of(self.step, self.slots))
+        return len(self._parts())
 
     def __getitem__(self, index: Any) -> Any:
-        return parts_of(self.step, self.slots)[index]
+        return self._parts()[index]
 
     def __repr__(self) -> str:
-        step = tree.tree_map(lambda n: n if getattr(n, "ndim", 0) else read(n), self.step)
-        parts = [f"step={describe(step)}"]
-        parts += [f"{name}={describe(value)}" for name, value in self.slots.items()]
+        numbers = {"step": self.step, **self.counters}
+        parts = [f"{name}={describe(tree.tree_map(_shown, n))}" for name, n in numbers.items()]
+        parts[1:1] = [f"{name}={describe(value)}" for name, value in self.slots.items()]
         return f"OptState({', '.join(parts)})"
 
 
+def _shown(number: Any) -> Any:
+    return number if getattr(number, "ndim", 0) else read_number(number)
+
+
 def _flatten(state: OptState) -> tuple[list[Any], Any]:
-    names = tuple(state.slots)
-    children = [state.slots[name] for name in names]
+    names, counters = tuple(state.slots), tuple(state.counters)
+    children = [*state.slots.values(), *map(as_tensor, state.counters.values())]
     if torch.compiler.is_compiling() and isinstance(state.step, int):
         # the compiler knows an int, which becomes a guard at most, but not what a tensor holds
-        return children, (names, state.step)
+        return children, (names, counters, state.step)
     # A count is an int until somebody looks: an update needs the number, and a tensor takes longer
     # to make than a small update. From then on the leaf is what counts: it may be changed in place.
     step = as_tensor(state.step)
     if torch._C._len_torch_dispatch_stack() == 0:  # a tracer's tensors stand for others
         state.step = step
-    return [*children, step], (names, None)
+        state.counters = dict(zip(counters, children[len(names) :]))
+    return [*children, step], (names, counters, None)
 
 
 def _unflatten(metadata: Any, children: Any) -> OptState:
-    names, step = metadata
+    names, counters, step = metadata
     children = list(children)
     if step is None:
         step = children.pop()
-    return OptState(step, dict(zip(names, children)))
+    n = len(names)
+    return OptState(step, dict(zip(names, children)), dict(zip(counters, children[n:])))
 
 
 def _entries(state: OptState) -> tuple[str, ...]:
     if torch.compiler.is_compiling() and isinstance(state.step, int):
-        return tuple(state.slots)
-    return (*state.slots, "step")
+        return (*state.slots, *state.counters)
+    return (*state.slots, *state.counters, "step")
 
 
 tree.register_node(OptState, _flatten, _unflatten, _entries)

@@ -18,6 +18,7 @@ from torchopt.base import tree
 from torchopt.base.numerics import to_compute_dtype
 from torchopt.core.apply import apply_updates
 from torchopt.core.engine import Call, Leaves
+from torchopt.core.slots import Slot
 from torchopt.core.transform import GradientTransformation
 from torchopt.typing import PyTree, TensorTree
 
@@ -58,8 +59,7 @@ class Pair(GradientTransformation):
     #: Whether the functions are given the leaves as a list, as ``chain.flat`` of 0.7.3 does.
     flat: bool = False
 
-    slots = ("state",)
-    optional_slots = frozenset({"state"})  # no parameter has one of its own
+    slots = (Slot("state", when=lambda shape, **_: False),)  # no parameter has one of its own
 
     def __init__(self, init: Callable[..., Any], update: Callable[..., Any]) -> None:
         for name, function in (("init", init), ("update", update)):
@@ -81,10 +81,6 @@ class Pair(GradientTransformation):
     def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
         """Return itself: functions of the user's have no kernel."""
         return self
-
-    def init_slots(self, param: Tensor, *args: Any, **hyperparameters: Any) -> tuple[None]:
-        """Return no slot: the state is for all parameters together."""
-        return (None,)
 
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return that ``"state"`` is this pair's, for all parameters."""

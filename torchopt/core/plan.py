@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from torchopt.base import misuse, tree
+from torchopt.core.slots import Counter, Slot
 
 
 class Plan:
@@ -24,25 +28,77 @@ class Plan:
         self.hyper_specs: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
         self.slot_names: tuple[str, ...] = ()
-        self.optional_slots: set[str] = set()
+        self.slot_of: dict[str, Slot] = {}
+        self.counters: dict[str, Counter] = {}
         self.fields: list[dict[str, str]] = []
         self.slots: list[tuple[str, ...]] = []
+        #: The public names of each part's counters.
+        self.counted: list[dict[str, str]] = []
         #: Slots that are one tree for all parameters: whose they are, and under which masks.
         self.whole: dict[str, tuple[Any, tuple[Any, ...]]] = {}
         for part in self.parts:
             specs = part.hyper_specs()
-            fields = {name: _free_name(name, self.hyper_specs) for name in specs}
+            taken = {*self.hyper_specs, *self.counters}
+            fields = {name: _free_name(name, taken) for name in specs}
             self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
-            names = tuple(_free_name(name, self.slot_names) for name in part.slot_names())
+            slots, counters = part.slots, part.counters
+            kept = {*self.slot_of, *self.counters, "step"}
+            names = tuple(_free_name(slot.name, kept) for slot in slots)
             self.fields.append(fields)
             self.slots.append(names)
             self.slot_names += names
             values = part.hyperparameters()
             self.values.update({fields[name]: values[name] for name in specs})
-            own = part.slot_names()
             whole = part.whole_slots()
-            self.whole.update({n: whole[slot] for n, slot in zip(names, own) if slot in whole})
-            self.optional_slots |= {n for n, slot in zip(names, own) if slot in part.optional_slots}
+            self.slot_of.update(zip(names, slots))
+            self.whole.update({n: whole[s.name] for n, s in zip(names, slots) if s.name in whole})
+            kept |= {*names, *self.hyper_specs}
+            counted = {c.name: _free_name(c.name, kept) for c in counters}
+            self.counters.update({counted[c.name]: c for c in counters})
+            self.counted.append(counted)
+            fields.update(counted)  # a rule gets them as it gets its hyperparameters
+
+    def renamed_slots(self, optional: bool = False) -> tuple[Slot, ...]:
+        """Return the slots of all parts under their public names."""
+        return tuple(
+            dataclasses.replace(slot, name=name, optional=optional or slot.optional)
+            for name, slot in self.slot_of.items()
+        )
+
+    def renamed_counters(self) -> tuple[Counter, ...]:
+        """Return the counters of all parts under their public names."""
+        return tuple(dataclasses.replace(c, name=name) for name, c in self.counters.items())
+
+    @property
+    def constant(self) -> bool:
+        """Whether each slot starts as one number everywhere, whatever the parameter."""
+        return all(slot.is_number for slot in self.slot_of.values())
+
+    def count(self, row: dict[str, Any], t: Any, old: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the hyperparameters of one parameter with its counters for update ``t``."""
+        row = dict(row)
+        for part, fields, counted in zip(self.parts, self.fields, self.counted):
+            if counted:
+                values = {n: row[public] for n, public in fields.items() if n not in counted}
+                values.update({n: old[public] for n, public in counted.items()})
+                new = part.count(t, **values)
+                row.update({public: new[n] for n, public in counted.items()})
+        return row
+
+    def counted_rows(
+        self, rows: Sequence[dict[str, Any]], t: Sequence[Any], old: Mapping[str, Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """Return :meth:`count` of several parameters; what they share they share again."""
+        known: dict[Any, dict[str, Any]] = {}
+        result = []
+        for k, (row, step) in enumerate(zip(rows, t)):
+            own = {name: column[k] for name, column in old.items()}
+            # a tensor has an identity, a number a value
+            key = (id(row), *(id(x) if isinstance(x, Tensor) else x for x in (step, *own.values())))
+            if key not in known:
+                known[key] = self.count(row, step, own)
+            result.append(known[key])
+        return result
 
     def check_slots(self, given: Iterable[str], owner: object) -> None:
         """Refuse a state that another transformation has made.
@@ -51,14 +107,19 @@ class Plan:
             ValueError: Naming the slots that are unknown or missing.
         """
         names = set(given)
-        unknown = sorted(names - set(self.slot_names))
-        missing = [n for n in self.slot_names if n not in names and n not in self.optional_slots]
+        unknown = sorted(names - {*self.slot_names, *self.counters})
+        missing = [n for n, s in self.slot_of.items() if n not in names and not s.may_be_absent]
+        missing += [n for n in self.counters if n not in names]
         if unknown or missing:
             what = f"has {unknown}" if unknown else f"lacks {missing}"
             raise ValueError(
                 f"The state belongs to another optimizer: it {what}, while "
-                f"{misuse.clipped(str(owner))} keeps {list(self.slot_names)}."
+                f"{misuse.clipped(str(owner))} keeps {[*self.slot_names, *self.counters]}."
             )
+
+    def with_starts(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the hyperparameters of one parameter with its counters as they start."""
+        return {**row, **{name: counter.start for name, counter in self.counters.items()}}
 
     def rows_of(self, position: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Pick a part's own hyperparameters; rows that are one object stay one object."""

@@ -1,4 +1,4 @@
-"""Step counts: leaves of a state to whoever looks at it, numbers to the rules and kernels."""
+"""Step counts and other counters: leaves of a state to whoever looks, numbers to the rules."""
 
 from __future__ import annotations
 
@@ -16,29 +16,44 @@ def as_tensor(step: PyTree) -> PyTree:
     """Return a count, or a tree of counts, with every number as a 0-d tensor."""
     if isinstance(step, Tensor):
         return step
-    if type(step) is int:
+    if type(step) in (int, float):
         return _tensor(step)
-    return tree.tree_map(lambda n: _tensor(n) if type(n) is int else n, step)
+    return tree.tree_map(lambda n: _tensor(n) if type(n) in (int, float) else n, step)
 
 
-def _tensor(count: int) -> Tensor:
+def _tensor(count: float) -> Tensor:
+    dtype = torch.int64 if isinstance(count, int) else torch.float64  # numbers are exact
     if torch.compiler.is_compiling():
-        return torch.tensor(count)
+        return torch.tensor(count, dtype=dtype)
     with torch._C._DisableFuncTorch():  # no level of torch.func may own it: the state outlives it
-        return torch.tensor(count, device="cpu")
+        return torch.tensor(count, dtype=dtype, device="cpu")
 
 
 def read(step: Any) -> Any:
     """Return a count as an ``int`` where that can be known here and now, else as it is.
 
-    A tensor on the CPU is read. Under ``vmap`` counts of a batch are read if all are the same. One
-    on another device is left alone, for reading it would wait for the device; so is that of a
-    tracer, for which the number would be a constant.
-
     Raises:
         ValueError: If a tensor is not 0-d, or holds no whole number.
     """
-    if not isinstance(step, Tensor):
+    number = read_number(step)
+    if isinstance(number, float):
+        if not number.is_integer():
+            raise ValueError(f"The step count of a state must be a whole number, got {number}.")
+        return int(number)
+    return number
+
+
+def read_number(step: Any) -> Any:
+    """Return a counter as a number where that can be known here and now, else as it is.
+
+    A tensor on the CPU is read. Under ``vmap`` counts of a batch are read if all are the same. One
+    on another device is left alone, for reading it would wait for the device; so is that of a
+    tracer, for which the number would be a constant, and one with a derivative.
+
+    Raises:
+        ValueError: If a tensor is not 0-d.
+    """
+    if not isinstance(step, Tensor) or step.requires_grad:
         return step
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return step
@@ -52,10 +67,10 @@ def read(step: Any) -> Any:
     value = step
     while functorch.is_functorch_wrapped_tensor(value):
         value = functorch.get_unwrapped(value)
+        if value.requires_grad:
+            return step
     with torch._C._DisableFuncTorch():
         counts = value.detach().reshape(-1).tolist()
     if value is not step and len(set(counts)) != 1:
         return step  # a batch of states that have come to different counts
-    if counts[0] != int(counts[0]):
-        raise ValueError(f"The step count of a state must be a whole number, got {counts[0]}.")
-    return int(counts[0])
+    return counts[0]

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
@@ -15,14 +14,15 @@ from torchopt.base.values import describe, same
 from torchopt.core import hyper, whole
 from torchopt.core.apply import apply_updates
 from torchopt.core.engine import Leaves, initialise, step_list
-from torchopt.core.functional import advance_trees, gather_call, slot_trees
+from torchopt.core.functional import advance_trees, eval_trees, gather_call, slot_trees
 from torchopt.core.opt_state import OptState
 from torchopt.core.plan import Plan
+from torchopt.core.slots import Counter, Slot, as_slot
 from torchopt.typing import Step, TensorTree
 
 
 @dataclass_transform(
-    frozen_default=True, field_specifiers=(hyper.hyper, hyper.flag, dataclasses.field)
+    frozen_default=True, field_specifiers=(hyper.hyper, hyper.flag, hyper.choice, dataclasses.field)
 )
 def transformation(cls: type) -> type:
     """Make a class a transformation: its annotated fields become its hyperparameters.
@@ -76,24 +76,24 @@ class GradientTransformation:
 
     #: The declared hyperparameters, by field name; set by :func:`transformation`.
     declared: ClassVar[dict[str, hyper.HyperSpec]] = {}
-    #: Names of the buffers kept for each parameter, under ``torch.optim``'s names.
-    slots: ClassVar[tuple[str, ...]] = ()
-    #: Those of ``slots`` that some values of the hyperparameters leave out.
-    optional_slots: ClassVar[frozenset[str]] = frozenset()
-    #: Whether each initial slot is one number everywhere, whatever the parameter; what overrides
-    #: :meth:`init_slots` has to say so anew.
-    constant_slots: ClassVar[bool] = True
+    #: The buffers kept for each parameter; a name alone is a slot that starts as zeros.
+    slots: ClassVar[tuple[Slot, ...]] = ()
+    #: The numbers kept beside them; see :meth:`count`.
+    counters: ClassVar[tuple[Counter, ...]] = ()
     #: Whether the rule reads the step count (bias correction).
     uses_step: ClassVar[bool] = False
     #: Whether rule and initial slots depend on each entry of a parameter by itself.
     elementwise: ClassVar[bool] = False
     #: Whether the rule is right for sparse gradients.
     accepts_sparse: ClassVar[bool] = False
+    #: Whether it is right for complex numbers, which it sees as pairs of reals in a last dimension.
+    accepts_complex: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "init_slots" in vars(cls) and "constant_slots" not in vars(cls):
-            cls.constant_slots = False
+        misuse.check_declarations(cls)
+        if isinstance(declared := vars(cls).get("slots"), tuple):
+            cls.slots = tuple(map(as_slot, declared))
 
     if not TYPE_CHECKING:
 
@@ -109,28 +109,40 @@ class GradientTransformation:
             given = getattr(self, name)
             value = hyper.plain(given)
             hyper.check(name, value, spec)
-            value = tuple(value) if spec.pair else value
+            value = tuple(value) if spec.length else value
             if value is not given:
                 object.__setattr__(self, name, value)
 
     # What a subclass defines ------------------------------------------------------------------
 
-    def init_slots(
-        self, param: Tensor, *args: Any, **hyperparameters: Any
-    ) -> tuple[Tensor | None, ...]:
-        """Return the initial buffers of one parameter, in the order of ``slots``.
+    def count(self, t: Step, *args: Any, **values: Any) -> dict[str, Any]:
+        """Return the counters for update ``t`` (1 at the first); pure.
 
-        Those in ``optional_slots`` may be ``None``.
+        Args:
+            t: The step count.
+            *args: None; here so that a subclass may name its hyperparameters.
+            **values: The counters as they were, and the hyperparameters, by name.
         """
-        return tuple(torch.zeros_like(param) for _ in self.slots)
+        raise TypeError(f"{type(self).__name__} has counters, and defines no count(t, ...).")
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Return the updates and the new slots of all parameters; pure."""
         raise TypeError(misuse.no_step(self))
 
+    #: Whether the weights to evaluate with are others than those that are trained.
+    evaluates: ClassVar[bool] = False
+
+    def converted(self, leaves: Leaves, to_eval: bool) -> list[Tensor]:
+        """Return parameters as they are evaluated, or from those as they are trained; pure."""
+        return leaves.p
+
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether the rule is right for sparse gradients with these hyperparameters."""
         return self.accepts_sparse
+
+    def refuses(self, param: Tensor) -> str:
+        """Return why a parameter cannot have this rule, and what to do; empty if it can."""
+        return ""
 
     # Structure --------------------------------------------------------------------------------
 
@@ -149,7 +161,15 @@ class GradientTransformation:
 
     def slot_names(self) -> tuple[str, ...]:
         """Return the names of the buffers kept for each parameter."""
-        return self.slots
+        names = self.__dict__.get("_slot_names")
+        if names is None:
+            names = tuple(slot.name for slot in self.slots)
+            object.__setattr__(self, "_slot_names", names)
+        return names
+
+    def first_slots(self, param: Tensor, **hyperparameters: Any) -> tuple[Tensor | None, ...]:
+        """Return the initial buffers of one parameter, in the order of ``slots``."""
+        return tuple(slot.first(param, hyperparameters) for slot in self.slots)
 
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return the slots that are one tree for all parameters; see ``torchopt.core.whole``."""
@@ -185,10 +205,11 @@ class GradientTransformation:
             TypeError: If a leaf is neither a tensor nor ``None``.
         """
         leaves, spec = tree.flatten(params)
+        starts = {name: counter.start for name, counter in self.plan.counters.items()}
         call = gather_call(self, params, None, leaves, step_list(0, len(leaves)), {})
         slots = slot_trees(self, params, params, spec, initialise(self, call))
         whole.begin(self.plan, {}, call)
-        return OptState(0, {**slots, **whole.end(self.plan, call)})
+        return OptState(0, {**slots, **whole.end(self.plan, call)}, starts)
 
     def update(
         self,
@@ -281,6 +302,29 @@ class GradientTransformation:
         new = [old if x is None else x for x, old in zip(new, p)]
         return tree.unflatten_like(params, grads, spec, new), new_state
 
+    def eval_params(self, state: OptState, params: TensorTree) -> TensorTree:
+        """Return the parameters to evaluate with; the same unless the optimizer trains others.
+
+        Schedule-free optimizers take gradients at one point and recommend another. The result is
+        differentiable in ``state`` and ``params``.
+
+        Args:
+            state: What the last :meth:`update` returned.
+            params: The parameters that are trained.
+
+        Raises:
+            ValueError, TypeError: If the state does not fit, as for :meth:`update`.
+
+        Example:
+            >>> import torch, torchopt
+            >>> tx = torchopt.schedule_free_sgd(lr=1.0, momentum=0.5)
+            >>> params = [torch.tensor([1.0])]
+            >>> params, state = tx.apply_gradients([torch.tensor([1.0])], tx.init(params), params)
+            >>> params, tx.eval_params(state, params)
+            ([tensor([0.])], [tensor([0.])])
+        """
+        return eval_trees(self, state, params)
+
     # Printing, comparing, hashing ---------------------------------------------------------------
 
     def __repr__(self) -> str:
@@ -303,62 +347,6 @@ class GradientTransformation:
     def __getstate__(self) -> dict[str, Any]:
         # without the plan, which is made anew
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-
-class ElementwiseTransformation(GradientTransformation):
-    """A transformation whose rule treats each parameter by itself, entry by entry.
-
-    Example:
-        >>> import torch, torchopt
-        >>> @torchopt.transformation
-        ... class Sign(torchopt.ElementwiseTransformation):
-        ...     def rule(self, g, p, t, slots):
-        ...         return g.sign(), slots
-        >>> tx = Sign()
-        >>> tx.update([torch.tensor([0.5, -2.0])], tx.init([torch.ones(2)]))[0]
-        [tensor([ 1., -1.])]
-    """
-
-    elementwise: ClassVar[bool] = True
-
-    def rule(
-        self,
-        g: Tensor,
-        p: Tensor | None,
-        t: Step,
-        slots: tuple[Any, ...],
-        *args: Any,
-        **hyperparameters: Any,
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """Return the update of one parameter and its new slots; pure.
-
-        Args:
-            g: The gradient, or what earlier parts of a chain made of it.
-            p: The parameter, or ``None`` if the caller gave none.
-            t: The step count, 1 at the first update.
-            slots: The buffers, in the order of ``slots``.
-            *args: None; here so that a subclass may name its hyperparameters.
-            **hyperparameters: Numbers, or tensors that broadcast to ``g``.
-        """
-        raise TypeError(f"{type(self).__name__} defines no rule(g, p, t, slots, ...).")
-
-    def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
-        """Apply :meth:`rule` to every parameter."""
-        updates, slots = [], []
-        for g, p, t, s, h in zip(leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper):
-            result = self.rule(g, p, t, s, **h)
-            if not _is_result(result, s):
-                raise TypeError(misuse.not_a_result(self, result, s))
-            updates.append(result[0])
-            slots.append(result[1])
-        return updates, slots
-
-
-def _is_result(result: Any, slots: tuple[Any, ...]) -> bool:
-    """Whether a rule returned an update and as many slots as it was given."""
-    if not isinstance(result, (tuple, list)) or len(result) != 2:
-        return False
-    return isinstance(result[0], Tensor) and len(result[1]) == len(slots)
 
 
 def check_transformation(tx: object, where: str) -> None:

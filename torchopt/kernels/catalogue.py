@@ -70,6 +70,6 @@ def _slots_present(tx: GradientTransformation) -> list[bool]:
 
     present = []
     for part in tx.parts:
-        slots = part.init_slots(torch.zeros(1), **part.hyperparameters())
+        slots = part.first_slots(torch.zeros(1), **part.hyperparameters())
         present += [slot is not None for slot in slots]
     return present

@@ -69,6 +69,7 @@ class Prepared:
         self.program: Program | None = None
         self.call: native.KernelCall | None = None
         self.told: list[int] = []  # addresses of gradients that the call has been given
+        self.numbers: dict[str, float] = {}  # the counters of the step being taken
 
     @staticmethod
     def make(plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> Prepared | None:
@@ -288,8 +289,14 @@ class Stepper:
             if prepared is None or step is None:
                 return False
             row = optimizer._row(group)
+            if plan.counters:
+                old = _common_numbers(states[own], plan.counters)
+                if old is None:
+                    return False
+                row = plan.count(row, step + 1, old)
             if not prepared.takes(grads[own]) or not prepared.plan_step(row, step + 1):
                 return False
+            prepared.numbers = {name: row[name] for name in plan.counters}
             work.append((prepared, step + 1))
         groups_now = [prepared for prepared, _ in work]
         if groups_now != self.separate:  # what two groups overwrite must not be one thing
@@ -343,6 +350,17 @@ def _common_step(states: Sequence[dict[str, Any]], counts: bool) -> int | None:
     return step if type(step) is int else None
 
 
+def _common_numbers(states: Sequence[dict[str, Any]], names: Iterable[str]) -> Any:
+    """Return the counters that all parameters share, or ``None`` if they differ."""
+    found: dict[str, Any] = {}
+    for name in names:
+        values = {state.get(name) for state in states}
+        found[name] = values.pop()
+        if values or not isinstance(found[name], (int, float)):
+            return None
+    return found
+
+
 def _commit(work: Sequence[tuple[Prepared, int]], counts: bool) -> None:
     """Overwrite all groups; an interrupt leaves all old values or, once begun, all new ones."""
     for prepared, _ in work:
@@ -362,3 +380,5 @@ def _write(work: Sequence[tuple[Prepared, int]], counts: bool) -> None:
         if counts:
             for state in prepared.states:
                 state["step"] = step
+        for state in prepared.states if prepared.numbers else ():
+            state.update(prepared.numbers)

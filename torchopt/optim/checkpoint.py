@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
-from torchopt.base.numerics import HALF
 from torchopt.core import hyper
 from torchopt.optim.schedules import REPLACED
 
@@ -82,7 +81,7 @@ def _checked_group(
                 f"The state belongs to another optimizer: parameter group {index} has no "
                 f"{name!r}, which {title} needs; it has {sorted(map(str, group))}."
             )
-    for name, value in optimizer.fixed_options.items():
+    for name, value in optimizer.options_of(optimizer.transformation).items():
         if group.get(name, value) != value:
             raise ValueError(
                 f"The state has {name}={misuse.short(group[name])}; {title} is {name}={value!r}."
@@ -123,8 +122,8 @@ def _reordered(group: dict[str, Any], order: list[int], specs: Mapping[str, Any]
         return value
 
     for name in specs:
-        pair = specs[name].pair
-        group[name] = tuple(map(own, group[name])) if pair else own(group[name])
+        several = specs[name].length
+        group[name] = tuple(map(own, group[name])) if several else own(group[name])
     for name in ("params", "param_names"):
         group[name] = own(group[name])
     return group
@@ -134,7 +133,7 @@ def saved_group(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter group to save: tensors that schedulers change in place are copied."""
     names = optimizer.group_specs(group)
     own = {name: _copied(value) if name in names else value for name, value in group.items()}
-    return {**optimizer.fixed_options, **own}
+    return {**optimizer.options_of(optimizer.transformation), **own}
 
 
 def _copied(value: Any) -> Any:
@@ -154,7 +153,7 @@ def checked_slots(
     keys = [key for group in groups for key in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     plan, loaded = optimizer.transformation.plan, {}
-    reads_step = any(part.uses_step for part in plan.parts)
+    reads_step = bool(plan.counters) or any(part.uses_step for part in plan.parts)
     for key, p in zip(keys, params):
         entry = state.get(key, {})
         if not isinstance(entry, Mapping):
@@ -167,19 +166,37 @@ def checked_slots(
         plan.check_slots([name for name in entry if name != "step"], type(optimizer).__name__)
         if reads_step and "step" not in entry:
             raise ValueError(f"The state of parameter {key} lacks 'step'.")
-        dtype = torch.float32 if p.dtype in HALF else p.dtype
-        loaded[p] = {
-            name: _step_to_int(value, key)
-            if name == "step"
-            else _copy_slot(name, value, key, p, dtype)
-            for name, value in entry.items()
-        }
+        loaded[p] = {name: _loaded(plan, name, value, key, p) for name, value in entry.items()}
     return loaded
 
 
-def step_to_tensor(step: Any) -> Any:
-    """Return a count as ``torch.optim`` keeps it."""
-    return step if isinstance(step, Tensor) else torch.tensor(float(step))
+def number_to_tensor(value: Any) -> Any:
+    """Return a count or another number of a state as ``torch.optim`` keeps it."""
+    return torch.tensor(float(value)) if isinstance(value, (int, float)) else value
+
+
+def _loaded(plan: Any, name: str, value: Any, key: Any, param: Tensor) -> Any:
+    """Return a copy of an entry of a saved state as it is kept."""
+    if name == "step":
+        return _step_to_int(value, key)
+    if name in plan.counters:
+        return counter_of(f"{name!r} of parameter {key}", value)
+    plan.slot_of[name].check(f"{name!r} of parameter {key}", value, param)
+    return plan.slot_of[name].kept(value, param)
+
+
+def counter_of(what: str, value: Any) -> float:
+    """Return a saved counter as a number.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.numel() != 1):
+        raise ValueError(f"{what} must be a number, got {misuse.short(value)}.")
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} must be a number, got {misuse.short(value)}.") from error
 
 
 def _step_to_int(step: Any, key: Any) -> int:
@@ -192,16 +209,3 @@ def _step_to_int(step: Any, key: Any) -> int:
             f"'step' of parameter {key} must be a count of updates, got {misuse.short(step)}."
         )
     return int(number)
-
-
-def _copy_slot(name: str, value: Any, key: Any, param: Tensor, dtype: torch.dtype) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"{name!r} of parameter {key} must be a tensor, got {misuse.short(value)}."
-        )
-    if value.shape != param.shape:
-        raise ValueError(
-            f"{name!r} of parameter {key} has shape {tuple(value.shape)} in the state, "
-            f"the parameter {tuple(param.shape)}."
-        )
-    return value.detach().to(device=param.device, dtype=dtype, copy=True)

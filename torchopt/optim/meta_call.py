@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from torchopt.base.alike import Alike
 from torchopt.base.values import is_plain
-from torchopt.core import hyper
+from torchopt.core import hyper, resolving
 from torchopt.core.engine import Call, initialise, initialise_packed, packs
 from torchopt.core.packed import Packed, PackedDict, Packing
 from torchopt.core.transform import GradientTransformation
@@ -80,7 +81,7 @@ class Trainable:
         return [site.tensor for site in walk.sites]
 
 
-def known_names(module: nn.Module) -> hyper.Known:
+def known_names(module: nn.Module) -> resolving.Known:
     """Return the names of all parameters of a network, and the further ones of tied weights."""
     names: dict[int, str] = {}
     others: dict[str, list[str]] = {}
@@ -88,10 +89,10 @@ def known_names(module: nn.Module) -> hyper.Known:
         if id(tensor) in names:
             others.setdefault(names[id(tensor)], []).append(name)
         names.setdefault(id(tensor), name)
-    return hyper.Known(list(names.values()), others)
+    return resolving.Known(list(names.values()), others)
 
 
-def _known_of_all(groups: Sequence[dict[str, Any]]) -> hyper.Known:
+def _known_of_all(groups: Sequence[dict[str, Any]]) -> resolving.Known:
     """Return the names of all parameters of several networks, as masks see them."""
     names: list[str] = []
     others: dict[str, list[str]] = {}
@@ -101,7 +102,7 @@ def _known_of_all(groups: Sequence[dict[str, Any]]) -> hyper.Known:
         others.update(
             {f"{index}.{n}": [f"{index}.{o}" for o in more] for n, more in known.others.items()}
         )
-    return hyper.Known(names, others)
+    return resolving.Known(names, others)
 
 
 def new_call(
@@ -113,7 +114,7 @@ def new_call(
     grads: list[Any],
 ) -> Call:
     """Return the call of a step of which nothing is known."""
-    states = _without_reshaped(states, entries, params)
+    states = _without_reshaped(tx.plan, states, entries, params)
     single = len(groups) == 1
     names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
     known = [state.steps for state in states]
@@ -128,7 +129,13 @@ def new_call(
         own_names = names if single else [entries[k].name for k in own]
         own_params = [params[k] for k in own]
         around = partial(known_names, group["params"])
-        rows += hyper.resolve(group, specs, own_params, lambda n=own_names: n, count, around)
+        rows += resolving.resolve(group, specs, own_params, lambda n=own_names: n, count, around)
+    if tx.plan.counters:
+        old = {
+            n: [states[e.group].counters[n].get(e.name, c.start) for e in entries]
+            for n, c in tx.plan.counters.items()
+        }
+        rows = tx.plan.counted_rows(rows, steps, old)
     call = Call(grads, params, steps, {}, rows, lambda: names, dict(zip(names, params)))
     call.known = (
         partial(known_names, groups[0]["params"]) if single else partial(_known_of_all, groups)
@@ -161,28 +168,24 @@ def new_call(
 
 
 def _without_reshaped(
-    states: Sequence[GroupState], entries: Sequence[Entry], params: Sequence[Tensor]
+    plan: Any, states: Sequence[GroupState], entries: Sequence[Entry], params: Sequence[Tensor]
 ) -> Sequence[GroupState]:
     """Leave out parameters of another shape than their slots: new ones under an old name."""
-    shapes: list[dict[str, Any]] = [{} for _ in states]
-    for state, found in zip(states, shapes):
-        for column in state.slots.values():
-            if type(column) is PackedDict:
-                found.update(zip(column.names, column.packed.packing.shapes))
-            else:
-                found.update((name, x.shape) for name, x in column.items() if x is not None)
     kept = list(states)
-    for entry, param in zip(entries, params):
-        if shapes[entry.group].get(entry.name, param.shape) != param.shape:
-            state = kept[entry.group]
-            kept[entry.group] = GroupState(
-                {name: step for name, step in state.steps.items() if name != entry.name},
-                {
-                    slot: {name: x for name, x in column.items() if name != entry.name}
-                    for slot, column in state.slots.items()
-                },
-            )
+    for slot in plan.slot_names:
+        shapes = [_shapes_of(state.slots[slot]) for state in states]
+        for entry, param in zip(entries, params):
+            shape = shapes[entry.group].get(entry.name)
+            if shape is not None and shape != plan.slot_of[slot].shape_for(param):
+                kept[entry.group] = kept[entry.group].without(entry.name)
     return kept
+
+
+def _shapes_of(column: Any) -> dict[str, torch.Size]:
+    """Return the shapes of a slot by parameter name."""
+    if type(column) is PackedDict:
+        return dict(zip(column.names, column.packed.packing.shapes))
+    return {name: x.shape for name, x in column.items() if x is not None}
 
 
 def next_states(
@@ -200,6 +203,7 @@ def next_states(
                 slot: {} if isinstance(slots[slot], Packed) else dict(column)
                 for slot, column in state.slots.items()
             },
+            {counter: dict(column) for counter, column in state.counters.items()},
         )
         for state in states
     ]
@@ -207,6 +211,11 @@ def next_states(
         state = following[entry.group]
         step = call.t[k] if call.g[k] is not None else call.t[k] - 1
         state.steps[entry.name] = int(step)
+        for counter, column in state.counters.items():
+            if call.g[k] is not None:
+                value = call.hyper[k][counter]
+                cut = isinstance(value, Tensor) and not track
+                column[entry.name] = value.detach() if cut else value
     names = tuple(entry.name for entry in entries)
     for slot, column in slots.items():
         if isinstance(column, Packed) and len(names) == len(column):
@@ -256,6 +265,8 @@ class Steady:
         packed = [column for column in columns.values() if type(column) is PackedDict]
         absent = {slot: c for slot, c in columns.items() if type(c) is not PackedDict}
         if not call.pack_slots or not packed or any(g is None for g in call.g):
+            return None
+        if states[0].counters:  # which are other numbers at each step
             return None
         row = call.hyper[0]
         if any(other is not row for other in call.hyper):
@@ -327,7 +338,7 @@ class Steady:
             self.absent
         ):
             return None
-        if all(part.constant_slots for part in tx.plan.parts):
+        if tx.plan.constant:
             self._initial = slots
             self._known.add(call.p)
         return slots

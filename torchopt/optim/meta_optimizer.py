@@ -15,8 +15,9 @@ from typing_extensions import Concatenate, ParamSpec
 from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
 from torchopt.base.values import describe, same
-from torchopt.core import hyper, step_tags, whole
-from torchopt.core.engine import Call, advance
+from torchopt.core import hyper, resolving, step_tags, whole
+from torchopt.core.engine import Call, advance, refuse_parameter
+from torchopt.core.evaluation import converted
 from torchopt.core.opt_state import OptState
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed, signature_of_recipe
@@ -124,12 +125,18 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
                 raise ValueError(f"Parameter {name!r} belongs to another group already.")
         hyperparameters = {**self.transformation.hyperparameters(), **given}
         trained = {n: s.tensor for n, s in sites.items() if s.tensor.requires_grad}
+        for name, tensor in trained.items():
+            refuse_parameter(self.transformation, name, tensor)
         around = partial(known_names, module)
-        hyper.resolve(
+        resolving.resolve(
             hyperparameters, specs, list(trained.values()), lambda: list(trained), 0, around
         )
         self.param_groups.append({"params": module, **hyperparameters})
-        self._states.append(GroupState({}, {slot: {} for slot in self.transformation.slot_names()}))
+        plan = self.transformation.plan
+        slots, counters = (
+            {name: {} for name in names} for names in (plan.slot_names, plan.counters)
+        )
+        self._states.append(GroupState({}, slots, counters))
 
     @property
     def impl(self) -> GradientTransformation:
@@ -219,6 +226,33 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
                 return steady, call
         return None, new_call(self.transformation, groups, states, entries, params, grads)
 
+    # Evaluation -------------------------------------------------------------------------------
+
+    def eval_params(self) -> dict[str, Tensor]:
+        """Return the weights to evaluate with by name, connected to all they are made of.
+
+        They are those of the network, but for schedule-free optimizers. With several networks each
+        name begins with the number of its group: ``"0.weight"``.
+
+        Example:
+            >>> import torch, torchopt
+            >>> net = torch.nn.Linear(2, 1)
+            >>> inner = torchopt.MetaSGDScheduleFree(net, lr=0.1)
+            >>> for _ in range(2):
+            ...     inner.step(net(torch.ones(1, 2)).sum())
+            >>> prediction = torch.func.functional_call(net, inner.eval_params(), torch.ones(1, 2))
+        """
+        entries, params = self._trainable.now(self.param_groups)
+        grads: list[Any] = [None] * len(params)
+        call = new_call(
+            self.transformation, self.param_groups, self._states, entries, params, grads
+        )
+        for k, entry in enumerate(entries):
+            if entry.name not in self._states[entry.group].steps:  # it has taken no step
+                for column in call.slots.values():
+                    column[k] = None
+        return dict(zip(call.names(), converted(self.transformation, call, True)))
+
     # State ------------------------------------------------------------------------------------
 
     def extract_state(self) -> tuple[OptState, ...]:
@@ -246,7 +280,12 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         plan, frozen = self.transformation.plan, self._trainable.frozen
         split = [whole.split(plan, saved.slots) for saved in state]
         self._states = [
-            checked_state(self, group["params"], OptState(saved.step, own), frozen.get(index, ()))
+            checked_state(
+                self,
+                group["params"],
+                OptState(saved.step, own, saved.counters),
+                frozen.get(index, ()),
+            )
             for index, (group, saved, (own, _)) in enumerate(zip(self.param_groups, state, split))
         ]
         self._pairs = split[0][1]

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from torchopt.base import tree
-from torchopt.base.numerics import HALF
 from torchopt.base.values import same
 from torchopt.core import hyper
 from torchopt.core.opt_state import OptState
 from torchopt.nn.parameters import ParameterSite, parameter_sites
-from torchopt.optim.checkpoint import is_recent
+from torchopt.optim.checkpoint import counter_of, is_recent, number_to_tensor
 from torchopt.optim.meta_state import GroupState
 from torchopt.optim.schedules import REPLACED
 
@@ -36,7 +35,7 @@ def saved_form(optimizer: Any, states: Sequence[GroupState]) -> dict[str, Any]:
 
     Schedules given as hyperparameters are code and are left out.
     """
-    fixed = getattr(optimizer.twin, "fixed_options", {})
+    fixed = _options(optimizer)
     entries: dict[int, dict[str, Any]] = {}
     groups = []
     first = 0
@@ -49,12 +48,20 @@ def saved_form(optimizer: Any, states: Sequence[GroupState]) -> dict[str, Any]:
                 entries[key] = {
                     "step": torch.tensor(float(state.steps[name])),
                     **{slot: x for slot, x in slots.items() if x is not None},
+                    **{
+                        n: number_to_tensor(c[name]) for n, c in state.counters.items() if name in c
+                    },
                 }
         saved = {k: v for k, v in group.items() if k != "params" and not hyper.has_schedule(v)}
         params = list(range(first, first + len(names)))
         groups.append({**fixed, **saved, "params": params, "param_names": names})
         first += len(names)
     return tree.tree_map(_detached, {"state": entries, "param_groups": groups})
+
+
+def _options(optimizer: Any) -> dict[str, Any]:
+    twin = optimizer.twin
+    return {} if twin is None else twin.options_of(optimizer.transformation)
 
 
 def _detached(value: Any) -> Any:
@@ -146,15 +153,15 @@ def _unite(optimizer: Any, groups: Sequence[Mapping[str, Any]], live: Mapping[st
         column: list[Any] = [own.get(name) for own in values]
         if all(same(value, column[0]) for value in column):
             continue
-        if names is None or spec.flag or any(isinstance(v, (Mapping, list)) for v in column):
+        if names is None or spec.fixed or any(isinstance(v, (Mapping, list)) for v in column):
             raise ValueError(
                 f"The param_groups of the state differ in {name!r}: {column}. "
                 f"{type(optimizer).__name__} has one group per network, and takes numbers that "
                 "differ by parameter name: save the state of an optimizer over named_parameters()."
             )
         rows = [(n, v) for own, v in zip(each, column) for n in own]
-        if spec.pair:
-            united[name] = tuple({n: v[k] for n, v in rows} for k in range(2))
+        if spec.length:
+            united[name] = tuple({n: v[k] for n, v in rows} for k in range(spec.length))
         else:
             united[name] = dict(rows)
     return _Saved(keys, names, united)
@@ -166,7 +173,7 @@ def _hyperparameters(
     """Return the hyperparameters of a saved group, checked."""
     specs = optimizer.transformation.hyper_specs()
     optional = getattr(optimizer.twin, "optional_hyperparameters", ())
-    fixed = getattr(optimizer.twin, "fixed_options", {})
+    fixed = _options(optimizer)
     former = {} if is_recent(group) else getattr(optimizer.twin, "former_defaults", {})
     group = {**{name: value for name, value in former.items() if name in specs}, **group}
     for name, spec in specs.items():
@@ -227,8 +234,9 @@ def _state(
 ) -> OptState:
     """Return the state of one group; an entry without a count (SGD's) counts as one step."""
     plan = optimizer.transformation.plan
-    counts = any(part.uses_step for part in plan.parts)
+    counts = bool(plan.counters) or any(part.uses_step for part in plan.parts)
     steps: dict[str, Any] = {}
+    counters: dict[str, dict[str, Any]] = {counter: {} for counter in plan.counters}
     columns: dict[str, dict[str, Any]] = {slot: {} for slot in plan.slot_names}
     for name, key in keys.items():
         entry = {slot: x for slot, x in saved.get(key, {}).items() if x is not None}
@@ -240,12 +248,9 @@ def _state(
             raise ValueError(f"The state of parameter {name!r} lacks 'step'.")
         steps[name] = entry.get("step", 1)
         for slot in plan.slot_names:
-            columns[slot][name] = _kept(entry.get(slot), sites[name].tensor)
-    return OptState(steps, columns)
-
-
-def _kept(value: Any, param: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    dtype = torch.float32 if param.dtype in HALF else param.dtype
-    return value.detach().to(device=param.device, dtype=dtype, copy=True)
+            value, param = entry.get(slot), sites[name].tensor
+            own = plan.slot_of[slot]
+            columns[slot][name] = own.kept(value, param) if isinstance(value, Tensor) else value
+        for counter, column in counters.items():
+            column[name] = counter_of(f"{counter} of {name!r}", entry[counter])
+    return OptState(steps, columns, counters)

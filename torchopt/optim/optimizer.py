@@ -13,20 +13,21 @@ from typing_extensions import Concatenate, ParamSpec
 
 from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
-from torchopt.core import engine, hyper, whole
+from torchopt.core import engine, hyper, resolving, whole
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.apply import refuse_unwritable
-from torchopt.core.engine import Call, advance, initialise
+from torchopt.core.engine import Call, advance, initialise, refuse_parameter
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed, signature_of_recipe
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.optim.checkpoint import (
     checked_groups,
     checked_slots,
+    number_to_tensor,
     saved_group,
-    step_to_tensor,
     unexpected,
 )
+from torchopt.optim.evaluation import refuse_step, swap_in_place
 from torchopt.optim.memory import refuse_released
 from torchopt.optim.part_groups import PLACES, PartGroups, divide, warn_of_hidden_rates
 from torchopt.optim.schedules import REPLACED, LiveSchedules
@@ -75,6 +76,12 @@ class Optimizer(torch.optim.Optimizer):
     former_defaults: ClassVar[dict[str, Any]] = {}
     #: Options of ``torch.optim``'s class that must have this value in a loaded state.
     fixed_options: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def options_of(cls, tx: GradientTransformation) -> dict[str, Any]:
+        """Return the options of ``torch.optim``'s class that a transformation stands for."""
+        return cls.fixed_options
+
     #: Whether ``state[p]["step"]`` is kept even if the rule does not read it.
     counts_steps: ClassVar[bool] = False
 
@@ -140,10 +147,22 @@ class Optimizer(torch.optim.Optimizer):
             if "non-leaf" not in str(error):
                 raise
             raise ValueError(misuse.with_history(type(self).__name__)) from error
+        try:
+            self._refuse_parameters(self.param_groups[-1])
+        except BaseException:
+            del self.param_groups[-1]
+            raise
         if self._parts is not None:
             self._parts.place(self.param_groups[-1], places)
         self.transformation = tx
         self._adopt_schedules(self.param_groups[-1:])
+
+    def _refuse_parameters(self, group: dict[str, Any]) -> None:
+        """Refuse parameters that the rule cannot take."""
+        tx = self.transformation if self._parts is None else self._parts.transform_of(group)
+        names = group.get("param_names") or [f"params[{k}]" for k in range(len(group["params"]))]
+        for name, p in zip(names, group["params"]):
+            refuse_parameter(tx, name, p)
 
     def _add_divided(self, parts: PartGroups, group: dict[str, Any]) -> None:
         before, places = len(self.param_groups), len(parts.places)
@@ -186,6 +205,7 @@ class Optimizer(torch.optim.Optimizer):
                 memory has been given back. Nothing has changed then.
         """
         loss = None
+        refuse_step(self)
         if closure is not None:
             misuse.check_closure(closure, self)
             with torch.enable_grad():
@@ -203,6 +223,22 @@ class Optimizer(torch.optim.Optimizer):
             self._schedules.write(self.param_groups, self._count, soon=True)
         return loss
 
+    def eval(self) -> None:
+        """Give the parameters the values to evaluate with, where they are others.
+
+        Schedule-free optimizers take gradients at other weights than they recommend. For all other
+        optimizers nothing happens. Call :meth:`train` before the next step.
+        """
+        self._swap(True)
+
+    def train(self) -> None:
+        """Give the parameters the values to train with again, after :meth:`eval`."""
+        self._swap(False)
+
+    def _swap(self, to_eval: bool) -> None:
+        params = list(itertools.chain.from_iterable(g["params"] for g in self.param_groups))
+        swap_in_place(self, self._call(params, [None] * len(params)), to_eval)
+
     def _step_by_engine(self, params: list[Tensor], grads: list[Any]) -> None:
         """Compute updates and slots, then write them: new tensors for slots."""
         self._adopt_schedules(self.param_groups)
@@ -213,7 +249,7 @@ class Optimizer(torch.optim.Optimizer):
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
-        counts = self._counts_steps()
+        counts, counters = self._counts_steps(), self.transformation.plan.counters
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
         versions = [None if compiling or p.is_inference() else p._version for p in params]
@@ -231,6 +267,7 @@ class Optimizer(torch.optim.Optimizer):
                 }
                 if counts:
                     kept["step"] = call.t[index]
+                kept.update({name: call.hyper[index][name] for name in counters})
                 if kept:
                     self.state[p].update(kept)
                 version = versions[index]
@@ -279,13 +316,19 @@ class Optimizer(torch.optim.Optimizer):
             values = {name: hyper.as_numbers(values[name]) for name in specs}
             group_names = names[first:last]
             # 0 stands for the count: there are no schedules in the groups any more
-            rows += hyper.resolve(values, specs, group["params"], lambda n=group_names: n, 0, names)
+            rows += resolving.resolve(
+                values, specs, group["params"], lambda n=group_names: n, 0, names
+            )
         labels = None
         if self._parts is not None:  # in the order of params
             labels = [group["label"] for group in self.param_groups for _ in group["params"]]
             order = self._parts.order(self.param_groups)
             rows, names = [rows[k] for k in order], [names[k] for k in order]
             labels = [labels[k] for k in order]
+        plan = self.transformation.plan
+        if plan.counters:
+            old = {n: [self._counter(p, n) for p in params] for n in plan.counters}
+            rows = plan.counted_rows(rows, steps, old)
         fresh = [
             p if g is not None and not self.state.get(p) else None for p, g in zip(params, grads)
         ]
@@ -311,6 +354,11 @@ class Optimizer(torch.optim.Optimizer):
             )
         return int(state.get("step", 1)) if state else 0
 
+    def _counter(self, param: Tensor, name: str) -> Any:
+        """Return a counter of a parameter before this step."""
+        state = self.state.get(param) or {}
+        return state.get(name, self.transformation.plan.counters[name].start)
+
     def _count(self, group: dict[str, Any]) -> int:
         """Return how often a group has been updated: the most updates of one of its parameters."""
         return max(map(self._previous_step, group["params"]), default=0)
@@ -319,6 +367,7 @@ class Optimizer(torch.optim.Optimizer):
         return (
             self.counts_steps
             or self._schedules.any
+            or bool(self.transformation.plan.counters)
             or any(part.uses_step for part in self.transformation.plan.parts)
         )
 
@@ -344,7 +393,7 @@ class Optimizer(torch.optim.Optimizer):
 
         def convert(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
             state = {
-                key: {n: step_to_tensor(v) if n == "step" else v for n, v in entry.items()}
+                key: {n: number_to_tensor(v) for n, v in entry.items()}
                 if isinstance(entry, dict)
                 else entry
                 for key, entry in saved["state"].items()

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchopt.core import hyper
+from torchopt.core import hyper, resolving
 from torchopt.core.chaining import chain
 from torchopt.core.engine import Call
 from torchopt.core.transform import GradientTransformation
@@ -73,13 +73,17 @@ class PartGroups:
             )
         return str(label)
 
+    def transform_of(self, group: Mapping[str, Any]) -> GradientTransformation:
+        """Return the transformation of a group's label."""
+        return self.partition.transforms[self.label(group)]
+
     def row(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return the hyperparameters of the transformation, as a group has them now."""
         values, specs = self.tx.plan.values, self.tx.plan.hyper_specs
         names = self.names[self.label(group)]
         own = {public: group.get(name, values[public]) for name, public in names.items()}
         # nothing reads the others' values, which may be dicts by the names of their parameters
-        others = {name: (0.0, 0.0) if spec.pair else 0.0 for name, spec in specs.items()}
+        others = {n: values[n] if s.fixed else (0.0,) * s.length or 0.0 for n, s in specs.items()}
         return {**others, **own}
 
     def completed(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +131,7 @@ class PartGroups:
                 f"There are {len(labels)} labels for {len(names)} parameters. To a group that is "
                 'added later give its own: {"params": ..., "label": ...}.'
             )
-        values = hyper.match_by_name("labels", labels, names)
+        values = resolving.match_by_name("labels", labels, names)
         check_labels(self.partition, values, names)
         return values
 

@@ -19,11 +19,9 @@ from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.hyper import flag, hyper
 from torchopt.core.recipe import ignoring_moment_requires_grad
-from torchopt.core.transform import (
-    ElementwiseTransformation,
-    GradientTransformation,
-    transformation,
-)
+from torchopt.core.rules import ElementwiseTransformation
+from torchopt.core.slots import Slot
+from torchopt.core.transform import GradientTransformation, transformation
 from torchopt.optim import meta_optimizer as meta
 from torchopt.optim import optimizer as optim
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
@@ -34,20 +32,13 @@ from torchopt.typing import Hyperparameter, Step
 class ScaleByAdam(ElementwiseTransformation):
     """Scale by bias-corrected moments; see :func:`scale_by_adam`."""
 
-    betas: tuple[Hyperparameter, Hyperparameter] = hyper((0.9, 0.999), ge=0, lt=1, pair=True)
+    betas: tuple[Hyperparameter, Hyperparameter] = hyper((0.9, 0.999), ge=0, lt=1, length=2)
     eps: Hyperparameter = hyper(1e-8, ge=0)
     eps_root: Hyperparameter = hyper(0.0, ge=0)
     amsgrad: bool = flag(False)
 
-    slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    optional_slots = frozenset({"max_exp_avg_sq"})
-    constant_slots = True
+    slots = (Slot("exp_avg"), Slot("exp_avg_sq"), Slot("max_exp_avg_sq", when="amsgrad"))
     uses_step = True
-
-    def init_slots(self, param: Tensor, *, amsgrad: bool, **_: Any) -> tuple[Tensor | None, ...]:
-        """Return zeros; the maximum only where ``amsgrad`` asks for it."""
-        zeros = torch.zeros_like(param), torch.zeros_like(param)
-        return (*zeros, torch.zeros_like(param) if amsgrad else None)
 
     def rule(
         self,

@@ -11,11 +11,9 @@ from torchopt.base.numerics import moving_average, moving_average_of_square, ove
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.hyper import HyperSpec, check_number, flag, hyper
-from torchopt.core.transform import (
-    ElementwiseTransformation,
-    GradientTransformation,
-    transformation,
-)
+from torchopt.core.rules import ElementwiseTransformation
+from torchopt.core.slots import Slot
+from torchopt.core.transform import GradientTransformation, transformation
 from torchopt.optim import meta_optimizer as meta
 from torchopt.optim import optimizer as optim
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
@@ -36,14 +34,10 @@ class ScaleByRms(ElementwiseTransformation):
         super().__post_init__()
         check_number("initial_scale", self.initial_scale, HyperSpec(ge=0))
 
-    slots = ("square_avg", "grad_avg")
-    optional_slots = frozenset({"grad_avg"})
-    constant_slots = True
-
-    def init_slots(self, param: Tensor, *, centered: bool, **_: Any) -> tuple[Tensor | None, ...]:
-        """Return the initial second moment, and a mean of zeros if ``centered``."""
-        square = torch.full_like(param, self.initial_scale)
-        return square, torch.zeros_like(param) if centered else None
+    @property
+    def slots(self) -> tuple[Slot, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The second moment, which starts at ``initial_scale``, and the mean if ``centered``."""
+        return Slot("square_avg", start=self.initial_scale), Slot("grad_avg", when="centered")
 
     def rule(
         self,

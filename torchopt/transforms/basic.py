@@ -11,11 +11,8 @@ from torch import Tensor
 from torchopt.base.numerics import add_scaled, is_zero
 from torchopt.core.chaining import Chain
 from torchopt.core.hyper import check_number, flag, hyper
-from torchopt.core.transform import (
-    ElementwiseTransformation,
-    GradientTransformation,
-    transformation,
-)
+from torchopt.core.rules import ElementwiseTransformation
+from torchopt.core.transform import GradientTransformation, transformation
 from torchopt.transforms.wrap import masked
 from torchopt.typing import Hyperparameter, Schedule, Step
 

@@ -11,11 +11,8 @@ from torch import Tensor
 from torchopt.base.numerics import root
 from torchopt.core.engine import Leaves
 from torchopt.core.hyper import check_number, hyper
-from torchopt.core.transform import (
-    ElementwiseTransformation,
-    GradientTransformation,
-    transformation,
-)
+from torchopt.core.rules import ElementwiseTransformation
+from torchopt.core.transform import GradientTransformation, transformation
 from torchopt.typing import Hyperparameter, Step
 
 

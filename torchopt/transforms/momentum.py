@@ -11,11 +11,9 @@ from torchopt.base.numerics import add_scaled, is_zero
 from torchopt.core.engine import Leaves
 from torchopt.core.hyper import flag, hyper, numbers_in
 from torchopt.core.recipe import ignoring_moment_requires_grad
-from torchopt.core.transform import (
-    ElementwiseTransformation,
-    GradientTransformation,
-    transformation,
-)
+from torchopt.core.rules import ElementwiseTransformation
+from torchopt.core.slots import Slot
+from torchopt.core.transform import GradientTransformation, transformation
 from torchopt.typing import Hyperparameter, Step
 
 
@@ -27,9 +25,7 @@ class Trace(ElementwiseTransformation):
     dampening: Hyperparameter = hyper(0.0)
     nesterov: bool = flag(False)
 
-    slots = ("momentum_buffer",)
-    optional_slots = frozenset({"momentum_buffer"})
-    constant_slots = True
+    slots = (Slot("momentum_buffer", when="momentum"),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,10 +37,6 @@ class Trace(ElementwiseTransformation):
                 "Nesterov momentum needs momentum > 0 and dampening = 0, got "
                 f"momentum={self.momentum!r}, dampening={self.dampening!r}."
             )
-
-    def init_slots(self, param: Tensor, *, momentum: Any, **_: Any) -> tuple[Tensor | None, ...]:
-        """Return a buffer of zeros, or none where the momentum is the number 0."""
-        return (None if is_zero(momentum) else torch.zeros_like(param),)
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Apply :meth:`rule` to every parameter, sparse ones in forms that can be added."""

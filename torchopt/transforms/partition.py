@@ -10,12 +10,14 @@ from typing import Any, Union
 from torch import Tensor
 
 from torchopt.base import tree
-from torchopt.core import hyper
+from torchopt.core import hyper, resolving
 from torchopt.core.engine import Call, Leaves, part_slots, run
+from torchopt.core.evaluation import converted_inside, evaluates
 from torchopt.core.pair import as_transformation
+from torchopt.core.slots import Counter, Slot
 from torchopt.core.transform import GradientTransformation, check_transformation, transformation
 from torchopt.core.whole import distinct
-from torchopt.typing import PyTree
+from torchopt.typing import PyTree, Step
 
 
 @transformation
@@ -46,9 +48,33 @@ class Partition(GradientTransformation):
         return any(part.uses_step for tx in self.transforms.values() for part in tx.parts)
 
     @property
-    def optional_slots(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """All slots: each parameter has those of its own transformation."""
-        return frozenset(self.slot_names())
+    def slots(self) -> tuple[Slot, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The slots of all, each optional: a parameter has those of its own transformation."""
+        found: dict[str, Slot] = {}
+        for label, tx in self.transforms.items():
+            names = self._slots_of(label)
+            for slot in tx.plan.renamed_slots(optional=True):
+                name = names[slot.name]
+                found.setdefault(name, dataclasses.replace(slot, name=name))
+        return tuple(found.values())
+
+    @property
+    def counters(self) -> tuple[Counter, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The counters of all, as ``"label.name"``."""
+        return tuple(
+            dataclasses.replace(counter, name=f"{label}.{counter.name}")
+            for label, tx in self.transforms.items()
+            for counter in tx.plan.renamed_counters()
+        )
+
+    def count(self, t: Step, *args: Any, **values: Any) -> dict[str, Any]:
+        """Return the counters of all for an update; each parameter reads those of its own label."""
+        found: dict[str, Any] = {}
+        for label, tx in self.transforms.items():
+            (row,) = _own_rows(label, tx, [values])
+            counted = tx.plan.count(row, t, row)
+            found.update({f"{label}.{name}": counted[name] for name in tx.plan.counters})
+        return found
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
         """Return the hyperparameters of all, as ``"label.name"``."""
@@ -66,10 +92,19 @@ class Partition(GradientTransformation):
             for name, value in tx.hyperparameters().items()
         }
 
-    def slot_names(self) -> tuple[str, ...]:
-        """Return the slots of all; those of one name are one tree."""
-        names = [n for label, tx in self.transforms.items() for n in _slots(label, tx).values()]
-        return tuple(dict.fromkeys(names))
+    def _slots_of(self, label: str) -> dict[str, str]:
+        """Return the names of slots here by those of one label.
+
+        They are the same, so that slots of one name are one tree, but for whole trees, and where
+        two labels mean buffers of different shapes by one name.
+        """
+        own = self.transforms[label].plan
+        names: dict[str, str] = {}
+        for name, slot in own.slot_of.items():
+            others = [tx.plan.slot_of.get(name, slot) for tx in self.transforms.values()]
+            alike = all((o.shape, o.dtype) == (slot.shape, slot.dtype) for o in others)
+            names[name] = name if alike and name not in own.whole else f"{label}.{name}"
+        return names
 
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return those of the transformations, as ``"label.name"``, for their parameters."""
@@ -104,12 +139,34 @@ class Partition(GradientTransformation):
         }
         return dataclasses.replace(self, transforms=transforms)
 
+    @property
+    def accepts_complex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether all rules of all parts are right for complex numbers."""
+        return all(part.accepts_complex for tx in self.transforms.values() for part in tx.parts)
+
+    @property
+    def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether one of the transformations evaluates with other weights."""
+        return any(map(evaluates, self.transforms.values()))
+
+    def converted(self, leaves: Leaves, to_eval: bool) -> list[Tensor]:
+        """Return each parameter as the transformation of its label evaluates it."""
+        names = self.slot_names()
+        params = list(leaves.p)
+        for label, own, positions in self._parts_of(leaves):
+            places = {n: names.index(public) for n, public in self._slots_of(label).items()}
+            columns = {name: [row[k] for row in own.slots] for name, k in places.items()}
+            found = converted_inside(self.transforms[label].plan, own, columns, to_eval)
+            for position, p in zip(positions, found):
+                params[position] = p
+        return params
+
     def init_all_slots(self, leaves: Leaves) -> list[tuple[Any, ...]]:
         """Return each parameter's own slots, ``None`` for the others'."""
         found: list[dict[str, Any]] = [{} for _ in leaves.index]
         for label, own, positions in self._parts_of(leaves):
             tx = self.transforms[label]
-            public = _slots(label, tx)
+            public = self._slots_of(label)
             for number, part in enumerate(tx.plan.parts):
                 rows = tx.plan.rows_of(number, own.hyper)
                 slots = part_slots(part, dataclasses.replace(own, hyper=rows))
@@ -125,7 +182,7 @@ class Partition(GradientTransformation):
         slots = [list(row) for row in leaves.slots]
         for label, own, positions in self._parts_of(leaves):
             tx = self.transforms[label]
-            places = {name: names.index(public) for name, public in _slots(label, tx).items()}
+            places = {name: names.index(public) for name, public in self._slots_of(label).items()}
             columns = {name: [row[k] for row in own.slots] for name, k in places.items()}
             results, _ = run(tx.plan, own, columns)
             for number, position in enumerate(positions):
@@ -149,18 +206,12 @@ class Partition(GradientTransformation):
 
 def _own_rows(label: str, tx: GradientTransformation, rows: list[Any]) -> list[dict[str, Any]]:
     """Return the hyperparameters of one label; rows that are one object stay one object."""
-    names = list(tx.hyper_specs())
+    names = [*tx.hyper_specs(), *tx.plan.counters]
     own: dict[int, dict[str, Any]] = {}
     for row in rows:
         if id(row) not in own:
             own[id(row)] = {name: row[f"{label}.{name}"] for name in names}
     return [own[id(row)] for row in rows]
-
-
-def _slots(label: str, tx: GradientTransformation) -> dict[str, str]:
-    """Return the names of slots here by those of one label: the same, but for whole trees."""
-    whole = tx.plan.whole
-    return {name: f"{label}.{name}" if name in whole else name for name in tx.slot_names()}
 
 
 def label_leaves(part: Partition, call: Call) -> list[str]:
@@ -172,7 +223,7 @@ def label_leaves(part: Partition, call: Call) -> list[str]:
     if call.labels is not None:
         return call.labels
     labels = part.labels(call.reference) if callable(part.labels) else part.labels
-    values = hyper.match_by_name("labels", labels, call.names(), call.known)
+    values = resolving.match_by_name("labels", labels, call.names(), call.known)
     check_labels(part, values, call.names())
     return values
 

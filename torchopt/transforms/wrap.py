@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from torchopt.base import misuse, tree
-from torchopt.core import hyper
+from torchopt.core import hyper, resolving
 from torchopt.core.engine import Call, Leaves, part_slots, run
+from torchopt.core.evaluation import converted_inside, evaluates
 from torchopt.core.pair import as_transformation
+from torchopt.core.slots import Counter, Slot
 from torchopt.core.transform import GradientTransformation, check_transformation, transformation
-from torchopt.typing import PyTree
+from torchopt.typing import PyTree, Step
 
 
 @transformation
@@ -30,9 +32,19 @@ class Masked(GradientTransformation):
         return any(part.uses_step for part in self.inner.parts)
 
     @property
-    def optional_slots(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """All slots: the mask may select no parameter."""
-        return frozenset(self.inner.slot_names())
+    def slots(self) -> tuple[Slot, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The slots of the inner transformation, all optional: the mask may select no parameter."""
+        return self.inner.plan.renamed_slots(optional=True)
+
+    @property
+    def counters(self) -> tuple[Counter, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The counters of the inner transformation."""
+        return self.inner.plan.renamed_counters()
+
+    def count(self, t: Step, *args: Any, **values: Any) -> dict[str, Any]:
+        """Return the counters of the inner transformation for an update."""
+        plan = self.inner.plan
+        return plan.count(values, t, {name: values[name] for name in plan.counters})
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
         """Return the hyperparameters of the inner transformation."""
@@ -41,10 +53,6 @@ class Masked(GradientTransformation):
     def hyperparameters(self) -> dict[str, Any]:
         """Return the hyperparameters of the inner transformation."""
         return self.inner.hyperparameters()
-
-    def slot_names(self) -> tuple[str, ...]:
-        """Return the slots of the inner transformation."""
-        return self.inner.slot_names()
 
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return those of the inner transformation, under this mask as well."""
@@ -73,6 +81,27 @@ class Masked(GradientTransformation):
         plan = self.inner.plan
         rows = [plan.rows_of(k, [hyperparameters])[0] for k in range(len(plan.parts))]
         return all(part.takes_sparse(**row) for part, row in zip(plan.parts, rows))
+
+    @property
+    def accepts_complex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether all rules inside are right for complex numbers."""
+        return all(part.accepts_complex for part in self.inner.parts)
+
+    @property
+    def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the inner transformation evaluates with other weights."""
+        return evaluates(self.inner)
+
+    def converted(self, leaves: Leaves, to_eval: bool) -> list[Tensor]:
+        """Return the selected parameters as the inner transformation evaluates them."""
+        selected, chosen = self._select(leaves)
+        params = list(leaves.p)
+        names = self.slot_names()
+        columns = {name: [row[k] for row in selected.slots] for k, name in enumerate(names)}
+        found = converted_inside(self.inner.plan, selected, columns, to_eval) if chosen else []
+        for position, p in zip(chosen, found):
+            params[position] = p
+        return params
 
     def init_all_slots(self, leaves: Leaves) -> list[tuple[Any, ...]]:
         """Return the inner transformation's slots where the mask is true, else ``None``."""
@@ -121,7 +150,7 @@ def mask_leaves(mask: Any, call: Call) -> list[bool]:
     values = (
         [mask] * len(call.g)
         if isinstance(mask, bool)
-        else hyper.match_by_name("mask", mask, call.names(), call.known)
+        else resolving.match_by_name("mask", mask, call.names(), call.known)
     )
     for name, value in zip(call.names(), values):
         if not isinstance(value, bool):

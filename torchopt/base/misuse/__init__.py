@@ -33,6 +33,7 @@ from torchopt.base.misuse.losses import (
     unrelated_loss,
 )
 from torchopt.base.misuse.transformations import (
+    check_declarations,
     check_decorated,
     no_step,
     not_a_result,

@@ -135,6 +135,20 @@ def no_step(tx: Any) -> str:
     )
 
 
+def check_declarations(cls: type) -> None:
+    """Refuse what slots were declared by before they were data.
+
+    Raises:
+        TypeError: With what to write.
+    """
+    for name in ("init_slots", "optional_slots", "constant_slots"):
+        if name in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} defines {name}; slots are declared with what they start as: "
+                'slots = (torchopt.Slot("exp_avg", start=0.0, when=None),).'
+            )
+
+
 def check_decorated(tx: Any) -> None:
     """Refuse a class with fields of its own that no decorator has seen.
 

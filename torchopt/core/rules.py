@@ -1,0 +1,99 @@
+"""Rules of one tensor, and of one entry: what most transformations are."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from torchopt.base import misuse
+from torchopt.core.engine import Leaves
+from torchopt.core.transform import GradientTransformation
+from torchopt.typing import Step
+
+
+class TensorTransformation(GradientTransformation):
+    """A transformation whose rule treats each parameter by itself, as one tensor.
+
+    Example:
+        >>> import torch, torchopt
+        >>> @torchopt.transformation
+        ... class Unit(torchopt.TensorTransformation):
+        ...     def rule(self, g, p, t, slots):
+        ...         return g / g.norm(), slots
+        >>> tx = Unit()
+        >>> tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.ones(2)]))[0]
+        [tensor([0.6000, 0.8000])]
+    """
+
+    def rule(
+        self,
+        g: Tensor,
+        p: Tensor | None,
+        t: Step,
+        slots: tuple[Any, ...],
+        *args: Any,
+        **hyperparameters: Any,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return the update of one parameter and its new slots; pure.
+
+        Args:
+            g: The gradient, or what earlier parts of a chain made of it.
+            p: The parameter, or ``None`` if the caller gave none.
+            t: The step count, 1 at the first update.
+            slots: The buffers, in the order of ``slots``.
+            *args: None; here so that a subclass may name its hyperparameters.
+            **hyperparameters: Numbers, or tensors that broadcast to ``g``.
+        """
+        raise TypeError(f"{type(self).__name__} defines no rule(g, p, t, slots, ...).")
+
+    def to_eval(self, p: Tensor, slots: tuple[Any, ...], **hyperparameters: Any) -> Tensor:
+        """Return a parameter as it is evaluated, where ``evaluates`` is set; pure."""
+        return p
+
+    def to_train(self, p: Tensor, slots: tuple[Any, ...], **hyperparameters: Any) -> Tensor:
+        """Return the parameter that :meth:`to_eval` was given; pure."""
+        return p
+
+    def converted(self, leaves: Leaves, to_eval: bool) -> list[Tensor]:
+        """Apply :meth:`to_eval` or :meth:`to_train` to every parameter that has its slots."""
+        convert = self.to_eval if to_eval else self.to_train
+        return [
+            p if all(x is None for x in s) else convert(p, s, **h)
+            for p, s, h in zip(leaves.p, leaves.slots, leaves.hyper)
+        ]
+
+    def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
+        """Apply :meth:`rule` to every parameter."""
+        updates, slots = [], []
+        for g, p, t, s, h in zip(leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper):
+            result = self.rule(g, p, t, s, **h)
+            if not _is_result(result, s):
+                raise TypeError(misuse.not_a_result(self, result, s))
+            updates.append(result[0])
+            slots.append(result[1])
+        return updates, slots
+
+
+class ElementwiseTransformation(TensorTransformation):
+    """A transformation whose rule treats each entry of a parameter by itself: it can be fused.
+
+    Example:
+        >>> import torch, torchopt
+        >>> @torchopt.transformation
+        ... class Sign(torchopt.ElementwiseTransformation):
+        ...     def rule(self, g, p, t, slots):
+        ...         return g.sign(), slots
+        >>> tx = Sign()
+        >>> tx.update([torch.tensor([0.5, -2.0])], tx.init([torch.ones(2)]))[0]
+        [tensor([ 1., -1.])]
+    """
+
+    elementwise: ClassVar[bool] = True
+
+
+def _is_result(result: Any, slots: tuple[Any, ...]) -> bool:
+    """Whether a rule returned an update and as many slots as it was given."""
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        return False
+    return isinstance(result[0], Tensor) and len(result[1]) == len(slots)
