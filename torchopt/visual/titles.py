@@ -1,0 +1,90 @@
+"""What a chain of transformations is called in a picture: by the optimizers of the library."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+from torchopt import optimizers
+from torchopt.optim import Optimizer
+
+
+#: Signs and learning rates say little, and weight decay only where an optimizer has it.
+_SILENT = ("FlipSign", "ScaleByLearningRate")
+_DECAY = "AddDecayedWeights"
+
+
+def optimizer_name(parts: Sequence[str]) -> str:
+    """Return the usual name of a chain, from the names of the classes of its parts.
+
+    What consists of the parts of an optimizer of ``torchopt.optimizers`` has its name, whatever it
+    is chained with; so a new optimizer there is known here.
+
+    Example:
+        >>> optimizer_name(["ClipGradNorm", "FlipSign", "ScaleByAdam", "AddDecayedWeights"])
+        'ClipGradNorm + AdamW'
+    """
+    telling = _telling(parts)
+    known, rules = _known()
+    names, position = [], 0
+    while position < len(telling):
+        for length in range(len(telling) - position, 0, -1):
+            name = known.get(telling[position : position + length])
+            if name is not None:
+                names.append(name)
+                position += length
+                break
+        else:
+            part = telling[position]
+            if part != _DECAY:
+                names.append(rules.get(part, re.sub("^ScaleBy(?=[A-Z])", "", part)))
+            position += 1
+    return " + ".join(names) or "SGD"
+
+
+def _telling(parts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(part for part in parts if part not in _SILENT)
+
+
+@functools.cache
+def _known() -> tuple[dict[tuple[str, ...], str], dict[str, str]]:
+    """Return the names of chains, by their telling parts, and of rules by themselves."""
+    chains: dict[tuple[str, ...], str] = {}
+    without_decay: dict[tuple[str, ...], str] = {}
+    rules: dict[str, str] = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(optimizers.__path__)):
+        module = importlib.import_module(f"{optimizers.__name__}.{name}")
+        for title, recipe in _recipes(module):
+            for part in (parts := recipe().parts):
+                if type(part).__module__ == module.__name__:
+                    rules.setdefault(type(part).__name__, title)
+            telling = _telling([type(part).__name__ for part in parts])
+            chains.setdefault(telling, title)
+            plain = tuple(part for part in telling if part != _DECAY)
+            without_decay.setdefault(plain, title)  # of Adam and AdamW it is Adam
+    return {**without_decay, **chains}, rules
+
+
+def _recipes(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield the named classes of a file and their recipes, which are called alike."""
+    functions = {
+        name.replace("_", ""): value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+    }
+    for title, cls in vars(module).items():
+        if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer:
+            recipe = functions.get(title.lower())
+            if recipe is not None and not _required(recipe):
+                yield title, recipe
+
+
+def _required(recipe: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(recipe).parameters.values()
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
