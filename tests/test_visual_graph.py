@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import Case, every_case
 from conftest import nonzero
 from torch import Tensor, nn
 
@@ -93,14 +93,14 @@ def test_json_holds_the_same() -> None:
 
 
 @pytest.mark.parametrize("accelerated", [None, False])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_every_optimizer_step_is_one_node(case: Case, accelerated: bool | None) -> None:
     _, loss = adapted(case.tx().with_accelerated_op(accelerated))
     graph = build(loss)
     check_structure(graph, loss)
     found = steps_of(graph)
-    assert [node.label[-6:] for node in found] == ["step 1", "step 2", "step 3"]
-    assert len({node.label[:-7] for node in found}) == 1
+    name = case.cls.__name__
+    assert [node.label for node in found] == [f"{name} step {k}" for k in (1, 2, 3)]
     assert [node.lane for node in found] == [0, 1, 2]
     assert graph.nodes[-1].kind == "result"
     assert graph.nodes[-1].lane == 3

@@ -87,4 +87,5 @@ def _recipes(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def _required(recipe: Callable[..., Any]) -> bool:
     parameters = inspect.signature(recipe).parameters.values()
-    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.default is p.empty and p.kind not in starred for p in parameters)
