@@ -131,6 +131,7 @@ every_kind = every(lambda case: True, each_kind=True)
 every_torch_case = every(lambda case: case.torch_cls)
 #: Those with a differentiable face.
 every_meta_case = every(lambda case: case.meta)
+every_torch_meta_case = every(lambda case: case.meta and case.torch_cls)
 every_meta_kind = every(lambda case: case.meta, each_kind=True)
 #: Those that kernels compute.
 every_fused_case = every(lambda case: case.algorithm.fused)
