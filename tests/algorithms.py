@@ -202,6 +202,10 @@ class Case:
         """Return the transformation, with some of ``tunable`` replaced."""
         return self.recipe(**self.arguments(changed), use_accelerated_op=use_accelerated_op)
 
+    def smooth(self, eps: float = 1e-2) -> torchopt.GradientTransformation:
+        """Return the transformation with an ``eps`` so large that differences see no kink."""
+        return self.tx({"eps": max(eps, self.value("eps"))} if "eps" in self.tunable else None)
+
     def tensors(self, **options: Any) -> dict[str, torch.Tensor]:
         """Return every one of ``tunable`` as a float64 tensor of its own."""
         return {name: torch.tensor(self.value(name), **F64, **options) for name in self.tunable}
