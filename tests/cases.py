@@ -144,3 +144,15 @@ every_formula_case = every(lambda case: case.algorithm.formula)
 every_dense_case = every(lambda case: not case.sparse)
 every_sparse_case = every(lambda case: case.sparse)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+#: Each algorithm with every other one; ``make test`` runs each with the next one of the table.
+every_pair = pytest.mark.parametrize(
+    ("algorithm", "other"),
+    [
+        pytest.param(
+            a, b, id=f"{a.name}-{b.name}", marks=[] if b is following else [pytest.mark.thorough]
+        )
+        for a, following in zip(ALGORITHMS, [*ALGORITHMS[1:], ALGORITHMS[0]])
+        for b in ALGORITHMS
+        if b is not a
+    ],
+)
