@@ -33,8 +33,13 @@ def storages(*trees: Any) -> set[int]:
 # Purity -------------------------------------------------------------------------------------------
 
 
-def assert_pure(tx: torchopt.GradientTransformation, hyper: Any, record: bool) -> None:
-    """Assert that three pure steps change no input, and that new slots do not alias gradients."""
+def assert_pure(
+    tx: torchopt.GradientTransformation, hyper: Any, record: bool, fresh: bool = False
+) -> None:
+    """Assert that three pure steps change no input, and that new slots do not alias gradients.
+
+    With ``fresh`` no result shares memory with any input.
+    """
     params = {"w": nonzero(2), "b": nonzero(1, 1)}
     state = tx.init(params)
     for _ in range(3):
@@ -50,6 +55,8 @@ def assert_pure(tx: torchopt.GradientTransformation, hyper: Any, record: bool) -
         assert storages(new_params).isdisjoint(storages(inputs))
         # a gradient buffer that is reused after the call must not change the state
         assert storages(new_state).isdisjoint(storages(grads, params, hyper))
+        if fresh:
+            assert storages(updates, new_state).isdisjoint(storages(inputs))
         assert new_state.step == state.step + 1
         params, state = new_params, new_state
 
@@ -58,8 +65,8 @@ def assert_pure(tx: torchopt.GradientTransformation, hyper: Any, record: bool) -
 @every_case
 def test_pure_algorithms(case: Case, record: bool) -> None:
     hyper = case.tensors(requires_grad=record)
-    assert_pure(case.tx(), {}, record)
-    assert_pure(case.tx(hyper), hyper, record)
+    assert_pure(case.tx(), {}, record, fresh=True)
+    assert_pure(case.tx(hyper), hyper, record, fresh=True)
 
 
 @pytest.mark.parametrize("record", [False, True], ids=["plain", "recorded"])
