@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from closed_forms import ClosedForm
@@ -105,6 +105,18 @@ class Algorithm:
             yield Case("-".join([self.name, *filter(None, [name])]), self, kwargs)
 
 
+class Kind(NamedTuple):
+    """What the mechanisms of the library may tell configurations apart by."""
+
+    size: str
+    fused: bool
+    needs_params: bool
+    sparse: bool
+    has_slots: bool
+    uses_step: bool
+    other_shapes: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """One algorithm in one configuration.
@@ -168,12 +180,16 @@ class Case:
         return not self.algorithm.linear and not self.kwargs.get("eps_root")
 
     @cached_property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> Kind:
         """What the mechanisms of the library may tell rows apart by."""
         algorithm, tx = self.algorithm, self.tx()
         slots = tx.init(torch.ones(2, 2)).slots
-        return (
-            (algorithm.size, algorithm.fused, self.needs_params, self.sparse, bool(slots)),
+        return Kind(
+            algorithm.size,
+            algorithm.fused,
+            self.needs_params,
+            self.sparse,
+            bool(slots),
             any(part.uses_step for part in tx.parts),
             tuple(sorted(algorithm.shapes.keys() & slots.keys())),
         )

@@ -104,38 +104,52 @@ def named(name: str) -> Case:
 # Decorators: a test runs for every row of a sort, and receives ``case`` or ``algorithm`` ----------
 
 
-def rows(where: Callable[[Case], Any], each_kind: bool = False) -> list[Any]:
+def rows(where: Callable[[Case], Any], each: Callable[[Case], Any] | None = None) -> list[Any]:
     """Return the configurations that ``where`` holds of, as parameters of a test.
 
-    With ``each_kind`` ``make test`` runs one of each kind only: for laws of the library's
-    mechanisms, which cannot tell rows of a kind apart, where a run takes long.
+    With ``each`` ``make test`` runs only the first one for each of its values: for laws of the
+    library's mechanisms, where a run takes long.
     """
     found: list[Any] = []
-    kinds = set()
+    seen = set()
     for row in filter(where, CASES):
-        leave = each_kind and row.kind in kinds
-        kinds.add(row.kind)
+        leave = each is not None and each(row) in seen
+        seen.add(each and each(row))
         found.append(pytest.param(row, id=row.name, marks=[pytest.mark.thorough] if leave else []))
     return found
 
 
-def every(where: Callable[[Case], Any], each_kind: bool = False) -> pytest.MarkDecorator:
+def every(
+    where: Callable[[Case], Any], each: Callable[[Case], Any] | None = None
+) -> pytest.MarkDecorator:
     """Run a test for every configuration that ``where`` holds of; see :func:`rows`."""
-    return pytest.mark.parametrize("case", rows(where, each_kind))
+    return pytest.mark.parametrize("case", rows(where, each))
+
+
+def kind(case: Case) -> Any:
+    """Tell configurations apart by what the library's mechanisms may tell them apart by."""
+    return case.kind
+
+
+def state_kind(case: Case) -> Any:
+    """Tell them apart by what is in a state only: the compiler sees little else."""
+    return case.kind.has_slots, case.kind.uses_step, case.kind.other_shapes
 
 
 every_case = every(lambda case: True)
 #: For one configuration of each kind; ``make test-all`` runs all.
-every_kind = every(lambda case: True, each_kind=True)
+every_kind = every(lambda case: True, each=kind)
+every_state = every(lambda case: True, each=state_kind)
 #: Those that torch.optim has.
 every_torch_case = every(lambda case: case.torch_cls)
 #: Those with a differentiable face.
 every_meta_case = every(lambda case: case.meta)
 every_torch_meta_case = every(lambda case: case.meta and case.torch_cls)
-every_meta_kind = every(lambda case: case.meta, each_kind=True)
+every_meta_kind = every(lambda case: case.meta, each=kind)
 #: Those that kernels compute.
 every_fused_case = every(lambda case: case.algorithm.fused)
-every_fused_kind = every(lambda case: case.algorithm.fused, each_kind=True)
+every_fused_kind = every(lambda case: case.algorithm.fused, each=kind)
+every_fused_state = every(lambda case: case.algorithm.fused, each=state_kind)
 #: Those whose rule treats each entry by itself.
 every_entrywise_case = every(lambda case: case.algorithm.size == "entry")
 #: Those that are known in closed form.

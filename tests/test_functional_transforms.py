@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import every_case, every_kind, named
+from cases import every_case, every_state, named
 from conftest import nonzero, nonzero_like
 from tolerances import META_GRADIENT, assert_close, relative_error
 from torch import Tensor
@@ -278,7 +278,7 @@ def _compiled_steps(
     return graphs
 
 
-@every_kind
+@every_state
 def test_update_compiles_in_full_graph(case: Any) -> None:
     """One graph for the first step and one for all later ones, whatever their number."""
     graphs = _compiled_steps(case.tx(), "aot_eager")

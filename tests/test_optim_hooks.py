@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, every, every_torch_case, named
+from cases import Case, every, every_torch_case, kind, named
 from stepping import assert_same_path, data, pair, parameters, set_grads, twins
 from tolerances import assert_close
 from torch import Tensor
@@ -67,7 +67,7 @@ def test_every_scheduler_of_torch_is_tried() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter")
-@every(lambda case: case.torch_cls, each_kind=True)
+@every(lambda case: case.torch_cls, each=kind)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name: str, case: Case) -> None:
     """Each scheduler moves our groups and parameters exactly as it moves torch's."""
