@@ -51,6 +51,8 @@ class Algorithm:
         linear: Whether an update is linear in the gradients.
         sparse: Whether it takes sparse gradients (without weight decay).
         formula: What it does in closed form, or ``None``.
+        oracle: The test file with another oracle of its values, if no twin in torch and no formula
+            is one: a slow copy that follows the paper, say.
         bounds: What its numbers may be where :data:`BOUNDS` does not say, by name.
         fixed: Arguments that are numbers but no hyperparameters.
     """
@@ -72,6 +74,7 @@ class Algorithm:
     linear: bool = False
     sparse: bool = False
     formula: ClosedForm | None = None
+    oracle: str = ""
     bounds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: tuple[str, ...] = ()
 
@@ -218,9 +221,12 @@ class Case:
         """Return the transformation, with some of ``tunable`` replaced."""
         return self.recipe(**self.arguments(changed), use_accelerated_op=use_accelerated_op)
 
-    def smooth(self, eps: float = 1e-2) -> torchopt.GradientTransformation:
+    def smooth(
+        self, eps: float = 1e-2, use_accelerated_op: bool | None = None
+    ) -> torchopt.GradientTransformation:
         """Return the transformation with an ``eps`` so large that differences see no kink."""
-        return self.tx({"eps": max(eps, self.value("eps"))} if "eps" in self.tunable else None)
+        larger = {"eps": max(eps, self.value("eps"))} if "eps" in self.tunable else None
+        return self.tx(larger, use_accelerated_op)
 
     def tensors(self, **options: Any) -> dict[str, torch.Tensor]:
         """Return every one of ``tunable`` as a float64 tensor of its own."""

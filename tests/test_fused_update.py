@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, every_fused_case, every_fused_kind
+from algorithms import Algorithm
+from cases import Case, every_algorithm, every_fused_case, every_fused_kind
 from conftest import nonzero
 from fusing import (
     FACES,
@@ -192,11 +193,11 @@ def test_never_means_never(face: str, kernel_calls: list[int]) -> None:
     assert all("use_accelerated_op is False" in line for line in lines)
 
 
-@pytest.mark.parametrize("make", [torchopt.adam, torchopt.sgd, torchopt.rmsprop, torchopt.adamw])
-def test_other_values_are_refused(make: Any) -> None:
+@every_algorithm
+def test_other_values_are_refused(algorithm: Algorithm) -> None:
     for value in (1, 0, "True", "yes"):
         with pytest.raises(TypeError, match="None, True or False"):
-            make(0.1, use_accelerated_op=value)
+            algorithm.recipe(0.1, use_accelerated_op=value)
 
 
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
