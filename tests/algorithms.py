@@ -179,8 +179,9 @@ class Case:
 
     @property
     def scale_free(self) -> bool:
-        """Whether an update has the same size whatever the size of the gradients is."""
-        return not self.algorithm.linear and not self.kwargs.get("eps_root")
+        """Whether updates have the same size whatever the size of the gradients (above 1e-4) is."""
+        numbers = (self.kwargs.get("eps", 0.0), self.kwargs.get("eps_root", 0.0))
+        return not self.algorithm.linear and max(numbers) <= 1e-3
 
     @cached_property
     def kind(self) -> Kind:

@@ -140,7 +140,7 @@ def test_no_dtype_drifts_in_the_object_faces(case: Case, dtype: torch.dtype) -> 
         optimizer = case.cls([p], **case.arguments({"lr": lr}))
         module = nn.ParameterDict({"p": p.detach().clone()})
         meta = case.meta(module, **case.arguments({"lr": lr}))
-        for _ in range(2):
+        for _ in range(3):  # an odd number of equal steps does not cancel
             p.grad = nonzero(*shape, dtype=dtype)
             optimizer.step()
             meta.step(module["p"].square().sum())

@@ -84,6 +84,14 @@ def test_a_graph_known_by_hand() -> None:
     check_structure(graph, loss)
 
 
+def test_a_step_that_rules_and_kernels_compute_is_one_node() -> None:
+    unfused = torchopt.scale_by_adam().with_accelerated_op(False)
+    _, loss = adapted(torchopt.chain(unfused, torchopt.adam(0.1)))
+    graph = build(loss)
+    check_structure(graph, loss)
+    assert [node.label for node in steps_of(graph)] == [f"Adam + Adam step {k}" for k in (1, 2, 3)]
+
+
 def test_json_holds_the_same() -> None:
     start, loss = adapted(torchopt.adam(0.1))
     graph = build(loss, start)

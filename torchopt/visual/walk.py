@@ -327,7 +327,9 @@ def _fold_unpacking(found: Walk) -> None:
     names = [node.name().rstrip("0123456789") for node in found.nodes]
     for position in [p for p, node in enumerate(found.nodes) if node.name() == NAMING]:
         source = found.inputs[position][0][0]
-        if source is not None and isinstance(getattr(found.nodes[source], "group", None), Group):
+        if source is None or found.step_of[position] >= 0:  # a step that rules compute in part
+            continue
+        if isinstance(getattr(found.nodes[source], "group", None), Group):
             found.step_of[position] = found.step_of[source]
             found.steps[found.step_of[source]].members.append(position)
     for position in sorted(
