@@ -206,17 +206,6 @@ def test_zero_grad_of_an_adapted_module_is_silent(set_to_none):
     assert all(p.grad is not None for p in start)
 
 
-def test_a_module_converted_before_the_first_step_trains():
-    net = mlp().to(torch.float32)
-    data = tuple(t.float() for t in batch())
-    optimizer = torchopt.MetaAdam(net, lr=0.1)
-    start = mse(net, data).item()
-    for _ in range(10):
-        optimizer.step(mse(net, data))
-    assert mse(net, data) < start
-    assert all(p.dtype == torch.float32 for p in net.parameters())
-
-
 def test_torch_compile_of_the_network_inside_an_inner_loop():
     net, support, query = mlp(), batch(), batch()
     start = list(net.parameters())

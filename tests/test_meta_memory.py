@@ -110,17 +110,3 @@ def test_no_reference_cycle_keeps_a_graph_alive(case, backward):
         assert net_ref() is None
     finally:
         gc.enable()
-
-
-def test_data_loader_loop_lowers_the_loss():
-    data = torch.utils.data.TensorDataset(*batch(32))
-    loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
-    net = mlp()
-    optimizer = torchopt.MetaAdam(net, lr=0.05)
-    start = mse(net, data.tensors).item()
-    for _ in range(20):
-        for x, y in loader:
-            optimizer.step(mse(net, (x, y)), create_graph=False)
-            torchopt.stop_gradient(net)
-            torchopt.stop_gradient(optimizer)
-    assert mse(net, data.tensors) < 0.9 * start

@@ -69,17 +69,6 @@ def test_signature_takes_the_arguments_of_torch(case: Case) -> None:
 
 
 @every_torch_case
-def test_groups_have_their_own_hyperparameters(case: Case) -> None:
-    p = parameters()
-    q = twins(p)
-    options = {"lr": 0.2, "weight_decay": 0.3}
-    groups = lambda x: [{"params": [x[0]]}, {"params": [x[1]], **options}]  # noqa: E731
-    assert_same_path(
-        case.cls(groups(p), **case.kwargs), case.torch_cls(groups(q), **case.kwargs), p, q
-    )
-
-
-@every_torch_case
 def test_hyperparameters_are_read_at_every_step(case: Case) -> None:
     ours, theirs, p, q = pair(case)
 
@@ -93,16 +82,6 @@ def test_hyperparameters_are_read_at_every_step(case: Case) -> None:
             group["momentum"] = 0.5 + 0.05 * k
 
     assert_same_path(ours, theirs, p, q, change)
-
-
-@every_torch_case
-def test_maximize(case: Case) -> None:
-    assert_same_path(*pair(case, maximize=True))
-    ours, _, p, _ = pair(case, maximize=True, weight_decay=0.0)
-    p[0].grad = torch.ones_like(p[0])
-    before = p[0].detach().clone()
-    ours.step()
-    assert (p[0] > before).all()
 
 
 @every_torch_case
