@@ -24,7 +24,8 @@ TIERS = [
     ["transforms", "solvers", "diff"],
     ["nn", "distributed"],
     ["kernels", "optim"],
-    ["optimizers", "visual"],
+    ["optimizers"],
+    ["visual"],
     ["compat"],
     ["__init__"],
 ]

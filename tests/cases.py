@@ -1,139 +1,172 @@
-"""The one table of algorithms: a row per configuration, multiplied by the laws of the test files.
+"""The one table of algorithms, multiplied by the laws of the test files.
 
-To put a new optimizer under every law, add one row to ``CASES``.
+To put a new optimizer under every law, add one row to ``ALGORITHMS``. What is special about it
+stands in the row (``Algorithm`` in ``algorithms.py`` says what can); no law knows a name.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import closed_forms
 import pytest
 import torch
+from algorithms import F64 as F64
+from algorithms import Algorithm
+from algorithms import Case as Case
 
 import torchopt
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Case:
-    """One algorithm in one configuration, under all the names it has.
-
-    Attributes:
-        name: The id of the row in test names.
-        recipe: The functional face, ``torchopt.adam``.
-        cls: The object-oriented face, ``torchopt.Adam``.
-        meta: The differentiable face, ``torchopt.MetaAdam``.
-        torch_cls: The class of ``torch.optim`` that does the same, or ``None``.
-        kwargs: Every argument, as numbers. Values are not the defaults, so that each one matters.
-        tunable: The hyperparameters that are differentiable numbers; ``"betas.0"`` is the first
-            of the pair ``betas``.
-    """
-
-    name: str
-    recipe: Callable[..., torchopt.GradientTransformation]
-    cls: type[torchopt.Optimizer]
-    meta: type[torchopt.MetaOptimizer]
-    torch_cls: type[torch.optim.Optimizer] | None
-    kwargs: dict[str, Any]
-    tunable: tuple[str, ...]
-
-    def value(self, name: str) -> float:
-        """Return the number that the row gives to one of ``tunable``."""
-        field, _, index = name.partition(".")
-        value = self.kwargs[field]
-        return value[int(index)] if index else value
-
-    def arguments(self, changed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the arguments with some of ``tunable`` replaced: ``{"betas.0": tensor}``."""
-        arguments = dict(self.kwargs)
-        for name, value in (changed or {}).items():
-            field, _, index = name.partition(".")
-            if index:
-                pair = list(arguments[field])
-                pair[int(index)] = value
-                value = tuple(pair)
-            arguments[field] = value
-        return arguments
-
-    def tx(self, changed: Mapping[str, Any] | None = None) -> torchopt.GradientTransformation:
-        """Return the transformation, with some of ``tunable`` replaced."""
-        return self.recipe(**self.arguments(changed))
-
-    def tensors(self, **options: Any) -> dict[str, torch.Tensor]:
-        """Return every one of ``tunable`` as a float64 tensor of its own."""
-        return {name: torch.tensor(self.value(name), **F64, **options) for name in self.tunable}
-
-
-F64 = {"dtype": torch.float64}
-_SGD = (torchopt.sgd, torchopt.SGD, torchopt.MetaSGD, torch.optim.SGD)
-_ADAM = (torchopt.adam, torchopt.Adam, torchopt.MetaAdam, torch.optim.Adam)
-_ADAMW = (torchopt.adamw, torchopt.AdamW, torchopt.MetaAdamW, torch.optim.AdamW)
-_RMSPROP = (torchopt.rmsprop, torchopt.RMSprop, torchopt.MetaRMSProp, torch.optim.RMSprop)
-_BETAS = ("betas.0", "betas.1")
-
-CASES = (
-    Case("sgd", *_SGD, {"lr": 0.05}, ("lr",)),
-    Case(
-        "sgd-momentum-dampening-decay",
-        *_SGD,
-        {"lr": 0.05, "momentum": 0.7, "dampening": 0.3, "weight_decay": 0.1},
-        ("lr", "momentum", "dampening", "weight_decay"),
-    ),
-    Case(
-        "sgd-nesterov",
-        *_SGD,
-        {"lr": 0.04, "momentum": 0.8, "nesterov": True},
-        ("lr", "momentum"),
-    ),
-    Case(
-        "adam",
-        *_ADAM,
-        {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-8},
-        ("lr", *_BETAS, "eps"),
-    ),
-    Case(
-        "adam-amsgrad-decay",
-        *_ADAM,
-        {"lr": 0.03, "betas": (0.8, 0.7), "eps": 1e-3, "weight_decay": 0.1, "amsgrad": True},
-        ("lr", *_BETAS, "eps", "weight_decay"),
-    ),
-    Case(
-        "adam-eps-root",
-        *_ADAM[:3],
-        None,  # torch.optim.Adam has no eps_root
-        {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3, "eps_root": 1e-2},
-        ("lr", *_BETAS, "eps", "eps_root"),
-    ),
-    Case(
-        "adamw",
-        *_ADAMW,
-        {"lr": 0.03, "betas": (0.75, 0.9), "eps": 1e-8, "weight_decay": 0.2},
-        ("lr", *_BETAS, "eps", "weight_decay"),
-    ),
-    Case(
-        "rmsprop",
-        *_RMSPROP,
-        {"lr": 0.02, "alpha": 0.9, "eps": 1e-8},
-        ("lr", "alpha", "eps"),
-    ),
-    Case(
-        "rmsprop-centered-momentum-decay",
-        *_RMSPROP,
+ALGORITHMS = (
+    Algorithm(
+        torchopt.sgd,
+        torchopt.SGD,
+        torchopt.MetaSGD,
+        torch.optim.SGD,
         {
-            "lr": 0.02,
-            "alpha": 0.8,
-            "eps": 1e-2,
-            "weight_decay": 0.1,
-            "momentum": 0.6,
-            "centered": True,
+            "": {"lr": 0.05},
+            "momentum-dampening-decay": {
+                "lr": 0.05,
+                "momentum": 0.7,
+                "dampening": 0.3,
+                "weight_decay": 0.1,
+            },
+            "nesterov": {"lr": 0.04, "momentum": 0.8, "nesterov": True},
         },
-        ("lr", "alpha", "eps", "weight_decay", "momentum"),
+        slots=("momentum_buffer",),
+        linear=True,
+        sparse=True,
+        formula=closed_forms.SGD,
+    ),
+    Algorithm(
+        torchopt.adam,
+        torchopt.Adam,
+        torchopt.MetaAdam,
+        torch.optim.Adam,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-8},
+            "amsgrad-decay": {
+                "lr": 0.03,
+                "betas": (0.8, 0.7),
+                "eps": 1e-3,
+                "weight_decay": 0.1,
+                "amsgrad": True,
+            },
+            "eps-root": {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3, "eps_root": 1e-2},
+        },
+        slots=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        formula=closed_forms.ADAM,
+    ),
+    Algorithm(
+        torchopt.adamw,
+        torchopt.AdamW,
+        torchopt.MetaAdamW,
+        torch.optim.AdamW,
+        {"": {"lr": 0.03, "betas": (0.75, 0.9), "eps": 1e-8, "weight_decay": 0.2}},
+        slots=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        decoupled_decay=True,
+        formula=closed_forms.ADAM,
+    ),
+    Algorithm(
+        torchopt.rmsprop,
+        torchopt.RMSprop,
+        torchopt.MetaRMSProp,
+        torch.optim.RMSprop,
+        {
+            "": {"lr": 0.02, "alpha": 0.9, "eps": 1e-8},
+            "centered-momentum-decay": {
+                "lr": 0.02,
+                "alpha": 0.8,
+                "eps": 1e-2,
+                "weight_decay": 0.1,
+                "momentum": 0.6,
+                "centered": True,
+            },
+        },
+        slots=("square_avg", "grad_avg", "momentum_buffer"),
+        formula=closed_forms.RMSPROP,
+        fixed=("initial_scale",),
     ),
 )
 
+CASES = tuple(case for algorithm in ALGORITHMS for case in algorithm.cases())
 TORCH_CASES = tuple(case for case in CASES if case.torch_cls is not None)
 
-#: Decorators: run a test for every row (that torch.optim has); it receives ``case``.
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_torch_case = pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.name)
+
+def named(name: str) -> Case:
+    """Return a configuration by its name."""
+    (found,) = (case for case in CASES if case.name == name)
+    return found
+
+
+# Decorators: a test runs for every row of a sort, and receives ``case`` or ``algorithm`` ----------
+
+
+def rows(where: Callable[[Case], Any], each: Callable[[Case], Any] | None = None) -> list[Any]:
+    """Return the configurations that ``where`` holds of, as parameters of a test.
+
+    With ``each`` ``make test`` runs only the first one for each of its values: for laws of the
+    library's mechanisms, where a run takes long.
+    """
+    found: list[Any] = []
+    seen = set()
+    for row in filter(where, CASES):
+        leave = each is not None and each(row) in seen
+        seen.add(each and each(row))
+        found.append(pytest.param(row, id=row.name, marks=[pytest.mark.thorough] if leave else []))
+    return found
+
+
+def every(
+    where: Callable[[Case], Any], each: Callable[[Case], Any] | None = None
+) -> pytest.MarkDecorator:
+    """Run a test for every configuration that ``where`` holds of; see :func:`rows`."""
+    return pytest.mark.parametrize("case", rows(where, each))
+
+
+def kind(case: Case) -> Any:
+    """Tell configurations apart by what the library's mechanisms may tell them apart by."""
+    return case.kind
+
+
+def state_kind(case: Case) -> Any:
+    """Tell them apart by what is in a state only: the compiler sees little else."""
+    return case.kind.has_slots, case.kind.uses_step, case.kind.other_shapes
+
+
+every_case = every(lambda case: True)
+#: For one configuration of each kind; ``make test-all`` runs all.
+every_kind = every(lambda case: True, each=kind)
+every_state = every(lambda case: True, each=state_kind)
+#: Those that torch.optim has.
+every_torch_case = every(lambda case: case.torch_cls)
+#: Those with a differentiable face.
+every_meta_case = every(lambda case: case.meta)
+every_torch_meta_case = every(lambda case: case.meta and case.torch_cls)
+every_meta_kind = every(lambda case: case.meta, each=kind)
+#: Those that kernels compute.
+every_fused_case = every(lambda case: case.algorithm.fused)
+every_fused_kind = every(lambda case: case.algorithm.fused, each=kind)
+every_fused_state = every(lambda case: case.algorithm.fused, each=state_kind)
+#: Those whose rule treats each entry by itself.
+every_entrywise_case = every(lambda case: case.algorithm.size == "entry")
+#: Those that are known in closed form.
+every_formula_case = every(lambda case: case.algorithm.formula)
+#: Those that take dense gradients only, and the others.
+every_dense_case = every(lambda case: not case.sparse)
+every_sparse_case = every(lambda case: case.sparse)
+every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+#: Each algorithm with every other one; ``make test`` runs each with the next one of the table.
+every_pair = pytest.mark.parametrize(
+    ("algorithm", "other"),
+    [
+        pytest.param(
+            a, b, id=f"{a.name}-{b.name}", marks=[] if b is following else [pytest.mark.thorough]
+        )
+        for a, following in zip(ALGORITHMS, [*ALGORITHMS[1:], ALGORITHMS[0]])
+        for b in ALGORITHMS
+        if b is not a
+    ],
+)

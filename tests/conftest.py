@@ -25,6 +25,15 @@ def _seed() -> None:
     torch.manual_seed(20240)
 
 
+@pytest.fixture
+def float64_by_default(_seed: None) -> Iterator[None]:
+    """New networks and numbers are of float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 @pytest.fixture(scope="module")
 def examples_on_path() -> Iterator[None]:
     """Let the examples and what they share be imported, as when they are run as scripts."""

@@ -3,6 +3,10 @@
 ``@pytest.mark.sampled(n)`` beside several ``parametrize`` keeps about one of ``n`` combinations,
 spread so that every value of every parameter (every optimizer, every law) is among them. The rest
 is marked ``thorough``, which ``pyproject.toml`` leaves out.
+
+So that a table of forty optimizers does not take ten times as long as one of four, values with a
+``kind`` (the rows of ``cases.py``) are sampled in two ways: of the first of each kind about one of
+``n`` combinations is kept, of every other row ``each`` (one), not the same for all.
 """
 
 from __future__ import annotations
@@ -36,6 +40,35 @@ def positions(combinations: Sequence[dict[str, Any]]) -> list[dict[str, int]]:
     ]
 
 
+def followers(combinations: Sequence[dict[str, Any]]) -> dict[int, list[int]]:
+    """Return which combinations hold a value that is not the first of its kind, by that value."""
+    first: dict[Any, Any] = {}
+    found: dict[int, list[int]] = {}
+    for k, combination in enumerate(combinations):
+        for value in combination.values():
+            kind = getattr(value, "kind", None)
+            if kind is not None and first.setdefault(kind, value) is not value:
+                found.setdefault(id(value), []).append(k)
+    return found
+
+
+def some(members: Sequence[int], turn: int, each: int) -> list[int]:
+    """Return ``each`` members at equal distances, others at every turn."""
+    each = min(each, len(members))
+    return [members[(turn + j * len(members) // each) % len(members)] for j in range(each)]
+
+
+def sample(combinations: Sequence[dict[str, Any]], n: int, each: int = 1) -> set[int]:
+    """Return which combinations of values to keep."""
+    behind = followers(combinations)
+    aside = {k for members in behind.values() for k in members}
+    ahead = [k for k in range(len(combinations)) if k not in aside]
+    chosen = {ahead[k] for k in kept(positions([combinations[k] for k in ahead]), n)}
+    for turn, members in enumerate(behind.values()):
+        chosen.update(some(members, turn, each))
+    return chosen
+
+
 def mark_thorough(items: Sequence[Any]) -> None:
     """Mark what ``make test`` leaves out."""
     tests: dict[Any, list[Any]] = {}
@@ -43,8 +76,8 @@ def mark_thorough(items: Sequence[Any]) -> None:
         if item.get_closest_marker("sampled") is not None:
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for group in tests.values():
-        (n,) = group[0].get_closest_marker("sampled").args
-        keep = kept(positions([item.callspec.params for item in group]), n)
+        marker = group[0].get_closest_marker("sampled")
+        keep = sample([item.callspec.params for item in group], *marker.args, **marker.kwargs)
         for k, item in enumerate(group):
             if k not in keep:
                 item.add_marker(pytest.mark.thorough)

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cases import F64, Case, every_case, every_torch_case
+from cases import F64, Case, every_formula_case, every_torch_case
 from conftest import nonzero
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -148,6 +149,7 @@ def functional_trajectory(case: Case, maximize: bool, inplace: bool) -> list[Wei
     return trajectory
 
 
+@pytest.mark.sampled(1, each=2)
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "inplace"])
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @every_torch_case
@@ -192,58 +194,29 @@ def run(case: Case, p: Tensor, gradient: Any, steps: int, **changes: Any) -> Ten
     return p
 
 
-ADAMS = {"adam", "adam-amsgrad-decay", "adam-eps-root", "adamw"}
+def numbers_of(case: Case) -> Any:
+    """Return the numbers of a configuration; those that it does not give are 0."""
+    return collections.defaultdict(float, case.kwargs)
 
 
-@every_case
+@every_formula_case
 def test_first_step(case: Case) -> None:
-    """Of Adam: ``lr * g / (sqrt(g^2 + eps_root) + eps)``, whatever the betas; and so on."""
-    p, g = nonzero(7), nonzero(7)
-    k = {"eps": 0.0, "weight_decay": 0.0, "eps_root": 0.0, **case.kwargs}
-    decayed = g if case.name == "adamw" else g + k["weight_decay"] * p
-    if case.name in ADAMS:
-        direction = decayed / ((decayed.square() + k["eps_root"]).sqrt() + k["eps"])
-    elif case.name.startswith("rmsprop"):
-        # v = (1 - alpha) g^2, and the variance v - ((1 - alpha) g)^2 = alpha (1 - alpha) g^2
-        fraction = (1 - k["alpha"]) * (k["alpha"] if k.get("centered") else 1)
-        direction = decayed / (fraction**0.5 * decayed.abs() + k["eps"])
+    p, g, k = nonzero(7), nonzero(7), numbers_of(case)
+    decay = k["weight_decay"] * p
+    if case.algorithm.decoupled_decay:
+        direction = case.algorithm.formula.first(g, k) + decay
     else:
-        direction = decayed * (1 + k["momentum"] if k.get("nesterov") else 1)
-    if case.name == "adamw":
-        direction = direction + k["weight_decay"] * p
+        direction = case.algorithm.formula.first(g + decay, k)
     assert_close(run(case, p, lambda p: g, 1), p - k["lr"] * direction)
 
 
-@every_case
+@every_formula_case
 def test_constant_gradient(case: Case) -> None:
     """Under one gradient for ever each algorithm has a closed form for any number of steps."""
-    p, g, steps = nonzero(5), nonzero(5), 12
-    k = {"eps": 0.0, "eps_root": 0.0, "momentum": 0.0, "dampening": 0.0, **case.kwargs}
-    without_decay = {"weight_decay": 0.0} if "weight_decay" in k else {}
+    p, g, steps, k = nonzero(5), nonzero(5), 12, numbers_of(case)
     t = torch.arange(1.0, steps + 1, **F64)[:, None]
-    if case.name in ADAMS:  # the bias-corrected moments are g and g^2
-        directions = (g / ((g.square() + k["eps_root"]).sqrt() + k["eps"])).expand(steps, -1)
-    elif case.name.startswith("rmsprop"):
-        mass = 1 - k["alpha"] ** t
-        spread = mass - mass**2 if k.get("centered") else mass
-        directions = g / (spread.sqrt() * g.abs() + k["eps"])
-    else:
-        directions = g.expand(steps, -1)
-    if not k.get("centered") and case.name.startswith("sgd") and k["momentum"]:
-        # b_1 = g and b_t = mu b_{t-1} + (1 - tau) g: a geometric series
-        mu = k["momentum"]
-        buffers = (mu ** (t - 1) + (1 - k["dampening"]) * (1 - mu ** (t - 1)) / (1 - mu)) * g
-        directions = g + mu * buffers if k.get("nesterov") else buffers
-    elif k["momentum"]:
-        weights = torch.tensor(
-            [
-                [k["momentum"] ** (i - j) if j <= i else 0.0 for j in range(steps)]
-                for i in range(steps)
-            ],
-            **F64,
-        )
-        directions = weights @ directions
-    expected = p - k["lr"] * directions.sum(0)
+    expected = p - k["lr"] * case.algorithm.formula.constant(g, t, k).sum(0)
+    without_decay = {"weight_decay": 0.0} if "weight_decay" in k else {}
     assert_close(run(case, p, lambda p: g, steps, **without_decay), expected)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, every_case
+from cases import Case, every_case, every_fused_case, every_kind
 from conftest import nonzero
 from fusing import kernel_calls_fixture, needs_library  # noqa: F401
 from tolerances import assert_close
@@ -38,6 +38,7 @@ def some_tree(dtype: torch.dtype = torch.float64) -> PyTree:
     }
 
 
+@pytest.mark.sampled(1, each=2)
 @pytest.mark.parametrize("setting", [None, False], ids=["fused", "rules"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @every_case
@@ -64,7 +65,7 @@ def test_the_same_bits_as_in_two_calls(case: Case, dtype: torch.dtype, setting: 
 
 
 @needs_library
-@every_case
+@every_fused_case
 def test_one_kernel_and_one_node_of_the_graph(case: Case, kernel_calls: list[int]) -> None:
     tx, g, p = case.tx(), [nonzero(3, requires_grad=True)], [nonzero(3)]
     state = tx.init(p)
@@ -192,7 +193,7 @@ TRANSFORMS = {
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TRANSFORMS)
-@every_case
+@every_kind
 def test_transforms(case: Case, name: str) -> None:
     tx, p, g = case.tx(), nonzero(3), nonzero(4, 3)
     found = []

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from cases import F64, Case, every_case
+from cases import F64, Case, every_case, every_meta_case
 from conftest import nonzero
 from tolerances import META_GRADIENT, assert_close
 from torch import Tensor, nn
@@ -198,11 +198,11 @@ WRT_AND_FACE = [
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(3, each=6)
 @pytest.mark.parametrize(("wrt", "face"), WRT_AND_FACE, ids=lambda value: value)
 @pytest.mark.parametrize("steps", STEPS, ids=lambda steps: f"{steps}-steps")
 @pytest.mark.parametrize("kind", LOSSES)
-@every_case
+@every_meta_case
 def test_meta_gradient(case: Case, kind: str, steps: int, wrt: str, face: str) -> None:
     loss, expected = oracle(case, kind, wrt, steps)
     inputs = make_inputs(case, kind, wrt)

@@ -6,22 +6,26 @@ import copy
 
 import pytest
 import torch
+from cases import kind, rows
 from tolerances import assert_close
 from torch import nn
 
 import torchopt
 
 
-TRANSFORMATIONS = {
-    "adam": lambda: torchopt.adam(0.1),
-    "momentum": lambda: torchopt.sgd(0.1, momentum=0.9),
-    "sgd": lambda: torchopt.sgd(0.1),
-    "rmsprop": lambda: torchopt.rmsprop(0.1, momentum=0.5),
-    "masked": lambda: torchopt.chain(
-        torchopt.masked(torchopt.scale_by_adam(), {"0": True, "1": False}), torchopt.scale(-0.1)
-    ),
-}
-EVERY = pytest.mark.parametrize("name", TRANSFORMATIONS)
+MASKED = torchopt.chain(
+    torchopt.masked(torchopt.scale_by_adam(), {"0": True, "1": False}), torchopt.scale(-0.1)
+)
+EVERY = pytest.mark.parametrize(
+    "make_tx",
+    [
+        *(
+            pytest.param(row.values[0].tx, id=row.id, marks=row.marks)
+            for row in rows(lambda case: case.meta, each=kind)
+        ),
+        pytest.param(lambda: MASKED, id="masked"),
+    ],
+)
 
 
 def make():
@@ -79,9 +83,9 @@ def late(make_tx, steps_frozen):
 @EVERY
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "unfrozen"])
-def test_its_own_state_fits_and_changes_nothing(name, use, steps):
-    net, optimizer = late(TRANSFORMATIONS[name], steps)
-    expected_net, expected = late(TRANSFORMATIONS[name], steps)
+def test_its_own_state_fits_and_changes_nothing(make_tx, use, steps):
+    net, optimizer = late(make_tx, steps)
+    expected_net, expected = late(make_tx, steps)
     result = USES[use](net, optimizer)
     if isinstance(result, torchopt.MetaOptimizer):
         optimizer, net = result, result.param_groups[0]["params"]
@@ -102,9 +106,9 @@ def counts(state, net):
 
 
 @EVERY
-def test_a_state_from_when_it_was_frozen_fits_later(name):
+def test_a_state_from_when_it_was_frozen_fits_later(make_tx):
     net = make()
-    optimizer = torchopt.MetaOptimizer(net, TRANSFORMATIONS[name]())
+    optimizer = torchopt.MetaOptimizer(net, make_tx())
     net[0].weight.requires_grad_(False)
     optimizer.step(loss_of(net))
     cut(net)
@@ -119,7 +123,7 @@ def test_a_state_from_when_it_was_frozen_fits_later(name):
     assert_close([p.detach() for p in net.parameters()], after)
     fresh = make()
     torchopt.recover_state_dict(fresh, weights)
-    again = torchopt.MetaOptimizer(fresh, TRANSFORMATIONS[name]())
+    again = torchopt.MetaOptimizer(fresh, make_tx())
     again.load_state_dict(saved)
     again.step(loss_of(fresh))
     assert_close([p.detach() for p in fresh.parameters()], after)

@@ -57,6 +57,7 @@ class Net(nn.Module):
 # The three faces ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @every_stop
 @every_case
 @pytest.mark.parametrize("spoilt", SPOILT, ids=str)
@@ -74,6 +75,7 @@ def test_the_functional_face(case: Case, stop: Any, spoilt: float) -> None:
         assert_close(params["head"], head["head"])
 
 
+@pytest.mark.sampled(1)
 @every_stop
 @every_case
 def test_the_differentiable_face(case: Case, stop: Any) -> None:
@@ -177,6 +179,7 @@ def test_one_factor_for_each_parameter() -> None:
 # Derivatives --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("accelerated", [None, False])
 @pytest.mark.parametrize("ends", ["last", "both"])
 @every_case

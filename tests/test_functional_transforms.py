@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, every_case
+from cases import every_case, every_state, named
 from conftest import nonzero, nonzero_like
 from tolerances import META_GRADIENT, assert_close, relative_error
 from torch import Tensor
@@ -278,7 +278,7 @@ def _compiled_steps(
     return graphs
 
 
-@every_case
+@every_state
 def test_update_compiles_in_full_graph(case: Any) -> None:
     """One graph for the first step and one for all later ones, whatever their number."""
     graphs = _compiled_steps(case.tx(), "aot_eager")
@@ -338,7 +338,6 @@ def test_an_unrolled_loop_compiles_with_its_derivative() -> None:
 def test_update_compiles_with_inductor() -> None:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("the default backend needs a C++ compiler on the path")
-    (case,) = (case for case in CASES if case.name == "adamw")
     # old compilers make a graph of its own for a count of 1, too
     most = 2 if tree._COMPILER_KNOWS_OPTREE else 3
-    assert _compiled_steps(case.tx(), "inductor", steps=4)[-1] <= most
+    assert _compiled_steps(named("adamw").tx(), "inductor", steps=4)[-1] <= most

@@ -1,7 +1,7 @@
 """First-order steps through kernels keep no more than those of the rules."""
 
-import pytest
 import torch
+from cases import every, every_fused_case
 from conftest import nonzero
 from fusing import needs_library
 from torch import nn
@@ -11,16 +11,8 @@ import torchopt
 
 pytestmark = needs_library
 
-CASES = {
-    "sgd": lambda use: torchopt.sgd(0.1, momentum=0.9, use_accelerated_op=use),
-    "adam": lambda use: torchopt.adam(0.1, use_accelerated_op=use),
-    "adam-decay": lambda use: torchopt.adam(0.1, weight_decay=0.1, use_accelerated_op=use),
-    "adamw": lambda use: torchopt.adamw(0.1, weight_decay=0.1, use_accelerated_op=use),
-    "rmsprop": lambda use: torchopt.rmsprop(0.1, centered=True, use_accelerated_op=use),
-}
 
-
-def first_order(make, use):
+def first_order(case, use):
     """Take steps without second derivatives.
 
     Returns:
@@ -29,7 +21,7 @@ def first_order(make, use):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     start = list(net.parameters())
-    optimizer = torchopt.MetaOptimizer(net, make(use))
+    optimizer = torchopt.MetaOptimizer(net, case.tx(use_accelerated_op=use))
     kept = []
 
     def keep(x):
@@ -48,17 +40,17 @@ def first_order(make, use):
     return sum(kept), slots, grads
 
 
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-def test_as_by_the_rules(make):
-    _, slots, grads = first_order(make, None)
-    _, slots_by_rules, grads_by_rules = first_order(make, False)
+@every_fused_case
+def test_as_by_the_rules(case):
+    _, slots, grads = first_order(case, None)
+    _, slots_by_rules, grads_by_rules = first_order(case, False)
     assert slots == slots_by_rules
     for fast, slow in zip(grads, grads_by_rules):
         torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop"])
-def test_nothing_is_kept(name):
-    kept, slots, _ = first_order(CASES[name], None)
+@every(lambda case: case.algorithm.fused and not case.needs_params)
+def test_nothing_is_kept(case):
+    kept, slots, _ = first_order(case, None)
     assert kept == 0
     assert not any(slots.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, every_case
+from cases import Case, every_fused_case
 from conftest import nonzero
 from fusing import (
     kernel_calls_fixture,  # noqa: F401
@@ -70,7 +70,7 @@ def assert_same(drive: Drive, make: Callable[[], list[Tensor]] = make_two) -> No
 # The usual ----------------------------------------------------------------------------------------
 
 
-@every_case
+@every_fused_case
 def test_from_the_second_step_on(case: Case, in_place: list[bool]) -> None:
     params = [nn.Parameter(p) for p in make_two()]
     optimizer = torchopt.Optimizer(params, case.tx())

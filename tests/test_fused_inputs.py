@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, every_case
+from cases import Case, every_fused_case
 from conftest import nonzero
 from fusing import (
     copy_of,
@@ -87,7 +87,7 @@ def one_update(tx: Any, g: Tensor, p: Tensor, slots: list[Tensor], inplace: bool
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "default"])
 @pytest.mark.parametrize("which", ["gradient", "parameter", "slots", "all"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@every_case
+@every_fused_case
 def test_layouts(
     case: Case, layout: str, which: str, inplace: bool, kernel_calls: list[int]
 ) -> None:
@@ -112,8 +112,9 @@ def test_layouts(
         assert all(map(torch.equal, torch.utils._pytree.tree_leaves(before), after))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", REPEATING)
-@every_case
+@every_fused_case
 def test_gradients_that_repeat_entries(case: Case, kind: str) -> None:
     tx = case.tx()
     g, p = REPEATING[kind](), nonzero(2, 3, 4, 5)
@@ -123,8 +124,9 @@ def test_gradients_that_repeat_entries(case: Case, kind: str) -> None:
         assert torch.equal(a, e)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["expanded", "expanded rows"])
-@every_case
+@every_fused_case
 def test_derivatives_by_gradients_that_repeat_entries(case: Case, kind: str) -> None:
     """As the derivative by the tensor that was expanded: the sum over its copies."""
     p, weights = nonzero(2, 3, 4, 5), nonzero(2, 3, 4, 5)
@@ -153,7 +155,7 @@ ROWS: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("which", ["gradients", "slots", "all"])
 @pytest.mark.parametrize("kind", ROWS)
-@every_case
+@every_fused_case
 def test_rows_that_are_repeated(
     case: Case, kind: str, which: str, dtype: torch.dtype, kernel_calls: list[int]
 ) -> None:
@@ -179,8 +181,9 @@ def test_rows_that_are_repeated(
     assert all(map(torch.equal, flat(actual), flat(expected)))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("layout", ["transposed", "channels-last", "sliced", "offset", "permuted"])
-@every_case
+@every_fused_case
 def test_layouts_of_the_object_oriented_face(case: Case, layout: str) -> None:
     """The parameter stays where it is, and gets the values of a contiguous one."""
     results = []

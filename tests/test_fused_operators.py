@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cases import Case, every_fused_kind, every_fused_state, named, rows, state_kind
 from fusing import SHAPES, data, needs_library
 from pointwise import program_of, user_optimizer, values_of
 from tolerances import assert_close
@@ -26,13 +28,7 @@ from torchopt.kernels.written import read, write
 
 pytestmark = needs_library
 
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "sgd-momentum": lambda **kw: torchopt.sgd(0.1, momentum=0.9, **kw),
-    "adam": lambda **kw: torchopt.adam(0.1, **kw),
-    "adamw-amsgrad": lambda **kw: torchopt.adamw(0.1, amsgrad=True, **kw),
-    "rmsprop-centered": lambda **kw: torchopt.rmsprop(0.1, centered=True, **kw),
-}
-every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+ADAM = named("adam").tx
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str
 )
@@ -66,19 +62,19 @@ def arguments(
 
 
 @pytest.mark.sampled(5)
-@every_optimizer
+@every_fused_kind
 @every_dtype
 @recorded
-def test_opcheck_of_the_update(make: Any, dtype: torch.dtype, requires_grad: bool) -> None:
-    torch.library.opcheck(torch.ops.torchopt.update, arguments(make, dtype, requires_grad))
+def test_opcheck_of_the_update(case: Case, dtype: torch.dtype, requires_grad: bool) -> None:
+    torch.library.opcheck(torch.ops.torchopt.update, arguments(case.tx, dtype, requires_grad))
 
 
 @pytest.mark.sampled(5)
-@every_optimizer
+@every_fused_kind
 @every_dtype
 @recorded
-def test_opcheck_of_its_backward(make: Any, dtype: torch.dtype, requires_grad: bool) -> None:
-    given = arguments(make, dtype, requires_grad)
+def test_opcheck_of_its_backward(case: Case, dtype: torch.dtype, requires_grad: bool) -> None:
+    given = arguments(case.tx, dtype, requires_grad)
     bars: list[Any] = [
         torch.rand_like(x).detach().requires_grad_(requires_grad)
         for x in torch.ops.torchopt.update(*given)
@@ -90,7 +86,7 @@ def test_opcheck_of_its_backward(make: Any, dtype: torch.dtype, requires_grad: b
 
 
 def test_opcheck_with_rows_and_values_in_a_tensor() -> None:
-    tensors, text, values, _, _, _ = arguments(OPTIMIZERS["adam"], torch.float64, True)
+    tensors, text, values, _, _, _ = arguments(ADAM, torch.float64, True)
     live = torch.tensor([*values, *(0.5 * v for v in values)], dtype=torch.float64)
     rows = [0, 1, 1, 0]
     given = (tensors, text, [], live, [2, 7], rows)
@@ -100,15 +96,15 @@ def test_opcheck_with_rows_and_values_in_a_tensor() -> None:
     assert all(map(torch.equal, found, same))
 
 
-@every_optimizer
+@every_fused_kind
 @pytest.mark.parametrize("mode", ["update", "apply"])
-def test_a_text_says_all_of_a_kernel(make: Any, mode: str) -> None:
-    program = program_of(make())
+def test_a_text_says_all_of_a_kernel(case: Case, mode: str) -> None:
+    program = program_of(case.tx())
     written = read(write(program.kernels[mode]))
     assert written.forward.name == program.kernels[mode].name
     assert written.backward.name == program.kernels[f"backward_{mode}"].name
     assert written.passes == program.passes[f"backward_{mode}"]
-    values = values_of(make())
+    values = values_of(case.tx())
     assert written.numbers(values, 3) == program.numbers[mode](values, 3)
     assert written.backward_numbers(values, 3) == program.numbers[f"backward_{mode}"](values, 3)
 
@@ -186,23 +182,23 @@ DERIVATIVES: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
-@every_optimizer
+@every_fused_kind
 @pytest.mark.parametrize("take", DERIVATIVES.values(), ids=DERIVATIVES.keys())
-def test_derivatives_of_the_operator_are_those_of_the_rules(make: Any, take: Any) -> None:
+def test_derivatives_of_the_operator_are_those_of_the_rules(case: Case, take: Any) -> None:
     x = torch.tensor([0.3, 0.7, 1.1], dtype=torch.float64)
-    found, expected = take(of_operator(make), x), take(of_rules(make), x)
+    found, expected = take(of_operator(case.tx), x), take(of_rules(case.tx), x)
     assert_close(found, expected, times=100)
     leaves = torch.utils._pytree.tree_leaves(expected)
     assert all(leaf.abs().max() > 0 for leaf in leaves), "zeros would show nothing"
 
 
 def test_derivatives_that_it_has_not_are_refused() -> None:
-    function = of_operator(OPTIMIZERS["adam"])
+    function = of_operator(ADAM)
     x = torch.ones(3, dtype=torch.float64, requires_grad=True)
     y = torch.stack([function(x), function(2 * x)])
     with pytest.raises(NotImplementedError, match="is_grads_batched"):
         torch.autograd.grad(y, x, torch.eye(2, dtype=torch.float64), is_grads_batched=True)
-    tensors, text, values, _, _, _ = arguments(OPTIMIZERS["adam"], torch.float64)
+    tensors, text, values, _, _, _ = arguments(ADAM, torch.float64)
     live = torch.tensor(values, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="no derivative by hyperparameters"):
         torch.ops.torchopt.update(tensors, text, [], live.requires_grad_(), [2], None)
@@ -255,7 +251,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_arguments_that_do_not_fit_are_refused(change: Any, message: str) -> None:
-    given = change(*arguments(OPTIMIZERS["adam"], torch.float64))
+    given = change(*arguments(ADAM, torch.float64))
     with pytest.raises(ValueError, match=message):
         torch.ops.torchopt.update(*given)
 
@@ -270,10 +266,6 @@ def test_a_graph_without_kernel_is_refused() -> None:
 # torch.compile ------------------------------------------------------------------------------------
 
 COMPILED: dict[str, Callable[[bool], Any]] = {
-    **{
-        name: lambda required, make=make: make(use_accelerated_op=required)
-        for name, make in OPTIMIZERS.items()
-    },
     "schedule": lambda required: torchopt.adam(
         torchopt.schedules.linear(0.1, 0.0, 40), use_accelerated_op=required
     ),
@@ -288,6 +280,10 @@ COMPILED: dict[str, Callable[[bool], Any]] = {
         torchopt.sgd(0.1, momentum=0.9, use_accelerated_op=required),
     ),
 }
+
+
+def _required(case: Case, required: bool) -> Any:
+    return case.tx(use_accelerated_op=required)
 
 
 compiles = pytest.mark.skipif(
@@ -324,7 +320,16 @@ def compiled_steps(
 
 @compiles
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED.keys())
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(
+            pytest.param(functools.partial(_required, *row.values), id=row.id, marks=row.marks)
+            for row in rows(lambda case: case.algorithm.fused, each=state_kind)
+        ),
+        *(pytest.param(make, id=name) for name, make in COMPILED.items()),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_compiled_calls_give_the_bits_of_eager_ones(make: Any, dtype: torch.dtype) -> None:
     """One graph for the first step and one for all later ones."""
@@ -341,7 +346,7 @@ def test_compiled_calls_give_the_bits_of_eager_ones(make: Any, dtype: torch.dtyp
 def test_compiled_calls_with_inductor() -> None:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("the default backend needs a C++ compiler on the path")
-    tx = OPTIMIZERS["adam"](use_accelerated_op=True)
+    tx = ADAM(use_accelerated_op=True)
     _, graphs = compiled_steps(tx, torch.float32, "inductor")
     assert graphs[-1] <= 2
 
@@ -384,10 +389,10 @@ TAKEN: dict[str, Callable[..., Any]] = {
 
 @compiles
 @pytest.mark.sampled(3)
-@every_optimizer
+@every_fused_state
 @pytest.mark.parametrize("take", TAKEN.values(), ids=TAKEN.keys())
-def test_gradients_through_compiled_calls(make: Any, take: Any) -> None:
-    tx = make(use_accelerated_op=True)
+def test_gradients_through_compiled_calls(case: Case, take: Any) -> None:
+    tx = case.tx(use_accelerated_op=True)
 
     def steps(g: Tensor, p: Tensor, state: Any) -> Tensor:
         params = {"w": p}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, every_case
+from cases import Case, every_fused_case
 from conftest import nonzero
 from fusing import kernel_calls_fixture, needs_library  # noqa: F401
 from tolerances import assert_close
@@ -172,8 +172,9 @@ DRIVES = (
 )
 
 
+@pytest.mark.sampled(1, each=2)
 @pytest.mark.parametrize("drive", DRIVES, ids=lambda f: f.__name__)
-@every_case
+@every_fused_case
 def test_values_and_meta_gradients(case: Case, drive: Drive, kernel_calls: list[int]) -> None:
     expected = outcome(case, False, drive)
     assert not kernel_calls
@@ -182,7 +183,7 @@ def test_values_and_meta_gradients(case: Case, drive: Drive, kernel_calls: list[
     assert_close(actual, expected, times=100)
 
 
-@every_case
+@every_fused_case
 def test_second_derivative_of_a_meta_objective(case: Case) -> None:
     found = []
     for setting in (None, False):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, every_case
+from cases import Case, every_fused_case, every_fused_kind, named
 from conftest import nonzero
 from fusing import kernel_calls_fixture, needs_library  # noqa: F401
 from tolerances import GRADCHECK, assert_close
@@ -24,7 +24,7 @@ from torchopt import OptState
 
 pytestmark = needs_library
 BATCH = 3
-ADAM = next(case for case in CASES if case.name == "adam-amsgrad-decay")
+ADAM = named("adam-amsgrad-decay")
 
 
 class Problem:
@@ -158,8 +158,9 @@ BY_RULES = ("jvp", "jac", "hessian", "functionalize")
 FUSED = [name for name in TRANSFORMS if not any(x in name for x in BY_RULES)]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", TRANSFORMS)
-@every_case
+@every_fused_case
 def test_transform(case: Case, name: str, kernel_calls: list[int]) -> None:
     expected = TRANSFORMS[name](Problem(case, False))
     assert not kernel_calls
@@ -173,7 +174,7 @@ def test_transform(case: Case, name: str, kernel_calls: list[int]) -> None:
     assert_close(flat(actual), flat(expected), times=100)
 
 
-@every_case
+@every_fused_kind
 def test_gradcheck_and_gradgradcheck(case: Case) -> None:
     problem = Problem(case, None)
     slots = [x for slot in problem.slots.values() for x in slot]
@@ -198,7 +199,7 @@ def leaves(problem: Problem) -> list[Tensor]:
     return [x.detach().clone().requires_grad_() for x in (*problem.g, *problem.p)]
 
 
-@every_case
+@every_fused_case
 def test_third_order_by_autograd(case: Case) -> None:
     found = []
     for setting in (None, False):
@@ -266,7 +267,7 @@ def test_inputs_that_change_afterwards_are_noticed() -> None:
         torch.autograd.grad(total, g)
 
 
-@every_case
+@every_fused_case
 def test_batched_gradients(case: Case) -> None:
     found = []
     for setting in (None, False):
@@ -296,7 +297,7 @@ def test_forward_mode_through_a_graph_recorded_before() -> None:
     assert_close(found[0], found[1])
 
 
-@every_case
+@every_fused_case
 def test_nothing_is_saved_but_inputs(case: Case) -> None:
     """Zero bytes are kept for backward beyond tensors that exist anyway."""
     problem = Problem(case, None)

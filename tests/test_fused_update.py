@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, every_case
+from algorithms import Algorithm
+from cases import Case, every_algorithm, every_fused_case, every_fused_kind
 from conftest import nonzero
 from fusing import (
     FACES,
@@ -42,9 +43,10 @@ def fused(case: Case, **changed: Any) -> torchopt.GradientTransformation:
 # Values -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1, each=4)
 @every_face
 @every_dtype
-@every_case
+@every_fused_case
 def test_values(case: Case, dtype: torch.dtype, face: str, kernel_calls: list[int]) -> None:
     params, grads = data(dtype)
     expected = FACES[face](unfused(case), params, grads)
@@ -56,7 +58,7 @@ def test_values(case: Case, dtype: torch.dtype, face: str, kernel_calls: list[in
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@every_case
+@every_fused_case
 def test_faces_give_the_same_bits(case: Case, dtype: torch.dtype) -> None:
     params, grads = data(dtype)
     results = {name: face(fused(case), params, grads) for name, face in FACES.items()}
@@ -65,8 +67,9 @@ def test_faces_give_the_same_bits(case: Case, dtype: torch.dtype) -> None:
             assert torch.equal(actual, expected), name
 
 
+@pytest.mark.sampled(1)
 @every_face
-@every_case
+@every_fused_case
 def test_maximize(case: Case, face: str, kernel_calls: list[int]) -> None:
     params, grads = data()
     expected = FACES[face](unfused(case, maximize=True), params, grads)
@@ -76,7 +79,7 @@ def test_maximize(case: Case, face: str, kernel_calls: list[int]) -> None:
 
 
 @every_dtype
-@every_case
+@every_fused_kind
 def test_many_parameters_of_many_sizes(case: Case, dtype: torch.dtype) -> None:
     shapes = ((70001,), (0,), (1,), (3, 0, 2), (255,), (257, 3), (), (2, 2, 2, 2))
     params, grads = data(dtype, steps=2, shapes=shapes)
@@ -85,7 +88,7 @@ def test_many_parameters_of_many_sizes(case: Case, dtype: torch.dtype) -> None:
         assert_close(face(fused(case), params, grads), expected, dtype, times=4)
 
 
-@every_case
+@every_fused_case
 def test_small_gradients_in_half_precision(case: Case) -> None:
     """Where float16 arithmetic would underflow, the kernels compute in float32 as the rules do."""
     params, grads = data(torch.float16, steps=3)
@@ -95,7 +98,7 @@ def test_small_gradients_in_half_precision(case: Case) -> None:
         assert_close(actual, face(unfused(case), params, grads), torch.float16, times=4)
 
 
-@every_case
+@every_fused_case
 def test_zero_gradients(case: Case) -> None:
     params, grads = data(steps=3)
     grads = [[g * 0 for g in own] for own in grads]
@@ -133,15 +136,16 @@ def derivatives(tx: Any, dtype: torch.dtype, steps_before: int, zero: bool = Fal
     return [torch.cat([x.flatten() for x in kind]) for kind in kinds]
 
 
+@pytest.mark.sampled(1, each=2)
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["first-step", "third-step"])
 @every_dtype
-@every_case
+@every_fused_case
 def test_derivatives(case: Case, dtype: torch.dtype, steps_before: int) -> None:
     expected = derivatives(unfused(case), dtype, steps_before)
     assert_close(derivatives(fused(case), dtype, steps_before), expected, times=4)
 
 
-@every_case
+@every_fused_case
 def test_derivatives_at_zero(case: Case) -> None:
     expected = derivatives(unfused(case), torch.float64, 2, zero=True)
     actual = derivatives(fused(case), torch.float64, 2, zero=True)
@@ -149,7 +153,7 @@ def test_derivatives_at_zero(case: Case) -> None:
     assert_close(actual, expected)
 
 
-@every_case
+@every_fused_case
 def test_meta_gradient_through_the_differentiable_face(case: Case) -> None:
     found = []
     for tx in (fused(case), unfused(case)):
@@ -169,8 +173,9 @@ def test_meta_gradient_through_the_differentiable_face(case: Case) -> None:
 # The switch ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @every_face
-@every_case
+@every_fused_case
 def test_required_gives_the_same_bits(case: Case, face: str) -> None:
     params, grads = data(steps=3)
     expected = FACES[face](fused(case), params, grads)
@@ -188,15 +193,15 @@ def test_never_means_never(face: str, kernel_calls: list[int]) -> None:
     assert all("use_accelerated_op is False" in line for line in lines)
 
 
-@pytest.mark.parametrize("make", [torchopt.adam, torchopt.sgd, torchopt.rmsprop, torchopt.adamw])
-def test_other_values_are_refused(make: Any) -> None:
+@every_algorithm
+def test_other_values_are_refused(algorithm: Algorithm) -> None:
     for value in (1, 0, "True", "yes"):
         with pytest.raises(TypeError, match="None, True or False"):
-            make(0.1, use_accelerated_op=value)
+            algorithm.recipe(0.1, use_accelerated_op=value)
 
 
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
-@every_case
+@every_fused_case
 def test_nothing_stands_in_the_way(case: Case, maximize: bool) -> None:
     for dtype in DTYPES:
         params, grads = data(dtype, steps=2)
@@ -296,7 +301,7 @@ def test_groups_with_their_own_numbers(kernel_calls: list[int]) -> None:
     assert_close(results[0], results[1])
 
 
-@every_case
+@every_fused_case
 def test_parameters_that_lack_a_gradient_sometimes(case: Case) -> None:
     params, grads = data(steps=6)
     results = []

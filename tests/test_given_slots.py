@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import every_case
+from cases import every_meta_case
 from tolerances import META_GRADIENT, assert_close
 from torch import nn
 
@@ -25,7 +25,7 @@ def loss_of(net, data):
     return (net(data[0]) - data[1]).square().mean()
 
 
-@every_case
+@every_meta_case
 @STEPS_BEFORE
 def test_meta_learned_initial_slots_get_their_gradient(case, before):
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES, Case, every_fused_kind
 from conftest import nonzero
 from fusing import kernel_calls_fixture, needs_library  # noqa: F401
 from tolerances import assert_close
@@ -22,14 +23,6 @@ from torchopt.kernels import nodes
 
 
 pytestmark = needs_library
-
-TX: dict[str, Callable[[bool | None], Any]] = {
-    "sgd": lambda use: torchopt.sgd(0.1, use_accelerated_op=use),
-    "momentum": lambda use: torchopt.sgd(0.1, momentum=0.9, use_accelerated_op=use),
-    "adam": lambda use: torchopt.adam(0.1, eps=1e-2, use_accelerated_op=use),
-    "adamw": lambda use: torchopt.adamw(0.1, eps=1e-2, use_accelerated_op=use),
-}
-every_tx = pytest.mark.parametrize("make", TX.values(), ids=TX)
 
 
 class Heads(nn.Module):
@@ -56,9 +49,22 @@ Outcome = list[Any]
 Drive = Callable[[Heads, torchopt.MetaOptimizer, list[Tensor]], Outcome]
 
 
-def outcome(tx: Any, drive: Drive, names: str = "ab") -> Outcome:
-    net = Heads(names)
+def outcome(case: Case, use: bool | None, drive: Drive, names: str = "ab") -> Outcome:
+    net, tx = Heads(names), case.smooth(use_accelerated_op=use)
     return drive(net, torchopt.MetaOptimizer(net, tx), list(net.parameters()))
+
+
+def cubes(params: dict[str, Tensor]) -> Tensor:
+    """A loss to which every parameter contributes by itself."""
+    return sum((p.pow(3).sum() for p in params.values()), torch.zeros(()))
+
+
+def beginning(case: Case, use: bool | None) -> tuple[dict[str, Tensor], Any, Any, Any]:
+    """Return two parameters, a transformation, the parameters to go on with, and their state."""
+    torch.manual_seed(0)
+    start = {name: nonzero(4, requires_grad=True) for name in "ab"}
+    tx = case.smooth(use_accelerated_op=use)
+    return start, tx, dict(start), tx.init(start)
 
 
 def same(actual: Outcome, expected: Outcome) -> None:
@@ -82,12 +88,12 @@ def visits_fixture(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@every_tx
+@every_fused_kind
 def test_steps_on_one_part_cost_the_same_each_time(
-    make: Any, kernel_calls: list[int], visits: list[int]
+    case: Case, kernel_calls: list[int], visits: list[int]
 ) -> None:
     net = Heads()
-    inner = torchopt.MetaOptimizer(net, make(None))
+    inner = torchopt.MetaOptimizer(net, case.smooth(use_accelerated_op=None))
     inner.step(net.loss("ab"))
     inner.step(net.loss("ab"))
     for _ in range(12):
@@ -159,20 +165,24 @@ BEFORE |= {"mixed": ["a", "ab", "b", "ab", "a"]}
 DRIVES = (first_order, logged, one_after_the_other, unused, second_order_apart, states_of_one)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("drive", DRIVES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
-@every_tx
-def test_as_by_the_rules(make: Any, before: list[str], drive: Drive) -> None:
+@every_fused_kind
+def test_as_by_the_rules(case: Case, before: list[str], drive: Drive) -> None:
     def whole(net: Heads, inner: torchopt.MetaOptimizer, start: list[Tensor]) -> Outcome:
         for names in before:
             inner.step(net.loss(names))
         return drive(net, inner, start)
 
-    same(outcome(make(None), whole), outcome(make(False), whole))
+    same(
+        outcome(case, None, whole),
+        outcome(case, False, whole),
+    )
 
 
-@every_tx
-def test_first_order_steps_leave_the_others(make: Any) -> None:
+@every_fused_kind
+def test_first_order_steps_leave_the_others(case: Case) -> None:
     """Also where something is kept for the backward pass, and where weights were computed."""
 
     def drive(net: Heads, inner: torchopt.MetaOptimizer, start: list[Tensor]) -> Outcome:
@@ -180,22 +190,26 @@ def test_first_order_steps_leave_the_others(make: Any) -> None:
             inner.step(net.loss(names), create_graph=False)
         return one_after_the_other(net, inner, start)
 
-    same(outcome(make(None), drive), outcome(make(False), drive))
+    same(
+        outcome(case, None, drive),
+        outcome(case, False, drive),
+    )
 
 
-@every_tx
+@every_fused_kind
 @pytest.mark.parametrize("create_graph", [True, False], ids=["second", "first"])
-def test_weights_of_independent_networks_that_make_them(create_graph: bool, make: Any) -> None:
+def test_weights_of_independent_networks_that_make_them(create_graph: bool, case: Case) -> None:
     results = []
     for use in (None, False):
         torch.manual_seed(0)
         makers = [nonzero(3, requires_grad=True) for _ in range(2)]
         params = {name: maker.exp() for name, maker in zip("ab", makers)}
-        tx = make(use)
+        tx = case.smooth(use_accelerated_op=use)
         state = tx.init(params)
         for _ in range(2):
-            total = sum((p.pow(3).sum() for p in params.values()), torch.zeros(()))
-            grads = torch.autograd.grad(total, [*params.values()], create_graph=create_graph)
+            grads = torch.autograd.grad(
+                cubes(params), [*params.values()], create_graph=create_graph
+            )
             params, state = tx.apply_gradients(dict(zip("ab", grads)), state, params, inplace=False)
         params["a"].sum().backward()
         before = makers[1].grad
@@ -204,20 +218,16 @@ def test_weights_of_independent_networks_that_make_them(create_graph: bool, make
     same(*results)
 
 
-@every_tx
+@every_fused_kind
 @pytest.mark.parametrize("how", ["update", "apply_gradients"])
-def test_the_functional_face(how: str, make: Any) -> None:
+def test_the_functional_face(how: str, case: Case) -> None:
     """A part is updated by itself afterwards; derivatives are taken by old and new parameters."""
     results = []
     for use in (None, False):
-        torch.manual_seed(0)
-        start = {name: nonzero(4, requires_grad=True) for name in "ab"}
-        tx, params = make(use), dict(start)
-        state = tx.init(params)
+        start, tx, params, state = beginning(case, use)
 
         def step(params: Any, state: Any, tx: Any = tx) -> Any:
-            total = sum((p.pow(3).sum() for p in params.values()), torch.zeros(()))
-            grads = torch.autograd.grad(total, [*params.values()], create_graph=True)
+            grads = torch.autograd.grad(cubes(params), [*params.values()], create_graph=True)
             grads = dict(zip(params, grads))
             if how == "apply_gradients":
                 return tx.apply_gradients(grads, state, params, inplace=False)
@@ -343,21 +353,15 @@ def test_hooks_of_others_are_not_called() -> None:
         assert calls[0] is not None
 
 
-@every_tx
-def test_under_levels_of_torch_func(make: Any) -> None:
+@every_fused_kind
+def test_under_levels_of_torch_func(case: Case) -> None:
     """The gradient of each step is torch.func's, and what records it plain autograd."""
     results = []
     for use in (None, False):
-        torch.manual_seed(0)
-        start = {name: nonzero(4, requires_grad=True) for name in "ab"}
-        tx, params = make(use), dict(start)
-        state = tx.init(params)
-
-        def loss(params: Any) -> Tensor:
-            return sum((p.pow(3).sum() for p in params.values()), torch.zeros(()))
+        start, tx, params, state = beginning(case, use)
 
         for _ in range(2):
-            grads = torch.func.grad(loss)(params)
+            grads = torch.func.grad(cubes)(params)
             params, state = tx.apply_gradients(grads, state, params, inplace=False)
         params["a"].sin().sum().backward()
         before = start["b"].grad
@@ -367,9 +371,9 @@ def test_under_levels_of_torch_func(make: Any) -> None:
             params: Any = {"a": a, "b": b}
             state = tx.init(params)
             params, state = tx.apply_gradients(
-                torch.func.grad(loss)(params), state, params, inplace=False
+                torch.func.grad(cubes)(params), state, params, inplace=False
             )
-            grads = {"a": torch.func.grad(loss)({"a": params["a"]})["a"], "b": None}
+            grads = {"a": torch.func.grad(cubes)({"a": params["a"]})["a"], "b": None}
             params, state = tx.apply_gradients(grads, state, params, inplace=False)
             return params["a"].sin().sum()
 
@@ -410,7 +414,7 @@ def test_random_programs(seed: int) -> None:
                 return [*found, "freed"]
         return found
 
-    make = chance.choice(list(TX.values()))
-    actual, expected = (outcome(make(use), drive, names) for use in (None, False))
+    case = chance.choice([case for case in CASES if case.algorithm.fused])
+    actual, expected = (outcome(case, use, drive, names) for use in (None, False))
     works = [x for x in expected if not isinstance(x, str)]  # the rules may fail earlier
     same(actual[: len(works)], works)

@@ -70,6 +70,7 @@ def test_other_names_are_refused_and_the_way_is_told() -> None:
 # Older versions -----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1, each=3)
 @every_torch_case
 @pytest.mark.parametrize("donor", ["own", "torch"])
 @pytest.mark.parametrize("missing", ["maximize", "nesterov", "amsgrad", "momentum", "all"])
@@ -218,6 +219,7 @@ def test_a_group_given_as_parameters_alone() -> None:
 # Rates that are tensors ---------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @needs_library
 @every_torch_case
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from typing import Any
 
 import pytest
-from sampling import kept, positions
+from sampling import kept, positions, sample
+
+
+class Row:
+    """A row of a table that is like others of its kind."""
+
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7])
@@ -22,3 +31,20 @@ def test_every_value_is_kept(lengths: tuple[int, ...], n: int) -> None:
     assert len(chosen) <= len(combinations) / n + sum(lengths)
     if n == 1:
         assert len(chosen) == len(combinations)
+
+
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("rows", [4, 40, 80])
+def test_a_longer_table_takes_each_times_as_long(rows: int, each: int) -> None:
+    """Of every row that is not the first of its kind ``each`` are kept, and all laws are seen."""
+    table = [Row(k % 4) for k in range(rows)]
+    laws = [object() for _ in range(6)]
+    given: list[dict[str, Any]] = [
+        {"case": row, "law": law} for law, row in itertools.product(laws, table)
+    ]
+    chosen = [given[k] for k in sample(given, 2, each)]
+    counts = Counter(id(combination["case"]) for combination in chosen)
+    assert [counts[id(row)] for row in table[4:]] == [each] * (rows - 4)
+    assert sum(counts[id(row)] for row in table[:4]) == 4 * len(laws) / 2
+    later = [combination["law"] for combination in chosen if combination["case"] in table[4:]]
+    assert rows == 4 or set(map(id, later)) == set(map(id, laws))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, every_case, every_torch_case
+from cases import every_case, every_torch_case, named
 from tolerances import META_GRADIENT, assert_close
 from torch import nn
 
@@ -14,7 +14,6 @@ import torchopt
 
 
 FACES = pytest.mark.parametrize("face", ["torch", "ours"])
-ALGORITHMS = {case.name: case for case in CASES}
 
 
 def make(bias=True):
@@ -84,7 +83,7 @@ def test_its_own_state_goes_through_a_file(case, tmp_path):
 
 def test_an_inner_loop_starts_from_the_momentum_of_an_optimizer():
     """The meta-gradient with respect to the weights, against central differences."""
-    net, optimizer = trained(ALGORITHMS["sgd-nesterov"], "torch")
+    net, optimizer = trained(named("sgd-nesterov"), "torch")
     buffers = {n: optimizer.state[p]["momentum_buffer"].clone() for n, p in net.named_parameters()}
 
     def outer_loss():
@@ -123,7 +122,7 @@ def _loss_at(net, params):
 
 
 def test_parameters_are_found_by_name():
-    case = ALGORITHMS["adam"]
+    case = named("adam")
     net = make()
     reordered = list(net.named_parameters())[::-1]
     optimizer = torch.optim.Adam(reordered, **case.kwargs)
@@ -142,11 +141,11 @@ def test_parameters_are_found_by_name():
 
 
 def test_groups_of_one_network_become_numbers_by_name():
-    case = ALGORITHMS["adam"]
+    case = named("adam")
     net = make()
-    named = dict(net.named_parameters())
-    decayed = [(n, p) for n, p in named.items() if p.dim() > 1]
-    rest = [(n, p) for n, p in named.items() if p.dim() <= 1]
+    params = dict(net.named_parameters())
+    decayed = [(n, p) for n, p in params.items() if p.dim() > 1]
+    rest = [(n, p) for n, p in params.items() if p.dim() <= 1]
     groups = [
         {"params": decayed, "weight_decay": 0.3, "betas": (0.5, 0.9)},
         {"params": rest, "lr": 0.2, "betas": (0.8, 0.9)},
@@ -199,7 +198,7 @@ def test_two_networks_have_a_group_each():
 
 
 def test_tensors_are_copied():
-    net, optimizer = trained(ALGORITHMS["adam"], "torch")
+    net, optimizer = trained(named("adam"), "torch")
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     inner = torchopt.MetaAdam(net)
     inner.load_state_dict(optimizer.state_dict())
@@ -224,6 +223,6 @@ def test_half_precision_is_widened():
 
 
 def test_notes_of_schedulers_are_no_hyperparameters():
-    net, optimizer = trained(ALGORITHMS["sgd-nesterov"], "torch")
+    net, optimizer = trained(named("sgd-nesterov"), "torch")
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5)
     torchopt.MetaSGD(net).load_state_dict(optimizer.state_dict())

@@ -1,6 +1,6 @@
-"""The kernels for GPUs: their arithmetic in Triton's interpreter, their compilation, real GPUs.
+"""The kernels for GPUs: their arithmetic in Triton's interpreter, and their compilation.
 
-No GPU is needed but for the last part: the interpreter runs the same text on the CPU, and Triton
+No GPU is needed: the interpreter runs the same text on the CPU, and Triton
 compiles for a GPU that is not there. ``TRITON_INTERPRET`` is set for single tests only, since
 others in this process may compile.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import torchopt
 from torchopt.core.packed import Packed, Packing
-from torchopt.kernels import device_tables, emit_triton, launch, native, triton_backend
+from torchopt.kernels import emit_triton, launch, native, triton_backend
 from torchopt.kernels.catalogue import kernels
 from torchopt.kernels.graph import OPERATIONS, Kernel, Node, input_node, make_kernel
 
@@ -289,221 +289,3 @@ def test_compiles_without_contraction(
     assert "sqrt.rn.f32" in text
     assert f"ld.global.{widest}" in text
     assert f"st.global.{widest}" in text
-
-
-# Tables -------------------------------------------------------------------------------------------
-
-
-class FakeGPU:
-    """Stands in for torch.cuda: counts allocations of pinned memory."""
-
-    def __init__(self) -> None:
-        self.capturing = False
-        self.stream = 1
-        self.pinned: list[Tensor] = []
-
-    def is_current_stream_capturing(self) -> bool:
-        return self.capturing
-
-    def current_stream(self, device: torch.device) -> Any:
-        return type("Stream", (), {"cuda_stream": self.stream})
-
-    def allocate(self, size: int) -> Tensor:
-        self.pinned.append(torch.empty(size, dtype=torch.uint8))
-        return self.pinned[-1]
-
-
-@pytest.fixture(name="gpu")
-def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
-    fake = FakeGPU()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", fake.is_current_stream_capturing)
-    monkeypatch.setattr(torch.cuda, "current_stream", fake.current_stream)
-    monkeypatch.setattr(device_tables, "_pinned", fake.allocate)
-    monkeypatch.setattr(device_tables, "_reserve", device_tables._Reserve())
-    device_tables._kept.clear()
-    yield fake
-    device_tables._kept.clear()
-
-
-def contents(*values: int) -> dict[Any, Callable[[], Tensor]]:
-    return {
-        ("integers", values): lambda: torch.tensor(values),
-        ("numbers", values): lambda: torch.tensor(values, dtype=torch.float64) / 2,
-        ("owners", values): lambda: torch.tensor(values, dtype=torch.int32),
-    }
-
-
-def tables(*values: int) -> list[Tensor]:
-    return device_tables.tables_on(torch.device("cpu"), contents(*values))
-
-
-def assert_tables(made: list[Tensor], *values: int) -> None:
-    assert [x.dtype for x in made] == [torch.int64, torch.float64, torch.int32]
-    assert [x.tolist() for x in made] == [list(values), [v / 2 for v in values], list(values)]
-    assert all(x.data_ptr() % device_tables.ALIGNMENT == 0 for x in made)
-
-
-def test_tables_are_copied_once_for_each_stream(gpu: FakeGPU) -> None:
-    first = tables(1, 2, 3)
-    assert_tables(first, 1, 2, 3)
-    copies = len(gpu.pinned)
-    assert all(x is y for x, y in zip(tables(1, 2, 3), first))
-    assert len(gpu.pinned) == copies
-    assert_tables(tables(4), 4)
-    gpu.stream = 2
-    assert all(x is not y for x, y in zip(tables(1, 2, 3), first))
-    assert len(gpu.pinned) == copies + 2
-
-
-def test_tables_are_forgotten_at_some_time(gpu: FakeGPU) -> None:
-    for value in range(device_tables.KEPT):
-        assert_tables(tables(value), value)
-    assert len(device_tables._kept) == device_tables.KEPT
-
-
-def test_captured_tables_have_memory_of_their_own(gpu: FakeGPU) -> None:
-    eager = tables(1)
-    gpu.capturing = True
-    before = len(gpu.pinned)
-    captured = [tables(1), tables(2), tables(1)]
-    assert len(gpu.pinned) == before  # was allocated beforehand
-    assert all(x is not y for x, y in zip(captured[0], eager))
-    for made, value in zip(captured, (1, 2, 1)):
-        assert_tables(made, value)
-    memory = [x for x in gpu.pinned if x.numel() >= device_tables.RESERVE]
-    assert device_tables._reserve._blocks[0] is memory[0]
-    # the copies of a replay read what the host wrote at the capture
-    sources = memory[0][:144].view(torch.int64).tolist()
-    assert [sources[k] for k in (0, 6, 12)] == [1, 2, 1]
-    gpu.capturing = False
-    assert all(x is y for x, y in zip(tables(1), eager))
-
-
-def test_reserve_grows(gpu: FakeGPU) -> None:
-    gpu.capturing = True
-    big = range(device_tables.RESERVE // 8)
-    taken = [device_tables._reserve.take(size) for size in (16, len(big) * 8, 32)]
-    assert [x.numel() for x in taken] == [16, len(big) * 8, 32]
-    assert len({x.data_ptr() for x in taken}) == 3
-
-
-# Optimizers, by the interpreter and on GPUs -------------------------------------------------------
-
-OPTIMIZERS: dict[str, Callable[..., torchopt.GradientTransformation]] = {
-    "sgd": lambda **k: torchopt.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1, **k),
-    "adam": lambda **k: torchopt.adam(0.1, weight_decay=0.1, amsgrad=True, **k),
-    "adamw": lambda **k: torchopt.adamw(0.1, **k),
-    "rmsprop": lambda **k: torchopt.rmsprop(0.1, momentum=0.9, centered=True, **k),
-}
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-on_gpu = pytest.param(
-    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-)
-
-
-@pytest.fixture(name="device", params=["cpu", on_gpu])
-def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device whose fused updates Triton's kernels compute: on the CPU by its interpreter."""
-    if request.param == "cpu":
-        if isinstance(native.load(), native.UnavailableError):
-            pytest.skip("nothing is fused on the CPU: its kernels are not loaded")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(launch, "run", triton_backend.run)
-    return request.param
-
-
-def parameters(device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Parameters so far from zero that no update cancels them: errors stay relative to them."""
-    return [x + 8 * x.sign() for x in gradients(device, dtype, seed=0)[0]]
-
-
-def gradients(device: str, dtype: torch.dtype = torch.float32, seed: int = 1) -> list[list[Tensor]]:
-    """Gradients of several shapes for three steps."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(3,), (0,), (40, 60), (1025,), ()]
-    return [
-        [torch.randn(s, generator=generator).to(device, dtype) for s in shapes] for _ in range(3)
-    ]
-
-
-def steps(
-    tx: torchopt.GradientTransformation, params: list[Tensor], grads: Sequence[list[Tensor]]
-) -> list[Tensor]:
-    """Return the parameters and the slots after pure steps."""
-    state = tx.init(params)
-    for g in grads:
-        updates, state = tx.update(g, state, params, inplace=False)
-        params = torchopt.apply_updates(params, updates, inplace=False)
-    return [*params, *(x for slot in state.slots.values() for x in slot if x is not None)]
-
-
-@every_optimizer
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_against_the_rules(name: str, dtype: torch.dtype, device: str) -> None:
-    params, grads = parameters(device, dtype), gradients(device, dtype)
-    fused, plain = (OPTIMIZERS[name](use_accelerated_op=use) for use in (True, False))
-    # each of three steps may round differently; slots follow the parameters' last digits
-    assert_close(steps(fused, params, grads), steps(plain, params, grads), dtype, times=4)
-
-
-@every_optimizer
-def test_derivatives_against_the_rules(name: str, device: str) -> None:
-    def meta_gradients(use: bool) -> tuple[Tensor, ...]:
-        params = [p.requires_grad_() for p in parameters(device, torch.float64)]
-        grads = gradients(device, torch.float64)
-        inputs = [*params, *(g.requires_grad_() for step in grads for g in step)]
-        outputs = steps(OPTIMIZERS[name](use_accelerated_op=use), params, grads)
-        loss = torch.stack([x.square().sum() for x in outputs]).sum()
-        return torch.autograd.grad(loss, inputs)
-
-    assert_close(meta_gradients(True), meta_gradients(False), times=100)
-
-
-def test_differentiable_face_against_the_rules(device: str) -> None:
-    def meta_gradients(use: bool) -> tuple[Tensor, ...]:
-        torch.manual_seed(0)
-        net = torch.nn.Linear(30, 50, dtype=torch.float64).to(device)
-        x = torch.randn(4, 30, dtype=torch.float64).to(device).requires_grad_()
-        optimizer = torchopt.MetaAdam(net, lr=0.1, use_accelerated_op=use)
-        start = list(net.parameters())
-        for _ in range(3):
-            optimizer.step(net(x).square().mean())
-        return torch.autograd.grad(net(x).square().mean(), [x, *start])
-
-    assert_close(meta_gradients(True), meta_gradients(False), times=100)
-
-
-@pytest.mark.parametrize("device", [on_gpu])
-@every_optimizer
-def test_captured(name: str, device: str) -> None:
-    """An inner loop of three steps is captured and replayed with other gradients."""
-    tx = OPTIMIZERS[name](use_accelerated_op=True)
-    params, grads = parameters(device), gradients(device)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        steps(tx, params, grads)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = steps(tx, params, grads)
-    for seed in (10, 20):
-        new = gradients(device, seed=seed)
-        for old, values in zip(grads, new):
-            torch._foreach_copy_(old, values)
-        expected = steps(tx, params, new)  # reuses the memory that calls outside of the graph have
-        graph.replay()
-        assert_close(outputs, expected)
-
-
-@pytest.mark.parametrize("device", [on_gpu])
-@every_optimizer
-def test_nothing_is_waited_for(name: str, device: str) -> None:
-    tx = OPTIMIZERS[name](use_accelerated_op=True)
-    params, grads = parameters(device), gradients(device)
-    steps(tx, params, grads)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        steps(tx, params, grads)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

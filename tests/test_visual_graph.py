@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import Case, every_case
 from conftest import nonzero
 from torch import Tensor, nn
 
@@ -84,6 +84,14 @@ def test_a_graph_known_by_hand() -> None:
     check_structure(graph, loss)
 
 
+def test_a_step_that_rules_and_kernels_compute_is_one_node() -> None:
+    unfused = torchopt.scale_by_adam().with_accelerated_op(False)
+    _, loss = adapted(torchopt.chain(unfused, torchopt.adam(0.1)))
+    graph = build(loss)
+    check_structure(graph, loss)
+    assert [node.label for node in steps_of(graph)] == [f"Adam + Adam step {k}" for k in (1, 2, 3)]
+
+
 def test_json_holds_the_same() -> None:
     start, loss = adapted(torchopt.adam(0.1))
     graph = build(loss, start)
@@ -93,14 +101,14 @@ def test_json_holds_the_same() -> None:
 
 
 @pytest.mark.parametrize("accelerated", [None, False])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_every_optimizer_step_is_one_node(case: Case, accelerated: bool | None) -> None:
     _, loss = adapted(case.tx().with_accelerated_op(accelerated))
     graph = build(loss)
     check_structure(graph, loss)
     found = steps_of(graph)
-    assert [node.label[-6:] for node in found] == ["step 1", "step 2", "step 3"]
-    assert len({node.label[:-7] for node in found}) == 1
+    name = case.cls.__name__
+    assert [node.label for node in found] == [f"{name} step {k}" for k in (1, 2, 3)]
     assert [node.lane for node in found] == [0, 1, 2]
     assert graph.nodes[-1].kind == "result"
     assert graph.nodes[-1].lane == 3

@@ -7,13 +7,14 @@ derivative is known it is that one.
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import F64, Case, every_case
+from cases import F64, Case, every_entrywise_case, every_formula_case, every_meta_case
 from conftest import nonzero
 from tolerances import META_GRADIENT, VALUES, all_finite, assert_close
 from torch import Tensor, nn
@@ -67,16 +68,15 @@ def slope_at_zero(case: Case) -> float:
 
     ``g / (sqrt(c g^2 + r) + eps)`` has the derivative ``1 / (sqrt(r) + eps)`` there.
     """
-    k = {"eps_root": 0.0, "momentum": 0.0, "nesterov": False, **case.kwargs}
-    slope = 1 / (k["eps_root"] ** 0.5 + k["eps"]) if "eps" in k else 1.0
-    return -k["lr"] * slope * (1 + k["momentum"] if k["nesterov"] else 1)
+    k = collections.defaultdict(float, case.kwargs)
+    return -k["lr"] * case.algorithm.formula.slope(k)
 
 
 # A gradient entry that is zero at the first step --------------------------------------------------
 
 
 @every_jacobian
-@every_case
+@every_formula_case
 def test_slope_of_the_first_update(case: Case, jacobian: Any) -> None:
     """The derivative at a zero entry is the true one; all others are finite and not disturbed."""
     p, g = nonzero(4), nonzero(4)
@@ -94,7 +94,7 @@ def test_slope_of_the_first_update(case: Case, jacobian: Any) -> None:
 
 
 @every_hessian
-@every_case
+@every_formula_case
 def test_curvature_of_the_first_update(case: Case, hessian: Any) -> None:
     """``g / (|g| + eps)`` bends down on one side and up on the other; at zero we say 0."""
     p, g = nonzero(4), nonzero(4)
@@ -104,13 +104,13 @@ def test_curvature_of_the_first_update(case: Case, hessian: Any) -> None:
     assert all_finite(curvature)
     assert (curvature[1] == 0).all()
     assert (curvature[:, 1] == 0).all()
-    if case.name.startswith("sgd"):
+    if case.algorithm.linear:
         assert (curvature == 0).all()
     else:
         assert (curvature.diag()[[0, 2, 3]] != 0).all()
 
 
-@every_case
+@every_formula_case
 def test_third_order_of_the_first_update(case: Case) -> None:
     p, g = nonzero(3), nonzero(3)
     g[1] = p[1] = 0.0
@@ -123,7 +123,7 @@ def test_third_order_of_the_first_update(case: Case) -> None:
     assert_close(third[1, 1, 1], torch.as_tensor(expected, **F64))
 
 
-@every_case
+@every_formula_case
 def test_slope_agrees_with_differences_over_the_zero(case: Case) -> None:
     """Symmetric differences across the zero, at a distance where eps rules."""
     p, g = nonzero(3), nonzero(3)
@@ -172,8 +172,9 @@ def unrolled(case: Case, zero: str, steps: int = 3) -> tuple[Function, Tensor]:
 ZEROS = ("first", "last", "always", "all")
 
 
+@pytest.mark.sampled(1, each=2)
 @pytest.mark.parametrize("zero", ZEROS)
-@every_case
+@every_entrywise_case
 def test_unrolled_first_order(case: Case, zero: str) -> None:
     """Reverse, forward, batched: one finite answer for parameters, gradients, hyperparameters."""
     function, x = unrolled(case, zero)
@@ -189,8 +190,9 @@ def test_unrolled_first_order(case: Case, zero: str) -> None:
     assert (reverse[:3] != 0).all()  # the first parameters always matter
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("zero", ZEROS)
-@every_case
+@every_entrywise_case
 def test_unrolled_second_order(case: Case, zero: str) -> None:
     function, x = unrolled(case, zero)
     reverse = torch.func.jacrev(torch.func.jacrev(function))(x)
@@ -200,7 +202,7 @@ def test_unrolled_second_order(case: Case, zero: str) -> None:
 
 
 @pytest.mark.parametrize("zero", ["always", "all"])
-@every_case
+@every_meta_case
 def test_differentiable_face(case: Case, zero: str) -> None:
     """A feature, or the whole input, that is always zero: exact through the network's optimizer."""
     net = nn.Linear(3, 1, bias=False, **F64)
@@ -223,11 +225,11 @@ def test_differentiable_face(case: Case, zero: str) -> None:
     assert all_finite(*gradients)
     # a parameter without a gradient is moved by weight decay alone
     decay, lr = case.kwargs.get("weight_decay", 0.0), case.kwargs["lr"]
-    if case.name == "adamw":
+    if case.algorithm.decoupled_decay:
         assert_close(gradients[0][0, 1].detach(), weights[1] * (1 - lr * decay) ** 3)
     elif not decay:
         assert gradients[0][0, 1] == weights[1]
-    if zero == "all" and case.name != "adamw" and not decay:
+    if zero == "all" and not decay:
         assert gradients[0].tolist() == [weights.tolist()]
         assert all(gradient == 0 for gradient in gradients[1:])
     second = torch.autograd.grad(
@@ -236,12 +238,12 @@ def test_differentiable_face(case: Case, zero: str) -> None:
     assert all_finite(*(s for s in second if s is not None))
 
 
-@every_case
+@every_formula_case
 def test_second_moment_that_underflows(case: Case) -> None:
     """A gradient of 1e-170 is not zero, but its square is."""
     p, g = torch.zeros(2, **F64), torch.tensor([1e-170, 0.5], **F64)
     update = first_update(case, p)
-    if case.name != "adam-eps-root":
+    if not case.kwargs.get("eps_root"):
         assert (g.square() == 0).tolist() == [True, False]
     assert_close(update(g)[0], g[0] * slope_at_zero(case))
     for jacobian in (torch.func.jacrev, torch.func.jacfwd):
@@ -250,7 +252,7 @@ def test_second_moment_that_underflows(case: Case) -> None:
         assert_close(slopes[0, 0], torch.tensor(slope_at_zero(case), **F64))
 
 
-@every_case
+@every_entrywise_case
 def test_float32_with_the_smallest_gradients(case: Case) -> None:
     """From the smallest float32 up: values and slopes are finite."""
     p, g = torch.zeros(8), 10.0 ** -torch.arange(45.0, 5.0, -5.0)

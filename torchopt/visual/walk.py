@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torchopt.core.step_tags import StepTag
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.independent import NAMING
 from torchopt.kernels.program import GRADIENT, PARAMETER
+from torchopt.visual.titles import optimizer_name
 
 
 #: What takes slots of several parameters out of the flat tensor they travel in.
@@ -327,7 +327,9 @@ def _fold_unpacking(found: Walk) -> None:
     names = [node.name().rstrip("0123456789") for node in found.nodes]
     for position in [p for p, node in enumerate(found.nodes) if node.name() == NAMING]:
         source = found.inputs[position][0][0]
-        if source is not None and isinstance(getattr(found.nodes[source], "group", None), Group):
+        if source is None or found.step_of[position] >= 0:  # a step that rules compute in part
+            continue
+        if isinstance(getattr(found.nodes[source], "group", None), Group):
             found.step_of[position] = found.step_of[source]
             found.steps[found.step_of[source]].members.append(position)
     for position in sorted(
@@ -362,23 +364,3 @@ def _is_packed(group: Group, output: int) -> bool:
         group.rule.outputs, range(group.count * len(group.rule.outputs)), group.rule.packed_out
     )
     return any(s in group.rule.packed_out and output in numbers for s, numbers in streams.items())
-
-
-def optimizer_name(parts: Sequence[str]) -> str:
-    """Return the usual name of a chain of transformations, such as ``Adam``.
-
-    Signs, weight decay (except of AdamW) and learning rates say little and are left out.
-    """
-    telling = [p for p in parts if p not in ("FlipSign", "ScaleByLearningRate", "Identity")]
-    if "ScaleByAdam" in telling and "AddDecayedWeights" in telling:
-        after = telling.index("AddDecayedWeights") > telling.index("ScaleByAdam")
-        telling = ["AdamW" if p == "ScaleByAdam" and after else p for p in telling]
-    scaled = any(part.startswith(("ScaleBy", "AdamW")) for part in telling)
-    silent = ("AddDecayedWeights", "Trace") if scaled else ("AddDecayedWeights",)
-    names = [_part_name(part) for part in telling if part not in silent]
-    return " + ".join(names) or "SGD"
-
-
-def _part_name(part: str) -> str:
-    known = {"Trace": "SGD", "ScaleByRms": "RMSprop", "ScaleByStddev": "centered RMSprop"}
-    return known.get(part, re.sub("^ScaleBy(?=[A-Z])", "", part))

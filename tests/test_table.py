@@ -1,0 +1,107 @@
+"""What the rows of the table of algorithms say is so, and every optimizer has a row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from algorithms import Algorithm
+from cases import ALGORITHMS, CASES, Case, every_algorithm, every_case
+from conftest import nonzero, nonzero_like
+from fusing import needs_library
+from tolerances import assert_close
+
+import torchopt
+from torchopt.kernels import why
+
+
+def named_classes(base: type) -> set[type]:
+    """Return the classes that ``torchopt`` exports, the base left out."""
+    values = [value for value in vars(torchopt).values() if isinstance(value, type)]
+    return {value for value in values if issubclass(value, base) and value is not base}
+
+
+def test_every_optimizer_has_a_row() -> None:
+    assert named_classes(torchopt.Optimizer) == {row.cls for row in ALGORITHMS}
+    assert named_classes(torchopt.MetaOptimizer) == {row.meta for row in ALGORITHMS} - {None}
+    for names in ([row.name for row in ALGORITHMS], [case.name for case in CASES]):
+        assert len(set(names)) == len(names)
+
+
+@every_algorithm
+def test_the_faces_are_of_one_algorithm(algorithm: Algorithm) -> None:
+    assert getattr(torchopt, algorithm.name) is algorithm.recipe
+    parameter = torch.nn.Parameter(torch.ones(2))
+    assert algorithm.cls([parameter]).transformation == algorithm.recipe()
+    if algorithm.meta is not None:
+        assert algorithm.meta(torch.nn.Linear(1, 1)).transformation == algorithm.recipe()
+
+
+@every_case
+def test_values_have_an_oracle(case: Case) -> None:
+    oracle = case.algorithm.oracle
+    assert case.torch_cls or case.algorithm.formula or (Path(__file__).parent / oracle).is_file()
+
+
+@every_case
+def test_every_number_of_a_configuration_matters(case: Case) -> None:
+    """None is the default, so a law would notice if it were not passed on."""
+    defaults = case.algorithm.defaults()
+    for name, value in case.kwargs.items():
+        assert value != defaults[name] or name == "eps", name
+
+
+@every_algorithm
+def test_the_slots_are_those_of_the_rows(algorithm: Algorithm) -> None:
+    params = {"w": nonzero(4, 3), "b": nonzero(3), "s": nonzero()}
+    for case in algorithm.cases():
+        tx = case.tx()
+        assert set(tx.slot_names()) == set(algorithm.slots)
+        for name, column in tx.init(params).slots.items():
+            for key, p in params.items():
+                shape = algorithm.shapes.get(name, tuple)
+                if column[key] is not None:
+                    assert tuple(column[key].shape) == tuple(shape(p.shape)), name
+
+
+@needs_library
+@every_case
+def test_kernels_compute_what_the_rows_say(case: Case) -> None:
+    params = {"w": nonzero(4, 3), "b": nonzero(3)}
+    reasons = why(case.tx(), params, params=params)
+    assert (not reasons) == case.algorithm.fused, reasons
+
+
+@every_case
+def test_a_rule_of_single_entries_is_one(case: Case) -> None:
+    """An entry has the same update in a matrix, and by itself; of other rules it has not."""
+    p, grads = nonzero(4, 3), [nonzero(4, 3) for _ in range(2)]
+
+    def last_update(index: tuple[slice, ...]) -> torch.Tensor:
+        tx, params = case.tx(), {"w": p[index]}
+        state = tx.init(params)
+        for g in grads:
+            updates, state = tx.update({"w": g[index]}, state, params, inplace=False)
+        return updates["w"]
+
+    whole, alone = last_update(()), last_update((slice(1), slice(1)))
+    if case.algorithm.size == "entry":
+        assert_close(alone, whole[:1, :1])
+    else:
+        assert (alone - whole[:1, :1]).abs().max() > 1e-6
+
+
+@every_case
+def test_linear_rules_are_linear(case: Case) -> None:
+    params = {"w": nonzero(4, 3)}
+    updates = []
+    for factor in (1.0, 2.0):
+        tx = case.tx({"weight_decay": 0.0} if "weight_decay" in case.kwargs else None)
+        torch.manual_seed(0)
+        state = tx.init(params)
+        for _ in range(3):
+            grads = {"w": factor * nonzero_like(params)["w"]}
+            update, state = tx.update(grads, state, params, inplace=False)
+        updates.append(update["w"])
+    equal = (updates[1] - 2 * updates[0]).abs().max() < 1e-12
+    assert bool(equal) == case.algorithm.linear

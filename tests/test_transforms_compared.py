@@ -1,0 +1,194 @@
+"""Printing, comparing, hashing and copying transformations."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case, every_case
+from conftest import nonzero, nonzero_like
+from running import double, not_bias, run
+from tolerances import assert_close
+
+import torchopt
+
+
+LINEAR = torchopt.schedules.linear(0.1, 0.0, 5)
+
+
+TRANSFORMS = {
+    "identity": (torchopt.identity, "chain()"),
+    "scale": (lambda: torchopt.scale(-0.5), "Scale(step_size=-0.5)"),
+    "scale-tensor": (
+        lambda: torchopt.scale(torch.ones(3)),
+        "Scale(step_size=float32[3])",
+    ),
+    "scale-tree": (
+        lambda: torchopt.scale({"w": 1.0, "b": torch.ones(3)}),
+        "Scale(step_size={'w': 1.0, 'b': float32[3]})",
+    ),
+    "scale_by_schedule": (
+        lambda: torchopt.scale_by_schedule(LINEAR),
+        f"ScaleBySchedule(step_size={LINEAR!r})",
+    ),
+    "scale_by_learning_rate": (
+        lambda: torchopt.scale_by_learning_rate(0.1),
+        "ScaleByLearningRate(lr=0.1)",
+    ),
+    "flip_sign": (torchopt.flip_sign, "FlipSign(maximize=True)"),
+    "trace": (
+        lambda: torchopt.trace(0.5, nesterov=True),
+        "Trace(momentum=0.5, dampening=0.0, nesterov=True)",
+    ),
+    "add_decayed_weights": (
+        lambda: torchopt.add_decayed_weights(0.1),
+        "AddDecayedWeights(weight_decay=0.1)",
+    ),
+    "add_decayed_weights-mask": (
+        lambda: torchopt.add_decayed_weights(0.1, {"w": True, "b": False}),
+        "Masked(inner=AddDecayedWeights(weight_decay=0.1), mask={'w': True, 'b': False})",
+    ),
+    "clip_grad_norm": (
+        lambda: torchopt.clip_grad_norm(1.0, math.inf),
+        "ClipGradNorm(max_norm=1.0, norm_type=inf, error_if_nonfinite=False)",
+    ),
+    "clip_grad_value": (lambda: torchopt.clip_grad_value(1.0), "ClipGradValue(clip_value=1.0)"),
+    "nan_to_num": (lambda: torchopt.nan_to_num(1.0), "NanToNum(nan=1.0, posinf=None, neginf=None)"),
+    "masked": (
+        lambda: torchopt.masked(torchopt.scale(0.0), not_bias),
+        f"Masked(inner=Scale(step_size=0.0), mask={not_bias!r})",
+    ),
+    "partition": (
+        lambda: torchopt.partition(
+            {"a": torchopt.scale(0.5), "b": torchopt.set_to_zero()}, {"w": "a", "b": "b"}
+        ),
+        "Partition(transforms={'a': Scale(step_size=0.5), 'b': SetToZero()}, "
+        "labels={'w': 'a', 'b': 'b'})",
+    ),
+    "set_to_zero": (torchopt.set_to_zero, "SetToZero()"),
+    "freeze": (
+        lambda: torchopt.freeze({"w": True, "b": False}),
+        "Masked(inner=SetToZero(), mask={'w': True, 'b': False})",
+    ),
+    "register_hook": (lambda: torchopt.register_hook(double), f"RegisterHook(hook={double!r})"),
+    "scale_by_adam": (
+        lambda: torchopt.scale_by_adam((0.5, 0.75), amsgrad=True),
+        "ScaleByAdam(betas=(0.5, 0.75), eps=1e-08, eps_root=0.0, amsgrad=True)",
+    ),
+    "scale_by_rms": (
+        lambda: torchopt.scale_by_rms(0.5),
+        "ScaleByRms(alpha=0.5, eps=1e-08, centered=False, initial_scale=0.0)",
+    ),
+    "scale_by_stddev": (
+        lambda: torchopt.scale_by_stddev(0.5),
+        "ScaleByRms(alpha=0.5, eps=1e-08, centered=True, initial_scale=0.0)",
+    ),
+    "chain": (
+        lambda: torchopt.chain(torchopt.scale(2.0), torchopt.flip_sign()),
+        "chain(Scale(step_size=2.0), FlipSign(maximize=True))",
+    ),
+}
+
+
+#: All of them, and every configuration of every algorithm.
+MAKERS = {
+    **{name: make for name, (make, _) in TRANSFORMS.items()},
+    **{case.name: case.tx for case in CASES},
+}
+every_transform = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+
+
+def test_every_exported_transform_is_in_the_table() -> None:
+    recipes = {
+        name
+        for name in dir(torchopt)
+        if callable(getattr(torchopt, name))
+        and getattr(getattr(torchopt, name), "__module__", "").startswith("torchopt.transforms")
+    } | {"scale_by_adam", "scale_by_rms", "scale_by_stddev", "chain"}
+    recipes -= {"clip_by_global_norm"}  # another name of clip_grad_norm
+    assert recipes <= set(TRANSFORMS)
+
+
+@pytest.mark.parametrize(("make", "shown"), TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_repr(make: Any, shown: str) -> None:
+    assert repr(make()) == shown
+
+
+@every_case
+def test_repr_shows_every_number(case: Case) -> None:
+    text = repr(case.tx())
+    for name, value in case.kwargs.items():
+        assert f"{name}={value!r}" in text
+
+
+def test_repr_shows_schedules_and_tensors() -> None:
+    tx = torchopt.adam(LINEAR, betas=(torch.tensor(0.5), 0.75))
+    assert repr(tx) == (
+        "chain(FlipSign(maximize=False), AddDecayedWeights(weight_decay=0.0), "
+        "ScaleByAdam(betas=(float32[], 0.75), eps=1e-08, eps_root=0.0, amsgrad=False), "
+        f"ScaleByLearningRate(lr={LINEAR!r}))"
+    )
+
+
+@every_transform
+def test_equality_and_hash(make: Any) -> None:
+    one, two = make(), make()
+    assert one == two
+    assert hash(one) == hash(two)
+    assert len({one, two}) == 1
+    assert one != torchopt.scale(123.0)
+    assert (one == 3) is False
+
+
+@every_transform
+def test_equality_tells_every_transform_from_the_others(make: Any) -> None:
+    equal = [name for name, other in MAKERS.items() if other() == make()]
+    assert len(equal) == 1
+
+
+@every_transform
+@pytest.mark.parametrize("clone", ["pickle", "deepcopy", "copy"])
+def test_copies_are_equal_and_work(make: Any, clone: str) -> None:
+    tx = make()
+    _ = tx.plan  # a plan made before must not get in the way
+    if clone == "pickle":
+        new = pickle.loads(pickle.dumps(tx))
+    else:
+        new = getattr(copy, clone)(tx)
+    assert new == tx
+    assert repr(new) == repr(tx)
+    p = {"w": nonzero(2, 3), "b": nonzero(3)}
+    grads = [nonzero_like(p) for _ in range(2)]
+    expected, state = run(tx, p, grads)
+    found, new_state = run(new, p, grads)
+    assert_close(found, expected)
+    assert_close(new_state.slots, state.slots)
+
+
+@every_transform
+def test_transformations_are_frozen(make: Any) -> None:
+    tx = make()
+    shown = repr(tx)
+    for name in tx.__dataclass_fields__:
+        with pytest.raises(AttributeError, match="cannot assign"):
+            setattr(tx, name, 3)
+    assert repr(tx) == shown
+
+
+def test_tensors_compare_by_value_and_dtype() -> None:
+    assert torchopt.scale(torch.ones(2)) == torchopt.scale(torch.ones(2))
+    assert torchopt.scale(torch.ones(2)) != torchopt.scale(torch.zeros(2))
+    assert torchopt.scale(torch.ones(2)) != torchopt.scale(torch.ones(2).double())
+    assert torchopt.scale(torch.tensor(1.0)) != torchopt.scale(1.0)
+
+
+def test_schedules_with_tensors_compare() -> None:
+    def make(value: float) -> torchopt.GradientTransformation:
+        return torchopt.sgd(torchopt.schedules.linear(torch.full((2,), value), 0.0, 5))
+
+    assert make(1.0) == make(1.0)
+    assert make(1.0) != make(2.0)
