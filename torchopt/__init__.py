@@ -8,6 +8,7 @@ from torchopt import kernels as kernels
 from torchopt import visual as visual
 from torchopt import schedules as schedule
 from torchopt import schedules as schedules
+from torchopt import solvers as solvers
 from torchopt.accelerated_op import accelerated_op_available as accelerated_op_available
 from torchopt.apply import apply_updates as apply_updates
 from torchopt.func_optimizer import FuncOptimizer as FuncOptimizer
@@ -22,6 +23,7 @@ from torchopt.optimizers.adam import scale_by_adam as scale_by_adam
 from torchopt.optimizers.adamw import AdamW as AdamW
 from torchopt.optimizers.adamw import MetaAdamW as MetaAdamW
 from torchopt.optimizers.adamw import adamw as adamw
+from torchopt.optimizers.lbfgs import LBFGS as LBFGS
 from torchopt.optimizers.rmsprop import MetaRMSProp as MetaRMSProp
 from torchopt.optimizers.rmsprop import MetaRMSProp as MetaRMSprop
 from torchopt.optimizers.rmsprop import RMSprop as RMSProp

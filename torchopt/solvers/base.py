@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchopt import hyper, misuse
 from torchopt.misuse.given import given
-from torchopt.solvers.flat import Layout, Number, Objective
+from torchopt.solvers.flat import Layout, Number, Objective, TreeObjective
 from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
 
@@ -130,12 +130,12 @@ class Solver(abc.ABC, Generic[S]):
         """Return the state at ``params``, for a loop of your own; calls ``fn(params, *args)``."""
         layout = Layout(params)
         with torch.no_grad():
-            return self.start(Objective(fn, layout, args), layout.flatten(params))
+            return self.start(TreeObjective(fn, layout, args), layout.flatten(params))
 
     def step(self, fn: Callable[..., Tensor], state: S, *args: PyTree) -> S:
         """Return the state after one more iteration; records no derivative."""
         with torch.no_grad():
-            return self.advance(Objective(fn, state.layout, args), state)
+            return self.advance(TreeObjective(fn, state.layout, args), state)
 
 
 def check_count(name: str, value: Any, least: int) -> None:
@@ -214,7 +214,7 @@ class Unrolled:
         args: tuple[PyTree, ...],
     ) -> Solution:
         """Run the loop, recording it."""
-        objective = Objective(fn, Layout(params), args, create_graph=torch.is_grad_enabled())
+        objective = TreeObjective(fn, Layout(params), args, create_graph=torch.is_grad_enabled())
         return iterate(solver, objective, params)
 
 
@@ -267,4 +267,4 @@ def minimize(
         )
     if adjoint is not None:
         return adjoint(solver, fn, params, args)
-    return iterate(solver, Objective(fn, Layout(params), args), params)
+    return iterate(solver, TreeObjective(fn, Layout(params), args), params)

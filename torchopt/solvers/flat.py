@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Union
@@ -96,14 +97,30 @@ def _shaped(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return part.reshape(shape).to(dtype)
 
 
-class Objective:
-    """Value and gradient of a scalar function of a tree, at a flat vector.
+class Objective(abc.ABC):
+    """A function of a tree as a solver sees it: value and gradient at a flat vector."""
+
+    layout: Layout
+    #: Whether gradients are recorded, so that what is computed from them can be differentiated.
+    create_graph: bool = False
+
+    @abc.abstractmethod
+    def __call__(self, x: Tensor) -> tuple[Number, Tensor]:
+        """Return value and gradient; nothing of the graph that was not asked for."""
+
+    def number(self, x: Tensor) -> Number:
+        """Return a tensor with one entry as a number of the arithmetic between calls."""
+        return x.reshape(()) if self.create_graph else x.item()
+
+
+class TreeObjective(Objective):
+    """A function that is given the tree.
 
     Args:
         fn: ``fn(params, *args)`` returns the value, a real tensor with one entry.
         layout: Of ``params``.
         args: Passed on.
-        create_graph: Record the gradient, so that what is computed from it can be differentiated.
+        create_graph: Record gradients.
     """
 
     def __init__(
@@ -121,7 +138,7 @@ class Objective:
         self.fn, self.layout, self.args, self.create_graph = fn, layout, args, create_graph
 
     def __call__(self, x: Tensor) -> tuple[Number, Tensor]:
-        """Return value and gradient; nothing of the graph that was not asked for."""
+        """Return value and gradient."""
         with torch.enable_grad():
             if not (self.create_graph and x.requires_grad):
                 x = x.detach().requires_grad_()
@@ -136,10 +153,6 @@ class Objective:
                 "it from them, not from tensors of the same content outside of fn."
             )
         return self.number(value), grad
-
-    def number(self, x: Tensor) -> Number:
-        """Return a tensor with one entry as a number of the arithmetic between calls."""
-        return x.reshape(()) if self.create_graph else x.item()
 
 
 def check_value(value: Any, title: str) -> None:

@@ -73,6 +73,7 @@ class LBFGSState(State):
     slope: Number = 0.0  #: Of the function along it, where the iteration began.
     length: Number = 0.0  #: The last iteration moved by ``length * direction``.
     previous_grad: Tensor | None = None  #: Before the last iteration.
+    previous_value: Number = math.nan  #: Before the last iteration.
 
 
 LINE_SEARCHES: dict[str | None, LineSearch] = {
@@ -189,6 +190,7 @@ class LBFGS(Solver[LBFGSState]):
             slope=slope,
             length=lr if outcome is None else 0.0,
             previous_grad=state.grad,
+            previous_value=state.value,
             iterations=state.iterations + 1,
             outcome=outcome,
         )
