@@ -109,8 +109,13 @@ class Objective(abc.ABC):
         """Return value and gradient; nothing of the graph that was not asked for."""
 
     def number(self, x: Tensor) -> Number:
-        """Return a tensor with one entry as a number of the arithmetic between calls."""
-        return x.reshape(()) if self.create_graph else x.item()
+        """Return a tensor with one entry as a number of the arithmetic between calls.
+
+        It keeps its dtype, so that steps in float32 are those of ``torch.optim`` to the bit.
+        """
+        if self.create_graph:
+            return x.reshape(())
+        return x.item() if x.dtype == torch.float64 else x.detach().reshape(()).cpu()
 
 
 class TreeObjective(Objective):
@@ -152,7 +157,7 @@ class TreeObjective(Objective):
                 "The value of fn does not depend on its first argument, the parameters. Compute "
                 "it from them, not from tensors of the same content outside of fn."
             )
-        return self.number(value), grad
+        return (value.reshape(()) if self.create_graph else value.item()), grad
 
 
 def check_value(value: Any, title: str) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from torchopt import hyper, misuse
-from torchopt.numerics import add_scaled
 from torchopt.solvers.base import Solver, State, check_count, first_state, is_finite, largest, plain
 from torchopt.solvers.flat import Number, Objective
 from torchopt.solvers.line_search import (
@@ -213,7 +212,10 @@ class LBFGS(Solver[LBFGSState]):
         assert d is not None
 
         def line(t: Number) -> Trial:
-            x = add_scaled(state.x, d, t)
+            if objective.create_graph:
+                x = state.x + t * d
+            else:
+                x = torch.add(state.x, d, alpha=plain(t))
             value, grad = objective(x)
             slope = objective.number(grad.dot(d))
             return Trial(t, value if is_finite(value, slope) else math.inf, slope, x, grad)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from typing_extensions import TypeAlias
 
@@ -44,6 +45,16 @@ class Found(NamedTuple):
     trial: Trial
     evaluations: int
     satisfied: bool  #: Whether ``trial`` is what was searched for, or only the best there was.
+
+
+def is_low(trial: Trial, start: Trial, c1: float) -> bool:
+    """Whether the value has fallen enough, as far as its dtype can tell.
+
+    Near a minimum values differ by less than they are rounded, and a search that insists calls the
+    function in vain; the slope, which the other condition is about, is still exact there.
+    """
+    rounding = torch.finfo(start.x.dtype).eps * abs(start.value)
+    return bool(trial.value <= start.value + c1 * trial.t * start.slope + rounding)
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ class Backtracking(LineSearch):
         allowed = int(min(self.max_eval, most + 1))
         for evaluations in range(1, allowed + 1):
             trial = line(t)
-            if trial.value <= start.value + self.c1 * t * start.slope:
+            if is_low(trial, start, self.c1):
                 return Found(trial, evaluations, True)
             t = t * self.decrease
         return Found(start, allowed, False)
@@ -134,7 +145,7 @@ class StrongWolfe(LineSearch):
 
     The step grows until an interval holds such a point; the interval is then narrowed. New
     lengths are minima of the cubic through two points with their slopes. A point at which the
-    function is not finite counts as too high.
+    function is not finite counts as too high; one that is higher by no more than rounding does not.
 
     Args:
         c1: :math:`c_1` in (0, 1), which part of the fall promised by the slope is enough.
@@ -153,7 +164,9 @@ class StrongWolfe(LineSearch):
 
     Reference:
         Nocedal and Wright, Numerical Optimization, 2nd edition, algorithms 3.5 and 3.6; bounds on
-        new lengths as in ``torch.optim.LBFGS``.
+        new lengths as in ``torch.optim.LBFGS``; values within rounding as in Hager and Zhang, A new
+        conjugate gradient method with guaranteed descent and an efficient line search, SIAM Journal
+        on Optimization 16, 2005.
     """
 
     c1: float = 1e-4
@@ -186,7 +199,7 @@ class _Search:
         self.further = 0  # evaluations after the first one
 
     def high(self, trial: Trial) -> bool:
-        return bool(trial.value > self.start.value + self.rule.c1 * trial.t * self.start.slope)
+        return not is_low(trial, self.start, self.rule.c1)
 
     def flat(self, trial: Trial) -> bool:
         return bool(abs(trial.slope) <= -self.rule.c2 * self.start.slope)
