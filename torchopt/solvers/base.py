@@ -23,7 +23,7 @@ from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """Where a solver is; immutable. Subclasses add what an algorithm remembers."""
 
@@ -47,7 +47,7 @@ class State:
 S = TypeVar("S", bound=State)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What :func:`minimize` returns."""
 

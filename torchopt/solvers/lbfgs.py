@@ -62,7 +62,7 @@ def inverse_hessian_product(g: Tensor, pairs: tuple[Pair, ...], scale: Number) -
     return r
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LBFGSState(State):
     """Where L-BFGS is, with what it remembers of the way."""
 
@@ -176,7 +176,9 @@ class LBFGS(Solver[LBFGSState]):
         d = -inverse_hessian_product(state.grad, pairs, scale)
         lr = self.lr if objective.create_graph else plain(self.lr)
         if state.previous_grad is None:
-            lr = min(1.0, objective.number(1.0 / state.grad.abs().sum())) * lr
+            # not abs(), whose second derivative makes torch import its compiler for four seconds
+            size = (state.grad * state.grad.detach().sign()).sum()
+            lr = min(1.0, objective.number(1.0 / size)) * lr
         slope = objective.number(state.grad.dot(d))
         outcome = None
         if not (slope < 0 and slope <= -self.tolerance_change):
