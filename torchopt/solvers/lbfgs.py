@@ -176,7 +176,7 @@ class LBFGS(Solver[LBFGSState]):
         d = -inverse_hessian_product(state.grad, pairs, scale)
         lr = self.lr if objective.create_graph else plain(self.lr)
         if state.previous_grad is None:
-            # not abs(), whose second derivative makes torch import its compiler for four seconds
+            # not abs(): its second derivative makes torch import its compiler
             size = (state.grad * state.grad.detach().sign()).sum()
             lr = min(1.0, objective.number(1.0 / size)) * lr
         slope = objective.number(state.grad.dot(d))
