@@ -26,6 +26,10 @@ VECTORS = ("d", "prev_flat_grad")
 LISTS = ("old_stps", "old_dirs", "ro")
 NUMBERS = ("t", "H_diag", "prev_loss")
 COUNTS = ("func_evals", "n_iter")
+HYPERPARAMETERS = {
+    *("lr", "max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size"),
+    "line_search_fn",
+}
 
 
 class LBFGS(torch.optim.Optimizer):
@@ -250,7 +254,7 @@ class LBFGS(torch.optim.Optimizer):
             raise ValueError(
                 f"The state has groups of {found} parameters, {title} has {[len(live['params'])]}."
             )
-        missing = sorted(set(self.defaults) - set(groups[0]))
+        missing = sorted(HYPERPARAMETERS - set(groups[0]))
         if missing:
             raise ValueError(
                 f"The state is not one of {title}: its group has no {', '.join(missing)}."
