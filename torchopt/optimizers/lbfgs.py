@@ -271,8 +271,10 @@ class LBFGS(torch.optim.Optimizer):
         if not names <= set(entry):
             raise ValueError(f"The state of {title} lacks {', '.join(sorted(names - set(entry)))}.")
         vectors = [*(entry[name] for name in VECTORS), *entry["old_stps"], *entry["old_dirs"]]
+        if len({len(entry[name]) for name in LISTS}) != 1:
+            raise ValueError(f"{', '.join(LISTS)} in the state of {title} have different lengths.")
         sizes = {vector.numel() for vector in vectors}
-        if sizes != {layout.numel} or len({len(entry[name]) for name in LISTS}) != 1:
+        if sizes != {layout.numel}:
             raise ValueError(
                 f"The state is that of parameters with {sorted(sizes)} entries, {title} has "
                 f"{layout.numel}."

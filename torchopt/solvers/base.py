@@ -1,8 +1,8 @@
 """What a solver is, and the loop around it: written once.
 
 A solver has ``start``, ``advance`` and ``terminate`` over flat vectors. Stepping by hand, the loop
-and :func:`minimize` are the same for all of them. How the result is differentiated is an object of
-its own, given to :func:`minimize`.
+and ``minimize`` are the same for all of them. How the result is differentiated is an object of its
+own, given to ``minimize``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,16 @@ S = TypeVar("S", bound=State)
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What :func:`minimize` returns."""
+    """What :func:`torchopt.solvers.minimize` returns.
+
+    Example:
+        >>> import torch, torchopt
+        >>> fn = lambda p: (p - 2).square().sum()
+        >>> solution = torchopt.solvers.minimize(fn, torchopt.solvers.LBFGS(), torch.zeros(1))
+        >>> solution.checked()
+        Solution(params=tensor([2.]), value=0.0, grad_norm=0.0, iterations=2, evaluations=3, \
+outcome=<Outcome.CONVERGED>)
+    """
 
     params: TensorTree
     value: Number  #: At ``params``: a float, or a 0-d tensor with its graph.
@@ -78,8 +87,8 @@ class Solver(abc.ABC, Generic[S]):
     """An algorithm that minimises a function of its own, step by step.
 
     A subclass is a frozen dataclass that defines :meth:`start` and :meth:`advance` over flat
-    vectors. ``init``, ``step`` and ``terminate`` are for stepping by hand; :func:`minimize` is the
-    loop.
+    vectors. ``init``, ``step`` and ``terminate`` are for stepping by hand;
+    :func:`torchopt.solvers.minimize` is the loop.
 
     Example:
         >>> import torch, torchopt
@@ -231,11 +240,11 @@ def minimize(
 
     Args:
         fn: :math:`f`, called as ``fn(params, *args)``; returns a real scalar tensor.
-        solver: Such as :class:`LBFGS`; holds tolerances and limits.
+        solver: Such as :class:`torchopt.solvers.LBFGS`; holds tolerances and limits.
         params: The start, any tree of floating-point or complex tensors. Left as it is.
         *args: Passed on to ``fn``.
         adjoint: How to differentiate the solution. ``None``: not at all, its tensors are cut from
-            the graph; :class:`Unrolled`: by recording the iterations.
+            the graph; :class:`torchopt.solvers.Unrolled`: by recording the iterations.
 
     Returns:
         The last parameters with value, largest entry of the gradient, numbers of iterations and of

@@ -98,7 +98,7 @@ class LBFGS(Solver[LBFGSState]):
         lr: The first length of a step, >= 0; a 0-d tensor may be learned.
         history_size: How many pairs are remembered, >= 1, each of twice the size of the parameters.
         line_search_fn: ``"strong_wolfe"``, ``"backtracking"``, ``None`` for steps of length ``lr``,
-            or an object such as :class:`StrongWolfe`.
+            or an object such as :class:`torchopt.solvers.StrongWolfe`.
         tolerance_grad: Converged where no entry of the gradient is larger; >= 0.
         tolerance_change: Converged where an iteration changes no entry of the parameters by more,
             or the value by less; >= 0. Both are absolute, in the units of gradient, parameters and
@@ -107,9 +107,9 @@ class LBFGS(Solver[LBFGSState]):
         max_eval: Most calls of the function (a line search ends at this number or one later);
             ``None`` for no limit.
 
-    Differentiable, with :class:`Unrolled`, in the start, the arguments of the function and ``lr``.
-    Parameters in half precision are computed with in float32. Decisions depend on values, so there
-    is no ``vmap``.
+    Differentiable, with :class:`torchopt.solvers.Unrolled`, in the start, the arguments of the
+    function and ``lr``. Parameters in half precision are computed with in float32. Decisions depend
+    on values, so there is no ``vmap``.
 
     Raises:
         TypeError: If an argument is of another type.
