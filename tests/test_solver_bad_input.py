@@ -52,6 +52,7 @@ BAD_CALLS = {
         "one device",
     ),
     "negative lr": (lambda: LBFGS(-1.0), ValueError, "lr must be >= 0"),
+    "a schedule": (lambda: LBFGS(lambda k: 0.1), TypeError, "lr must be a number"),
     "several lr": (lambda: LBFGS(torch.ones(2)), ValueError, "lr must be one number"),
     "no history": (lambda: LBFGS(history_size=0), ValueError, "history_size must be >= 1"),
     "half a pair": (lambda: LBFGS(history_size=2.5), TypeError, "history_size must be an integer"),

@@ -38,9 +38,9 @@ class LBFGS(torch.optim.Optimizer):
     .. math:: p_{k+1} = p_k - t_k H_k \nabla f(p_k)
 
     as in :class:`torchopt.solvers.LBFGS`. One call of :meth:`step` makes up to ``max_iter``
-    iterations; what is remembered of the way is kept from call to call. It does what
-    ``torch.optim.LBFGS`` does, with no more calls of the closure, and their ``state_dict``
-    interchange.
+    iterations; what is remembered of the way is kept from call to call. The steps are those of
+    ``torch.optim.LBFGS``, and the ``state_dict`` interchange. Near a minimum, where losses differ
+    by less than they are rounded, the line search calls the closure less often.
 
     All parameters are one vector: there is one parameter group, on one device. A parameter without
     a gradient counts as one whose gradient is zero; sparse gradients are made dense.
@@ -217,7 +217,7 @@ class LBFGS(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Load what :meth:`state_dict`, here or of ``torch.optim.LBFGS``, returned.
+        """Load what ``state_dict()``, here or of ``torch.optim.LBFGS``, returned.
 
         Tensors are copied.
 

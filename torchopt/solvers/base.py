@@ -11,7 +11,7 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,9 +55,8 @@ class Solution:
         >>> import torch, torchopt
         >>> fn = lambda p: (p - 2).square().sum()
         >>> solution = torchopt.solvers.minimize(fn, torchopt.solvers.LBFGS(), torch.zeros(1))
-        >>> solution.checked()
-        Solution(params=tensor([2.]), value=0.0, grad_norm=0.0, iterations=2, evaluations=3, \
-outcome=<Outcome.CONVERGED>)
+        >>> solution.checked().params, solution.iterations, solution.evaluations
+        (tensor([2.]), 2, 3)
     """
 
     params: TensorTree
@@ -195,6 +194,20 @@ def iterate(solver: Solver[S], objective: Objective, params: TensorTree) -> Solu
         return Solution(state.params, state.value, state.grad_norm, *counts, outcome, state)
 
 
+class Adjoint(Protocol):
+    """A way to differentiate a solution; it decides how the loop is run."""
+
+    def __call__(
+        self,
+        solver: Solver[Any],
+        fn: Callable[..., Tensor],
+        params: TensorTree,
+        args: tuple[PyTree, ...],
+    ) -> Solution:
+        """Return a solution that has the derivative."""
+        ...
+
+
 @dataclass(frozen=True)
 class Unrolled:
     """Differentiate a solver by recording its iterations.
@@ -232,11 +245,11 @@ def minimize(
     solver: Solver[Any],
     params: TensorTree,
     *args: PyTree,
-    adjoint: Unrolled | None = None,
+    adjoint: Adjoint | None = None,
 ) -> Solution:
     r"""Find a local minimum of a scalar function of a tree.
 
-    .. math:: p^\star = \arg\min_p f(p, a)
+    .. math:: f(p^\star, a) = \min_p f(p, a)
 
     Args:
         fn: :math:`f`, called as ``fn(params, *args)``; returns a real scalar tensor.

@@ -139,9 +139,10 @@ class LBFGS(Solver[LBFGSState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.lr, Tensor) and self.lr.numel() != 1:
+        if not isinstance(self.lr, Tensor):
+            hyper.check_number("lr", self.lr, hyper.HyperSpec(ge=0))
+        elif self.lr.numel() != 1:
             raise ValueError(f"lr must be one number, got {misuse.short(self.lr)}.")
-        hyper.check("lr", self.lr, hyper.HyperSpec(ge=0))
         check_count("history_size", self.history_size, 1)
         self.search  # noqa: B018 - is there one?
 

@@ -17,9 +17,8 @@ class Outcome(enum.Enum):
         <Outcome.MAX_ITER>
         >>> solution.outcome.success
         False
-        >>> print(solution.outcome.text)
-        max_iter iterations were made. Raise max_iter, start nearer to a minimum, or scale the \
-parameters so that the function is about equally steep in all of them.
+        >>> solution.outcome.text.partition(".")[0]
+        'max_iter iterations were made'
     """
 
     CONVERGED = "No entry of the gradient is larger than tolerance_grad."
