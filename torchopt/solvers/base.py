@@ -23,7 +23,7 @@ from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class State:
     """Where a solver is; immutable. Subclasses add what an algorithm remembers."""
 

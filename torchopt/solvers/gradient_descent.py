@@ -16,7 +16,7 @@ from torchopt.solvers.outcome import Outcome
 from torchopt.transform import GradientTransformation, check_transformation
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DescentState(State):
     """Where the descent is, with the state of its transformation."""
 

@@ -62,7 +62,7 @@ def inverse_hessian_product(g: Tensor, pairs: tuple[Pair, ...], scale: Number) -
     return r
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LBFGSState(State):
     """Where L-BFGS is, with what it remembers of the way."""
 
