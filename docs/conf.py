@@ -40,6 +40,10 @@ nitpick_ignore_regex = [
     ),
     (r"py:class", r"(.*\.)?[A-Z]$"),  # type variables
     (r"py:class", r"torchopt\.(engine|plan|gradient_checks|visual\.graph)\..*"),  # internals
+    (
+        r"py:class",
+        r"torchopt\.solvers\.(base\.(State|Adjoint)|flat|lbfgs|line_search|gradient_descent).*",
+    ),
     (r"py:(class|obj)", r"(ellipsis|optional|function|Ellipsis)"),
 ]
 

@@ -25,6 +25,7 @@ from torchopt.optim.optimizer import Optimizer as Optimizer
 from torchopt.optimizers.adafactor import Adafactor as Adafactor
 from torchopt.optimizers.adafactor import MetaAdafactor as MetaAdafactor
 from torchopt.optimizers.adafactor import adafactor as adafactor
+from torchopt import solvers as solvers
 from torchopt.optimizers.adam import Adam as Adam
 from torchopt.optimizers.adam import MetaAdam as MetaAdam
 from torchopt.optimizers.adam import adam as adam
@@ -41,6 +42,7 @@ from torchopt.optimizers.nadam import MetaNAdam as MetaNAdam
 from torchopt.optimizers.nadam import NAdam as NAdam
 from torchopt.optimizers.nadam import nadam as nadam
 from torchopt.optimizers.nadam import scale_by_nadam as scale_by_nadam
+from torchopt.optimizers.lbfgs import LBFGS as LBFGS
 from torchopt.optimizers.rmsprop import MetaRMSProp as MetaRMSProp
 from torchopt.optimizers.rmsprop import MetaRMSProp as MetaRMSprop
 from torchopt.optimizers.rmsprop import RMSprop as RMSProp
@@ -95,7 +97,7 @@ from torchopt import compat as _compat
 
 _compat.install()
 #: Modules of the public interface; the others are rooms of the house (docs/architecture.md).
-_MODULES = {"kernels", "schedule", "schedules", "typing", "visual"}
+_MODULES = {"kernels", "schedule", "schedules", "solvers", "typing", "visual"}
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     name
     for name, value in globals().items()

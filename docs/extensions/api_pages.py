@@ -77,6 +77,7 @@ GROUPS = {
     "Transformations": "The parts that `torchopt.chain` puts together.",
     "Schedules": "Functions of the update count, for any hyperparameter; in `torchopt.schedules`.",
     "Core": "What everything else is made of.",
+    "Solvers": "Minimise a function, which they call as often as they need; in `torchopt.solvers`.",
     "Visualization": "See the graph that a gradient flows through, and why it does not arrive.",
     "Fused kernels": "Whether and why updates are computed by kernels.",
 }
@@ -98,6 +99,8 @@ def group_of(symbol: Symbol) -> str:
         return "Inner loops and state"
     if symbol.module == "torchopt.schedules":
         return "Schedules"
+    if symbol.module == "torchopt.solvers":
+        return "Solvers"
     if symbol.module == "torchopt.visual":
         return "Visualization"
     if symbol.module == "torchopt.kernels" or module == "torchopt.core.accelerated_op":
@@ -172,7 +175,7 @@ Rules of your own
 A rule is a class decorated with :func:`torchopt.transformation`; see there for an example.
 Its hyperparameters are fields made by these two functions.
 
-.. autofunction:: torchopt.hyper
+.. autofunction:: torchopt.core.hyper
 .. autofunction:: torchopt.flag
 .. autofunction:: torchopt.choice
 .. autoclass:: torchopt.Slot
