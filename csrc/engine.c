@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* Read by the loader before any code runs: what this file was compiled for. */
@@ -90,6 +91,7 @@ struct work {
   const struct kernel_table *table;
   const struct kernel *kernel;
   int64_t share;
+  double *parts; /* of a call with sums: those of each chunk of each tensor, stream by stream */
 };
 
 static kernel_function function_of(const struct work *work) {
@@ -144,9 +146,10 @@ static void run_whole(const struct work *work, const struct view *view, int64_t 
   function_of(work)(in, out, view->numbers, last - first);
 }
 
-/* The same for any tensor, block by block, with stand-ins. */
+/* The same for any tensor, block by block, with stand-ins. Outputs that are summed are added to
+ * their lanes. */
 static void run_blocks(const struct work *work, const struct view *view, int64_t first,
-                       int64_t last) {
+                       int64_t last, double (*lanes)[LANES]) {
   const struct call *call = work->call;
   const int inputs = work->kernel->inputs, outputs = work->kernel->outputs;
   const int64_t full = full_size(call);
@@ -175,6 +178,8 @@ static void run_blocks(const struct work *work, const struct view *view, int64_t
     for (int k = 0; k < outputs; ++k) {
       int64_t bytes = entry_size(call, call->narrow_out, k);
       char *to = view->out[k];
+      if (call->summed >> k & 1)
+        work->table->add_up[call->dtype != FLOAT64](&written[k], lanes[k], size);
       if (to == NULL || is_direct(to, bytes, full)) continue;
       if (bytes == 2)
         work->table->narrow[call->dtype - BFLOAT16](written[k].of_float, to + at * 2, size);
@@ -184,23 +189,71 @@ static void run_blocks(const struct work *work, const struct view *view, int64_t
   }
 }
 
+/* Sums ---------------------------------------------------------------------------------------- */
+
+/* Entries that are summed by one thread, counted from the start of a tensor: so a sum is taken in
+ * the same order whatever the number of threads. */
+#define CHUNK 4096
+
+static int64_t chunks_in(int64_t entries) { return (entries + CHUNK - 1) / CHUNK; }
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The chunks that begin among entries first..last-1 of a tensor; parts are those of its chunks. */
+static void run_chunks(const struct work *work, const struct view *view, int64_t size,
+                       int64_t first, int64_t last, double *parts) {
+  const int outputs = work->kernel->outputs;
+  for (int64_t c = chunks_in(first); c < chunks_in(last); ++c) {
+    double lanes[MAX_STREAMS][LANES];
+    memset(lanes, 0, sizeof lanes);
+    run_blocks(work, view, c * CHUNK, least((c + 1) * CHUNK, size), lanes);
+    for (int k = 0; k < outputs; ++k) {
+      double sum = 0;
+      for (int lane = 0; lane < LANES; ++lane) sum += lanes[k][lane];
+      parts[c * outputs + k] = sum;
+    }
+  }
+}
+
+static void collect_sums(const struct work *work) {
+  const struct call *call = work->call;
+  const int outputs = work->kernel->outputs;
+  int stream = 0;
+  for (int k = 0; k < outputs; ++k) {
+    if (!(call->summed >> k & 1)) continue;
+    const double *parts = work->parts + k;
+    for (int64_t t = 0; t < call->count; ++t) {
+      double sum = 0;
+      for (int64_t c = chunks_in(call->sizes[t]); c > 0; --c, parts += outputs) sum += *parts;
+      call->sums[stream * call->count + t] = sum;
+    }
+    ++stream;
+  }
+}
+
+/* Shares -------------------------------------------------------------------------------------- */
+
 /* One share: a range of the entries of all tensors laid end to end. */
 static void run_share(void *context, int64_t share) {
   const struct work *work = context;
   const struct call *call = work->call;
-  int64_t begin = share * work->share, end = begin + work->share, start = 0;
+  int64_t begin = share * work->share, end = begin + work->share, start = 0, chunks = 0;
   for (int64_t t = 0; t < call->count && start < end; ++t) {
     int64_t stop = start + call->sizes[t];
     int64_t first = begin > start ? begin - start : 0;
     int64_t last = (end < stop ? end : stop) - start;
     if (first < last) {
       struct view view = look_at(work, t);
-      if (view.whole)
+      if (work->parts != NULL)
+        run_chunks(work, &view, call->sizes[t], first, last,
+                   work->parts + chunks * work->kernel->outputs);
+      else if (view.whole)
         run_whole(work, &view, first, last);
       else
-        run_blocks(work, &view, first, last);
+        run_blocks(work, &view, first, last, NULL);
     }
     start = stop;
+    chunks += chunks_in(call->sizes[t]);
   }
 }
 
@@ -226,6 +279,8 @@ static int64_t count_entries(const struct call *call, const struct kernel_table 
   if (call->count < 0 || call->count > MAX_ENTRIES) return -3;
   if (call->width < 0 || call->width > MAX_NUMBERS) return -3;
   if (call->count > 0 && (call->sizes == NULL || call->in == NULL || call->out == NULL)) return -4;
+  if (call->summed < 0 || call->summed >> kernel->outputs != 0) return -7;
+  if (call->summed != 0 && call->count > 0 && call->sums == NULL) return -7;
   for (int64_t t = 0; t < call->count; ++t) {
     if (call->sizes[t] < 0 || call->sizes[t] > MAX_ENTRIES - total) return -5;
     total += call->sizes[t];
@@ -236,14 +291,20 @@ static int64_t count_entries(const struct call *call, const struct kernel_table 
 }
 
 /* Run one kernel over many tensors. Returns 0, or a negative number for a call that makes no
- * sense; nothing has been written then. */
+ * sense or finds no memory for its sums; nothing has been written then. */
 int64_t torchopt_run(struct call *call) {
   const struct kernel_table *table = chosen();
   call->done = 0;
   int64_t total = count_entries(call, table);
   if (total < 0) return total;
   const struct kernel *kernel = table->kernels + call->kernel;
-  struct work work = {call, table, kernel, total};
+  struct work work = {call, table, kernel, total, NULL};
+  if (call->summed != 0) {
+    int64_t chunks = 0;
+    for (int64_t t = 0; t < call->count; ++t) chunks += chunks_in(call->sizes[t]);
+    work.parts = malloc((size_t)((chunks + 1) * kernel->outputs) * sizeof(double));
+    if (work.parts == NULL) return -8;
+  }
   int64_t bytes = total * full_size(call) * (kernel->inputs + kernel->outputs);
   int64_t threads = bytes / bytes_worth_a_thread();
   if (threads > call->threads) threads = call->threads;
@@ -253,6 +314,10 @@ int64_t torchopt_run(struct call *call) {
     work.share = (total / (threads * SHARES) / ALIGNED + 1) * ALIGNED;
     int64_t shares = (total + work.share - 1) / work.share;
     run_in_parallel(run_share, &work, shares, threads, call->threads);
+  }
+  if (work.parts != NULL) {
+    collect_sums(&work);
+    free(work.parts);
   }
   call->done = 1;
   return 0;

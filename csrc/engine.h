@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 /* Layout of this interface; torchopt/kernels/native.py refuses another one. */
-#define TORCHOPT_ABI 2
+#define TORCHOPT_ABI 3
 
 #define MAX_STREAMS 24
 
@@ -31,11 +31,15 @@ struct kernel {
   kernel_function of_float, of_double;
 };
 
+/* Entry k of a block is added to sum k % LANES: an order that no instruction set changes. */
+#define LANES 16
+
 /* The kernels compiled for one instruction set; a constant in kernels.c. */
 struct kernel_table {
   const char *instruction_set;
   const struct kernel *kernels;
   int64_t count;
+  void (*add_up[2])(const void *from, double *lanes, int64_t size); /* float64, float32 */
   void (*widen[2])(const char *from, float *to, int64_t size); /* bfloat16, float16 */
   void (*narrow[2])(const float *from, char *to, int64_t size);
 };
@@ -62,6 +66,8 @@ struct call {
   const int64_t *out;   /* addresses, stream by stream; what is written to 0 is dropped */
   const double *numbers;
   int64_t done;         /* set to 1 when everything has been written */
+  int64_t summed;       /* bit k: of output stream k, at address 0, the sums are wanted */
+  double *sums;         /* the sum over each tensor, stream by stream */
 };
 
 EXPORT int64_t torchopt_run(struct call *call);

@@ -115,6 +115,22 @@ WIDEN(float16)
 NARROW(bfloat16)
 NARROW(float16)
 
+/* Sums ---------------------------------------------------------------------------------------- */
+
+#define ADD_UP(name)                                                                  \
+  static void add_up_##name(const void *from_, double *lanes, int64_t size) {          \
+    const name *from = from_;                                                         \
+    double sums[LANES];                                                               \
+    int64_t i = 0;                                                                    \
+    memcpy(sums, lanes, sizeof sums);                                                 \
+    for (; i + LANES <= size; i += LANES)                                             \
+      for (int k = 0; k < LANES; ++k) sums[k] += (double)from[i + k];                 \
+    for (int k = 0; i + k < size; ++k) sums[k] += (double)from[i + k];                \
+    memcpy(lanes, sums, sizeof sums);                                                 \
+  }
+ADD_UP(double)
+ADD_UP(float)
+
 /* The table ----------------------------------------------------------------------------------- */
 
 #define ENTRY(name, inputs, outputs) {#name, inputs, outputs, name##_float, name##_double},
@@ -126,6 +142,7 @@ const struct kernel_table JOIN(torchopt_kernels_, TORCHOPT_ISA) = {
     STRING(TORCHOPT_ISA),
     kernels,
     sizeof kernels / sizeof kernels[0],
+    {add_up_double, add_up_float},
     {widen_bfloat16, widen_float16},
     {narrow_bfloat16, narrow_float16},
 };

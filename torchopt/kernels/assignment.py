@@ -19,15 +19,12 @@ from torchopt.kernels.differentiable import Group
 from torchopt.kernels.graph import Kernel
 from torchopt.kernels.launch import slot_dtype
 from torchopt.kernels.matching import Run
-from torchopt.kernels.program import UPDATE, slot_stream
+from torchopt.kernels.learned import is_hyper
+from torchopt.kernels.program import UPDATE, Program, slot_stream
+from torchopt.kernels.reading import PLAIN
 from torchopt.kernels.rules import Rules
-from torchopt.module_state import FastWeight
+from torchopt.kernels.tracing import UntraceableError
 from torchopt.packed import Packed, Packing
-
-
-#: Tensors that are what they seem. Others (DTensor, FakeTensor, a user's subclass) may have no
-#: address, and are computed by the rules.
-PLAIN = {Tensor, torch.nn.Parameter, FastWeight, torch.nn.Buffer}
 
 
 def assign(
@@ -56,15 +53,18 @@ def assign(
             program, reason = variant.program, variant.reason
             if program is not None:
                 reason = backends.missing(device, program, mode)
+                if program.kinds and not reason:
+                    g = leaves.g[positions[0]]
+                    reason = unfit_hypers(run, row, program, mode, read.values, t, g)
             if apply and not has_params:
                 reason = "there are no parameters to add to"
-        if reason or read is None:
+        if reason:
             unfit.update(dict.fromkeys(positions, reason))
             continue
         key = (id(program), dtype, device)
         taker = takers.setdefault(key, _Taker(program, present, has_params))
         taker.indices += [len(taker.values)] * len(positions)
-        taker.values.append((read[0], t))
+        taker.values.append((read.values, t))
         taker.positions += positions
     groups = [(t.positions, _group(run, leaves, slots, mode, t)) for t in takers.values()]
     return groups, unfit
@@ -170,12 +170,59 @@ def _group(run: Run, leaves: Leaves, slots: list[Any], mode: str, taker: _Taker)
         taker.present,
         taker.has_params,
         mode == "apply",
-        kernel.inputs,
+        inputs_of(program, mode),
         kernel.output_streams,
         *_packing(leaves, slots, kernel, positions),
     )
     indices = taker.indices if len(taker.values) > 1 else None
     return Group(program, mode, len(positions), indices, taker.values, rules)
+
+
+def inputs_of(program: Program, mode: str) -> list[str]:
+    """Return the streams that a node of the graph takes: hyperparameters come last."""
+    inputs = program.kernels[mode].inputs
+    if not program.kinds:
+        return inputs
+    return [*(s for s in inputs if not is_hyper(s)), *program.hypers(mode)]
+
+
+def unfit_hypers(
+    run: Run,
+    row: dict[str, Any],
+    program: Program,
+    mode: str,
+    values: Sequence[float],
+    t: int,
+    g: Tensor,
+) -> str:
+    """Return why kernels cannot take the hyperparameters of a parameter that are tensors."""
+    wanted = set()
+    for stream in program.hypers(mode):
+        x = run.hyper(row, stream)
+        needs = x.requires_grad and torch.is_grad_enabled()
+        if needs:
+            wanted.add(stream)
+        if not program.summed(stream) and not _broadcasts(x.shape, g.shape):
+            return f"{tuple(x.shape)} hyperparameters for a parameter of {tuple(g.shape)}"
+        if needs and program.summed(stream) and not g.is_cpu:
+            return f"a derivative by the hyperparameter {run.places(row)[int(stream[1:])][0]} is wanted on {g.device}"
+    try:
+        program.numbers[mode](values, t)
+        kernel, _ = program.backward(mode, frozenset(wanted))
+    except UntraceableError as error:
+        return f"its rule has no derivative here: {error}"
+    except ArithmeticError as error:
+        return f"its numbers cannot be computed ({error})"
+    if g.is_cpu and kernel.outputs and backends.find(kernel.name) is None:
+        return "no kernel has been generated for its derivative by hyperparameters"
+    return ""
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, to) == to
+    except RuntimeError:
+        return False
 
 
 def _is_there(column: Any, position: int) -> bool:

@@ -17,9 +17,10 @@ from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 from torchopt.kernels.graph import Kernel, topological
 from torchopt.kernels.independent import Part, divide
-from torchopt.kernels.launch import Column, launch
+from torchopt.kernels.launch import SUM, Column, launch, slot_dtype
+from torchopt.kernels.learned import hypers_of, is_hyper
 from torchopt.kernels.places import Place, places
-from torchopt.kernels.program import Program
+from torchopt.kernels.program import Numbers, Program
 from torchopt.kernels.rules import Rules
 from torchopt.packed import Packed
 
@@ -54,14 +55,12 @@ class Group:
         """The forward kernel."""
         return self.program.kernels[self.mode]
 
-    @property
-    def backward_kernel(self) -> Kernel:
-        """The backward kernel."""
-        return self.program.kernels[f"backward_{self.mode}"]
+    def backward_kernel(self, hypers: frozenset[str]) -> Kernel:
+        """Return the backward kernel with the derivatives by some hyperparameters."""
+        return self.program.backward(self.mode, hypers)[0]
 
-    def numbers(self, name: str) -> list[tuple[float, ...]]:
+    def numbers(self, function: Numbers) -> list[tuple[float, ...]]:
         """Return the rows of a kernel's numbers."""
-        function = self.program.numbers[name]
         return [function(values, step) for values, step in self.values]
 
     def columns(
@@ -130,15 +129,35 @@ class Group:
         """Return the same with another value of ``bare``."""
         return self if bare == self.bare else dataclasses.replace(self, bare=bare)
 
+    def kernel_inputs(
+        self, tensors: Sequence[Tensor]
+    ) -> tuple[dict[str, Column], dict[str, list[Tensor]]]:
+        """Return the inputs by stream as kernels take them, and the hyperparameters as they are.
+
+        Hyperparameters with one entry are among the numbers; others get the shape of the gradient.
+        """
+        rule = self.rule
+        if not self.program.kinds:
+            return self.launch_columns(rule.inputs, tensors, rule.packed_in), {}
+        columns: dict[str, Any] = self.launch_columns(rule.inputs, tensors, rule.packed_in)
+        given = {s: columns.pop(s) for s in rule.inputs if is_hyper(s)}
+        like: Any = columns["p"] if "p" in columns else columns["g"]
+        for stream, own in given.items():
+            if not self.program.summed(stream):
+                dtype = slot_dtype(like[0].dtype)
+                columns[stream] = [h.to(dtype).expand_as(x) for h, x in zip(own, like)]
+        return columns, given
+
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the forward kernel on real tensors."""
         kernel, rule = self.kernel, self.rule
-        inputs = self.launch_columns(kernel.inputs, tensors, rule.packed_in)
+        inputs, _ = self.kernel_inputs(tensors)
         wanted: dict[str, Any] = {
             s: rule.packing if s in rule.packed_out else None for s in kernel.output_streams
         }
         like = inputs["p"] if "p" in inputs else inputs["g"]
-        outputs = launch(kernel, inputs, like, wanted, self.numbers(self.mode), self.indices)  # pyright: ignore[reportArgumentType]
+        numbers = self.numbers(self.program.numbers[self.mode])
+        outputs = launch(kernel, inputs, like, wanted, numbers, self.indices)  # pyright: ignore[reportArgumentType]
         return tuple(_flat(outputs))
 
 
@@ -173,8 +192,7 @@ class BackwardCall:
     @property
     def places_out(self) -> list[Place]:
         """Where the outputs stand."""
-        streams, packed = self.group.backward_kernel.outputs, self.group.rule.packed_in
-        found = places(list(streams), self.group.count, packed)
+        found = places(list(self.wanted), self.group.count, self.group.rule.packed_in)
         return [(s, row) for s, row in found if self._wants(s, row)]
 
     def _wants(self, stream: str, row: int) -> bool:
@@ -216,28 +234,37 @@ class BackwardCall:
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the backward kernel on real tensors; return what is wanted."""
-        group, kernel, rule = self.group, self.group.backward_kernel, self.group.rule
+        group, rule = self.group, self.group.rule
+        hypers = frozenset(filter(is_hyper, self.wanted))
+        kernel, function = group.program.backward(group.mode, hypers)
+        try:
+            numbers = group.numbers(function)
+        except ArithmeticError:  # a learned number at the end of its range
+            return self.rule(*tensors)
         bars, saved = self.split(tensors)
-        forward = group.kernel
-        inputs = group.launch_columns(forward.inputs, saved, rule.packed_in)
+        inputs, given = group.kernel_inputs(saved)
         like = inputs["p"] if "p" in inputs else inputs["g"]
-        streams = [f"bar_{s}" for s in forward.output_streams]
+        streams = [f"bar_{s}" for s in group.kernel.output_streams]
         packed = frozenset(f"bar_{s}" for s in rule.packed_out)
         columns = inputs | group.launch_columns(streams, bars, packed)
         wanted: dict[str, Any] = {}
         for stream in kernel.output_streams:
             wanted[stream] = self.wanted[stream]
-            if stream in rule.packed_in:
+            if stream in hypers and group.program.summed(stream):
+                wanted[stream] = SUM
+            elif stream in rule.packed_in:
                 needed = self.wanted[stream][0]
                 wanted[stream] = rule.packing if needed else [False] * group.count
-        outputs = launch(
+        outputs: dict[str, Any] = launch(
             kernel,
             {s: columns[s] for s in kernel.inputs},
             like,  # pyright: ignore[reportArgumentType]
             wanted,
-            group.numbers(f"backward_{group.mode}"),
+            numbers,
             group.indices,
         )
+        for stream in hypers:
+            outputs[stream] = _as_hypers(outputs[stream], given[stream], self.wanted[stream])
         return tuple(x for x in _flat(outputs) if x is not None)
 
     def rule(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -267,16 +294,37 @@ class BackwardCall:
 
     def _wanted(self, by_input: Sequence[Tensor]) -> tuple[Tensor, ...]:
         packed = self.group.rule.packed_in
-        columns = self.group.columns(self.group.kernel.inputs, by_input, packed)
+        columns = self.group.columns(self.group.rule.inputs, by_input, packed)
         return tuple(
             x
-            for stream in self.group.backward_kernel.outputs
-            for x, wanted in zip(columns[stream], self.wanted[stream])
+            for stream, mask in self.wanted.items()
+            for x, wanted in zip(columns[stream], mask)
             if wanted
         )
 
 
 _NOTHING = torch.empty(0)
+
+
+def _as_hypers(
+    found: Any, given: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return derivatives in the shapes and dtypes of the hyperparameters."""
+    if isinstance(found, Tensor):  # sums; copies, so that each can be changed by itself
+        found = torch.unbind_copy(found.to(given[0].dtype))
+    return [
+        None if not needed else x if _fits(x, h) else _reduced(x, h)
+        for x, h, needed in zip(found, given, wanted)
+    ]
+
+
+def _fits(x: Tensor, h: Tensor) -> bool:
+    return x.dtype == h.dtype and x.shape == h.shape
+
+
+def _reduced(x: Tensor, h: Tensor) -> Tensor:
+    x = x.reshape(h.shape) if x.numel() == h.numel() else x.sum_to_size(h.shape)
+    return x.to(h.dtype)
 
 
 def split_for_hooks(parts: list[Part]) -> list[Part]:
@@ -293,8 +341,12 @@ def _one_by_one(rows: list[int], bare: bool) -> list[list[int]]:
 
 @functools.lru_cache(maxsize=256)
 def sources(kernel: Kernel) -> dict[str, frozenset[str]]:
-    """Return, for each output stream of a kernel, the input streams that it is computed from."""
+    """Return, for each output stream of a kernel, the input streams that it is computed from.
+
+    The hyperparameters are among them.
+    """
     return {
         stream: frozenset(n.args[0] for n in topological([node]) if n.op == "input")
+        | hypers_of([node])
         for stream, node in kernel.outputs.items()
     }

@@ -192,10 +192,10 @@ class Prepared:
     def plan_step(self, row: dict[str, Any], t: int) -> bool:
         """Choose the program for these numbers; return whether there is one."""
         read = self.run.read(row)
-        if read is None:  # no derivative is recorded here, so a tensor is as good as its number
+        if read.kinds:  # no derivative is recorded here, so a tensor is as good as its number
             row = {name: hyper.as_numbers(value) for name, value in row.items()}
             read = self.run.read(row)
-        if read is None:
+        if read.kinds or read.reason:
             return False
         variant = self.run.variant(row, read, t, self.present, has_params=True)
         program = variant.program
@@ -209,7 +209,7 @@ class Prepared:
                 return False  # a slot that is not there yet has to be made
             self.program, self.call, self.told = program, self._make_call(program), []
         assert self.call is not None
-        self.call.set_numbers(program.numbers[MODE](read[0], t))
+        self.call.set_numbers(program.numbers[MODE](read.values, t))
         return True
 
     def _make_call(self, program: Program) -> native.KernelCall:

@@ -22,6 +22,9 @@ from torchopt.packed import Packed, Packing
 #: Streams that have the dtype of the parameters; the others are float32 if that is half precision.
 OF_PARAMETERS = frozenset({"g", "p", "u", "bar_u"})
 
+#: Asks for the sum of a stream over each parameter.
+SUM = "sum"
+
 Numbers = Sequence[float]
 #: One tensor of each parameter, ``None`` for zeros.
 Column = Union[list[Any], Packed]
@@ -31,7 +34,7 @@ def launch(
     kernel: Kernel,
     inputs: dict[str, Column],
     like: list[Tensor],
-    wanted: dict[str, list[bool] | Packing | None],
+    wanted: dict[str, list[bool] | Packing | str | None],
     numbers: Sequence[Numbers],
     rows: Sequence[int] | None,
 ) -> dict[str, Column]:
@@ -42,7 +45,7 @@ def launch(
         inputs: Stream -> one tensor of each parameter, perhaps packed; ``None`` reads as zeros.
         like: For each parameter the tensor whose shape, layout and device its outputs get.
         wanted: Output stream -> which parameters need it; ``None`` for all, a packing for all in
-            one flat tensor.
+            one flat tensor, ``SUM`` for the sum over each parameter, in one tensor of float64.
         numbers: Rows of the kernel's numbers.
         rows: The row of each parameter; ``None`` for the only one.
     """
@@ -51,10 +54,16 @@ def launch(
     like, inputs = _same_layout(like, {s: _readable(c) for s, c in inputs.items()}, packed)
     own = like[0].dtype
     outputs: dict[str, Column] = {}
+    sums: Tensor | None = None
+    summed = [k for k, stream in enumerate(kernel.output_streams) if wanted[stream] is SUM]
+    if summed:
+        sums = torch.empty((len(summed), len(like)), dtype=torch.float64)
     for stream in kernel.output_streams:
         dtype = own if stream in OF_PARAMETERS else slot_dtype(own)
         mask = wanted[stream]
-        if isinstance(mask, Packing):
+        if mask is SUM:
+            outputs[stream] = [None] * len(like)
+        elif isinstance(mask, Packing):
             flat = torch.empty(mask.total, dtype=dtype, device=like[0].device)
             outputs[stream] = Packed(flat, mask)
         elif mask is not None and not all(mask):
@@ -66,7 +75,10 @@ def launch(
             outputs[stream] = list(map(torch.empty_like, like))
         else:
             outputs[stream] = [torch.empty_like(x, dtype=dtype) for x in like]
-    run(kernel, inputs, outputs, like, numbers, rows)
+    run(kernel, inputs, outputs, like, numbers, rows, summed, sums)
+    for k, stream in enumerate(kernel.output_streams[j] for j in summed):
+        assert sums is not None
+        outputs[stream] = sums[k]  # pyright: ignore[reportArgumentType]
     return outputs
 
 
@@ -77,8 +89,13 @@ def run(
     like: list[Tensor],
     numbers: Sequence[Numbers],
     rows: Sequence[int] | None,
+    summed: Sequence[int] = (),
+    sums: Tensor | None = None,
 ) -> None:
-    """Run a kernel from tensors into tensors; for each parameter all have one dense layout."""
+    """Run a kernel from tensors into tensors; for each parameter all have one dense layout.
+
+    ``sums`` gets the sums over each tensor of the output streams at the positions ``summed``.
+    """
     if like[0].is_cuda:
         from torchopt.kernels import triton_backend
 
@@ -97,6 +114,8 @@ def run(
         [number for row in numbers for number in row],
         rows,
         len(kernel.numbers),
+        sum(1 << k for k in summed),
+        0 if sums is None else sums.data_ptr(),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 
-ABI = 2
+ABI = 3
 LIBRARY = Path(__file__).with_name("_fused.dll" if os.name == "nt" else "_fused.so")
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 #: pip would take a wheel from its cache that was built without a compiler.
@@ -32,7 +32,7 @@ class UnavailableError(Exception):
 
 
 #: Where entries of ``struct call`` of csrc/engine.h stand; all of them have 64 bits.
-_THREADS, _NUMBERS, _DONE = 6, 11, 12
+_THREADS, _NUMBERS, _DONE, _SUMMED, _SUMS = 6, 11, 12, 13, 14
 
 
 class Library:
@@ -88,6 +88,8 @@ class Library:
         numbers: Sequence[float],
         rows: Sequence[int] | None = None,
         width: int = 0,
+        summed: int = 0,
+        sums: int = 0,
     ) -> None:
         """Run a kernel over many tensors.
 
@@ -103,11 +105,14 @@ class Library:
             numbers: Rows of the kernel's numbers.
             rows: The row of each tensor; ``None``: the only one.
             width: The length of a row.
+            summed: Bit ``k`` is set if of output stream ``k`` the sum over each tensor is wanted.
+            sums: The address of the sums, in float64, stream by stream.
         """
         call = KernelCall(
             self, kernel, dtype, narrow_in, narrow_out, sizes, inputs, outputs, rows, width
         )
         call.set_numbers(numbers)
+        call.set_sums(summed, sums)
         call.run()
 
     def run_call(self, call: Any) -> None:
@@ -143,13 +148,17 @@ class KernelCall:
         at = [table.buffer_info()[0] for table in self._tables]
         rows_at = at[3] if rows is not None else 0
         head = (kernel, dtype, narrow_in, narrow_out, self._count, width, 1)
-        self._call = array("q", (*head, at[0], rows_at, at[1], at[2], 0, 0))
+        self._call = array("q", (*head, at[0], rows_at, at[1], at[2], 0, 0, 0, 0))
         self._address = self._call.buffer_info()[0]
 
     def set_numbers(self, values: Sequence[float]) -> None:
         """Set the rows of the kernel's numbers."""
         self._numbers = array("d", values)
         self._call[_NUMBERS] = self._numbers.buffer_info()[0]
+
+    def set_sums(self, summed: int, address: int) -> None:
+        """Ask for the sums of some output streams; see :meth:`Library.run`."""
+        self._call[_SUMMED], self._call[_SUMS] = summed, address
 
     def set_input(self, position: int, addresses: Sequence[int]) -> None:
         """Let an input stream be at other addresses."""

@@ -13,7 +13,7 @@ from torchopt.engine import Call
 from torchopt.kernels.assignment import PLAIN
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.launch import slot_dtype
-from torchopt.kernels.matching import Run
+from torchopt.kernels.matching import Read, Run
 from torchopt.kernels.program import UPDATE, Program
 from torchopt.kernels.rules import Rules
 from torchopt.packed import Packed, Packing
@@ -74,13 +74,13 @@ def remember(run: Run, call: Call, group: Group, apply: bool) -> None:
     if rule.packing is None or len(group.values) != 1:
         return
     row, read = call.hyper[0], run.read(call.hyper[0])
-    if read is None or any(other is not row for other in call.hyper):
+    if read.kinds or read.reason or any(other is not row for other in call.hyper):
         return
     packed_out = frozenset(s for s in group.kernel.output_streams if s != UPDATE)
     if rule.packed_out != packed_out:
         return
     memo = Memo(
-        run, row, *read, call.g[0].dtype, call.g[0].device, rule.present, apply, {}, Alike()
+        run, row, read.values, read.flags, call.g[0].dtype, call.g[0].device, rule.present, apply, {}, Alike()
     )
     if memo == rule.packing.memo:  # other programs have run
         memo.streams, memo.known = rule.packing.memo.streams, rule.packing.memo.known
@@ -122,7 +122,7 @@ def group_again(plan: Plan, call: Call, apply: bool) -> tuple[Run, Group] | None
 
 def _grouped(memo: Memo, packing: Packing, call: Call, t: int) -> tuple[Run, Group] | None:
     run, mode = memo.run, "apply" if memo.apply else "update"
-    read = list(memo.values), memo.flags
+    read = Read(list(memo.values), memo.flags)
     program = run.variant(memo.row, read, t, memo.present, True).program
     streams = None if program is None else memo.streams.get(program)
     if program is None or streams is None:

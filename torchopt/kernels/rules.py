@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchopt.kernels.learned import is_hyper
 from torchopt.kernels.matching import Run
 from torchopt.kernels.program import GRADIENT, PARAMETER, UPDATE, slot_stream
 from torchopt.numerics import to_compute_dtype
@@ -54,10 +55,13 @@ class Rules:
                 columns[stream] = self.packing.unpack(rest.pop(0))
             else:
                 columns[stream], rest = rest[:count], rest[count:]
-        results = [
-            self._one({s: c[k] for s, c in columns.items()}, self.run.rows(row), self.steps[k])
-            for k, row in enumerate(self.rows)
-        ]
+        results = []
+        for k, row in enumerate(self.rows):
+            given = {s: c[k] for s, c in columns.items()}
+            hypers = {s: given.pop(s) for s in self.inputs if is_hyper(s)}
+            if hypers:
+                row = self.run.with_hypers(row, hypers)
+            results.append(self._one(given, self.run.rows(row), self.steps[k]))
         flat: list[Tensor] = []
         for stream in self.outputs:
             column = [result[stream] for result in results]
@@ -66,6 +70,10 @@ class Rules:
                 column = [self.packing.pack(column)]
             flat += column
         return tuple(flat)
+
+    def hypers(self, stream: str) -> list[Tensor]:
+        """Return the hyperparameter of each parameter that a stream stands for."""
+        return [self.run.hyper(row, stream) for row in self.rows]
 
     def subset(self, rows: Sequence[int]) -> Rules:
         """Return the rules of some parameters, nothing of them packed."""
@@ -92,8 +100,10 @@ class Rules:
                 given.get(s, u) if self.present[position + k] else None
                 for k, s in enumerate(streams)
             )
+            dtype = u.dtype
             u, new = part.rule(u, p, t, slots, **row)
-            results.update(zip(streams, new))
+            u = u.to(dtype)  # a hyperparameter may have a wider one
+            results.update((s, x if x is None else x.to(dtype)) for s, x in zip(streams, new))
             position += len(streams)
         u = u.to(g.dtype)
         results[UPDATE] = given[PARAMETER] + u if self.apply else u
