@@ -22,8 +22,8 @@ from torchopt.kernels.matching import Run
 from torchopt.kernels.learned import is_hyper
 from torchopt.kernels.program import UPDATE, Program, slot_stream
 from torchopt.kernels.reading import PLAIN
+from torchopt.kernels.rows import read_rows, unfit_hypers
 from torchopt.kernels.rules import Rules
-from torchopt.kernels.tracing import UntraceableError
 from torchopt.packed import Packed, Packing
 
 
@@ -42,9 +42,14 @@ def assign(
     """
     mode = "apply" if apply else "update"
     slots = [columns[name] for name in run.slots]
+    common = _common_class(leaves, slots)
+    if common is not None:
+        group = _assign_all(run, leaves, slots, common, mode)
+        if group is not None:
+            return [(list(range(len(leaves.g))), group)], {}
     unfit: dict[int, str] = {}
     takers: dict[tuple[Any, ...], _Taker] = {}
-    for key, positions in _classes(leaves, slots, types).items():
+    for key, positions in _classes(leaves, slots, types, common).items():
         _, t, present, has_params, dtype, device, reason = key
         row = leaves.hyper[positions[0]]
         read, program = run.read(row), None
@@ -54,8 +59,8 @@ def assign(
             if program is not None:
                 reason = backends.missing(device, program, mode)
                 if program.kinds and not reason:
-                    g = leaves.g[positions[0]]
-                    reason = unfit_hypers(run, row, program, mode, read.values, t, g)
+                    tensors = {s: [run.hyper(row, s)] for s in program.hypers(mode)}
+                    reason = unfit_hypers(program, mode, tensors, [leaves.g[positions[0]]])
             if apply and not has_params:
                 reason = "there are no parameters to add to"
         if reason:
@@ -82,8 +87,30 @@ class _Taker:
     values: list[tuple[Sequence[float], int]] = dataclasses.field(default_factory=list)
 
 
+def _assign_all(
+    run: Run, leaves: Leaves, slots: list[Any], common: tuple[Any, ...], mode: str
+) -> Group | None:
+    """Return what one kernel call needs for all parameters, if it takes them."""
+    _, t, present, has_params, _, device, _ = common
+    rows = read_rows(run, leaves.hyper)
+    if rows is None or (mode == "apply" and not has_params):
+        return None
+    values = rows.values()
+    program = rows.program(run, values, t, present, has_params)
+    if program is None or backends.missing(device, program, mode):
+        return None
+    if program.kinds:
+        tensors = {stream: rows.of_each(stream) for stream in program.hypers(mode)}
+        if unfit_hypers(program, mode, tensors, leaves.g):
+            return None
+    taker = _Taker(program, present, has_params, list(range(len(leaves.g))))
+    taker.indices = rows.indices or []
+    taker.values = [(row, t) for row in values]
+    return _group(run, leaves, slots, mode, taker)
+
+
 def _classes(
-    leaves: Leaves, slots: list[Any], types: Set[type]
+    leaves: Leaves, slots: list[Any], types: Set[type], common: tuple[Any, ...] | None
 ) -> dict[tuple[Any, ...], list[int]]:
     """Sort parameters by everything that a kernel depends on.
 
@@ -91,9 +118,8 @@ def _classes(
     parameter is, dtype, device, and why none of this matters.
     """
     classes: dict[tuple[Any, ...], list[int]] = {}
-    whole = _common_class(leaves, slots)
-    if whole is not None:
-        return {whole: list(range(len(leaves.g)))}
+    if common is not None and all(row is leaves.hyper[0] for row in leaves.hyper):
+        return {common: list(range(len(leaves.g)))}
     for k, (g, p, t, row) in enumerate(zip(leaves.g, leaves.p, leaves.t, leaves.hyper)):
         own = [column[k] for column in slots]
         present = tuple(x is not None for x in own)
@@ -105,11 +131,11 @@ def _classes(
 
 
 def _common_class(leaves: Leaves, slots: list[Any]) -> tuple[Any, ...] | None:
-    """Return the one key that all parameters share, or ``None``: the usual case, checked fast."""
-    t, row, common = leaves.t[0], leaves.hyper[0], leaves.common
+    """Return the key that all parameters share but for their rows, or ``None``: the usual case."""
+    t, common = leaves.t[0], leaves.common
     if common is None or not common.types <= PLAIN or common.dtype not in native.DTYPES:
         return None
-    if type(t) is not int or any(x is not row for x in leaves.hyper) or set(leaves.t) != {t}:
+    if type(t) is not int or set(leaves.t) != {t}:
         return None
     present = tuple(_is_there(column, 0) for column in slots)
     for column, there in zip(slots, present):
@@ -184,45 +210,6 @@ def inputs_of(program: Program, mode: str) -> list[str]:
     if not program.kinds:
         return inputs
     return [*(s for s in inputs if not is_hyper(s)), *program.hypers(mode)]
-
-
-def unfit_hypers(
-    run: Run,
-    row: dict[str, Any],
-    program: Program,
-    mode: str,
-    values: Sequence[float],
-    t: int,
-    g: Tensor,
-) -> str:
-    """Return why kernels cannot take the hyperparameters of a parameter that are tensors."""
-    wanted = set()
-    for stream in program.hypers(mode):
-        x = run.hyper(row, stream)
-        needs = x.requires_grad and torch.is_grad_enabled()
-        if needs:
-            wanted.add(stream)
-        if not program.summed(stream) and not _broadcasts(x.shape, g.shape):
-            return f"{tuple(x.shape)} hyperparameters for a parameter of {tuple(g.shape)}"
-        if needs and program.summed(stream) and not g.is_cpu:
-            return f"a derivative by the hyperparameter {run.places(row)[int(stream[1:])][0]} is wanted on {g.device}"
-    try:
-        program.numbers[mode](values, t)
-        kernel, _ = program.backward(mode, frozenset(wanted))
-    except UntraceableError as error:
-        return f"its rule has no derivative here: {error}"
-    except ArithmeticError as error:
-        return f"its numbers cannot be computed ({error})"
-    if g.is_cpu and kernel.outputs and backends.find(kernel.name) is None:
-        return "no kernel has been generated for its derivative by hyperparameters"
-    return ""
-
-
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    try:
-        return torch.broadcast_shapes(shape, to) == to
-    except RuntimeError:
-        return False
 
 
 def _is_there(column: Any, position: int) -> bool:

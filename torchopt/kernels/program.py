@@ -22,7 +22,7 @@ from torchopt.kernels.graph import (
     substitute,
     topological,
 )
-from torchopt.kernels.learned import NUMBER, SINGLE, hypers_of, is_hyper, symbol
+from torchopt.kernels.learned import NUMBER, SINGLE, hypers_in, hypers_of, is_hyper, symbol
 from torchopt.kernels.tracing import Guards, SymbolicNumber, SymbolicTensor, UntraceableError
 
 
@@ -54,6 +54,7 @@ class Program:
         passes: For each backward kernel, streams whose derivative is one incoming stream unchanged.
         kinds: The kind of each hyperparameter (see torchopt.kernels.learned), empty if all are
             numbers. The backward kernels in ``kernels`` give no derivative by any of them.
+        guarded: The hyperparameters that the guards read, as streams.
     """
 
     kernels: dict[str, Kernel]
@@ -62,6 +63,7 @@ class Program:
     numbers: dict[str, Numbers]
     passes: dict[str, dict[str, str]]
     kinds: tuple[str, ...] = ()
+    guarded: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self._hypers: dict[str, list[str]] = {}
@@ -167,6 +169,7 @@ def build(
         {name: _compile(kernel.numbers, bool(kinds)) for name, kernel in kernels.items()},
         passes,
         kinds,
+        frozenset().union(*(hypers_in(source) for source, _ in guards)),
     )
 
 
