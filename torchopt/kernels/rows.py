@@ -17,6 +17,7 @@ from torchopt.kernels.matching import Read, Run
 from torchopt.kernels.program import Program
 from torchopt.kernels.reading import PLAIN
 from torchopt.kernels.tracing import UntraceableError
+from torchopt.values import same
 
 
 class Rows:
@@ -69,6 +70,23 @@ class Rows:
             if not all(program.holds(row, t) for row in values):
                 return None
         return program
+
+    def stand_for(self, given: Sequence[dict[str, Any]]) -> bool:
+        """Whether these are the rows that were read, and can be read again."""
+        if self.tensors and functorch.peek_interpreter_stack() is not None:
+            return False
+        if given is self.given:
+            return True
+        return self.indices is None and all(map(is_, given, repeat(self.distinct[0])))
+
+    def are(self, other: Rows) -> bool:
+        """Whether other rows have the same hyperparameters."""
+        if self.given is other.given:
+            return True
+        if self.indices is not None or other.indices is not None:
+            return False
+        row, others = self.distinct[0], other.distinct[0]
+        return row.keys() == others.keys() and all(map(same, row.values(), others.values()))
 
     def of_each(self, stream: str) -> list[Tensor]:
         """Return the tensor of each parameter that a stream stands for."""
