@@ -145,7 +145,12 @@ class Group:
         for stream, own in given.items():
             if not self.program.summed(stream):
                 dtype = slot_dtype(like[0].dtype)
-                columns[stream] = [h.to(dtype).expand_as(x) for h, x in zip(own, like)]
+                columns[stream] = [
+                    h
+                    if h.dtype == dtype and h.shape == x.shape
+                    else h.to(dtype).expand(x.shape)
+                    for h, x in zip(own, like)
+                ]
         return columns, given
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
