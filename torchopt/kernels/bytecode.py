@@ -190,9 +190,14 @@ class _Choice:
 # Places -------------------------------------------------------------------------------------------
 
 
-def overwrites(output: str) -> str:
-    """Return the input stream whose memory an output stream can be (inplace.py)."""
-    return "p" if output == "u" else output
+def overwrites(output: str, listing: Listing) -> str | None:
+    """Return the input stream whose memory an output stream can be (inplace.py), if there is one.
+
+    Derivatives are always new tensors.
+    """
+    stream = "p" if output == "u" else output
+    backward = any(name.startswith("bar_") for name in listing.inputs)
+    return stream if stream in listing.inputs and not backward else None
 
 
 def _place_of(stream: str) -> str:
@@ -201,11 +206,11 @@ def _place_of(stream: str) -> str:
 
 def _placed(computed: list[Instruction], listing: Listing) -> list[Instruction]:
     """Give every value a place, and move to the outputs what could not be computed there."""
-    overwritten = {overwrites(stream) for stream in listing.results}
+    under = {stream: overwrites(stream, listing) for stream in listing.results}
     staged = []  # inputs that go to an output, while their own memory gets something else
     sources = dict(listing.results)
     for stream, value in sources.items():
-        if value in overwritten and value in listing.inputs and value != overwrites(stream):
+        if value in under.values() and value != under[stream]:
             sources[stream] = f"staged {value}"
             staged.append(Instruction("copy_v", sources[stream], (value,)))
     lines = [*computed, *dict.fromkeys(staged)]
@@ -213,7 +218,7 @@ def _placed(computed: list[Instruction], listing: Listing) -> list[Instruction]:
     place: dict[str, str] = {}
     for k, line in enumerate(lines):
         for stream, value in sources.items():
-            if value == line.result and read_last.get(overwrites(stream), -1) <= k:
+            if value == line.result and read_last.get(under[stream], -1) <= k:
                 place[value] = _place_of(stream)
                 break
     for stream, value in sources.items():
@@ -230,9 +235,10 @@ def _in_registers(lines: Sequence[Instruction], place: dict[str, str]) -> list[I
     placed = []
     for k, (operation, result, operands) in enumerate(lines):
         names = tuple(place.get(name, name) for name in operands)
-        for name, at in zip(dict.fromkeys(operands), dict.fromkeys(names)):
-            if at[0] == "%" and read_last[name] == k:
-                heapq.heappush(free, int(at[1:]))
+        for name in dict.fromkeys(operands):
+            register = place.get(name, "")
+            if register[:1] == "%" and read_last[name] == k:
+                heapq.heappush(free, int(register[1:]))
         if result not in place and not result.startswith("out "):
             place[result] = f"%{heapq.heappop(free) if free else next(registers)}"
         placed.append(Instruction(operation, place.get(result, result), names))
