@@ -62,6 +62,12 @@ const char *torchopt_instruction_set(void) { return chosen()->instruction_set; }
 
 int64_t torchopt_count(void) { return chosen()->count; }
 
+const char *torchopt_operation(int64_t position) {
+  const struct kernel_table *table = chosen();
+  return position >= 0 && position < table->operation_count ? table->operations[position].name
+                                                            : NULL;
+}
+
 /* The position of a kernel, the same for every instruction set, or -1. */
 int64_t torchopt_find(const char *name) {
   const struct kernel_table *table = chosen();
@@ -94,8 +100,15 @@ struct work {
   double *parts; /* of a call with sums: those of each chunk of each tensor, stream by stream */
 };
 
-static kernel_function function_of(const struct work *work) {
-  return work->call->dtype == FLOAT64 ? work->kernel->of_double : work->kernel->of_float;
+static void compute(const struct work *work, const void *const *in, void *const *out,
+                    const double *numbers, int64_t size) {
+  const struct kernel_table *table = work->table;
+  int is_double = work->call->dtype == FLOAT64;
+  if (work->call->kernel >= 0)
+    (is_double ? work->kernel->of_double : work->kernel->of_float)(in, out, numbers, size);
+  else
+    (is_double ? table->interpret_double : table->interpret_float)(work->call->program, in, out,
+                                                                   numbers, size);
 }
 
 struct view { /* one tensor of a call */
@@ -143,7 +156,7 @@ static void run_whole(const struct work *work, const struct view *view, int64_t 
   int64_t bytes = first * full_size(work->call);
   for (int k = 0; k < work->kernel->inputs; ++k) in[k] = view->in[k] + bytes;
   for (int k = 0; k < work->kernel->outputs; ++k) out[k] = view->out[k] + bytes;
-  function_of(work)(in, out, view->numbers, last - first);
+  compute(work, in, out, view->numbers, last - first);
 }
 
 /* The same for any tensor, block by block, with stand-ins. Outputs that are summed are added to
@@ -174,7 +187,7 @@ static void run_blocks(const struct work *work, const struct view *view, int64_t
       int direct = is_direct(view->out[k], bytes, full);
       out[k] = direct ? (void *)(view->out[k] + at * bytes) : (void *)&written[k];
     }
-    function_of(work)(in, out, view->numbers, size);
+    compute(work, in, out, view->numbers, size);
     for (int k = 0; k < outputs; ++k) {
       int64_t bytes = entry_size(call, call->narrow_out, k);
       char *to = view->out[k];
@@ -267,19 +280,57 @@ static void run_share(void *context, int64_t share) {
 #define ALIGNED 1024
 /* More entries than any machine holds; what is computed from fewer does not overflow. */
 #define MAX_ENTRIES (INT64_MAX >> 12)
-#define MAX_NUMBERS 1024
+
+/* Whether a place is a block (which the interpreter reads and writes so many entries of). */
+static int is_block(const struct program *program, int64_t place) {
+  int64_t streams = program->inputs + program->outputs, behind = streams + program->numbers;
+  return (place >= 0 && place < streams) || (place >= behind && place < behind + program->registers);
+}
+
+static int is_number(const struct program *program, int64_t place) {
+  int64_t streams = program->inputs + program->outputs;
+  return place >= streams && place < streams + program->numbers;
+}
+
+/* Whether a program stays within its places: anybody may have written it. Results go to outputs and
+ * registers. */
+static int makes_sense(const struct program *program, const struct kernel_table *table) {
+  if (program == NULL || program->inputs < 0 || program->outputs < 0) return 0;
+  if (program->inputs > MAX_STREAMS || program->outputs > MAX_STREAMS) return 0;
+  if (program->inputs + program->outputs == 0) return 0;
+  if (program->numbers < 0 || program->numbers > MAX_NUMBERS) return 0;
+  if (program->registers < 0 || program->registers > MAX_REGISTERS) return 0;
+  if (program->length < 0 || program->length > MAX_LENGTH) return 0;
+  if (program->length > 0 && program->code == NULL) return 0;
+  for (int64_t k = 0; k < program->length; ++k) {
+    const int32_t *code = program->code + k * INSTRUCTION;
+    if (code[0] < 0 || code[0] >= table->operation_count) return 0;
+    if (!is_block(program, code[1]) || code[1] < program->inputs) return 0;
+    const char *kind = table->operations[code[0]].operands;
+    for (int n = 2; n < INSTRUCTION; ++n) {
+      int is_there = *kind != 0, is_entry = is_there && *kind == 'v';
+      if (is_entry ? !is_block(program, code[n])
+                   : is_there ? !is_number(program, code[n]) : code[n] != 0)
+        return 0;
+      kind += is_there;
+    }
+  }
+  return 1;
+}
 
 /* Returns the entries of all tensors together, or a negative number if a call makes no sense. */
 static int64_t count_entries(const struct call *call, const struct kernel_table *table) {
   int64_t total = 0;
-  if (call->kernel < 0 || call->kernel >= table->count) return -1;
-  const struct kernel *kernel = table->kernels + call->kernel;
-  if (kernel->inputs > MAX_STREAMS || kernel->outputs > MAX_STREAMS) return -2;
+  if (call->kernel < -1 || call->kernel >= table->count) return -1;
+  if (call->kernel == -1 && !makes_sense(call->program, table)) return -2;
+  if (call->kernel == -1 && call->width != 0 && call->width < call->program->numbers) return -2;
   if (call->dtype < FLOAT64 || call->dtype > FLOAT16) return -3;
   if (call->count < 0 || call->count > MAX_ENTRIES) return -3;
   if (call->width < 0 || call->width > MAX_NUMBERS) return -3;
   if (call->count > 0 && (call->sizes == NULL || call->in == NULL || call->out == NULL)) return -4;
-  if (call->summed < 0 || call->summed >> kernel->outputs != 0) return -7;
+  int64_t outputs =
+      call->kernel >= 0 ? table->kernels[call->kernel].outputs : call->program->outputs;
+  if (call->summed < 0 || call->summed >> outputs != 0) return -7;
   if (call->summed != 0 && call->count > 0 && call->sums == NULL) return -7;
   for (int64_t t = 0; t < call->count; ++t) {
     if (call->sizes[t] < 0 || call->sizes[t] > MAX_ENTRIES - total) return -5;
@@ -297,15 +348,19 @@ int64_t torchopt_run(struct call *call) {
   call->done = 0;
   int64_t total = count_entries(call, table);
   if (total < 0) return total;
-  const struct kernel *kernel = table->kernels + call->kernel;
-  struct work work = {call, table, kernel, total, NULL};
+  struct kernel kernel = {NULL, 0, 0, NULL, NULL};
+  if (call->kernel >= 0)
+    kernel = table->kernels[call->kernel];
+  else
+    kernel.inputs = (int)call->program->inputs, kernel.outputs = (int)call->program->outputs;
+  struct work work = {call, table, &kernel, total, NULL};
   if (call->summed != 0) {
     int64_t chunks = 0;
     for (int64_t t = 0; t < call->count; ++t) chunks += chunks_in(call->sizes[t]);
-    work.parts = malloc((size_t)((chunks + 1) * kernel->outputs) * sizeof(double));
+    work.parts = malloc((size_t)((chunks + 1) * kernel.outputs) * sizeof(double));
     if (work.parts == NULL) return -8;
   }
-  int64_t bytes = total * full_size(call) * (kernel->inputs + kernel->outputs);
+  int64_t bytes = total * full_size(call) * (kernel.inputs + kernel.outputs);
   int64_t threads = bytes / bytes_worth_a_thread();
   if (threads > call->threads) threads = call->threads;
   if (threads <= 1) {

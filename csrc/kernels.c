@@ -12,15 +12,16 @@
 #include <string.h>
 
 #if defined(__clang__)
-#define EACH_ENTRY \
-  _Pragma("clang loop vectorize(assume_safety)") for (int64_t i = 0; i < size; ++i)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
-#define EACH_ENTRY _Pragma("GCC ivdep") for (int64_t i = 0; i < size; ++i)
+#define INDEPENDENT _Pragma("GCC ivdep")
 #elif defined(_MSC_VER)
-#define EACH_ENTRY __pragma(loop(ivdep)) for (int64_t i = 0; i < size; ++i)
+#define INDEPENDENT __pragma(loop(ivdep))
 #else
-#define EACH_ENTRY for (int64_t i = 0; i < size; ++i)
+#define INDEPENDENT
 #endif
+#define EACH_ENTRY_UP_TO(end) INDEPENDENT for (int64_t i = 0; i < (end); ++i)
+#define EACH_ENTRY EACH_ENTRY_UP_TO(size)
 
 /* nan is passed on, as torch.maximum and torch.minimum do */
 #define MAXIMUM(a, b) ((a) > (b) || (a) != (a) ? (a) : (b))
@@ -36,11 +37,43 @@
   R *const *const out = (R *const *)out_; \
   (void)n;
 
+/* Entries of the widest vector. */
+#define LANES 16
+/* What all that a program touches may take of the first-level cache. */
+#ifndef CACHE
+#define CACHE 24576
+#endif
+#ifndef MAX_BLOCK
+#define MAX_BLOCK 512
+#endif
+#define MIN_BLOCK 64
+#define REGISTER_ENTRIES (MAX_REGISTERS * MIN_BLOCK)
+
+/* Entries of one register. */
+static int64_t block_of(const struct program *program, size_t entry) {
+  int64_t blocks = program->inputs + program->outputs + program->registers;
+  int64_t fits = CACHE / (int64_t)entry / (blocks + 1) & ~(int64_t)(LANES - 1);
+  int64_t room = REGISTER_ENTRIES / (program->registers + 1) & ~(int64_t)(LANES - 1);
+  fits = fits > MAX_BLOCK ? MAX_BLOCK : fits < MIN_BLOCK ? MIN_BLOCK : fits;
+  return fits < room ? fits : room;
+}
+
+#include "operations.inc"
+#define Va a[i]
+#define Vb b[i]
+#define Vc c[i]
+#define Vd d[i]
+#define Na a0
+#define Nb b0
+#define Nc c0
+#define Nd d0
+
 #define R float
 #define SUFFIX _float
 #define SQRT sqrtf
 #define ABS fabsf
 #include "kernels.inc"
+#include "interpreter.inc"
 #undef R
 #undef SUFFIX
 #undef SQRT
@@ -52,6 +85,7 @@
 #define SQRT sqrt
 #define ABS fabs
 #include "kernels.inc"
+#include "interpreter.inc"
 
 /* Half precision ------------------------------------------------------------------------------ */
 
@@ -133,6 +167,9 @@ ADD_UP(float)
 
 /* The table ----------------------------------------------------------------------------------- */
 
+#define DESCRIBED(name, operands, value) {#name, operands},
+static const struct operation operations[] = {OPERATIONS(DESCRIBED)};
+
 #define ENTRY(name, inputs, outputs) {#name, inputs, outputs, name##_float, name##_double},
 static const struct kernel kernels[] = {ALL_KERNELS};
 
@@ -143,6 +180,10 @@ const struct kernel_table JOIN(torchopt_kernels_, TORCHOPT_ISA) = {
     kernels,
     sizeof kernels / sizeof kernels[0],
     {add_up_double, add_up_float},
+    operations,
+    sizeof operations / sizeof operations[0],
+    interpret_float,
+    interpret_double,
     {widen_bfloat16, widen_float16},
     {narrow_bfloat16, narrow_float16},
 };

@@ -212,6 +212,7 @@ class Optimizer(torch.optim.Optimizer):
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
+        slots = {name: _apart(column, params, grads) for name, column in slots.items()}
         counts = self._counts_steps()
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
@@ -464,6 +465,17 @@ def _refuse_switches(title: str, capturable: bool, differentiable: bool) -> None
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _apart(column: list[Any], params: list[Tensor], grads: list[Any]) -> list[Any]:
+    """Return new slots with a copy where a rule keeps the parameter, or gradient, itself.
+
+    It is about to be overwritten.
+    """
+    return [
+        x.clone() if x is not None and (x is p or x is g) else x
+        for x, p, g in zip(column, params, grads)
+    ]
 
 
 def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:

@@ -10,6 +10,8 @@ import sys
 import torch
 
 from torchopt.kernels import native
+from torchopt.kernels.bytecode import Code, TooLargeError
+from torchopt.kernels.graph import Kernel
 from torchopt.kernels.program import Program
 
 
@@ -82,12 +84,45 @@ def missing(device: torch.device, program: Program, mode: str) -> str:
     # which derivatives are wanted by hyperparameters is known to assignment.py
     for name in (mode,) if program.kinds else (mode, f"backward_{mode}"):
         kernel = program.kernels[name]
-        if kernel.outputs and find(kernel.name) is None:
-            return "no kernel has been generated for this sequence of rules"
+        if kernel.outputs and (reason := too_large(kernel)):
+            return reason
     return ""
+
+
+def too_large(kernel: Kernel) -> str:
+    """Return why the CPU has no kernel for a graph; the empty string if it has."""
+    try:
+        function_of(kernel)
+    except TooLargeError as error:
+        return str(error)
+    return ""
+
+
+#: Text of a kernel -> its program.
+_programs: dict[str, Code] = {}
+#: How many are kept: a user's own rules, made anew in a loop, may be of any number.
+PROGRAMS = 1024
+
+
+def function_of(kernel: Kernel) -> int | Code:
+    """Return the position of a kernel in the C library, or a program for its interpreter.
+
+    Raises:
+        TooLargeError: If the graph is too large.
+    """
+    position = find(kernel.name)
+    if position is not None:
+        return position
+    code = _programs.get(kernel.text)
+    if code is None:
+        code = Code(kernel.listing, native.library().operations)
+        while len(_programs) >= PROGRAMS:
+            _programs.pop(next(iter(_programs)), None)
+        _programs[kernel.text] = code
+    return code
 
 
 @functools.lru_cache(maxsize=1024)  # a user's own rules may be of any number
 def find(name: str) -> int | None:
-    """Return the position of a kernel in the C library, or ``None``."""
+    """Return the position of a compiled kernel in the C library, or ``None``."""
     return native.library().find(name)

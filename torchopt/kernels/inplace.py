@@ -216,14 +216,12 @@ class Prepared:
         kernel = program.kernels[MODE]
         kept = [slot_stream(k) for k, there in enumerate(self.present) if there]
         places = dict(zip(("p", *kept), self.addresses))
-        position = backends.find(kernel.name)
-        assert position is not None, "plan_step has asked"
         count = len(self.sizes)
         inputs = [places.get(stream, [0] * count) for stream in kernel.inputs]
         outputs = [places["p" if stream == "u" else stream] for stream in kernel.output_streams]
         return native.KernelCall(
             native.library(),
-            position,
+            backends.function_of(kernel),
             native.DTYPES[self.dtype],
             narrow_mask(kernel.inputs),
             narrow_mask(kernel.output_streams),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchopt.kernels import backends, native
+from torchopt.kernels.bytecode import Code
 from torchopt.kernels.graph import Kernel
 from torchopt.packed import Packed, Packing
 
@@ -101,10 +102,10 @@ def run(
 
         triton_backend.run(kernel, inputs, outputs, like, numbers, rows)
         return
-    position, narrow_in, narrow_out = _facts(kernel)
+    function, narrow_in, narrow_out = _facts(kernel)
     sizes = next((c.packing.sizes for c in inputs.values() if isinstance(c, Packed)), None)
     native.library().run(
-        position,
+        function,
         native.DTYPES[like[0].dtype],
         narrow_in,
         narrow_out,
@@ -120,11 +121,9 @@ def run(
 
 
 @functools.lru_cache(maxsize=256)
-def _facts(kernel: Kernel) -> tuple[int, int, int]:
-    """Return where the library has a kernel, and which streams have the parameters' dtype."""
-    position = backends.find(kernel.name)
-    assert position is not None, "the policy has found it"
-    return position, narrow_mask(kernel.inputs), narrow_mask(kernel.output_streams)
+def _facts(kernel: Kernel) -> tuple[int | Code, int, int]:
+    """Return what the library runs, and which streams have the parameters' dtype."""
+    return backends.function_of(kernel), narrow_mask(kernel.inputs), narrow_mask(kernel.output_streams)
 
 
 def addresses(tensors: Column) -> list[int]:

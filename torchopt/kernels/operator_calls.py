@@ -131,8 +131,8 @@ def dtype_of(stream: str, own: torch.dtype) -> torch.dtype:
 
 def _check_backend(kernel: Kernel, device: torch.device) -> None:
     reason = backends.unavailable(device.type)
-    if not reason and device.type == "cpu" and backends.find(kernel.name) is None:
-        reason = "no kernel has been generated for this graph"
+    if not reason and device.type == "cpu":
+        reason = backends.too_large(kernel)
     if reason:
         raise RuntimeError(f"There is no fused kernel: {reason}. The graph is\n{kernel.text}")
 

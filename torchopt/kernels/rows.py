@@ -163,9 +163,7 @@ def unfit_hypers(
         kernel = program.backward(mode, frozenset(wanted))[0]
     except UntraceableError as error:
         return f"its rule has no derivative here: {error}"
-    if on_cpu and kernel.outputs and backends.find(kernel.name) is None:
-        return "no kernel has been generated for its derivative by hyperparameters"
-    return ""
+    return backends.too_large(kernel) if on_cpu and kernel.outputs else ""
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
