@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence, Set
+from math import isnan
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ def assign(
                 if program.kinds and not reason:
                     tensors = {s: [run.hyper(row, s)] for s in program.hypers(mode)}
                     reason = unfit_hypers(program, mode, tensors, [leaves.g[positions[0]]])
+                    if any(isnan(read.values[int(s[1:])]) for s in program.guarded):
+                        reason = "it compares a hyperparameter with more than one entry, or nan"
             if apply and not has_params:
                 reason = "there are no parameters to add to"
         if reason:
@@ -189,15 +192,17 @@ def _group(run: Run, leaves: Leaves, slots: list[Any], mode: str, taker: _Taker)
     """Gather all that one kernel call needs."""
     program, positions = taker.program, taker.positions
     kernel = program.kernels[mode]
+    rows = [leaves.hyper[k] for k in positions]
     rules = Rules(
         run,
-        [leaves.hyper[k] for k in positions],
+        rows,
         [int(leaves.t[k]) for k in positions],
         taker.present,
         taker.has_params,
         mode == "apply",
         inputs_of(program, mode),
         kernel.output_streams,
+        {s: [run.hyper(row, s).dim() for row in rows] for s in program.hypers(mode)},
         *_packing(leaves, slots, kernel, positions),
     )
     indices = taker.indices if len(taker.values) > 1 else None

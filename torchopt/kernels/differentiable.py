@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Container, Iterator, Sequence
-from typing import Any
+from math import isnan
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,29 @@ from torchopt.kernels.places import Place, places
 from torchopt.kernels.program import Numbers, Program
 from torchopt.kernels.rules import Rules
 from torchopt.packed import Packed
+
+
+class Operands(NamedTuple):
+    """What a kernel call reads.
+
+    Attributes:
+        columns: The input streams.
+        given: The hyperparameters that are tensors, as they are.
+        values: Rows of hyperparameters and the step count.
+        indices: The row of each parameter, or of each piece; ``None`` for the only one.
+        pieces: Into how many pieces each tensor is divided: the examples of a batch, if they have
+            numbers of their own.
+    """
+
+    columns: dict[str, Any]
+    given: dict[str, list[Tensor]]
+    values: list[tuple[Sequence[float], int]]
+    indices: list[int] | None
+    pieces: int
+
+    def numbers(self, function: Numbers) -> list[tuple[float, ...]]:
+        """Return the rows of a kernel's numbers."""
+        return [function(values, step) for values, step in self.values]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,10 +82,6 @@ class Group:
     def backward_kernel(self, hypers: frozenset[str]) -> Kernel:
         """Return the backward kernel with the derivatives by some hyperparameters."""
         return self.program.backward(self.mode, hypers)[0]
-
-    def numbers(self, function: Numbers) -> list[tuple[float, ...]]:
-        """Return the rows of a kernel's numbers."""
-        return [function(values, step) for values, step in self.values]
 
     def columns(
         self, streams: Sequence[str], items: Sequence[Any], packed: frozenset[str] = frozenset()
@@ -129,43 +149,71 @@ class Group:
         """Return the same with another value of ``bare``."""
         return self if bare == self.bare else dataclasses.replace(self, bare=bare)
 
-    def kernel_inputs(
-        self, tensors: Sequence[Tensor]
-    ) -> tuple[dict[str, Column], dict[str, list[Tensor]]]:
-        """Return the inputs by stream as kernels take them, and the hyperparameters as they are.
+    def kernel_inputs(self, tensors: Sequence[Tensor], sums: bool = False) -> Operands:
+        """Return the inputs of the kernels on real tensors; ``sums`` if derivatives are summed.
 
         Hyperparameters with one entry are among the numbers; others get the shape of the gradient.
         """
         rule = self.rule
-        if not self.program.kinds:
-            return self.launch_columns(rule.inputs, tensors, rule.packed_in), {}
         columns: dict[str, Any] = self.launch_columns(rule.inputs, tensors, rule.packed_in)
-        given = {s: columns.pop(s) for s in rule.inputs if is_hyper(s)}
+        if not rule.hyper_dims:
+            return Operands(columns, {}, self.values, self.indices, 1)
+        given = {s: columns.pop(s) for s in rule.hyper_dims}
         like: Any = columns["p"] if "p" in columns else columns["g"]
+        pieces, known = 1, True
         for stream, own in given.items():
-            if not self.program.summed(stream):
-                dtype = slot_dtype(like[0].dtype)
-                columns[stream] = [
-                    h
-                    if h.dtype == dtype and h.shape == x.shape
-                    else h.to(dtype).expand(x.shape)
-                    for h, x in zip(own, like)
-                ]
-        return columns, given
+            if self.program.summed(stream):
+                pieces = max(pieces, own[0].numel())
+                known = known and (pieces == 1 or self._is_known(stream, own))
+                continue
+            dtype = slot_dtype(like[0].dtype)
+            columns[stream] = [
+                h
+                if h.dtype == dtype and h.shape == x.shape
+                else rule.aligned(stream, k, h, x).to(dtype).expand(x.shape)
+                for k, (h, x) in enumerate(zip(own, like))
+            ]
+        if pieces == 1 or (known and not sums):
+            return Operands(columns, given, self.values, self.indices, 1)
+        if known:
+            indices = [k for k in self.indices or [0] * self.count for _ in range(pieces)]
+            return Operands(columns, given, self.values, indices, pieces)
+        return Operands(columns, given, *self._values_of_batch(given, pieces), pieces)
+
+    def _is_known(self, stream: str, own: Sequence[Tensor]) -> bool:
+        """Whether a batch of hyperparameters is one number for all examples, and was read."""
+        repeated = all(
+            step == 0 or size == 1 for h in own for step, size in zip(h.stride(), h.shape)
+        )
+        return repeated and not any(isnan(row[int(stream[1:])]) for row, _ in self.values)
+
+    def _values_of_batch(
+        self, given: dict[str, list[Tensor]], pieces: int
+    ) -> tuple[list[tuple[Sequence[float], int]], list[int]]:
+        """Return the hyperparameters and the step count of each parameter and example."""
+        of_each = [self.values[k] for k in self.indices or [0] * self.count]
+        rows = [(list(row), step) for row, step in of_each for _ in range(pieces)]
+        for stream, own in given.items():
+            if self.program.summed(stream):
+                found = torch.stack([h.detach().reshape(-1) for h in own]).tolist()
+                for k, number in enumerate(number for one in found for number in one):
+                    rows[k][0][int(stream[1:])] = number
+        return rows, list(range(len(rows)))
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the forward kernel on real tensors."""
         kernel, rule = self.kernel, self.rule
+        operands = self.kernel_inputs(tensors)
         try:
-            numbers = self.numbers(self.program.numbers[self.mode])
+            numbers = operands.numbers(self.program.numbers[self.mode])
         except ArithmeticError:  # a learned number at the end of its range
             return rule(*tensors)
-        inputs, _ = self.kernel_inputs(tensors)
+        inputs = operands.columns
         wanted: dict[str, Any] = {
             s: rule.packing if s in rule.packed_out else None for s in kernel.output_streams
         }
-        like = inputs["p"] if "p" in inputs else inputs["g"]
-        outputs = launch(kernel, inputs, like, wanted, numbers, self.indices)  # pyright: ignore[reportArgumentType]
+        like: Any = inputs["p"] if "p" in inputs else inputs["g"]
+        outputs = launch(kernel, inputs, like, wanted, numbers, operands.indices, operands.pieces)
         return tuple(_flat(outputs))
 
 
@@ -245,16 +293,18 @@ class BackwardCall:
         group, rule = self.group, self.group.rule
         hypers = frozenset(filter(is_hyper, self.wanted))
         kernel, function = group.program.backward(group.mode, hypers)
+        bars, saved = self.split(tensors)
+        sums = any(map(group.program.summed, hypers))
+        operands = group.kernel_inputs(saved, sums)
         try:
-            numbers = group.numbers(function)
+            numbers = operands.numbers(function)
         except ArithmeticError:  # a learned number at the end of its range
             return self.rule(*tensors)
-        bars, saved = self.split(tensors)
-        inputs, given = group.kernel_inputs(saved)
+        inputs = operands.columns
         like = inputs["p"] if "p" in inputs else inputs["g"]
         streams = [f"bar_{s}" for s in group.kernel.output_streams]
         packed = frozenset(f"bar_{s}" for s in rule.packed_out)
-        columns = inputs | group.launch_columns(streams, bars, packed)
+        columns: dict[str, Any] = inputs | group.launch_columns(streams, bars, packed)
         wanted: dict[str, Any] = {}
         for stream in kernel.output_streams:
             wanted[stream] = self.wanted[stream]
@@ -266,14 +316,33 @@ class BackwardCall:
         outputs: dict[str, Any] = launch(
             kernel,
             {s: columns[s] for s in kernel.inputs},
-            like,  # pyright: ignore[reportArgumentType]
+            like,
             wanted,
             numbers,
-            group.indices,
+            operands.indices,
+            operands.pieces,
         )
         for stream in hypers:
-            outputs[stream] = _as_hypers(outputs[stream], given[stream], self.wanted[stream])
+            outputs[stream] = self._by_hypers(stream, outputs[stream], operands.given[stream], like)
         return tuple(x for x in _flat(outputs) if x is not None)
+
+    def _by_hypers(
+        self, stream: str, found: Any, given: Sequence[Tensor], like: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Return derivatives in the shapes and dtypes of the hyperparameters."""
+        if isinstance(found, Tensor):  # sums; copies, so that each can be changed by itself
+            found = found.view(len(given), -1).to(given[0].dtype)
+            found = torch.unbind_copy(found if found.shape[1] > 1 else found.view(-1))
+        derivatives: list[Tensor | None] = []
+        for k, (x, h, wanted) in enumerate(zip(found, given, self.wanted[stream])):
+            if not wanted:
+                derivatives.append(None)
+                continue
+            if x.shape != h.shape and x.numel() != h.numel():
+                x = x.sum_to_size(self.group.rule.aligned(stream, k, h, like[k]).shape)
+            x = x if x.shape == h.shape else x.reshape(h.shape)
+            derivatives.append(x if x.dtype == h.dtype else x.to(h.dtype))
+        return derivatives
 
     def rule(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Compute the same by differentiating the rules."""
@@ -312,27 +381,6 @@ class BackwardCall:
 
 
 _NOTHING = torch.empty(0)
-
-
-def _as_hypers(
-    found: Any, given: Sequence[Tensor], wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """Return derivatives in the shapes and dtypes of the hyperparameters."""
-    if isinstance(found, Tensor):  # sums; copies, so that each can be changed by itself
-        found = torch.unbind_copy(found.to(given[0].dtype))
-    return [
-        None if not needed else x if _fits(x, h) else _reduced(x, h)
-        for x, h, needed in zip(found, given, wanted)
-    ]
-
-
-def _fits(x: Tensor, h: Tensor) -> bool:
-    return x.dtype == h.dtype and x.shape == h.shape
-
-
-def _reduced(x: Tensor, h: Tensor) -> Tensor:
-    x = x.reshape(h.shape) if x.numel() == h.numel() else x.sum_to_size(h.shape)
-    return x.to(h.dtype)
 
 
 def split_for_hooks(parts: list[Part]) -> list[Part]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchopt.kernels import backends, native
 from torchopt.kernels.graph import Kernel
-from torchopt.kernels.launch import OF_PARAMETERS, launch, slot_dtype
+from torchopt.kernels.launch import dtype_of, launch
 from torchopt.kernels.written import Written, read
 
 
@@ -122,11 +122,6 @@ def _check(stream: str, x: Tensor, of: Tensor, first: Tensor) -> None:
             f"A tensor of {stream} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; needed is "
             f"a dense {dtype} of shape {tuple(of.shape)} on {first.device}."
         )
-
-
-def dtype_of(stream: str, own: torch.dtype) -> torch.dtype:
-    """Return the dtype of a stream where parameters have the dtype ``own``."""
-    return own if stream in OF_PARAMETERS else slot_dtype(own)
 
 
 def _check_backend(kernel: Kernel, device: torch.device) -> None:

@@ -18,26 +18,24 @@ PLAIN = {Tensor, torch.nn.Parameter, FastWeight, torch.nn.Buffer}
 
 
 def read_tensor(value: Any) -> tuple[float, str, str]:
-    """Return the number in a hyperparameter, its kind, and why no kernel takes it."""
+    """Return the number in a hyperparameter, its kind, and why no kernel takes it.
+
+    The number of a tensor with more than one entry, or with one for each of a batch, is ``nan``.
+    """
     if type(value) not in PLAIN:
         return 0.0, "", "a tensor" if isinstance(value, Tensor) else "no number"
+    one = value.numel() == 1
     if functorch.peek_interpreter_stack() is not None:
         value = _bottom(value)
-        if value is None:
-            return 0.0, "", "a tensor with a batch of values"
-    if not value.is_cpu:
-        return 0.0, "", "a tensor on a GPU" if value.is_cuda else f"a tensor on {value.device}"
     if value.layout != torch.strided:
         return 0.0, "", f"a tensor of layout {value.layout}"
-    if value.numel() != 1:
+    if not (one and value.is_cpu):  # reading it would wait for its device
         return float("nan"), ENTRIES, ""
-    return float(value.item()), SINGLE, ""
+    return float(value.item()) if value.numel() == 1 else float("nan"), SINGLE, ""
 
 
-def _bottom(value: Tensor) -> Tensor | None:
-    """Return the tensor under the levels of torch.func; ``None`` if one is a batch."""
+def _bottom(value: Tensor) -> Tensor:
+    """Return the tensor under the levels of torch.func, which may be a batch of them."""
     while functorch.is_functorch_wrapped_tensor(value):
-        if functorch.is_batchedtensor(value):
-            return None
         value = functorch.get_unwrapped(value)
     return value

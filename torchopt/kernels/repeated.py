@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from torchopt.alike import Alike
 from torchopt.engine import Call
@@ -130,6 +131,7 @@ def _grouped(memo: Memo, packing: Packing, call: Call, t: int) -> tuple[Run, Gro
     streams = None if program is None else memo.streams.get(program)
     if program is None or streams is None:
         return None
+    tensors: dict[str, list[Tensor]] = {}
     if program.kinds:
         tensors = {stream: memo.rows.of_each(stream) for stream in program.hypers(mode)}
         if unfit_hypers(program, mode, tensors, call.g):
@@ -144,6 +146,7 @@ def _grouped(memo: Memo, packing: Packing, call: Call, t: int) -> tuple[Run, Gro
         memo.apply,
         inputs_of(program, mode),
         kernel.output_streams,
+        {stream: [x.dim() for x in column] for stream, column in tensors.items()},
         *streams,
         packing,
     )

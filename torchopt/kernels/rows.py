@@ -130,9 +130,8 @@ def _are(kind: str, column: list[Any]) -> bool:
         return {float, int}.issuperset(map(type, column))
     return (
         PLAIN.issuperset(map(type, column))
-        and all(x.is_cpu for x in column)
         and {x.layout for x in column} == {torch.strided}
-        and {x.numel() == 1 for x in column} == {kind == SINGLE}
+        and {x.is_cpu and x.numel() == 1 for x in column} == {kind == SINGLE}
     )
 
 
@@ -147,18 +146,22 @@ def unfit_hypers(
         tensors: Those of each parameter, by stream.
         like: The gradients of the parameters.
     """
-    recorded, wanted = torch.is_grad_enabled(), set()
+    recorded, on_cpu = torch.is_grad_enabled(), like[0].is_cpu
+    levels = functorch.peek_interpreter_stack() is not None  # they record graphs of their own
+    wanted: set[str] = set()
     for stream in program.hypers(mode):
         column = tensors[stream]
-        if recorded and any(x.requires_grad for x in column):
+        if levels or (recorded and any(x.requires_grad for x in column)):
             wanted.add(stream)
-        if not program.summed(stream):
-            for x, g in zip(column, like):
-                if not _broadcasts(x.shape, g.shape):
-                    return f"a hyperparameter has shape {tuple(x.shape)}, not {tuple(g.shape)}"
-    on_cpu = like[0].is_cpu
-    if wanted and not on_cpu:
-        return "a derivative by a hyperparameter is wanted, which kernels have on the CPU only"
+        if program.summed(stream):
+            if stream in wanted and not on_cpu:
+                return "a derivative by a hyperparameter on the CPU is wanted on another device"
+            continue
+        for x, g in zip(column, like):
+            if not _broadcasts(x.shape, g.shape):
+                return f"a hyperparameter has shape {tuple(x.shape)}, not {tuple(g.shape)}"
+            if x.device != g.device:
+                return f"devices differ: {x.device} and {g.device}"
     try:
         kernel = program.backward(mode, frozenset(wanted))[0]
     except UntraceableError as error:
