@@ -78,7 +78,8 @@ def launch(
             outputs[stream] = list(map(torch.empty_like, like))
         else:
             outputs[stream] = [torch.empty_like(x, dtype=dtype) for x in like]
-    run(kernel, inputs, outputs, like, numbers, rows, summed, sums, pieces)
+    special: tuple[Any, ...] = (summed, sums, pieces) if summed or pieces > 1 else ()
+    run(kernel, inputs, outputs, like, numbers, rows, *special)
     for k, stream in enumerate(kernel.output_streams[j] for j in summed):
         assert sums is not None
         outputs[stream] = sums[k]  # pyright: ignore[reportArgumentType]
