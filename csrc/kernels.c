@@ -40,12 +40,8 @@
 /* Entries of the widest vector. */
 #define LANES 16
 /* What all that a program touches may take of the first-level cache. */
-#ifndef CACHE
 #define CACHE 24576
-#endif
-#ifndef MAX_BLOCK
 #define MAX_BLOCK 512
-#endif
 #define MIN_BLOCK 64
 #define REGISTER_ENTRIES (MAX_REGISTERS * MIN_BLOCK)
 
