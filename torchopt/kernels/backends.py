@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from torchopt.kernels import native
+from torchopt.kernels import emit_triton, native
 from torchopt.kernels.bytecode import Code, TooLargeError
 from torchopt.kernels.graph import Kernel
 from torchopt.kernels.program import Program
@@ -80,11 +80,19 @@ def missing(device: torch.device, program: Program, mode: str) -> str:
     if "g" not in program.kernels[mode].inputs and "p" not in program.kernels[mode].inputs:
         return "its rule reads neither gradient nor parameter"
     if device.type == "cuda":
-        return _too_old(device)  # kernels for GPUs are generated when they are needed
+        return _too_old(device) or _absent(program, mode)  # others are generated when needed
     for name in (mode, f"backward_{mode}"):
         kernel = program.kernels[name]
         if kernel.outputs and (reason := too_large(kernel)):
             return reason
+    return ""
+
+
+def _absent(program: Program, mode: str) -> str:
+    """Return which operation GPUs have no kernels for, or the empty string."""
+    for name in (mode, f"backward_{mode}"):
+        if op := emit_triton.absent(program.kernels[name]):
+            return f"there are no kernels with {op!r} for GPUs"
     return ""
 
 
