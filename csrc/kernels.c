@@ -40,12 +40,8 @@
 /* Entries of the widest vector. */
 #define LANES 16
 /* What all that a program touches may take of the first-level cache. */
-#ifndef CACHE
 #define CACHE 24576
-#endif
-#ifndef MAX_BLOCK
 #define MAX_BLOCK 512
-#endif
 #define MIN_BLOCK 64
 #define REGISTER_ENTRIES (MAX_REGISTERS * MIN_BLOCK)
 
@@ -57,6 +53,11 @@ static int64_t block_of(const struct program *program, size_t entry) {
   fits = fits > MAX_BLOCK ? MAX_BLOCK : fits < MIN_BLOCK ? MIN_BLOCK : fits;
   return fits < room ? fits : room;
 }
+
+#define FUNCTIONS_OF_FLOAT
+#include "functions.inc"
+#undef FUNCTIONS_OF_FLOAT
+#include "functions.inc"
 
 #include "operations.inc"
 #define Va a[i]
@@ -72,18 +73,39 @@ static int64_t block_of(const struct program *program, size_t entry) {
 #define SUFFIX _float
 #define SQRT sqrtf
 #define ABS fabsf
+#define EXP exp_of_float
+#define LOG log_of_float
+#define EXPM1 expm1_of_float
+#define LOG1P log1p_of_float
+#define TANH tanh_of_float
+#define SIGMOID sigmoid_of_float
+#define POW powf
 #include "kernels.inc"
 #include "interpreter.inc"
 #undef R
 #undef SUFFIX
 #undef SQRT
 #undef ABS
+#undef EXP
+#undef LOG
+#undef EXPM1
+#undef LOG1P
+#undef TANH
+#undef SIGMOID
+#undef POW
 #undef ALL_KERNELS
 
 #define R double
 #define SUFFIX _double
 #define SQRT sqrt
 #define ABS fabs
+#define EXP exp
+#define LOG log
+#define EXPM1 expm1
+#define LOG1P log1p
+#define TANH tanh
+#define SIGMOID sigmoid_of_double
+#define POW pow
 #include "kernels.inc"
 #include "interpreter.inc"
 

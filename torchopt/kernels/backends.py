@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from torchopt.kernels import native
+from torchopt.kernels import emit_triton, native
 from torchopt.kernels.bytecode import Code, TooLargeError
 from torchopt.kernels.graph import Kernel
 from torchopt.kernels.program import Program
@@ -80,13 +80,21 @@ def missing(device: torch.device, program: Program, mode: str) -> str:
     if "g" not in program.kernels[mode].inputs and "p" not in program.kernels[mode].inputs:
         return "its rule reads neither gradient nor parameter"
     if device.type == "cuda":
-        return _too_old(device)  # kernels for GPUs are generated when they are needed
-    # which derivatives are wanted by hyperparameters is known to assignment.py
+        reason = _too_old(device)
+    # which derivatives are wanted by hyperparameters is known to rows.py
     for name in (mode,) if program.kinds else (mode, f"backward_{mode}"):
-        kernel = program.kernels[name]
-        if kernel.outputs and (reason := too_large(kernel)):
-            return reason
-    return ""
+        reason = reason or unfit(program.kernels[name], device)
+    return reason
+
+
+def unfit(kernel: Kernel, device: torch.device) -> str:
+    """Return why a device that has kernels has none for a graph; the empty string if it has."""
+    if not kernel.outputs:
+        return ""
+    if device.type != "cuda":
+        return too_large(kernel)
+    op = emit_triton.absent(kernel)
+    return f"there are no kernels with {op!r} for GPUs" if op else ""
 
 
 def too_large(kernel: Kernel) -> str:

@@ -11,6 +11,15 @@ adds to :math:`\bar a` and :math:`\bar b`:
 ``1 / a``          :math:`\bar a \mathrel{-}= \bar y y^2`
 ``maximum(a, b)``  to the larger; half to each where they are equal, as torch does
 ``where(c, a, b)`` to the one that was chosen
+``exp(a)``         :math:`\bar a \mathrel{+}= \bar y\, y`
+``log(a)``         :math:`\bar a \mathrel{+}= \bar y / a`
+``expm1(a)``       :math:`\bar a \mathrel{+}= \bar y\, (y + 1)`
+``log1p(a)``       :math:`\bar a \mathrel{+}= \bar y / (1 + a)`
+``tanh(a)``        :math:`\bar a \mathrel{+}= \bar y\, (1 - y^2)`
+``sigmoid(a)``     :math:`\bar a \mathrel{+}= \bar y\, y\, (1 - y)`
+``pow(a, b)``      :math:`\bar a \mathrel{+}= \bar y\, b\, a^{b-1},\;
+                   \bar b \mathrel{+}= \bar y\, y \ln a`; nothing to :math:`a` where
+                   :math:`b = 0`, nor to :math:`b` where :math:`a = 0 \le b`
 =================  ======================================================================
 
 The backward kernel computes the forward values again from the inputs of the forward kernel, so that
@@ -201,7 +210,48 @@ def _where_rule(y: Node, bar: Node, to: Collect) -> None:
     to(b, _where(condition, ZERO, bar))
 
 
-#: ``sign`` and the comparisons are absent: their derivative is zero.
+def _exp_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], mul(bar, y))
+
+
+def _log_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], _over(bar, y.args[0]))
+
+
+def _expm1_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], mul(bar, add(y, ONE)))
+
+
+def _log1p_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], _over(bar, add(y.args[0], ONE)))
+
+
+def _tanh_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], mul(bar, Node("sub", (ONE, mul(y, y)))))
+
+
+def _sigmoid_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], mul(bar, mul(y, Node("sub", (ONE, y)))))
+
+
+def _pow_rule(y: Node, bar: Node, to: Collect) -> None:
+    a, b = y.args
+    less = _number(f"({_source(b)} - 1.0)") if is_number(b) else Node("sub", (b, ONE))
+    bar_a = mul(bar, mul(Node("pow", (a, less)), b))
+    to(a, bar_a if _is_nonzero(b) else _where(Node("equal", (b, ZERO)), ZERO, bar_a))
+    flat = Node("and", (Node("equal", (a, ZERO)), Node("less_equal", (ZERO, b))))
+    to(b, _where(flat, ZERO, mul(bar, mul(y, Node("log", (a,))))))
+
+
+def _is_nonzero(node: Node) -> bool:
+    """Whether a node is a number that is written out, and not zero."""
+    try:
+        return is_number(node) and float(_source(node)) != 0
+    except ValueError:
+        return False
+
+
+#: ``sign`` and what gives truth values are absent: their derivative is zero.
 RULES: dict[str, Callable[[Node, Node, Collect], Any]] = {
     "add": _add_rule,
     "sub": _sub_rule,
@@ -214,4 +264,11 @@ RULES: dict[str, Callable[[Node, Node, Collect], Any]] = {
     "maximum": _extremum_rule,
     "minimum": _extremum_rule,
     "where": _where_rule,
+    "exp": _exp_rule,
+    "log": _log_rule,
+    "expm1": _expm1_rule,
+    "log1p": _log1p_rule,
+    "tanh": _tanh_rule,
+    "sigmoid": _sigmoid_rule,
+    "pow": _pow_rule,
 }

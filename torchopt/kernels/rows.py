@@ -166,7 +166,7 @@ def unfit_hypers(
         kernel = program.backward(mode, frozenset(wanted))[0]
     except UntraceableError as error:
         return f"its rule has no derivative here: {error}"
-    return backends.too_large(kernel) if on_cpu and kernel.outputs else ""
+    return backends.unfit(kernel, like[0].device)
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:

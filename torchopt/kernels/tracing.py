@@ -7,7 +7,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchopt.kernels.graph import ZERO, Node, Number, constant, is_number, number_node
+from torchopt.kernels.graph import ONE, ZERO, Node, Number, constant, is_number, number_node
+from torchopt.kernels.node_functions import MORE_FUNCTIONS, is_truth, square
 
 
 class UntraceableError(Exception):
@@ -246,6 +247,8 @@ def _product(a: Node, b: Node) -> Node:
 
 def _scaled(op: str) -> Callable[..., Node]:
     def add(a: Node, b: Node, *, alpha: Any = 1) -> Node:
+        if is_truth(a) and is_truth(b):  # torch adds them to a truth value, or refuses
+            raise TypeError("the sum or difference of truth values")
         return Node(op, (a, b if _is_one(alpha) else Node("mul", (b, _operand(alpha)))))
 
     return add
@@ -256,10 +259,11 @@ def _is_one(value: Any) -> bool:
 
 
 def _lerp(start: Node, end: Node, weight: Node) -> Node:
-    if weight.op != "number":
-        raise UntraceableError("it calls 'lerp' with a tensor as weight")
     # convex form: exact at both ends, whatever the weight
-    rest = number_node(Number(f"(1.0 - {weight.args[0].source})"))
+    if weight.op == "number":
+        rest = number_node(Number(f"(1.0 - {weight.args[0].source})"))
+    else:
+        rest = Node("sub", (ONE, weight))
     return Node("add", (Node("mul", (start, rest)), Node("mul", (end, weight))))
 
 
@@ -273,19 +277,6 @@ def _addcdiv(a: Node, b: Node, c: Node, *, value: Any = 1) -> Node:
     return Node(
         "add", (a, quotient if _is_one(value) else Node("mul", (quotient, _operand(value))))
     )
-
-
-def _power(a: Node, exponent: Node) -> Node:
-    known = {"2.0": _square(a), "0.5": Node("sqrt", (a,)), "1.0": a}
-    known["-0.5"] = Node("reciprocal", (known["0.5"],))
-    source = exponent.args[0].source if exponent.op == "number" else None
-    if source not in known:
-        raise UntraceableError("it raises a tensor to a power other than 2, 1, 1/2 and -1/2")
-    return known[source]
-
-
-def _square(a: Node) -> Node:
-    return Node("mul", (a, a))
 
 
 def _clamp(a: Node, low: Any = None, high: Any = None, **kwargs: Any) -> Node:
@@ -307,6 +298,7 @@ def _filled(value: float) -> Callable[..., Node]:
 
 #: Name of a torch function, method or operator -> the graph it builds.
 FUNCTIONS: dict[str, Callable[..., Node]] = {
+    **MORE_FUNCTIONS,
     "add": _scaled("add"),
     "sub": _scaled("sub"),
     "subtract": _scaled("sub"),
@@ -321,11 +313,11 @@ FUNCTIONS: dict[str, Callable[..., Node]] = {
     "reciprocal": _node("reciprocal"),
     "abs": _node("abs"),
     "sign": _node("sign"),
-    "square": _square,
-    "pow": _power,
+    "square": square,
     "maximum": _node("maximum"),
     "minimum": _node("minimum"),
     "clamp": _clamp,
+    "clip": _clamp,
     "relu": lambda a: Node("maximum", (a, ZERO)),
     "where": _node("where"),
     "lerp": _lerp,
@@ -345,6 +337,7 @@ FUNCTIONS: dict[str, Callable[..., Node]] = {
 
 _REFLECTED = ("add", "sub", "mul", "truediv", "pow")
 _OPERATORS = (*_REFLECTED, "neg", "abs", "lt", "gt", "le", "ge", "eq", "ne")
+_LOGICAL = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
 
 
 def _operator(name: str, swap: bool = False) -> Callable[..., Any]:
@@ -358,5 +351,7 @@ def _operator(name: str, swap: bool = False) -> Callable[..., Any]:
 
 for _name in _OPERATORS:
     setattr(SymbolicTensor, f"__{_name}__", _operator(_name))
+for _name, _function in _LOGICAL.items():
+    setattr(SymbolicTensor, f"__{_name}__", _operator(_function))
 for _name in _REFLECTED:
     setattr(SymbolicTensor, f"__r{_name}__", _operator(_name, swap=True))
