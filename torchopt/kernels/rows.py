@@ -91,7 +91,9 @@ class Rows:
     def of_each(self, stream: str) -> list[Tensor]:
         """Return the tensor of each parameter that a stream stands for."""
         column = self.tensors[stream]
-        return column if self.indices is None else [column[k] for k in self.indices]
+        if self.indices is None:
+            return column * len(self.given)
+        return [column[k] for k in self.indices]
 
 
 def read_rows(run: Run, given: Sequence[dict[str, Any]]) -> Rows | None:
