@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* Read by the loader before any code runs: what this file was compiled for. */
@@ -61,6 +62,12 @@ const char *torchopt_instruction_set(void) { return chosen()->instruction_set; }
 
 int64_t torchopt_count(void) { return chosen()->count; }
 
+const char *torchopt_operation(int64_t position) {
+  const struct kernel_table *table = chosen();
+  return position >= 0 && position < table->operation_count ? table->operations[position].name
+                                                            : NULL;
+}
+
 /* The position of a kernel, the same for every instruction set, or -1. */
 int64_t torchopt_find(const char *name) {
   const struct kernel_table *table = chosen();
@@ -90,10 +97,18 @@ struct work {
   const struct kernel_table *table;
   const struct kernel *kernel;
   int64_t share;
+  double *parts; /* of a call with sums: those of each chunk of each tensor, stream by stream */
 };
 
-static kernel_function function_of(const struct work *work) {
-  return work->call->dtype == FLOAT64 ? work->kernel->of_double : work->kernel->of_float;
+static void compute(const struct work *work, const void *const *in, void *const *out,
+                    const double *numbers, int64_t size) {
+  const struct kernel_table *table = work->table;
+  int is_double = work->call->dtype == FLOAT64;
+  if (work->call->kernel >= 0)
+    (is_double ? work->kernel->of_double : work->kernel->of_float)(in, out, numbers, size);
+  else
+    (is_double ? table->interpret_double : table->interpret_float)(work->call->program, in, out,
+                                                                   numbers, size);
 }
 
 struct view { /* one tensor of a call */
@@ -141,12 +156,13 @@ static void run_whole(const struct work *work, const struct view *view, int64_t 
   int64_t bytes = first * full_size(work->call);
   for (int k = 0; k < work->kernel->inputs; ++k) in[k] = view->in[k] + bytes;
   for (int k = 0; k < work->kernel->outputs; ++k) out[k] = view->out[k] + bytes;
-  function_of(work)(in, out, view->numbers, last - first);
+  compute(work, in, out, view->numbers, last - first);
 }
 
-/* The same for any tensor, block by block, with stand-ins. */
+/* The same for any tensor, block by block, with stand-ins. Outputs that are summed are added to
+ * their lanes. */
 static void run_blocks(const struct work *work, const struct view *view, int64_t first,
-                       int64_t last) {
+                       int64_t last, double (*lanes)[LANES]) {
   const struct call *call = work->call;
   const int inputs = work->kernel->inputs, outputs = work->kernel->outputs;
   const int64_t full = full_size(call);
@@ -171,10 +187,12 @@ static void run_blocks(const struct work *work, const struct view *view, int64_t
       int direct = is_direct(view->out[k], bytes, full);
       out[k] = direct ? (void *)(view->out[k] + at * bytes) : (void *)&written[k];
     }
-    function_of(work)(in, out, view->numbers, size);
+    compute(work, in, out, view->numbers, size);
     for (int k = 0; k < outputs; ++k) {
       int64_t bytes = entry_size(call, call->narrow_out, k);
       char *to = view->out[k];
+      if (call->summed >> k & 1)
+        work->table->add_up[call->dtype != FLOAT64](&written[k], lanes[k], size);
       if (to == NULL || is_direct(to, bytes, full)) continue;
       if (bytes == 2)
         work->table->narrow[call->dtype - BFLOAT16](written[k].of_float, to + at * 2, size);
@@ -184,23 +202,71 @@ static void run_blocks(const struct work *work, const struct view *view, int64_t
   }
 }
 
+/* Sums ---------------------------------------------------------------------------------------- */
+
+/* Entries that are summed by one thread, counted from the start of a tensor: so a sum is taken in
+ * the same order whatever the number of threads. */
+#define CHUNK 4096
+
+static int64_t chunks_in(int64_t entries) { return (entries + CHUNK - 1) / CHUNK; }
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The chunks that begin among entries first..last-1 of a tensor; parts are those of its chunks. */
+static void run_chunks(const struct work *work, const struct view *view, int64_t size,
+                       int64_t first, int64_t last, double *parts) {
+  const int outputs = work->kernel->outputs;
+  for (int64_t c = chunks_in(first); c < chunks_in(last); ++c) {
+    double lanes[MAX_STREAMS][LANES];
+    memset(lanes, 0, sizeof lanes);
+    run_blocks(work, view, c * CHUNK, least((c + 1) * CHUNK, size), lanes);
+    for (int k = 0; k < outputs; ++k) {
+      double sum = 0;
+      for (int lane = 0; lane < LANES; ++lane) sum += lanes[k][lane];
+      parts[c * outputs + k] = sum;
+    }
+  }
+}
+
+static void collect_sums(const struct work *work) {
+  const struct call *call = work->call;
+  const int outputs = work->kernel->outputs;
+  int stream = 0;
+  for (int k = 0; k < outputs; ++k) {
+    if (!(call->summed >> k & 1)) continue;
+    const double *parts = work->parts + k;
+    for (int64_t t = 0; t < call->count; ++t) {
+      double sum = 0;
+      for (int64_t c = chunks_in(call->sizes[t]); c > 0; --c, parts += outputs) sum += *parts;
+      call->sums[stream * call->count + t] = sum;
+    }
+    ++stream;
+  }
+}
+
+/* Shares -------------------------------------------------------------------------------------- */
+
 /* One share: a range of the entries of all tensors laid end to end. */
 static void run_share(void *context, int64_t share) {
   const struct work *work = context;
   const struct call *call = work->call;
-  int64_t begin = share * work->share, end = begin + work->share, start = 0;
+  int64_t begin = share * work->share, end = begin + work->share, start = 0, chunks = 0;
   for (int64_t t = 0; t < call->count && start < end; ++t) {
     int64_t stop = start + call->sizes[t];
     int64_t first = begin > start ? begin - start : 0;
     int64_t last = (end < stop ? end : stop) - start;
     if (first < last) {
       struct view view = look_at(work, t);
-      if (view.whole)
+      if (work->parts != NULL)
+        run_chunks(work, &view, call->sizes[t], first, last,
+                   work->parts + chunks * work->kernel->outputs);
+      else if (view.whole)
         run_whole(work, &view, first, last);
       else
-        run_blocks(work, &view, first, last);
+        run_blocks(work, &view, first, last, NULL);
     }
     start = stop;
+    chunks += chunks_in(call->sizes[t]);
   }
 }
 
@@ -214,18 +280,58 @@ static void run_share(void *context, int64_t share) {
 #define ALIGNED 1024
 /* More entries than any machine holds; what is computed from fewer does not overflow. */
 #define MAX_ENTRIES (INT64_MAX >> 12)
-#define MAX_NUMBERS 1024
+
+/* Whether a place is a block (which the interpreter reads and writes so many entries of). */
+static int is_block(const struct program *program, int64_t place) {
+  int64_t streams = program->inputs + program->outputs, behind = streams + program->numbers;
+  return (place >= 0 && place < streams) || (place >= behind && place < behind + program->registers);
+}
+
+static int is_number(const struct program *program, int64_t place) {
+  int64_t streams = program->inputs + program->outputs;
+  return place >= streams && place < streams + program->numbers;
+}
+
+/* Whether a program stays within its places: anybody may have written it. Results go to outputs and
+ * registers. */
+static int makes_sense(const struct program *program, const struct kernel_table *table) {
+  if (program == NULL || program->inputs < 0 || program->outputs < 0) return 0;
+  if (program->inputs > MAX_STREAMS || program->outputs > MAX_STREAMS) return 0;
+  if (program->inputs + program->outputs == 0) return 0;
+  if (program->numbers < 0 || program->numbers > MAX_NUMBERS) return 0;
+  if (program->registers < 0 || program->registers > MAX_REGISTERS) return 0;
+  if (program->length < 0 || program->length > MAX_LENGTH) return 0;
+  if (program->length > 0 && program->code == NULL) return 0;
+  for (int64_t k = 0; k < program->length; ++k) {
+    const int32_t *code = program->code + k * INSTRUCTION;
+    if (code[0] < 0 || code[0] >= table->operation_count) return 0;
+    if (!is_block(program, code[1]) || code[1] < program->inputs) return 0;
+    const char *kind = table->operations[code[0]].operands;
+    for (int n = 2; n < INSTRUCTION; ++n) {
+      int is_there = *kind != 0, is_entry = is_there && *kind == 'v';
+      if (is_entry ? !is_block(program, code[n])
+                   : is_there ? !is_number(program, code[n]) : code[n] != 0)
+        return 0;
+      kind += is_there;
+    }
+  }
+  return 1;
+}
 
 /* Returns the entries of all tensors together, or a negative number if a call makes no sense. */
 static int64_t count_entries(const struct call *call, const struct kernel_table *table) {
   int64_t total = 0;
-  if (call->kernel < 0 || call->kernel >= table->count) return -1;
-  const struct kernel *kernel = table->kernels + call->kernel;
-  if (kernel->inputs > MAX_STREAMS || kernel->outputs > MAX_STREAMS) return -2;
+  if (call->kernel < -1 || call->kernel >= table->count) return -1;
+  if (call->kernel == -1 && !makes_sense(call->program, table)) return -2;
+  if (call->kernel == -1 && call->width != 0 && call->width < call->program->numbers) return -2;
   if (call->dtype < FLOAT64 || call->dtype > FLOAT16) return -3;
   if (call->count < 0 || call->count > MAX_ENTRIES) return -3;
   if (call->width < 0 || call->width > MAX_NUMBERS) return -3;
   if (call->count > 0 && (call->sizes == NULL || call->in == NULL || call->out == NULL)) return -4;
+  int64_t outputs =
+      call->kernel >= 0 ? table->kernels[call->kernel].outputs : call->program->outputs;
+  if (call->summed < 0 || call->summed >> outputs != 0) return -7;
+  if (call->summed != 0 && call->count > 0 && call->sums == NULL) return -7;
   for (int64_t t = 0; t < call->count; ++t) {
     if (call->sizes[t] < 0 || call->sizes[t] > MAX_ENTRIES - total) return -5;
     total += call->sizes[t];
@@ -236,15 +342,25 @@ static int64_t count_entries(const struct call *call, const struct kernel_table 
 }
 
 /* Run one kernel over many tensors. Returns 0, or a negative number for a call that makes no
- * sense; nothing has been written then. */
+ * sense or finds no memory for its sums; nothing has been written then. */
 int64_t torchopt_run(struct call *call) {
   const struct kernel_table *table = chosen();
   call->done = 0;
   int64_t total = count_entries(call, table);
   if (total < 0) return total;
-  const struct kernel *kernel = table->kernels + call->kernel;
-  struct work work = {call, table, kernel, total};
-  int64_t bytes = total * full_size(call) * (kernel->inputs + kernel->outputs);
+  struct kernel kernel = {NULL, 0, 0, NULL, NULL};
+  if (call->kernel >= 0)
+    kernel = table->kernels[call->kernel];
+  else
+    kernel.inputs = (int)call->program->inputs, kernel.outputs = (int)call->program->outputs;
+  struct work work = {call, table, &kernel, total, NULL};
+  if (call->summed != 0) {
+    int64_t chunks = 0;
+    for (int64_t t = 0; t < call->count; ++t) chunks += chunks_in(call->sizes[t]);
+    work.parts = malloc((size_t)((chunks + 1) * kernel.outputs) * sizeof(double));
+    if (work.parts == NULL) return -8;
+  }
+  int64_t bytes = total * full_size(call) * (kernel.inputs + kernel.outputs);
   int64_t threads = bytes / bytes_worth_a_thread();
   if (threads > call->threads) threads = call->threads;
   if (threads <= 1) {
@@ -253,6 +369,10 @@ int64_t torchopt_run(struct call *call) {
     work.share = (total / (threads * SHARES) / ALIGNED + 1) * ALIGNED;
     int64_t shares = (total + work.share - 1) / work.share;
     run_in_parallel(run_share, &work, shares, threads, call->threads);
+  }
+  if (work.parts != NULL) {
+    collect_sums(&work);
+    free(work.parts);
   }
   call->done = 1;
   return 0;

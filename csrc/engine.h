@@ -5,9 +5,11 @@
 #include <stdint.h>
 
 /* Layout of this interface; torchopt/kernels/native.py refuses another one. */
-#define TORCHOPT_ABI 2
+#define TORCHOPT_ABI 4
 
-#define MAX_STREAMS 24
+/* Streams in each direction: a bit each of a signed mask. */
+#define MAX_STREAMS 63
+#define MAX_NUMBERS 1024
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -31,11 +33,40 @@ struct kernel {
   kernel_function of_float, of_double;
 };
 
+/* Entry k of a block is added to sum k % LANES: an order that no instruction set changes. */
+#define LANES 16
+
+/* Programs: what the interpreter runs (interpreter.inc). An instruction is the position of an
+ * operation, the place of its result and the places of four operands (those that it does not have
+ * are not read). Places are counted through the inputs, the outputs, the numbers, the registers. */
+#define INSTRUCTION 6
+#define MAX_REGISTERS 256
+#define MAX_LENGTH 65536
+
+struct program {
+  int64_t inputs, outputs, numbers, registers;
+  int64_t length; /* instructions */
+  const int32_t *code;
+};
+
+typedef void (*operation_function)(char *const *place, const int32_t *code, int64_t size);
+typedef void (*program_function)(const struct program *program, const void *const *in,
+                                 void *const *out, const double *numbers, int64_t size);
+
+struct operation {
+  const char *name;
+  const char *operands; /* v for each that is a block, n for each that is a number */
+};
+
 /* The kernels compiled for one instruction set; a constant in kernels.c. */
 struct kernel_table {
   const char *instruction_set;
   const struct kernel *kernels;
   int64_t count;
+  void (*add_up[2])(const void *from, double *lanes, int64_t size); /* float64, float32 */
+  const struct operation *operations; /* of programs */
+  int64_t operation_count;
+  program_function interpret_float, interpret_double;
   void (*widen[2])(const char *from, float *to, int64_t size); /* bfloat16, float16 */
   void (*narrow[2])(const float *from, char *to, int64_t size);
 };
@@ -49,7 +80,7 @@ enum dtype { FLOAT64 = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
 
 /* One kernel over many tensors. */
 struct call {
-  int64_t kernel;       /* its position in the table */
+  int64_t kernel;       /* its position in the table; -1: `program` */
   int64_t dtype;        /* of streams that narrow_* mark; the others are float32 if it is half */
   int64_t narrow_in;    /* bit k: input stream k has the dtype of the parameters */
   int64_t narrow_out;   /* bit k: output stream k has */
@@ -62,11 +93,16 @@ struct call {
   const int64_t *out;   /* addresses, stream by stream; what is written to 0 is dropped */
   const double *numbers;
   int64_t done;         /* set to 1 when everything has been written */
+  const struct program *program;
+  int64_t summed;       /* bit k: of output stream k, at address 0, the sums are wanted */
+  double *sums;         /* the sum over each tensor, stream by stream */
 };
 
 EXPORT int64_t torchopt_run(struct call *call);
 EXPORT int64_t torchopt_find(const char *name);
 EXPORT int64_t torchopt_count(void);
+/* Position -> name of an operation of programs, the same for every instruction set, or NULL. */
+EXPORT const char *torchopt_operation(int64_t position);
 EXPORT const char *torchopt_instruction_set(void);
 /* Use the OpenMP team whose GOMP_parallel this is; NULL: threads of our own. */
 EXPORT void torchopt_use_team(void *function);

@@ -12,15 +12,16 @@
 #include <string.h>
 
 #if defined(__clang__)
-#define EACH_ENTRY \
-  _Pragma("clang loop vectorize(assume_safety)") for (int64_t i = 0; i < size; ++i)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
-#define EACH_ENTRY _Pragma("GCC ivdep") for (int64_t i = 0; i < size; ++i)
+#define INDEPENDENT _Pragma("GCC ivdep")
 #elif defined(_MSC_VER)
-#define EACH_ENTRY __pragma(loop(ivdep)) for (int64_t i = 0; i < size; ++i)
+#define INDEPENDENT __pragma(loop(ivdep))
 #else
-#define EACH_ENTRY for (int64_t i = 0; i < size; ++i)
+#define INDEPENDENT
 #endif
+#define EACH_ENTRY_UP_TO(end) INDEPENDENT for (int64_t i = 0; i < (end); ++i)
+#define EACH_ENTRY EACH_ENTRY_UP_TO(size)
 
 /* nan is passed on, as torch.maximum and torch.minimum do */
 #define MAXIMUM(a, b) ((a) > (b) || (a) != (a) ? (a) : (b))
@@ -36,22 +37,77 @@
   R *const *const out = (R *const *)out_; \
   (void)n;
 
+/* Entries of the widest vector. */
+#define LANES 16
+/* What all that a program touches may take of the first-level cache. */
+#define CACHE 24576
+#define MAX_BLOCK 512
+#define MIN_BLOCK 64
+#define REGISTER_ENTRIES (MAX_REGISTERS * MIN_BLOCK)
+
+/* Entries of one register. */
+static int64_t block_of(const struct program *program, size_t entry) {
+  int64_t blocks = program->inputs + program->outputs + program->registers;
+  int64_t fits = CACHE / (int64_t)entry / (blocks + 1) & ~(int64_t)(LANES - 1);
+  int64_t room = REGISTER_ENTRIES / (program->registers + 1) & ~(int64_t)(LANES - 1);
+  fits = fits > MAX_BLOCK ? MAX_BLOCK : fits < MIN_BLOCK ? MIN_BLOCK : fits;
+  return fits < room ? fits : room;
+}
+
+#define FUNCTIONS_OF_FLOAT
+#include "functions.inc"
+#undef FUNCTIONS_OF_FLOAT
+#include "functions.inc"
+
+#include "operations.inc"
+#define Va a[i]
+#define Vb b[i]
+#define Vc c[i]
+#define Vd d[i]
+#define Na a0
+#define Nb b0
+#define Nc c0
+#define Nd d0
+
 #define R float
 #define SUFFIX _float
 #define SQRT sqrtf
 #define ABS fabsf
+#define EXP exp_of_float
+#define LOG log_of_float
+#define EXPM1 expm1_of_float
+#define LOG1P log1p_of_float
+#define TANH tanh_of_float
+#define SIGMOID sigmoid_of_float
+#define POW powf
 #include "kernels.inc"
+#include "interpreter.inc"
 #undef R
 #undef SUFFIX
 #undef SQRT
 #undef ABS
+#undef EXP
+#undef LOG
+#undef EXPM1
+#undef LOG1P
+#undef TANH
+#undef SIGMOID
+#undef POW
 #undef ALL_KERNELS
 
 #define R double
 #define SUFFIX _double
 #define SQRT sqrt
 #define ABS fabs
+#define EXP exp
+#define LOG log
+#define EXPM1 expm1
+#define LOG1P log1p
+#define TANH tanh
+#define SIGMOID sigmoid_of_double
+#define POW pow
 #include "kernels.inc"
+#include "interpreter.inc"
 
 /* Half precision ------------------------------------------------------------------------------ */
 
@@ -115,7 +171,26 @@ WIDEN(float16)
 NARROW(bfloat16)
 NARROW(float16)
 
+/* Sums ---------------------------------------------------------------------------------------- */
+
+#define ADD_UP(name)                                                                  \
+  static void add_up_##name(const void *from_, double *lanes, int64_t size) {          \
+    const name *from = from_;                                                         \
+    double sums[LANES];                                                               \
+    int64_t i = 0;                                                                    \
+    memcpy(sums, lanes, sizeof sums);                                                 \
+    for (; i + LANES <= size; i += LANES)                                             \
+      for (int k = 0; k < LANES; ++k) sums[k] += (double)from[i + k];                 \
+    for (int k = 0; i + k < size; ++k) sums[k] += (double)from[i + k];                \
+    memcpy(lanes, sums, sizeof sums);                                                 \
+  }
+ADD_UP(double)
+ADD_UP(float)
+
 /* The table ----------------------------------------------------------------------------------- */
+
+#define DESCRIBED(name, operands, value) {#name, operands},
+static const struct operation operations[] = {OPERATIONS(DESCRIBED)};
 
 #define ENTRY(name, inputs, outputs) {#name, inputs, outputs, name##_float, name##_double},
 static const struct kernel kernels[] = {ALL_KERNELS};
@@ -126,6 +201,11 @@ const struct kernel_table JOIN(torchopt_kernels_, TORCHOPT_ISA) = {
     STRING(TORCHOPT_ISA),
     kernels,
     sizeof kernels / sizeof kernels[0],
+    {add_up_double, add_up_float},
+    operations,
+    sizeof operations / sizeof operations[0],
+    interpret_float,
+    interpret_double,
     {widen_bfloat16, widen_float16},
     {narrow_bfloat16, narrow_float16},
 };

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import torchopt
 from torchopt import ElementwiseTransformation, transformation
 from torchopt.base import numerics
 from torchopt.core.hyper import hyper
@@ -125,3 +126,29 @@ def values_of(tx: Any) -> list[float]:
                 if not isinstance(number, bool):
                     values.append(number)
     return values
+
+
+def other_kernels() -> list[Kernel]:
+    """Kernels that nobody has compiled: the interpreter of the C library runs them."""
+    transformations = [
+        torchopt.sgd(0.1, momentum=0.9, nesterov=True),
+        torchopt.adam(0.1, amsgrad=True),
+        torchopt.adam(0.1, eps_root=0.1),
+        torchopt.rmsprop(0.1, centered=True, momentum=0.9),
+        user_optimizer(signed_adam, ("m", "v"), lr=0.1, b1=0.9, b2=0.99, eps=1e-8)(),
+        torchopt.chain(torchopt.scale_by_rms(), torchopt.trace(0.9), torchopt.scale_by_adam()),
+    ]
+    kernels = [k for tx in transformations for k in program_of(tx).kernels.values() if k.outputs]
+    return list({kernel.text: kernel for kernel in kernels}.values())
+
+
+def signed_adam(
+    g: Any, p: Any, t: Any, slots: Any, lr: float, b1: float, b2: float, eps: float
+) -> Any:
+    """A rule of a user's own: Adam, with half a step where the gradient has turned."""
+    m, v = slots
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g * g
+    u = (m / (1 - b1**t)) / (torch.sqrt(v / (1 - b2**t)) + eps)
+    u = torch.where(u * g > 0, u, 0.5 * u) + 0.1 * torch.sign(m)
+    return -lr * u, (m, v)

@@ -22,7 +22,7 @@ from torchopt.core.plan import Plan
 from torchopt.core.rules import ElementwiseTransformation
 from torchopt.core.transform import transformation
 from torchopt.kernels import differentiable as differentiable_kernels
-from torchopt.kernels import launch, matching
+from torchopt.kernels import launch, matching, nodes
 from torchopt.kernels.graph import Kernel
 from torchopt.kernels.matching import Run, Variant
 from torchopt.kernels.program import Program
@@ -157,6 +157,7 @@ def test_new_transformations_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
         (matching, "_known_variants"),
         (launch, "_facts"),
         (differentiable_kernels, "sources"),
+        (nodes, "sources"),
     )
     for module, name in caches:
         few = functools.lru_cache(maxsize=8)(getattr(module, name).__wrapped__)

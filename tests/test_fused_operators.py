@@ -256,11 +256,14 @@ def test_arguments_that_do_not_fit_are_refused(change: Any, message: str) -> Non
         torch.ops.torchopt.update(*given)
 
 
-def test_a_graph_without_kernel_is_refused() -> None:
-    x = [torch.ones(3)]
-    text = "n0 := 1.5\nx0 = mul g n0\nx1 = neg x0\nx2 = abs x1\nu <- x2"
-    with pytest.raises(RuntimeError, match="no kernel has been generated for this graph"):
-        torch.ops.torchopt.update(x, text, [], None, [1], None)
+def test_a_graph_that_is_too_large_is_refused() -> None:
+    lines = [f"x{k} = add {f'x{k - 1}' if k else 'g'} s{k}" for k in range(63)]
+    text = "\n".join([*lines, "u <- x62"])
+    with pytest.raises(RuntimeError, match="64 inputs, kernels on the CPU have at most 63"):
+        torch.ops.torchopt.update([torch.ones(3)] * 64, text, [], None, [1], None)
+    text = "\n".join([*lines[:62], "u <- x61"])
+    (u,) = torch.ops.torchopt.update([torch.ones(3)] * 63, text, [], None, [1], None)
+    assert torch.equal(u, torch.full((3,), 63.0))
 
 
 # torch.compile ------------------------------------------------------------------------------------
@@ -275,9 +278,13 @@ COMPILED: dict[str, Callable[[bool], Any]] = {
     "after-clipping": lambda required: torchopt.chain(
         torchopt.clip_grad_norm(0.5), torchopt.adam(0.1, use_accelerated_op=required)
     ),
-    "two-kernels": lambda required: torchopt.chain(
+    "two-optimizers": lambda required: torchopt.chain(
         torchopt.adam(0.1, use_accelerated_op=required),
         torchopt.sgd(0.1, momentum=0.9, use_accelerated_op=required),
+    ),
+    # more slots than a kernel can have
+    "two-kernels": lambda required: torchopt.chain(*[torchopt.trace(0.5)] * 64).with_accelerated_op(
+        required
     ),
 }
 
@@ -415,11 +422,11 @@ def test_what_cannot_be_compiled_with_kernels_is_refused_by_name() -> None:
     g = [torch.ones(3)]
     tx = torchopt.adam(0.1, use_accelerated_op=True)
     half = [torch.ones(3, dtype=torch.bfloat16)]
-    unknown = user_optimizer(lambda g, p, t, slots: (g.sign() * g.abs().sqrt(), slots))
+    large = user_optimizer(lambda g, p, t, slots: (sum(g * (t + k) for k in range(1100)), slots))
     cases: list[tuple[Any, Any, Any, str]] = [
         (torchopt.adam(torch.tensor(0.1), use_accelerated_op=True), g, None, "is a tensor"),
         (tx, g, torchopt.OptState(torch.tensor(0), tx.init(g).slots), "count is a tensor"),
-        (unknown().with_accelerated_op(True), g, None, "no kernel has been generated"),
+        (large().with_accelerated_op(True), g, None, "at most 1024"),
         (torchopt.clip_grad_norm(1.0).with_accelerated_op(True), g, None, "not elementwise"),
         (COMPILED["two-kernels"](True), half, None, "half precision"),
     ]

@@ -80,8 +80,8 @@ def test_every_operation_has_an_expression() -> None:
 
 def compiled(kernels: Sequence[Kernel], folder: Path) -> native.Library:
     """Build the engine with other kernels, for the least instruction set."""
-    for name in ("engine.c", "engine.h", "threads.c", "kernels.c"):
-        shutil.copy(ROOT / "csrc" / name, folder)
+    for path in (ROOT / "csrc").glob("*.*"):
+        shutil.copy(path, folder)
     (folder / "kernels.inc").write_text(emit_c.source(kernels))
     path = folder / "_fused.so"
     flags = ["-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11"]

@@ -150,7 +150,7 @@ def moving_average(old: Tensor, new: Tensor, decay: Scalar) -> Tensor:
 def moving_average_of_square(old: Tensor, new: Tensor, decay: Scalar) -> Tensor:
     """Return ``decay * old + (1 - decay) * new ** 2``."""
     if isinstance(decay, Tensor):
-        return decay * old + (1 - decay) * new.square()
+        return decay * old + (1 - decay) * new * new
     return torch.addcmul(old * decay, new, new, value=1 - decay)
 
 

@@ -133,14 +133,19 @@ def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
 def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> dict[str, Any] | None:
     """Return the initial slots of all parameters packed; ``None`` if they have to be made singly.
 
-    The parts must treat entries alike, whatever tensor they are in, and have one row of
-    hyperparameters for all. ``packing`` is one that fits, if there is one already.
+    The parts must treat entries alike, whatever tensor they are in, and those that have slots must
+    have the same hyperparameters for all. ``packing`` is one that fits, if there is one already.
     """
     elementwise = all(part.elementwise for part in tx.plan.parts)
     row = call.hyper[0] if call.hyper else {}
     common = common_of(call)
-    if not elementwise or common is None or any(other is not row for other in call.hyper):
+    if not elementwise or common is None:
         return None
+    if any(other is not row for other in call.hyper):
+        fields = zip(tx.plan.fields, tx.plan.slots)
+        read = [name for own, slots in fields if slots for name in own.values()]
+        if any(other[name] is not row[name] for other in call.hyper for name in read):
+            return None
     packing = packing or Packing(common.shapes)
     flat: Tensor | None = None
     columns: dict[str, Any] = {}

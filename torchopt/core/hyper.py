@@ -180,6 +180,9 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be a real tensor, got dtype {value.dtype}.")
     elif isinstance(value, (Mapping, list, tuple)):
+        entries = value.values() if isinstance(value, Mapping) else value
+        if all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in entries):
+            return
         for key, element in zip(tree.leaf_names(value), tree.flatten(value)[0]):
             check(f"{name}[{misuse.short(key)}]", element, spec)
     elif not callable(value):

@@ -174,6 +174,7 @@ def _fitting(name: str, value: Any, leaf: Any, leaf_name: str) -> Any:
         not isinstance(value, torch.Tensor)
         or value.dim() == 0
         or not isinstance(leaf, torch.Tensor)
+        or value.shape == leaf.shape
     ):
         return value
     try:

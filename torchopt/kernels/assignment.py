@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence, Set
+from math import isnan
 from typing import Any
 
 import torch
@@ -19,15 +20,12 @@ from torchopt.kernels import backends, native
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.graph import Kernel
 from torchopt.kernels.launch import slot_dtype
+from torchopt.kernels.learned import is_hyper
 from torchopt.kernels.matching import Run
-from torchopt.kernels.program import UPDATE, slot_stream
+from torchopt.kernels.program import UPDATE, Program, slot_stream
+from torchopt.kernels.reading import PLAIN
+from torchopt.kernels.rows import read_rows, unfit_hypers
 from torchopt.kernels.rules import Rules
-from torchopt.nn.parameters import FastWeight
-
-
-#: Tensors that are what they seem. Others (DTensor, FakeTensor, a user's subclass) may have no
-#: address, and are computed by the rules.
-PLAIN = {Tensor, torch.nn.Parameter, FastWeight, torch.nn.Buffer}
 
 
 def assign(
@@ -45,9 +43,14 @@ def assign(
     """
     mode = "apply" if apply else "update"
     slots = [columns[name] for name in run.slots]
+    common = _common_class(leaves, slots)
+    if common is not None:
+        group = _assign_all(run, leaves, slots, common, mode)
+        if group is not None:
+            return [(list(range(len(leaves.g))), group)], {}
     unfit: dict[int, str] = {}
     takers: dict[tuple[Any, ...], _Taker] = {}
-    for key, positions in _classes(leaves, slots, types).items():
+    for key, positions in _classes(leaves, slots, types, common).items():
         _, t, present, has_params, dtype, device, reason = key
         row = leaves.hyper[positions[0]]
         read, program = run.read(row), None
@@ -56,15 +59,20 @@ def assign(
             program, reason = variant.program, variant.reason
             if program is not None:
                 reason = backends.missing(device, program, mode)
+                if program.kinds and not reason:
+                    tensors = {s: [run.hyper(row, s)] for s in program.hypers(mode)}
+                    reason = unfit_hypers(program, mode, tensors, [leaves.g[positions[0]]])
+                    if any(isnan(read.values[int(s[1:])]) for s in program.guarded):
+                        reason = "it compares a hyperparameter with more than one entry, or nan"
             if apply and not has_params:
                 reason = "there are no parameters to add to"
-        if reason or read is None:
+        if reason:
             unfit.update(dict.fromkeys(positions, reason))
             continue
         key = (id(program), dtype, device)
         taker = takers.setdefault(key, _Taker(program, present, has_params))
         taker.indices += [len(taker.values)] * len(positions)
-        taker.values.append((read[0], t))
+        taker.values.append((read.values, t))
         taker.positions += positions
     groups = [(t.positions, _group(run, leaves, slots, mode, t)) for t in takers.values()]
     return groups, unfit
@@ -82,8 +90,30 @@ class _Taker:
     values: list[tuple[Sequence[float], int]] = dataclasses.field(default_factory=list)
 
 
+def _assign_all(
+    run: Run, leaves: Leaves, slots: list[Any], common: tuple[Any, ...], mode: str
+) -> Group | None:
+    """Return what one kernel call needs for all parameters, if it takes them."""
+    _, t, present, has_params, _, device, _ = common
+    rows = read_rows(run, leaves.hyper)
+    if rows is None or (mode == "apply" and not has_params):
+        return None
+    values = rows.values()
+    program = rows.program(run, values, t, present, has_params)
+    if program is None or backends.missing(device, program, mode):
+        return None
+    if program.kinds:
+        tensors = {stream: rows.of_each(stream) for stream in program.hypers(mode)}
+        if unfit_hypers(program, mode, tensors, leaves.g):
+            return None
+    taker = _Taker(program, present, has_params, list(range(len(leaves.g))))
+    taker.indices = rows.indices or []
+    taker.values = [(row, t) for row in values]
+    return _group(run, leaves, slots, mode, taker)
+
+
 def _classes(
-    leaves: Leaves, slots: list[Any], types: Set[type]
+    leaves: Leaves, slots: list[Any], types: Set[type], common: tuple[Any, ...] | None
 ) -> dict[tuple[Any, ...], list[int]]:
     """Sort parameters by everything that a kernel depends on.
 
@@ -91,9 +121,8 @@ def _classes(
     parameter is, dtype, device, and why none of this matters.
     """
     classes: dict[tuple[Any, ...], list[int]] = {}
-    whole = _common_class(leaves, slots)
-    if whole is not None:
-        return {whole: list(range(len(leaves.g)))}
+    if common is not None and all(row is leaves.hyper[0] for row in leaves.hyper):
+        return {common: list(range(len(leaves.g)))}
     for k, (g, p, t, row) in enumerate(zip(leaves.g, leaves.p, leaves.t, leaves.hyper)):
         own = [column[k] for column in slots]
         present = tuple(x is not None for x in own)
@@ -105,11 +134,11 @@ def _classes(
 
 
 def _common_class(leaves: Leaves, slots: list[Any]) -> tuple[Any, ...] | None:
-    """Return the one key that all parameters share, or ``None``: the usual case, checked fast."""
-    t, row, common = leaves.t[0], leaves.hyper[0], leaves.common
+    """Return the key that all parameters share but for their rows, or ``None``: the usual case."""
+    t, common = leaves.t[0], leaves.common
     if common is None or not common.types <= PLAIN or common.dtype not in native.DTYPES:
         return None
-    if type(t) is not int or any(x is not row for x in leaves.hyper) or set(leaves.t) != {t}:
+    if type(t) is not int or set(leaves.t) != {t}:
         return None
     present = tuple(_is_there(column, 0) for column in slots)
     for column, there in zip(slots, present):
@@ -163,19 +192,29 @@ def _group(run: Run, leaves: Leaves, slots: list[Any], mode: str, taker: _Taker)
     """Gather all that one kernel call needs."""
     program, positions = taker.program, taker.positions
     kernel = program.kernels[mode]
+    rows = [leaves.hyper[k] for k in positions]
     rules = Rules(
         run,
-        [leaves.hyper[k] for k in positions],
+        rows,
         [int(leaves.t[k]) for k in positions],
         taker.present,
         taker.has_params,
         mode == "apply",
-        kernel.inputs,
+        inputs_of(program, mode),
         kernel.output_streams,
+        {s: [run.hyper(row, s).dim() for row in rows] for s in program.hypers(mode)},
         *_packing(leaves, slots, kernel, positions),
     )
     indices = taker.indices if len(taker.values) > 1 else None
     return Group(program, mode, len(positions), indices, taker.values, rules)
+
+
+def inputs_of(program: Program, mode: str) -> list[str]:
+    """Return the streams that a node of the graph takes: hyperparameters come last."""
+    inputs = program.kernels[mode].inputs
+    if not program.kinds:
+        return inputs
+    return [*(s for s in inputs if not is_hyper(s)), *program.hypers(mode)]
 
 
 def _is_there(column: Any, position: int) -> bool:

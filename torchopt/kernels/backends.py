@@ -9,7 +9,9 @@ import sys
 
 import torch
 
-from torchopt.kernels import native
+from torchopt.kernels import emit_triton, native
+from torchopt.kernels.bytecode import Code, TooLargeError
+from torchopt.kernels.graph import Kernel
 from torchopt.kernels.program import Program
 
 
@@ -78,15 +80,57 @@ def missing(device: torch.device, program: Program, mode: str) -> str:
     if "g" not in program.kernels[mode].inputs and "p" not in program.kernels[mode].inputs:
         return "its rule reads neither gradient nor parameter"
     if device.type == "cuda":
-        return _too_old(device)  # kernels for GPUs are generated when they are needed
-    for name in (mode, f"backward_{mode}"):
-        kernel = program.kernels[name]
-        if kernel.outputs and find(kernel.name) is None:
-            return "no kernel has been generated for this sequence of rules"
+        reason = _too_old(device)
+    # which derivatives are wanted by hyperparameters is known to rows.py
+    for name in (mode,) if program.kinds else (mode, f"backward_{mode}"):
+        reason = reason or unfit(program.kernels[name], device)
+    return reason
+
+
+def unfit(kernel: Kernel, device: torch.device) -> str:
+    """Return why a device that has kernels has none for a graph; the empty string if it has."""
+    if not kernel.outputs:
+        return ""
+    if device.type != "cuda":
+        return too_large(kernel)
+    op = emit_triton.absent(kernel)
+    return f"there are no kernels with {op!r} for GPUs" if op else ""
+
+
+def too_large(kernel: Kernel) -> str:
+    """Return why the CPU has no kernel for a graph; the empty string if it has."""
+    try:
+        function_of(kernel)
+    except TooLargeError as error:
+        return str(error)
     return ""
+
+
+#: Text of a kernel -> its program.
+_programs: dict[str, Code] = {}
+#: How many are kept: a user's own rules, made anew in a loop, may be of any number.
+PROGRAMS = 1024
+
+
+def function_of(kernel: Kernel) -> int | Code:
+    """Return the position of a kernel in the C library, or a program for its interpreter.
+
+    Raises:
+        TooLargeError: If the graph is too large.
+    """
+    position = find(kernel.name)
+    if position is not None:
+        return position
+    code = _programs.get(kernel.text)
+    if code is None:
+        code = Code(kernel.listing, native.library().operations)
+        while len(_programs) >= PROGRAMS:
+            _programs.pop(next(iter(_programs)), None)
+        _programs[kernel.text] = code
+    return code
 
 
 @functools.lru_cache(maxsize=1024)  # a user's own rules may be of any number
 def find(name: str) -> int | None:
-    """Return the position of a kernel in the C library, or ``None``."""
+    """Return the position of a compiled kernel in the C library, or ``None``."""
     return native.library().find(name)

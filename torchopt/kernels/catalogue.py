@@ -13,28 +13,24 @@ from typing import Any
 import torchopt
 from torchopt.core.transform import GradientTransformation
 from torchopt.kernels.graph import Kernel
+from torchopt.kernels.learned import ENTRIES, NUMBER, SINGLE, hyper_stream
 from torchopt.kernels.program import build
 
 
 #: Function -> the configurations whose graphs differ; every combination is generated.
 ROWS: list[tuple[Any, dict[str, list[Any]]]] = [
-    (torchopt.sgd, {"momentum": [0.0, 0.9], "nesterov": [False, True], "weight_decay": [0.0, 0.1]}),
-    (torchopt.adam, {"amsgrad": [False, True], "weight_decay": [0.0, 0.1], "eps_root": [0.0, 0.1]}),
-    (torchopt.adamw, {"amsgrad": [False, True], "eps_root": [0.0, 0.1]}),
-    (
-        torchopt.rmsprop,
-        {
-            "momentum": [0.0, 0.9],
-            "nesterov": [False, True],
-            "weight_decay": [0.0, 0.1],
-            "centered": [False, True],
-        },
-    ),
-    # the rules by themselves, for chains that scale in another way
-    (torchopt.scale_by_adam, {"amsgrad": [False, True], "eps_root": [0.0, 0.1]}),
-    (torchopt.scale_by_rms, {}),
-    (torchopt.scale_by_stddev, {}),
-    (torchopt.trace, {"nesterov": [False, True]}),
+    (torchopt.sgd, {"momentum": [0.0, 0.9], "weight_decay": [0.0, 0.1]}),
+    (torchopt.adam, {"weight_decay": [0.0, 0.1]}),
+    (torchopt.adamw, {}),
+    (torchopt.rmsprop, {}),
+]
+
+#: Function -> configurations, and which hyperparameter is learned, as one number and as one for
+#: each entry: those that are common. Any others run without a kernel of their own.
+LEARNED: list[tuple[Any, dict[str, list[Any]], str]] = [
+    (torchopt.sgd, {"momentum": [0.0, 0.9]}, "lr"),
+    (torchopt.adam, {}, "lr"),
+    (torchopt.adamw, {}, "lr"),
 ]
 
 #: Rules may treat the first step in another way (momentum buffers do).
@@ -44,11 +40,17 @@ STEPS = (1, 2)
 def transformations() -> Iterator[GradientTransformation]:
     """Yield every configuration of :data:`ROWS` that exists."""
     for function, choices in ROWS:
-        for values in itertools.product(*choices.values()):
-            arguments = dict(zip(choices, values))
-            if arguments.get("nesterov") and arguments.get("momentum") == 0.0:
-                continue  # refused: Nesterov momentum needs momentum
-            yield function(**arguments)
+        yield from _configurations(function, choices)
+
+
+def _configurations(
+    function: Any, choices: dict[str, list[Any]]
+) -> Iterator[GradientTransformation]:
+    for values in itertools.product(*choices.values()):
+        arguments = dict(zip(choices, values))
+        if arguments.get("nesterov") and arguments.get("momentum") == 0.0:
+            continue  # refused: Nesterov momentum needs momentum
+        yield function(**arguments)
 
 
 def kernels() -> list[Kernel]:
@@ -62,7 +64,30 @@ def kernels() -> list[Kernel]:
             for kernel in program.kernels.values():
                 if kernel.outputs:
                     found.setdefault(kernel.text, kernel)
+    for function, choices, name in LEARNED:
+        for tx in _configurations(function, choices):
+            for kernel in _learned_kernels(tx, name):
+                found.setdefault(kernel.text, kernel)
     return list(found.values())
+
+
+def _learned_kernels(tx: GradientTransformation, name: str) -> Iterator[Kernel]:
+    """Yield the kernels of a transformation one of whose hyperparameters is learned."""
+    rows = [part.hyperparameters() for part in tx.parts]
+    names = [
+        field
+        for row in rows
+        for field, value in row.items()
+        if not isinstance(value, bool)
+        for _ in (value if isinstance(value, tuple) else (value,))
+    ]
+    stream = hyper_stream(names.index(name))
+    for kind, step in itertools.product((SINGLE, ENTRIES), STEPS):
+        kinds = tuple(kind if field == name else NUMBER for field in names)
+        program = build(tx.parts, rows, step, _slots_present(tx), has_params=True, kinds=kinds)
+        for mode in ("update", "apply"):
+            yield program.kernels[mode]
+            yield program.backward(mode, frozenset({stream}))[0]
 
 
 def _slots_present(tx: GradientTransformation) -> list[bool]:

@@ -11,16 +11,30 @@ adds to :math:`\bar a` and :math:`\bar b`:
 ``1 / a``          :math:`\bar a \mathrel{-}= \bar y y^2`
 ``maximum(a, b)``  to the larger; half to each where they are equal, as torch does
 ``where(c, a, b)`` to the one that was chosen
+``exp(a)``         :math:`\bar a \mathrel{+}= \bar y\, y`
+``log(a)``         :math:`\bar a \mathrel{+}= \bar y / a`
+``expm1(a)``       :math:`\bar a \mathrel{+}= \bar y\, (y + 1)`
+``log1p(a)``       :math:`\bar a \mathrel{+}= \bar y / (1 + a)`
+``tanh(a)``        :math:`\bar a \mathrel{+}= \bar y\, (1 - y^2)`
+``sigmoid(a)``     :math:`\bar a \mathrel{+}= \bar y\, y\, (1 - y)`
+``pow(a, b)``      :math:`\bar a \mathrel{+}= \bar y\, b\, a^{b-1},\;
+                   \bar b \mathrel{+}= \bar y\, y \ln a`; nothing to :math:`a` where
+                   :math:`b = 0`, nor to :math:`b` where :math:`a = 0 \le b`
 =================  ======================================================================
 
 The backward kernel computes the forward values again from the inputs of the forward kernel, so that
 nothing has to be saved but tensors that exist anyway. There a quotient is a product with the
 reciprocal, which the derivative needs too: one division instead of three.
+
+A number :math:`n(h)` of the graph is an expression in hyperparameters. Where the derivative by one of
+them is wanted, it is :math:`\bar h = \sum_n \bar n\, \partial n / \partial h` for each entry, to be
+summed over all entries by whoever runs the kernel; the slopes :math:`\partial n / \partial h` are
+expressions too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torchopt.kernels.graph import (
@@ -35,42 +49,56 @@ from torchopt.kernels.graph import (
     substitute,
     topological,
 )
+from torchopt.kernels.learned import hypers_in, slope
 
 
 HALF = constant(0.5)
 
 
-def derive(outputs: Mapping[str, Node], incoming: str = "bar_") -> dict[str, Node]:
+def derive(
+    outputs: Mapping[str, Node], incoming: str = "bar_", hypers: Collection[str] = ()
+) -> dict[str, Node]:
     """Return the graph of the backward pass: input stream -> the derivative by it.
 
     Args:
         outputs: The graph, by output stream. The derivative by output ``s`` is the input
             ``incoming + s`` of the returned graph.
         incoming: See above.
+        hypers: The hyperparameters by which derivatives are wanted, too. They follow those of the
+            input streams.
     """
-    bars: dict[Node, Node] = {}
-    for stream, node in outputs.items():
-        _add(bars, node, input_node(f"{incoming}{stream}"))
     order = topological(outputs.values())
+    slopes = {
+        node: {h: slope(_source(node), h) for h in sorted(hypers_in(_source(node)) & set(hypers))}
+        for node in filter(is_number, order)
+    }
+    bars: dict[Node, Node] = {}
+
+    def to(node: Node, bar: Node) -> None:
+        if (not is_number(node) or slopes[node]) and bar != ZERO:
+            bars[node] = add(bars[node], bar) if node in bars else bar
+
+    for stream, node in outputs.items():
+        to(node, input_node(f"{incoming}{stream}"))
     for node in reversed(order):
         if node in bars and node.op not in ("input", "number"):
             rule = RULES.get(node.op)
             if rule is not None:
-                rule(node, bars[node], lambda a, bar: _add(bars, a, bar))
-    inputs = [node for node in order if node.op == "input"]
-    derivatives = substitute([bars.get(node, ZERO) for node in inputs], _with_reciprocal)
-    return {node.args[0]: derivative for node, derivative in zip(inputs, derivatives)}
+                rule(node, bars[node], to)
+    found = {node.args[0]: bars.get(node, ZERO) for node in order if node.op == "input"}
+    for hyper in hypers:
+        for node, own in slopes.items():
+            if hyper in own and node in bars:
+                term = mul(bars[node], _number(own[hyper]))
+                found[hyper] = add(found.get(hyper, ZERO), term)
+    derivatives = substitute(list(found.values()), _with_reciprocal)
+    return dict(zip(found, derivatives))
 
 
 def _with_reciprocal(node: Node) -> Node | None:
     if node.op == "div" and not is_number(node.args[1]):
         return mul(node.args[0], Node("reciprocal", (node.args[1],)))
     return None
-
-
-def _add(bars: dict[Node, Node], node: Node, bar: Node) -> None:
-    if not is_number(node) and bar != ZERO:
-        bars[node] = add(bars[node], bar) if node in bars else bar
 
 
 # Operations that leave out what is known beforehand -----------------------------------------------
@@ -145,8 +173,7 @@ def _div_rule(y: Node, bar: Node, to: Collect) -> None:
     a, b = y.args
     bar_a = _over(bar, b)
     to(a, bar_a)
-    if not is_number(b):
-        to(b, neg(mul(bar_a, y)))
+    to(b, neg(mul(bar_a, y)))
 
 
 def _neg_rule(y: Node, bar: Node, to: Collect) -> None:
@@ -169,7 +196,7 @@ def _extremum_rule(y: Node, bar: Node, to: Collect) -> None:
     first, second = y.args
     # nan is smaller than nothing: its derivative passes, as in torch
     smaller = (first, second) if y.op == "maximum" else (second, first)
-    if is_number(second):  # relu: nothing where they are equal
+    if second == ZERO:  # relu: nothing where they are equal
         to(first, _where(Node("less_equal", smaller), ZERO, bar))
         return
     equal, half = Node("equal", (first, second)), mul(bar, HALF)
@@ -183,7 +210,48 @@ def _where_rule(y: Node, bar: Node, to: Collect) -> None:
     to(b, _where(condition, ZERO, bar))
 
 
-#: ``sign`` and the comparisons are absent: their derivative is zero.
+def _exp_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], mul(bar, y))
+
+
+def _log_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], _over(bar, y.args[0]))
+
+
+def _expm1_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], mul(bar, add(y, ONE)))
+
+
+def _log1p_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], _over(bar, add(y.args[0], ONE)))
+
+
+def _tanh_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], mul(bar, Node("sub", (ONE, mul(y, y)))))
+
+
+def _sigmoid_rule(y: Node, bar: Node, to: Collect) -> None:
+    to(y.args[0], mul(bar, mul(y, Node("sub", (ONE, y)))))
+
+
+def _pow_rule(y: Node, bar: Node, to: Collect) -> None:
+    a, b = y.args
+    less = _number(f"({_source(b)} - 1.0)") if is_number(b) else Node("sub", (b, ONE))
+    bar_a = mul(bar, mul(Node("pow", (a, less)), b))
+    to(a, bar_a if _is_nonzero(b) else _where(Node("equal", (b, ZERO)), ZERO, bar_a))
+    flat = Node("and", (Node("equal", (a, ZERO)), Node("less_equal", (ZERO, b))))
+    to(b, _where(flat, ZERO, mul(bar, mul(y, Node("log", (a,))))))
+
+
+def _is_nonzero(node: Node) -> bool:
+    """Whether a node is a number that is written out, and not zero."""
+    try:
+        return is_number(node) and float(_source(node)) != 0
+    except ValueError:
+        return False
+
+
+#: ``sign`` and what gives truth values are absent: their derivative is zero.
 RULES: dict[str, Callable[[Node, Node, Collect], Any]] = {
     "add": _add_rule,
     "sub": _sub_rule,
@@ -196,4 +264,11 @@ RULES: dict[str, Callable[[Node, Node, Collect], Any]] = {
     "maximum": _extremum_rule,
     "minimum": _extremum_rule,
     "where": _where_rule,
+    "exp": _exp_rule,
+    "log": _log_rule,
+    "expm1": _expm1_rule,
+    "log1p": _log1p_rule,
+    "tanh": _tanh_rule,
+    "sigmoid": _sigmoid_rule,
+    "pow": _pow_rule,
 }

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Container, Iterator, Sequence
-from typing import Any
+from math import isnan
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,34 @@ from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 from torchopt.core.packed import Packed
 from torchopt.kernels.graph import Kernel, topological
 from torchopt.kernels.independent import Part, divide
-from torchopt.kernels.launch import Column, launch
+from torchopt.kernels.launch import SUM, Column, launch, slot_dtype
+from torchopt.kernels.learned import hypers_of, is_hyper
 from torchopt.kernels.places import Place, places
-from torchopt.kernels.program import Program
+from torchopt.kernels.program import Numbers, Program
 from torchopt.kernels.rules import Rules
+
+
+class Operands(NamedTuple):
+    """What a kernel call reads.
+
+    Attributes:
+        columns: The input streams.
+        given: The hyperparameters that are tensors, as they are.
+        values: Rows of hyperparameters and the step count.
+        indices: The row of each parameter, or of each piece; ``None`` for the only one.
+        pieces: Into how many pieces each tensor is divided: the examples of a batch, if they have
+            numbers of their own.
+    """
+
+    columns: dict[str, Any]
+    given: dict[str, list[Tensor]]
+    values: list[tuple[Sequence[float], int]]
+    indices: list[int] | None
+    pieces: int
+
+    def numbers(self, function: Numbers) -> list[tuple[float, ...]]:
+        """Return the rows of a kernel's numbers."""
+        return [function(values, step) for values, step in self.values]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,15 +79,9 @@ class Group:
         """The forward kernel."""
         return self.program.kernels[self.mode]
 
-    @property
-    def backward_kernel(self) -> Kernel:
-        """The backward kernel."""
-        return self.program.kernels[f"backward_{self.mode}"]
-
-    def numbers(self, name: str) -> list[tuple[float, ...]]:
-        """Return the rows of a kernel's numbers."""
-        function = self.program.numbers[name]
-        return [function(values, step) for values, step in self.values]
+    def backward_kernel(self, hypers: frozenset[str]) -> Kernel:
+        """Return the backward kernel with the derivatives by some hyperparameters."""
+        return self.program.backward(self.mode, hypers)[0]
 
     def columns(
         self, streams: Sequence[str], items: Sequence[Any], packed: frozenset[str] = frozenset()
@@ -130,15 +149,71 @@ class Group:
         """Return the same with another value of ``bare``."""
         return self if bare == self.bare else dataclasses.replace(self, bare=bare)
 
+    def kernel_inputs(self, tensors: Sequence[Tensor], sums: bool = False) -> Operands:
+        """Return the inputs of the kernels on real tensors; ``sums`` if derivatives are summed.
+
+        Hyperparameters with one entry are among the numbers; others get the shape of the gradient.
+        """
+        rule = self.rule
+        columns: dict[str, Any] = self.launch_columns(rule.inputs, tensors, rule.packed_in)
+        if not rule.hyper_dims:
+            return Operands(columns, {}, self.values, self.indices, 1)
+        given = {s: columns.pop(s) for s in rule.hyper_dims}
+        like: Any = columns["p"] if "p" in columns else columns["g"]
+        pieces, known = 1, True
+        for stream, own in given.items():
+            if self.program.summed(stream):
+                pieces = max(pieces, own[0].numel())
+                known = known and (pieces == 1 or self._is_known(stream, own))
+                continue
+            dtype = slot_dtype(like[0].dtype)
+            columns[stream] = [
+                h
+                if h.dtype == dtype and h.shape == x.shape
+                else rule.aligned(stream, k, h, x).to(dtype).expand(x.shape)
+                for k, (h, x) in enumerate(zip(own, like))
+            ]
+        if pieces == 1 or (known and not sums):
+            return Operands(columns, given, self.values, self.indices, 1)
+        if known:
+            indices = [k for k in self.indices or [0] * self.count for _ in range(pieces)]
+            return Operands(columns, given, self.values, indices, pieces)
+        return Operands(columns, given, *self._values_of_batch(given, pieces), pieces)
+
+    def _is_known(self, stream: str, own: Sequence[Tensor]) -> bool:
+        """Whether a batch of hyperparameters is one number for all examples, and was read."""
+        repeated = all(
+            step == 0 or size == 1 for h in own for step, size in zip(h.stride(), h.shape)
+        )
+        return repeated and not any(isnan(row[int(stream[1:])]) for row, _ in self.values)
+
+    def _values_of_batch(
+        self, given: dict[str, list[Tensor]], pieces: int
+    ) -> tuple[list[tuple[Sequence[float], int]], list[int]]:
+        """Return the hyperparameters and the step count of each parameter and example."""
+        of_each = [self.values[k] for k in self.indices or [0] * self.count]
+        rows = [(list(row), step) for row, step in of_each for _ in range(pieces)]
+        for stream, own in given.items():
+            if self.program.summed(stream):
+                found = torch.stack([h.detach().reshape(-1) for h in own]).tolist()
+                for k, number in enumerate(number for one in found for number in one):
+                    rows[k][0][int(stream[1:])] = number
+        return rows, list(range(len(rows)))
+
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the forward kernel on real tensors."""
         kernel, rule = self.kernel, self.rule
-        inputs = self.launch_columns(kernel.inputs, tensors, rule.packed_in)
+        operands = self.kernel_inputs(tensors)
+        try:
+            numbers = operands.numbers(self.program.numbers[self.mode])
+        except ArithmeticError:  # a learned number at the end of its range
+            return rule(*tensors)
+        inputs = operands.columns
         wanted: dict[str, Any] = {
             s: rule.packing if s in rule.packed_out else None for s in kernel.output_streams
         }
-        like = inputs["p"] if "p" in inputs else inputs["g"]
-        outputs = launch(kernel, inputs, like, wanted, self.numbers(self.mode), self.indices)  # pyright: ignore[reportArgumentType]
+        like: Any = inputs["p"] if "p" in inputs else inputs["g"]
+        outputs = launch(kernel, inputs, like, wanted, numbers, operands.indices, operands.pieces)
         return tuple(_flat(outputs))
 
 
@@ -173,8 +248,7 @@ class BackwardCall:
     @property
     def places_out(self) -> list[Place]:
         """Where the outputs stand."""
-        streams, packed = self.group.backward_kernel.outputs, self.group.rule.packed_in
-        found = places(list(streams), self.group.count, packed)
+        found = places(list(self.wanted), self.group.count, self.group.rule.packed_in)
         return [(s, row) for s, row in found if self._wants(s, row)]
 
     def _wants(self, stream: str, row: int) -> bool:
@@ -216,29 +290,59 @@ class BackwardCall:
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the backward kernel on real tensors; return what is wanted."""
-        group, kernel, rule = self.group, self.group.backward_kernel, self.group.rule
+        group, rule = self.group, self.group.rule
+        hypers = frozenset(filter(is_hyper, self.wanted))
+        kernel, function = group.program.backward(group.mode, hypers)
         bars, saved = self.split(tensors)
-        forward = group.kernel
-        inputs = group.launch_columns(forward.inputs, saved, rule.packed_in)
+        sums = any(map(group.program.summed, hypers))
+        operands = group.kernel_inputs(saved, sums)
+        try:
+            numbers = operands.numbers(function)
+        except ArithmeticError:  # a learned number at the end of its range
+            return self.rule(*tensors)
+        inputs = operands.columns
         like = inputs["p"] if "p" in inputs else inputs["g"]
-        streams = [f"bar_{s}" for s in forward.output_streams]
+        streams = [f"bar_{s}" for s in group.kernel.output_streams]
         packed = frozenset(f"bar_{s}" for s in rule.packed_out)
-        columns = inputs | group.launch_columns(streams, bars, packed)
+        columns: dict[str, Any] = inputs | group.launch_columns(streams, bars, packed)
         wanted: dict[str, Any] = {}
         for stream in kernel.output_streams:
             wanted[stream] = self.wanted[stream]
-            if stream in rule.packed_in:
+            if stream in hypers and group.program.summed(stream):
+                wanted[stream] = SUM
+            elif stream in rule.packed_in:
                 needed = self.wanted[stream][0]
                 wanted[stream] = rule.packing if needed else [False] * group.count
-        outputs = launch(
+        outputs: dict[str, Any] = launch(
             kernel,
             {s: columns[s] for s in kernel.inputs},
-            like,  # pyright: ignore[reportArgumentType]
+            like,
             wanted,
-            group.numbers(f"backward_{group.mode}"),
-            group.indices,
+            numbers,
+            operands.indices,
+            operands.pieces,
         )
+        for stream in hypers:
+            outputs[stream] = self._by_hypers(stream, outputs[stream], operands.given[stream], like)
         return tuple(x for x in _flat(outputs) if x is not None)
+
+    def _by_hypers(
+        self, stream: str, found: Any, given: Sequence[Tensor], like: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Return derivatives in the shapes and dtypes of the hyperparameters."""
+        if isinstance(found, Tensor):  # sums; copies, so that each can be changed by itself
+            found = found.view(len(given), -1).to(given[0].dtype)
+            found = torch.unbind_copy(found if found.shape[1] > 1 else found.view(-1))
+        derivatives: list[Tensor | None] = []
+        for k, (x, h, wanted) in enumerate(zip(found, given, self.wanted[stream])):
+            if not wanted:
+                derivatives.append(None)
+                continue
+            if x.shape != h.shape and x.numel() != h.numel():
+                x = x.sum_to_size(self.group.rule.aligned(stream, k, h, like[k]).shape)
+            x = x if x.shape == h.shape else x.reshape(h.shape)
+            derivatives.append(x if x.dtype == h.dtype else x.to(h.dtype))
+        return derivatives
 
     def rule(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Compute the same by differentiating the rules."""
@@ -267,11 +371,11 @@ class BackwardCall:
 
     def _wanted(self, by_input: Sequence[Tensor]) -> tuple[Tensor, ...]:
         packed = self.group.rule.packed_in
-        columns = self.group.columns(self.group.kernel.inputs, by_input, packed)
+        columns = self.group.columns(self.group.rule.inputs, by_input, packed)
         return tuple(
             x
-            for stream in self.group.backward_kernel.outputs
-            for x, wanted in zip(columns[stream], self.wanted[stream])
+            for stream, mask in self.wanted.items()
+            for x, wanted in zip(columns[stream], mask)
             if wanted
         )
 
@@ -293,8 +397,12 @@ def _one_by_one(rows: list[int], bare: bool) -> list[list[int]]:
 
 @functools.lru_cache(maxsize=256)
 def sources(kernel: Kernel) -> dict[str, frozenset[str]]:
-    """Return, for each output stream of a kernel, the input streams that it is computed from."""
+    """Return, for each output stream of a kernel, the input streams that it is computed from.
+
+    The hyperparameters are among them.
+    """
     return {
         stream: frozenset(n.args[0] for n in topological([node]) if n.op == "input")
+        | hypers_of([node])
         for stream, node in kernel.outputs.items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchopt.kernels.graph import Kernel
+from torchopt.kernels.graph import TRUTH, Kernel
 
 
 #: Operation -> the C expression. ``R`` is float or double; the macros are in csrc/kernels.c.
@@ -26,8 +26,17 @@ EXPRESSIONS = {
     "equal": "{0} == {1}",
     "not_equal": "{0} != {1}",
     "where": "{0} ? {1} : {2}",
+    "and": "({0} != 0) & ({1} != 0)",
+    "or": "({0} != 0) | ({1} != 0)",
+    "not": "{0} == 0",
+    "exp": "EXP({0})",
+    "log": "LOG({0})",
+    "expm1": "EXPM1({0})",
+    "log1p": "LOG1P({0})",
+    "tanh": "TANH({0})",
+    "sigmoid": "SIGMOID({0})",
+    "pow": "POW({0}, {1})",
 }
-TRUTH = ("less", "less_equal", "equal", "not_equal")
 
 
 def function(kernel: Kernel) -> str:

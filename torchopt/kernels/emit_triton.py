@@ -56,6 +56,9 @@ EXPRESSIONS = {
     "equal": "{0} == {1}",
     "not_equal": "{0} != {1}",
     "where": "tl.where({0}, {1}, {2})",
+    "and": "({0} != 0) & ({1} != 0)",
+    "or": "({0} != 0) | ({1} != 0)",
+    "not": "{0} == 0",
 }
 
 #: Type of the arithmetic -> the expressions that differ: in float32 ``/`` and ``tl.sqrt`` are
@@ -66,14 +69,29 @@ ROUNDED = {
         "sqrt": "tl.math.sqrt_rn({0})",
         "root_slope": "tl.where({0} == 0, 0.0, tl.math.div_rn(0.5, {0}))",
         "reciprocal": "tl.math.div_rn(1.0, {0})",
+        "exp": "tl.exp({0}.to(tl.float64)).to(R)",
+        "log": "tl.log({0}.to(tl.float64)).to(R)",
+        "sigmoid": "(1.0 / (1.0 + tl.exp(-({0}.to(tl.float64))))).to(R)",
     },
     "float64": {
         "div": "{0} / {1}",
         "sqrt": "tl.sqrt({0})",
         "root_slope": "tl.where({0} == 0, 0.0, 0.5 / {0})",
         "reciprocal": "1.0 / {0}",
+        "exp": "tl.exp({0})",
+        "log": "tl.log({0})",
+        "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))",
     },
 }
+
+
+#: Operations that Triton has not, to the last digits that torch has.
+ABSENT = frozenset({"expm1", "log1p", "tanh", "pow"})
+
+
+def absent(kernel: Kernel) -> str:
+    """Return an operation of a kernel that Triton has not; the empty string if it has all."""
+    return next((op for _, op, _ in kernel.listing.statements if op in ABSENT), "")
 
 
 def source(kernel: Kernel, stored: str) -> str:

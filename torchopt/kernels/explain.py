@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from torchopt.core.opt_state import OptState
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.kernels import fused
@@ -18,7 +16,8 @@ def why(
 ) -> list[str]:
     """Return why parts of an update would not be fused; an empty list if all would be.
 
-    Nothing is computed that the caller can see: the update is made on the side.
+    Nothing is computed that the caller can see: the update is made on the side. Whether derivatives
+    by hyperparameters are wanted is taken from the grad mode.
 
     Args:
         tx: The transformation.
@@ -42,6 +41,6 @@ def why(
     """
     check_transformation(tx, "why")
     lines: list[str] = []
-    with torch.no_grad(), fused.asking(lines):
+    with fused.asking(lines):
         tx.update(grads, tx.init(grads) if state is None else state, params, inplace=False)
     return lines

@@ -31,6 +31,7 @@ from torchopt.kernels import backends, levels
 from torchopt.kernels.assignment import assign
 from torchopt.kernels.differentiable import Group, split_for_hooks
 from torchopt.kernels.independent import divide, named
+from torchopt.kernels.learned import is_hyper
 from torchopt.kernels.matching import Run, runs_from, unjoined, whole_run
 from torchopt.kernels.nodes import Fused
 from torchopt.kernels.places import spread
@@ -223,6 +224,9 @@ def _inputs(
     tensors: list[Tensor] = []
     whole = list(positions) == list(range(len(leaves.g)))
     for stream in group.rule.inputs:
+        if is_hyper(stream):
+            tensors += group.rule.hypers(stream)
+            continue
         source = sources[stream]
         if stream in group.rule.packed_in:
             tensors.append(source.flat)

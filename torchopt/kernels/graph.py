@@ -50,8 +50,8 @@ class Node:
 
 _NODES: WeakValueDictionary[tuple[str, tuple[Any, ...]], Node] = WeakValueDictionary()
 
-#: Operations of a graph and how many arguments they take. Comparisons give a truth value, which
-#: only ``where`` reads. ``root_slope`` is the derivative of ``sqrt`` by its value: 1/(2x), 0 at 0.
+#: Operations of a graph and how many arguments they take. Those of :data:`TRUTH` give a truth
+#: value, which is 1 or 0 where it is computed with. ``root_slope`` is the derivative of ``sqrt`` by its value: 1/(2x), 0 at 0.
 OPERATIONS = {
     "add": 2,
     "sub": 2,
@@ -70,7 +70,18 @@ OPERATIONS = {
     "equal": 2,
     "not_equal": 2,
     "where": 3,
+    "and": 2,
+    "or": 2,
+    "not": 1,
+    "exp": 1,
+    "log": 1,
+    "expm1": 1,
+    "log1p": 1,
+    "tanh": 1,
+    "sigmoid": 1,
+    "pow": 2,
 }
+TRUTH = frozenset({"less", "less_equal", "equal", "not_equal", "and", "or", "not"})
 
 
 def input_node(stream: str) -> Node:

@@ -193,10 +193,10 @@ class Prepared:
     def plan_step(self, row: dict[str, Any], t: int) -> bool:
         """Choose the program for these numbers; return whether there is one."""
         read = self.run.read(row)
-        if read is None:  # no derivative is recorded here, so a tensor is as good as its number
+        if read.kinds:  # no derivative is recorded here, so a tensor is as good as its number
             row = {name: hyper.as_numbers(value) for name, value in row.items()}
             read = self.run.read(row)
-        if read is None:
+        if read.kinds or read.reason:
             return False
         variant = self.run.variant(row, read, t, self.present, has_params=True)
         program = variant.program
@@ -210,21 +210,19 @@ class Prepared:
                 return False  # a slot that is not there yet has to be made
             self.program, self.call, self.told = program, self._make_call(program), []
         assert self.call is not None
-        self.call.set_numbers(program.numbers[MODE](read[0], t))
+        self.call.set_numbers(program.numbers[MODE](read.values, t))
         return True
 
     def _make_call(self, program: Program) -> native.KernelCall:
         kernel = program.kernels[MODE]
         kept = [slot_stream(k) for k, there in enumerate(self.present) if there]
         places = dict(zip(("p", *kept), self.addresses))
-        position = backends.find(kernel.name)
-        assert position is not None, "plan_step has asked"
         count = len(self.sizes)
         inputs = [places.get(stream, [0] * count) for stream in kernel.inputs]
         outputs = [places["p" if stream == "u" else stream] for stream in kernel.output_streams]
         return native.KernelCall(
             native.library(),
-            position,
+            backends.function_of(kernel),
             native.DTYPES[self.dtype],
             narrow_mask(kernel.inputs),
             narrow_mask(kernel.output_streams),

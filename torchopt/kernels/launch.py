@@ -16,11 +16,15 @@ from torch import Tensor
 
 from torchopt.core.packed import Packed, Packing
 from torchopt.kernels import backends, native
+from torchopt.kernels.bytecode import Code
 from torchopt.kernels.graph import Kernel
 
 
 #: Streams that have the dtype of the parameters; the others are float32 if that is half precision.
 OF_PARAMETERS = frozenset({"g", "p", "u", "bar_u"})
+
+#: Asks for the sum of a stream over each parameter.
+SUM = "sum"
 
 Numbers = Sequence[float]
 #: One tensor of each parameter, ``None`` for zeros.
@@ -31,9 +35,10 @@ def launch(
     kernel: Kernel,
     inputs: dict[str, Column],
     like: list[Tensor],
-    wanted: dict[str, list[bool] | Packing | None],
+    wanted: dict[str, list[bool] | Packing | str | None],
     numbers: Sequence[Numbers],
     rows: Sequence[int] | None,
+    pieces: int = 1,
 ) -> dict[str, Column]:
     """Return new tensors with the outputs of a kernel.
 
@@ -42,19 +47,26 @@ def launch(
         inputs: Stream -> one tensor of each parameter, perhaps packed; ``None`` reads as zeros.
         like: For each parameter the tensor whose shape, layout and device its outputs get.
         wanted: Output stream -> which parameters need it; ``None`` for all, a packing for all in
-            one flat tensor.
+            one flat tensor, ``SUM`` for the sum over each parameter, in one tensor of float64.
         numbers: Rows of the kernel's numbers.
-        rows: The row of each parameter; ``None`` for the only one.
+        rows: The row of each parameter, or piece; ``None`` for the only one.
+        pieces: Into how many pieces tensors are divided, which have numbers and sums of their own.
     """
-    packed = any(isinstance(column, Packed) for column in inputs.values())
+    packed = pieces > 1 or any(isinstance(column, Packed) for column in inputs.values())
     packed = packed or any(isinstance(mask, Packing) for mask in wanted.values())
     like, inputs = _same_layout(like, {s: _readable(c) for s, c in inputs.items()}, packed)
     own = like[0].dtype
     outputs: dict[str, Column] = {}
+    sums: Tensor | None = None
+    summed = [k for k, stream in enumerate(kernel.output_streams) if wanted[stream] is SUM]
+    if summed:
+        sums = torch.empty((len(summed), len(like) * pieces), dtype=torch.float64)
     for stream in kernel.output_streams:
-        dtype = own if stream in OF_PARAMETERS else slot_dtype(own)
+        dtype = dtype_of(stream, own)
         mask = wanted[stream]
-        if isinstance(mask, Packing):
+        if mask is SUM:
+            outputs[stream] = [None] * len(like)
+        elif isinstance(mask, Packing):
             flat = torch.empty(mask.total, dtype=dtype, device=like[0].device)
             outputs[stream] = Packed(flat, mask)
         elif mask is not None and not all(mask):
@@ -66,7 +78,11 @@ def launch(
             outputs[stream] = list(map(torch.empty_like, like))
         else:
             outputs[stream] = [torch.empty_like(x, dtype=dtype) for x in like]
-    run(kernel, inputs, outputs, like, numbers, rows)
+    special: tuple[Any, ...] = (summed, sums, pieces) if summed or pieces > 1 else ()
+    run(kernel, inputs, outputs, like, numbers, rows, *special)
+    for k, stream in enumerate(kernel.output_streams[j] for j in summed):
+        assert sums is not None
+        outputs[stream] = sums[k]  # pyright: ignore[reportArgumentType]
     return outputs
 
 
@@ -77,35 +93,60 @@ def run(
     like: list[Tensor],
     numbers: Sequence[Numbers],
     rows: Sequence[int] | None,
+    summed: Sequence[int] = (),
+    sums: Tensor | None = None,
+    pieces: int = 1,
 ) -> None:
-    """Run a kernel from tensors into tensors; for each parameter all have one dense layout."""
+    """Run a kernel from tensors into tensors; for each parameter all have one dense layout.
+
+    ``sums`` gets the sums over each tensor of the output streams at the positions ``summed``.
+    """
     if like[0].is_cuda:
         from torchopt.kernels import triton_backend
 
+        if pieces > 1:
+            inputs, outputs = (
+                {s: _views(c, pieces) for s, c in x.items()} for x in (inputs, outputs)
+            )
+            like = _views(like, pieces)
         triton_backend.run(kernel, inputs, outputs, like, numbers, rows)
         return
-    position, narrow_in, narrow_out = _facts(kernel)
+    function, narrow_in, narrow_out = _facts(kernel)
     sizes = next((c.packing.sizes for c in inputs.values() if isinstance(c, Packed)), None)
+    sizes = list(map(Tensor.numel, like)) if sizes is None else sizes
+    in_places = [addresses(inputs[stream]) for stream in kernel.inputs]
+    out_places = [addresses(outputs[stream]) for stream in kernel.outputs]
+    if pieces > 1:
+        sizes = [size // pieces for size in sizes for _ in range(pieces)]
+        bytes_of = {s: dtype_of(s, like[0].dtype).itemsize for s in (*kernel.inputs, *outputs)}
+        in_places = [
+            divided(p, sizes, bytes_of[s], pieces) for s, p in zip(kernel.inputs, in_places)
+        ]
+        out_places = [divided(p, sizes, bytes_of[s], pieces) for s, p in zip(outputs, out_places)]
     native.library().run(
-        position,
+        function,
         native.DTYPES[like[0].dtype],
         narrow_in,
         narrow_out,
-        list(map(Tensor.numel, like)) if sizes is None else sizes,
-        list(chain.from_iterable(addresses(inputs[stream]) for stream in kernel.inputs)),
-        list(chain.from_iterable(addresses(outputs[stream]) for stream in kernel.outputs)),
+        sizes,
+        list(chain.from_iterable(in_places)),
+        list(chain.from_iterable(out_places)),
         [number for row in numbers for number in row],
         rows,
         len(kernel.numbers),
+        sum(1 << k for k in summed),
+        0 if sums is None else sums.data_ptr(),
     )
 
 
 @functools.lru_cache(maxsize=256)
-def _facts(kernel: Kernel) -> tuple[int, int, int]:
-    """Return where the library has a kernel, and which streams have the parameters' dtype."""
-    position = backends.find(kernel.name)
-    assert position is not None, "the policy has found it"
-    return position, narrow_mask(kernel.inputs), narrow_mask(kernel.output_streams)
+def _facts(kernel: Kernel) -> tuple[int | Code, int, int]:
+    """Return what the library runs, and which streams have the parameters' dtype."""
+    return (
+        backends.function_of(kernel),
+        narrow_mask(kernel.inputs),
+        narrow_mask(kernel.output_streams),
+    )
 
 
 def addresses(tensors: Column) -> list[int]:
@@ -126,6 +167,29 @@ def addresses(tensors: Column) -> list[int]:
                     "(untyped_storage().resize_). Give it its memory back before the update."
                 )
     return found
+
+
+def _views(column: Column, pieces: int) -> list[Any]:
+    """Return the pieces of tensors."""
+    return [
+        piece
+        for x in column
+        for piece in ([None] * pieces if x is None else x.view(pieces, -1).unbind())
+    ]
+
+
+def divided(starts: Sequence[int], sizes: Sequence[int], entry: int, pieces: int) -> list[int]:
+    """Return the addresses of the pieces of tensors; ``sizes`` are those of the pieces."""
+    return [
+        start and start + piece * sizes[k * pieces] * entry
+        for k, start in enumerate(starts)
+        for piece in range(pieces)
+    ]
+
+
+def dtype_of(stream: str, own: torch.dtype) -> torch.dtype:
+    """Return the dtype of a stream where parameters have the dtype ``own``."""
+    return own if stream in OF_PARAMETERS else slot_dtype(own)
 
 
 def slot_dtype(dtype: torch.dtype) -> torch.dtype:

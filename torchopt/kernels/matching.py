@@ -7,14 +7,13 @@ import functools
 import itertools
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from torchopt.base import misuse
-from torchopt.base.values import is_plain
+from torchopt.base.values import is_plain, same
 from torchopt.core.plan import Plan
+from torchopt.kernels.learned import NUMBER, hyper_stream
 from torchopt.kernels.program import Program, build, compiled, holds
+from torchopt.kernels.reading import read_tensor
 from torchopt.kernels.tracing import UntraceableError
 from torchopt.kernels.watching import Watch
 
@@ -35,6 +34,7 @@ class Variant:
         reason: Why there is none.
         guards: Comparisons of numbers, and how they must come out (where there is no program).
         own: What a rule has read from itself instead of its arguments; ``None`` if nothing.
+        kinds: The kinds of the hyperparameters; empty if all are numbers.
     """
 
     flags: tuple[bool, ...]
@@ -44,6 +44,7 @@ class Variant:
     reason: str = ""
     guards: tuple[Any, tuple[bool, ...]] | None = None
     own: Any = None
+    kinds: tuple[str, ...] = ()
 
     def holds(self, values: Sequence[float], t: int) -> bool:
         """Whether it is that of these numbers, too."""
@@ -53,6 +54,22 @@ class Variant:
             return False
         compare, outcome = self.guards
         return holds(compare, outcome, values, t)
+
+
+class Read(NamedTuple):
+    """The hyperparameters of one parameter, as kernels take them.
+
+    Attributes:
+        values: The numbers, and those in tensors with one entry; ``nan`` for other tensors.
+        flags: The flags.
+        kinds: The kind of each value (see torchopt.kernels.learned); empty if all are numbers.
+        reason: Why no kernel takes them.
+    """
+
+    values: list[float]
+    flags: tuple[bool, ...]
+    kinds: tuple[str, ...] = ()
+    reason: str = ""
 
 
 class Run:
@@ -65,6 +82,7 @@ class Run:
         self.variants = _variants_of(self.parts)
         self.own_variants: list[Variant] = []  # where a rule reads what is no number from itself
         self._own: Any = None
+        self._places: list[tuple[str, int | None]] | None = None
         self.public = [name for fields in plan.fields[first:last] for name in fields.values()]
 
     def rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -74,8 +92,8 @@ class Run:
             for fields in self.plan.fields[self.first : self.last]
         ]
 
-    def read(self, row: dict[str, Any]) -> tuple[list[float], tuple[bool, ...]] | None:
-        """Return the numbers and the flags of one parameter; ``None`` if one is a tensor."""
+    def read(self, row: dict[str, Any]) -> Read:
+        """Return the numbers, the flags and the kinds of the hyperparameters of one parameter."""
         values: list[float] = []
         flags = []
         for name in self.public:
@@ -88,38 +106,87 @@ class Run:
             else:
                 for number in value if kind is tuple else (value,):
                     if not isinstance(number, numbers.Real):
-                        return None
+                        return self._read_tensors(row)
                     values.append(float(number))
-        return values, tuple(flags)
+        return Read(values, tuple(flags))
+
+    def _read_tensors(self, row: dict[str, Any]) -> Read:
+        values: list[float] = []
+        kinds: list[str] = []
+        for name, place in self.places(row):
+            value = row[name] if place is None else row[name][place]
+            if isinstance(value, numbers.Real):
+                values.append(float(value))
+                kinds.append(NUMBER)
+                continue
+            number, kind, reason = read_tensor(value)
+            if reason:
+                return Read([], (), (), f"the hyperparameter {name} is {reason}")
+            values.append(number)
+            kinds.append(kind)
+        flags = tuple(row[name] for name in self.public if type(row[name]) is bool)
+        return Read(values, flags, tuple(kinds))
+
+    def places(self, row: dict[str, Any]) -> list[tuple[str, int | None]]:
+        """Return where each number stands in a row: its name, and its position in a pair."""
+        if self._places is None:
+            self._places = [
+                (name, place)
+                for name in self.public
+                if type(row[name]) is not bool
+                for place in (range(len(row[name])) if type(row[name]) is tuple else (None,))
+            ]
+        return self._places
+
+    def hyper(self, row: dict[str, Any], stream: str) -> Any:
+        """Return the hyperparameter that a stream stands for."""
+        name, place = self.places(row)[int(stream[1:])]
+        return row[name] if place is None else row[name][place]
+
+    def with_hypers(self, row: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return a row with other hyperparameters in the place of some, by stream."""
+        row = dict(row)
+        for stream, value in given.items():
+            name, place = self.places(row)[int(stream[1:])]
+            if place is not None:
+                pair = list(row[name])
+                pair[place] = value
+                value = tuple(pair)
+            row[name] = value
+        return row
 
     def variant(
         self,
         row: dict[str, Any],
-        read: tuple[list[float], tuple[bool, ...]] | None,
+        read: Read,
         t: Any,
         present: tuple[bool, ...],
         has_params: bool,
     ) -> Variant:
         """Return the program for a row of hyperparameters (read by :meth:`read`), or why not."""
-        if read is None:
-            reason = misuse.no_number({name: row[name] for name in self.public})
+        values, flags, kinds, reason = read
+        if reason:
             return Variant((), present, has_params, None, reason)
-        values, flags = read
         if type(t) is not int:
             return Variant(flags, present, has_params, None, "the step count is a tensor")
         for known in itertools.chain(self.variants, self.own_variants):
             if (
                 known.flags == flags
+                and known.kinds == kinds
                 and known.present == present
                 and known.has_params == has_params
-                and (known.own is None or known.own == self._own_values())
+                and (known.own is None or same(known.own, self._own_values()))
                 and known.holds(values, t)
             ):
                 return known
-        made = Variant(flags, present, has_params, None)
+        made = Variant(flags, present, has_params, None, kinds=kinds)
         watch = Watch(self.parts)
+        numbers = row
+        if kinds:
+            tensors = {hyper_stream(k): values[k] for k, kind in enumerate(kinds) if kind != NUMBER}
+            numbers = self.with_hypers(row, tensors)
         try:
-            made.program = build(watch.parts, self.rows(row), t, present, has_params)
+            made.program = build(watch.parts, self.rows(numbers), t, present, has_params, kinds)
         except Exception as error:
             what = "is not pointwise" if isinstance(error, UntraceableError) else "cannot be traced"
             made.reason = f"its rule {what}: {error}"
@@ -127,6 +194,9 @@ class Run:
         kept = self.variants
         if watch.was_read:
             made.own = self._own_values()
+            if kinds and not is_plain(made.own):
+                made.program, made.reason = None, "its rule reads from itself what may be a tensor"
+                return made
             kept = self.variants if is_plain(made.own) else self.own_variants
         if len(kept) >= VARIANTS:
             del kept[0]
@@ -153,8 +223,6 @@ def _variants_of(parts: tuple[Any, ...]) -> list[Variant]:
         values = [getattr(part, name) for name in fields]
         if not all(map(is_plain, values)):
             return []  # nothing that holds a graph, or code, is kept for good
-        if any(isinstance(getattr(part, name), Tensor) for name in part.declared):
-            return []  # there will be no program
         key.append((type(part), *zip(map(type, values), values)))
     return _known_variants(tuple(key))
 

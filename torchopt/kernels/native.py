@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -16,8 +17,10 @@ from typing import Any
 
 import torch
 
+from torchopt.kernels.bytecode import Code
 
-ABI = 2
+
+ABI = 4
 LIBRARY = Path(__file__).with_name("_fused.dll" if os.name == "nt" else "_fused.so")
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 #: pip would take a wheel from its cache that was built without a compiler.
@@ -32,7 +35,9 @@ class UnavailableError(Exception):
 
 
 #: Where entries of ``struct call`` of csrc/engine.h stand; all of them have 64 bits.
-_THREADS, _NUMBERS, _DONE = 6, 11, 12
+_THREADS, _NUMBERS, _DONE, _SUMMED, _SUMS = 6, 11, 12, 14, 15
+#: In the place of a kernel's position: it is a program.
+_PROGRAM = -1
 
 
 class Library:
@@ -51,11 +56,16 @@ class Library:
         self._library.torchopt_find.restype = ctypes.c_int64
         self._library.torchopt_select.argtypes = [ctypes.c_char_p]
         self._library.torchopt_select.restype = ctypes.c_int64
+        self._library.torchopt_operation.argtypes = [ctypes.c_int64]
+        self._library.torchopt_operation.restype = ctypes.c_char_p
         self._library.torchopt_instruction_set.restype = ctypes.c_char_p
         self._library.torchopt_use_team.argtypes = [ctypes.c_void_p]
         self._library.torchopt_use_team.restype = None
         self._library.torchopt_use_team(_entry_of_openmp())
         self._run = self._library.torchopt_run
+        names = iter(map(self._library.torchopt_operation, itertools.count()).__next__, None)
+        #: The operations of programs (csrc/operations.inc), and their positions.
+        self.operations = {name.decode(): k for k, name in enumerate(names)}
 
     @property
     def instruction_set(self) -> str:
@@ -78,7 +88,7 @@ class Library:
 
     def run(
         self,
-        kernel: int,
+        kernel: int | Code,
         dtype: int,
         narrow_in: int,
         narrow_out: int,
@@ -88,11 +98,13 @@ class Library:
         numbers: Sequence[float],
         rows: Sequence[int] | None = None,
         width: int = 0,
+        summed: int = 0,
+        sums: int = 0,
     ) -> None:
         """Run a kernel over many tensors.
 
         Args:
-            kernel: What :meth:`find` returned.
+            kernel: What :meth:`find` returned, or a program.
             dtype: A value of :data:`DTYPES`: that of the streams in ``narrow_in`` and
                 ``narrow_out``; in half precision the others are float32.
             narrow_in: Bit ``k`` is set if input stream ``k`` has the parameters' dtype.
@@ -103,11 +115,14 @@ class Library:
             numbers: Rows of the kernel's numbers.
             rows: The row of each tensor; ``None``: the only one.
             width: The length of a row.
+            summed: Bit ``k`` is set if of output stream ``k`` the sum over each tensor is wanted.
+            sums: The address of the sums, in float64, stream by stream.
         """
         call = KernelCall(
             self, kernel, dtype, narrow_in, narrow_out, sizes, inputs, outputs, rows, width
         )
         call.set_numbers(numbers)
+        call.set_sums(summed, sums)
         call.run()
 
     def run_call(self, call: Any) -> None:
@@ -126,7 +141,7 @@ class KernelCall:
     def __init__(
         self,
         library: Library,
-        kernel: int,
+        kernel: int | Code,
         dtype: int,
         narrow_in: int,
         narrow_out: int,
@@ -142,14 +157,21 @@ class KernelCall:
         self._numbers = array("d")
         at = [table.buffer_info()[0] for table in self._tables]
         rows_at = at[3] if rows is not None else 0
-        head = (kernel, dtype, narrow_in, narrow_out, self._count, width, 1)
-        self._call = array("q", (*head, at[0], rows_at, at[1], at[2], 0, 0))
+        self._code = kernel if isinstance(kernel, Code) else None
+        position = kernel if isinstance(kernel, int) else _PROGRAM
+        program = 0 if self._code is None else self._code.address
+        head = (position, dtype, narrow_in, narrow_out, self._count, width, 1)
+        self._call = array("q", (*head, at[0], rows_at, at[1], at[2], 0, 0, program, 0, 0))
         self._address = self._call.buffer_info()[0]
 
     def set_numbers(self, values: Sequence[float]) -> None:
         """Set the rows of the kernel's numbers."""
         self._numbers = array("d", values)
         self._call[_NUMBERS] = self._numbers.buffer_info()[0]
+
+    def set_sums(self, summed: int, address: int) -> None:
+        """Ask for the sums of some output streams; see :meth:`Library.run`."""
+        self._call[_SUMMED], self._call[_SUMS] = summed, address
 
     def set_input(self, position: int, addresses: Sequence[int]) -> None:
         """Let an input stream be at other addresses."""

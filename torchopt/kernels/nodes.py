@@ -21,6 +21,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 from torchopt.core.packed import Packing
 from torchopt.kernels import levels
 from torchopt.kernels.differentiable import BackwardCall, Group, sources
+from torchopt.kernels.learned import is_hyper
 from torchopt.kernels.places import ALL, collected, rows_given, spread
 
 
@@ -86,9 +87,10 @@ def _derivatives(
     group: Group, needs: Sequence[bool], bars: Sequence[Tensor | None], saved: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Return the derivative by each input of a group, ``None`` where it is not needed."""
-    rule, kernel = group.rule, group.backward_kernel
+    rule = group.rule
     needed = group.columns(rule.inputs, needs, rule.packed_in)
-    wanted = {s: needed[s] for s in kernel.output_streams}
+    hypers = frozenset(s for s, mask in needed.items() if is_hyper(s) and any(mask))
+    wanted = {s: needed[s] for s in group.backward_kernel(hypers).output_streams}
     derivatives: dict[str, Sequence[Any]] = {}
     given = [bar for bar in bars if bar is not None]
     if given and any(map(any, wanted.values())):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchopt.kernels import backends, native
 from torchopt.kernels.graph import Kernel
-from torchopt.kernels.launch import OF_PARAMETERS, launch, slot_dtype
+from torchopt.kernels.launch import dtype_of, launch
 from torchopt.kernels.written import Written, read
 
 
@@ -124,15 +124,10 @@ def _check(stream: str, x: Tensor, of: Tensor, first: Tensor) -> None:
         )
 
 
-def dtype_of(stream: str, own: torch.dtype) -> torch.dtype:
-    """Return the dtype of a stream where parameters have the dtype ``own``."""
-    return own if stream in OF_PARAMETERS else slot_dtype(own)
-
-
 def _check_backend(kernel: Kernel, device: torch.device) -> None:
     reason = backends.unavailable(device.type)
-    if not reason and device.type == "cpu" and backends.find(kernel.name) is None:
-        reason = "no kernel has been generated for this graph"
+    if not reason and device.type == "cpu":
+        reason = backends.too_large(kernel)
     if reason:
         raise RuntimeError(f"There is no fused kernel: {reason}. The graph is\n{kernel.text}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from torchopt.kernels.graph import (
     substitute,
     topological,
 )
+from torchopt.kernels.learned import NUMBER, SINGLE, hypers_in, hypers_of, is_hyper, symbol
 from torchopt.kernels.tracing import Guards, SymbolicNumber, SymbolicTensor, UntraceableError
 
 
@@ -38,6 +40,9 @@ def slot_stream(position: int) -> str:
     return f"s{position}"
 
 
+Numbers = Callable[[Sequence[float], float], tuple[float, ...]]
+
+
 @dataclasses.dataclass(eq=False)
 class Program:
     """What one run computes for one parameter, as long as its guards hold.
@@ -47,13 +52,54 @@ class Program:
         guards: Conditions on the numbers, as a tuple of truth values and the function giving them.
         numbers: For each kernel, the function that gives its numbers.
         passes: For each backward kernel, streams whose derivative is one incoming stream unchanged.
+        kinds: The kind of each hyperparameter (see torchopt.kernels.learned), empty if all are
+            numbers. The backward kernels in ``kernels`` give no derivative by any of them.
+        guarded: The hyperparameters that the guards read, as streams.
     """
 
     kernels: dict[str, Kernel]
     guards: Callable[[Sequence[float], float], tuple[bool, ...]]
     outcome: tuple[bool, ...]
-    numbers: dict[str, Callable[[Sequence[float], float], tuple[float, ...]]]
+    numbers: dict[str, Numbers]
     passes: dict[str, dict[str, str]]
+    kinds: tuple[str, ...] = ()
+    guarded: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self._hypers: dict[str, list[str]] = {}
+        self._backward: dict[tuple[str, frozenset[str]], tuple[Kernel, Any]] = {}
+
+    def hypers(self, mode: str) -> list[str]:
+        """Return the streams of the hyperparameters that are tensors and are used, in order."""
+        if not self.kinds:
+            return []
+        if mode not in self._hypers:
+            used = hypers_of(self.kernels[mode].outputs.values())
+            tensors = [f"h{k}" for k, kind in enumerate(self.kinds) if kind != NUMBER]
+            self._hypers[mode] = [stream for stream in tensors if stream in used]
+        return self._hypers[mode]
+
+    def summed(self, stream: str) -> bool:
+        """Whether the derivative by a stream is summed over the entries of a parameter."""
+        return is_hyper(stream) and self.kinds[int(stream[1:])] == SINGLE
+
+    def backward(self, mode: str, hypers: frozenset[str]) -> tuple[Kernel, Numbers]:
+        """Return a backward kernel that also gives derivatives by hyperparameters, and its numbers.
+
+        Raises:
+            UntraceableError: If a number has no derivative that is an expression.
+        """
+        name = f"backward_{mode}"
+        if not hypers:
+            return self.kernels[name], self.numbers[name]
+        found = self._backward.get((mode, hypers))
+        if found is None:
+            bars = _derivatives(self.kernels[mode].outputs, sorted(hypers))
+            passes = self.passes[name]
+            kernel = make_kernel({s: n for s, n in bars.items() if s not in passes})
+            found = kernel, _compile(kernel.numbers, bool(self.kinds))
+            self._backward[mode, hypers] = found
+        return found
 
     def holds(self, values: Sequence[float], step: float) -> bool:
         """Whether the guards hold for these numbers."""
@@ -69,7 +115,7 @@ def holds(
     """Whether comparisons of these numbers come out as in a trace."""
     try:
         return guards(values, step) == outcome
-    except ArithmeticError:  # a later comparison that the rule would not have come to
+    except (ArithmeticError, TypeError):  # a later comparison that the rule would not come to
         return False
 
 
@@ -79,6 +125,7 @@ def build(
     step: float,
     present: Sequence[bool],
     has_params: bool,
+    kinds: tuple[str, ...] = (),
 ) -> Program:
     """Trace a run.
 
@@ -88,6 +135,7 @@ def build(
         step: The step count.
         present: For each slot of the run, whether it is a tensor (else ``None``).
         has_params: Whether the parameter is known.
+        kinds: See :class:`Program`. A tensor with one entry is a number in ``rows``.
 
     Raises:
         UntraceableError: If a rule does something that has no pointwise graph. As any other error
@@ -97,7 +145,7 @@ def build(
     with _TRACING:
         for decoy in SymbolicNumber.decoys:
             SymbolicNumber.decoy = decoy
-            traces.append(_trace(parts, rows, step, present, has_params))
+            traces.append(_trace(parts, rows, step, present, has_params, kinds))
     outputs, guards = traces[0]
     if traces[0] != traces[1]:
         error = UntraceableError("it computes with its numbers in a way that cannot be followed")
@@ -110,19 +158,29 @@ def build(
     kernels = {"update": make_kernel(computed), "apply": make_kernel(applied)}
     passes = {}
     for mode, graph in (("update", computed), ("apply", applied)):
-        bars = derive(graph)
+        bars = _derivatives(graph, ())
         passed = {s: n.args[0] for s, n in bars.items() if n.op == "input"}
         name = f"backward_{mode}"
-        kernels[name] = make_kernel(
-            {s: n for s, n in bars.items() if s not in passed and n.op != "number"}
-        )
+        kernels[name] = make_kernel({s: n for s, n in bars.items() if s not in passed})
         passes[name] = passed
     return Program(
         kernels,
         *compiled(guards),
-        {name: _compile(kernel.numbers) for name, kernel in kernels.items()},
+        {name: _compile(kernel.numbers, bool(kinds)) for name, kernel in kernels.items()},
         passes,
+        kinds,
+        frozenset().union(*(hypers_in(source) for source, _ in guards)),
     )
+
+
+def _derivatives(graph: dict[str, Node], hypers: Sequence[str]) -> dict[str, Node]:
+    """Return the derivatives that are not zero: by tensors, and by these hyperparameters."""
+    bars = derive(graph, hypers=hypers)
+    return {
+        stream: node
+        for stream, node in bars.items()
+        if node.op != "number" and (stream in hypers or not is_hyper(stream))
+    }
 
 
 @contextlib.contextmanager
@@ -142,19 +200,21 @@ def compiled(
     return _compile(source for source, _ in guards), tuple(outcome for _, outcome in guards)
 
 
-def _symbolic_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _symbolic_rows(rows: Sequence[dict[str, Any]], kinds: tuple[str, ...]) -> list[dict[str, Any]]:
     position = 0
 
-    def symbol(number: Any) -> Any:
+    def symbolic(number: Any) -> Any:
         nonlocal position
         if isinstance(number, bool):
             return number
         position += 1
+        if kinds and kinds[position - 1] != NUMBER:
+            return symbol(number, position - 1, kinds[position - 1])
         return SymbolicNumber(float(number), f"h[{position - 1}]")
 
     return [
         {
-            name: tuple(map(symbol, value)) if isinstance(value, tuple) else symbol(value)
+            name: tuple(map(symbolic, value)) if isinstance(value, tuple) else symbolic(value)
             for name, value in row.items()
         }
         for row in rows
@@ -167,6 +227,7 @@ def _trace(
     step: float,
     present: Sequence[bool],
     has_params: bool,
+    kinds: tuple[str, ...],
 ) -> tuple[dict[str, Node], Guards]:
     u: Any = SymbolicTensor(input_node(GRADIENT))
     p = SymbolicTensor(input_node(PARAMETER)) if has_params else None
@@ -174,7 +235,7 @@ def _trace(
     outputs: dict[str, Node] = {}
     position = 0
     with torch.no_grad(), Guards() as guards, _leaving(guards):
-        for part, row in zip(parts, _symbolic_rows(rows)):
+        for part, row in zip(parts, _symbolic_rows(rows, kinds)):
             streams = [slot_stream(position + k) for k in range(len(part.slot_names()))]
             slots = tuple(
                 SymbolicTensor(input_node(s)) if present[position + k] else None
@@ -208,7 +269,18 @@ def _with_sign(outputs: dict[str, Node]) -> dict[str, Node]:
     return dict(zip(outputs, replaced))
 
 
-def _compile(sources: Any) -> Callable[[Sequence[float], float], Any]:
-    """Return a function of the hyperparameters and the step count that gives all expressions."""
+def _compile(sources: Any, learned: bool = False) -> Callable[[Sequence[float], float], Any]:
+    """Return a function of the hyperparameters and the step count that gives all expressions.
+
+    Nobody checks what a tensor holds: with one, the root of a negative number is an error.
+    """
     body = "".join(f"{source}, " for source in sources)
-    return eval(f"lambda h, t: ({body})")  # sources are made by SymbolicNumber, of numbers only
+    evaluate = eval(f"lambda h, t: ({body})")  # sources are made of symbols, of numbers only
+    return functools.partial(_reals, evaluate) if learned else evaluate
+
+
+def _reals(evaluate: Callable[..., tuple[Any, ...]], h: Sequence[float], t: float) -> Any:
+    values = evaluate(h, t)
+    if complex in map(type, values):
+        raise ArithmeticError("the root of a negative number")
+    return values

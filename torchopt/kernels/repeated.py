@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchopt.base.alike import Alike
 from torchopt.core.engine import Call
 from torchopt.core.packed import Packed, Packing
 from torchopt.core.plan import Plan
-from torchopt.kernels.assignment import PLAIN
+from torchopt.kernels.assignment import inputs_of
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.launch import slot_dtype
 from torchopt.kernels.matching import Run
 from torchopt.kernels.program import UPDATE, Program
+from torchopt.kernels.reading import PLAIN
+from torchopt.kernels.rows import Rows, read_rows, unfit_hypers
 from torchopt.kernels.rules import Rules
 
 
@@ -30,9 +33,7 @@ class Memo:
 
     Attributes:
         run: All parts of the plan.
-        row: The hyperparameters of all parameters.
-        values: The numbers among them.
-        flags: The flags among them.
+        rows: The hyperparameters of all parameters.
         dtype: Of gradients and parameters.
         device: Of everything.
         present: For each slot, whether it is a tensor.
@@ -42,15 +43,23 @@ class Memo:
     """
 
     run: Run
-    row: dict[str, Any]
-    values: Sequence[float]
-    flags: tuple[bool, ...]
+    rows: Rows
     dtype: torch.dtype
     device: torch.device
     present: tuple[bool, ...]
     apply: bool
-    streams: dict[Program, tuple[frozenset[str], frozenset[str]]] = dataclasses.field(compare=False)
-    known: Alike = dataclasses.field(compare=False)
+    streams: dict[Program, tuple[frozenset[str], frozenset[str]]]
+    known: Alike
+
+    def is_like(self, other: Memo | None) -> bool:
+        """Whether another memo tells of the same updates: other programs may have run."""
+        return (
+            other is not None
+            and self.run is other.run
+            and self.rows.are(other.rows)
+            and (self.dtype, self.device) == (other.dtype, other.device)
+            and (self.present, self.apply) == (other.present, other.apply)
+        )
 
     def fits(self, tensors: Sequence[Any], shapes: list[torch.Size]) -> bool:
         """Whether these are plain tensors of the same shapes, dtype and device as before."""
@@ -71,18 +80,14 @@ class Memo:
 def remember(run: Run, call: Call, group: Group, apply: bool) -> None:
     """Keep what an update of all parameters at once found out with the packing of its slots."""
     rule = group.rule
-    if rule.packing is None or len(group.values) != 1:
-        return
-    row, read = call.hyper[0], run.read(call.hyper[0])
-    if read is None or any(other is not row for other in call.hyper):
+    if rule.packing is None:
         return
     packed_out = frozenset(s for s in group.kernel.output_streams if s != UPDATE)
-    if rule.packed_out != packed_out:
+    rows = None if rule.packed_out != packed_out else read_rows(run, call.hyper)
+    if rows is None:
         return
-    memo = Memo(
-        run, row, *read, call.g[0].dtype, call.g[0].device, rule.present, apply, {}, Alike()
-    )
-    if memo == rule.packing.memo:  # other programs have run
+    memo = Memo(run, rows, call.g[0].dtype, call.g[0].device, rule.present, apply, {}, Alike())
+    if memo.is_like(rule.packing.memo):
         memo.streams, memo.known = rule.packing.memo.streams, rule.packing.memo.known
         if len(memo.streams) >= PROGRAMS:
             memo.streams = {}
@@ -99,8 +104,8 @@ def group_again(plan: Plan, call: Call, apply: bool) -> tuple[Run, Group] | None
     memo: Memo | None = None if packing is None else packing.memo
     if packing is None or memo is None or memo.run.plan is not plan or memo.apply != apply:
         return None
-    row, t = call.hyper[0], call.t[0]
-    if row is not memo.row or any(other is not row for other in call.hyper):
+    t = call.t[0]
+    if not memo.rows.stand_for(call.hyper):
         return None
     if type(t) is not int or call.t.count(t) != len(call.t):
         return None
@@ -122,11 +127,16 @@ def group_again(plan: Plan, call: Call, apply: bool) -> tuple[Run, Group] | None
 
 def _grouped(memo: Memo, packing: Packing, call: Call, t: int) -> tuple[Run, Group] | None:
     run, mode = memo.run, "apply" if memo.apply else "update"
-    read = list(memo.values), memo.flags
-    program = run.variant(memo.row, read, t, memo.present, True).program
+    values = memo.rows.values()
+    program = memo.rows.program(run, values, t, memo.present, True)
     streams = None if program is None else memo.streams.get(program)
     if program is None or streams is None:
         return None
+    tensors: dict[str, list[Tensor]] = {}
+    if program.kinds:
+        tensors = {stream: memo.rows.of_each(stream) for stream in program.hypers(mode)}
+        if unfit_hypers(program, mode, tensors, call.g):
+            return None
     kernel = program.kernels[mode]
     rules = Rules(
         run,
@@ -135,12 +145,14 @@ def _grouped(memo: Memo, packing: Packing, call: Call, t: int) -> tuple[Run, Gro
         memo.present,
         True,
         memo.apply,
-        kernel.inputs,
+        inputs_of(program, mode),
         kernel.output_streams,
+        {stream: [x.dim() for x in column] for stream, column in tensors.items()},
         *streams,
         packing,
     )
-    return run, Group(program, mode, len(call.g), None, [(memo.values, t)], rules)
+    steps = [(row, t) for row in values]
+    return run, Group(program, mode, len(call.g), memo.rows.indices, steps, rules)
 
 
 def _packing_of(call: Call) -> Packing | None:

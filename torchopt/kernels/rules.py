@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchopt.base.numerics import to_compute_dtype
 from torchopt.core.packed import Packing
+from torchopt.kernels.learned import is_hyper
 from torchopt.kernels.matching import Run
 from torchopt.kernels.program import GRADIENT, PARAMETER, UPDATE, slot_stream
 
@@ -27,6 +28,8 @@ class Rules:
         apply: Whether the update is added to the parameter.
         inputs: The streams of the tensors.
         outputs: The streams of the results.
+        hyper_dims: How many dimensions each hyperparameter among ``inputs`` has, by its stream.
+            Tensors may come with dimensions of a batch more, all of them before their own.
         packed_in: Those of ``inputs`` that are one flat tensor for all parameters.
         packed_out: Those of ``outputs`` that shall be.
         packing: Where the parameters stand in flat tensors.
@@ -40,6 +43,7 @@ class Rules:
     apply: bool
     inputs: list[str]
     outputs: list[str]
+    hyper_dims: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     packed_in: frozenset[str] = frozenset()
     packed_out: frozenset[str] = frozenset()
     packing: Packing | None = None
@@ -54,10 +58,14 @@ class Rules:
                 columns[stream] = self.packing.unpack(rest.pop(0))
             else:
                 columns[stream], rest = rest[:count], rest[count:]
-        results = [
-            self._one({s: c[k] for s, c in columns.items()}, self.run.rows(row), self.steps[k])
-            for k, row in enumerate(self.rows)
-        ]
+        results = []
+        for k, row in enumerate(self.rows):
+            given = {s: c[k] for s, c in columns.items()}
+            if self.hyper_dims:
+                like = next(x for s, x in given.items() if not is_hyper(s))
+                hypers = {s: self.aligned(s, k, given.pop(s), like) for s in self.hyper_dims}
+                row = self.run.with_hypers(row, hypers)
+            results.append(self._one(given, self.run.rows(row), self.steps[k]))
         flat: list[Tensor] = []
         for stream in self.outputs:
             column = [result[stream] for result in results]
@@ -67,12 +75,26 @@ class Rules:
             flat += column
         return tuple(flat)
 
+    def hypers(self, stream: str) -> list[Tensor]:
+        """Return the hyperparameter of each parameter that a stream stands for."""
+        return [self.run.hyper(row, stream) for row in self.rows]
+
+    def aligned(self, stream: str, k: int, h: Tensor, like: Tensor) -> Tensor:
+        """Return a hyperparameter so that it broadcasts to the tensors of its parameter."""
+        own = self.hyper_dims[stream][k]
+        batch = h.dim() - own
+        if batch == 0:
+            return h
+        between = (1,) * (like.dim() - batch - own)
+        return h.reshape(*h.shape[:batch], *between, *h.shape[batch:])
+
     def subset(self, rows: Sequence[int]) -> Rules:
         """Return the rules of some parameters, nothing of them packed."""
         return dataclasses.replace(
             self,
             rows=[self.rows[k] for k in rows],
             steps=[self.steps[k] for k in rows],
+            hyper_dims={s: [dims[k] for k in rows] for s, dims in self.hyper_dims.items()},
             packed_in=frozenset(),
             packed_out=frozenset(),
             packing=None,
@@ -92,8 +114,10 @@ class Rules:
                 given.get(s, u) if self.present[position + k] else None
                 for k, s in enumerate(streams)
             )
+            dtype = u.dtype
             u, new = part.rule(u, p, t, slots, **row)
-            results.update(zip(streams, new))
+            u = u.to(dtype)  # a hyperparameter may have a wider one
+            results.update((s, x if x is None else x.to(dtype)) for s, x in zip(streams, new))
             position += len(streams)
         u = u.to(g.dtype)
         results[UPDATE] = given[PARAMETER] + u if self.apply else u

@@ -7,7 +7,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchopt.kernels.graph import ZERO, Node, Number, constant, number_node
+from torchopt.kernels.graph import ONE, ZERO, Node, Number, constant, is_number, number_node
+from torchopt.kernels.node_functions import MORE_FUNCTIONS, is_truth, square
 
 
 class UntraceableError(Exception):
@@ -27,6 +28,15 @@ class Guards(list):
 
     def __exit__(self, *_: object) -> None:
         Guards.active = None
+
+
+class Symbol:
+    """Stands for something in a rule, and knows its node."""
+
+    @property
+    def node(self) -> Node:
+        """What it is in the graph."""
+        raise NotImplementedError
 
 
 class SymbolicNumber(float):
@@ -69,7 +79,7 @@ class SymbolicNumber(float):
         if not isinstance(other, (int, float)):
             return NotImplemented
         left, right = (other, self) if swap else (self, other)
-        value = _BINARY[symbol](value_of(left), value_of(right))
+        value = BINARY[symbol](value_of(left), value_of(right))
         return SymbolicNumber(value, f"({source_of(left)} {symbol} {source_of(right)})")
 
     def __add__(self, other: Any) -> Any:
@@ -108,7 +118,7 @@ class SymbolicNumber(float):
     def _compare(self, other: Any, symbol: str) -> bool:
         if not isinstance(other, (int, float)):
             return NotImplemented
-        outcome = _COMPARE[symbol](self.value, value_of(other))
+        outcome = COMPARE[symbol](self.value, value_of(other))
         if Guards.active is not None:
             Guards.active.append((f"{self.source} {symbol} {source_of(other)}", outcome))
         return outcome
@@ -135,14 +145,14 @@ class SymbolicNumber(float):
         return self._compare(0.0, "!=")
 
 
-_BINARY: dict[str, Callable[[float, float], float]] = {
+BINARY: dict[str, Callable[[float, float], float]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
     "/": operator.truediv,
     "**": operator.pow,
 }
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
+COMPARE: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
     "<": operator.lt,
@@ -154,18 +164,20 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 def source_of(number: Any) -> str:
     """Return the expression of a number."""
-    if type(number) is SymbolicNumber:
-        return number.source
+    if type(number) is SymbolicNumber or isinstance(number, Symbol):
+        return number.source  # pyright: ignore[reportAttributeAccessIssue]
     number = float(number)
     return repr(number) if math.isfinite(number) else f"float('{number}')"
 
 
 def value_of(number: Any) -> float:
     """Return the value that a number has in this trace."""
-    return number.value if type(number) is SymbolicNumber else float(number)
+    if type(number) is SymbolicNumber or isinstance(number, Symbol):
+        return number.value  # pyright: ignore[reportAttributeAccessIssue]
+    return float(number)
 
 
-class SymbolicTensor:
+class SymbolicTensor(Symbol):
     """Stands for a tensor in a rule; its operations build a graph.
 
     Torch functions arrive in :meth:`__torch_function__`; methods and operators are looked up by
@@ -173,18 +185,23 @@ class SymbolicTensor:
     """
 
     def __init__(self, node: Node) -> None:
-        self.node = node
+        self._node = node
+
+    @property
+    def node(self) -> Node:
+        """Its node."""
+        return self._node
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = getattr(function, "__name__", str(function))
-        return _call(name, args, kwargs or {})
+        return call(name, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         if name in FUNCTIONS:
-            return lambda *args, **kwargs: _call(name, (self, *args), kwargs)
+            return lambda *args, **kwargs: call(name, (self, *args), kwargs)
         raise UntraceableError(f"it reads {name!r} of a tensor")
 
     def __bool__(self) -> bool:
@@ -197,7 +214,8 @@ class SymbolicTensor:
         return hash(self.node)
 
 
-def _call(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def call(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> SymbolicTensor:
+    """Do to symbols what a torch function of this name does to tensors."""
     if name not in FUNCTIONS:
         raise UntraceableError(f"it calls {name!r}, which has no pointwise form here")
     try:
@@ -207,7 +225,7 @@ def _call(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _operand(value: Any) -> Node:
-    if isinstance(value, SymbolicTensor):
+    if isinstance(value, Symbol):
         return value.node
     if isinstance(value, (int, float)):
         return number_node(Number(source_of(value)))
@@ -222,8 +240,15 @@ def _swapped(op: str) -> Callable[..., Node]:
     return lambda a, b: Node(op, (b, a))
 
 
+def _product(a: Node, b: Node) -> Node:
+    """Return ``a * b``, a number second: rules for numbers and for tensors share their kernels."""
+    return Node("mul", (b, a) if is_number(a) else (a, b))
+
+
 def _scaled(op: str) -> Callable[..., Node]:
     def add(a: Node, b: Node, *, alpha: Any = 1) -> Node:
+        if is_truth(a) and is_truth(b):  # torch adds them to a truth value, or refuses
+            raise TypeError("the sum or difference of truth values")
         return Node(op, (a, b if _is_one(alpha) else Node("mul", (b, _operand(alpha)))))
 
     return add
@@ -234,10 +259,11 @@ def _is_one(value: Any) -> bool:
 
 
 def _lerp(start: Node, end: Node, weight: Node) -> Node:
-    if weight.op != "number":
-        raise UntraceableError("it calls 'lerp' with a tensor as weight")
     # convex form: exact at both ends, whatever the weight
-    rest = number_node(Number(f"(1.0 - {weight.args[0].source})"))
+    if weight.op == "number":
+        rest = number_node(Number(f"(1.0 - {weight.args[0].source})"))
+    else:
+        rest = Node("sub", (ONE, weight))
     return Node("add", (Node("mul", (start, rest)), Node("mul", (end, weight))))
 
 
@@ -251,19 +277,6 @@ def _addcdiv(a: Node, b: Node, c: Node, *, value: Any = 1) -> Node:
     return Node(
         "add", (a, quotient if _is_one(value) else Node("mul", (quotient, _operand(value))))
     )
-
-
-def _power(a: Node, exponent: Node) -> Node:
-    known = {"2.0": _square(a), "0.5": Node("sqrt", (a,)), "1.0": a}
-    known["-0.5"] = Node("reciprocal", (known["0.5"],))
-    source = exponent.args[0].source if exponent.op == "number" else None
-    if source not in known:
-        raise UntraceableError("it raises a tensor to a power other than 2, 1, 1/2 and -1/2")
-    return known[source]
-
-
-def _square(a: Node) -> Node:
-    return Node("mul", (a, a))
 
 
 def _clamp(a: Node, low: Any = None, high: Any = None, **kwargs: Any) -> Node:
@@ -285,11 +298,12 @@ def _filled(value: float) -> Callable[..., Node]:
 
 #: Name of a torch function, method or operator -> the graph it builds.
 FUNCTIONS: dict[str, Callable[..., Node]] = {
+    **MORE_FUNCTIONS,
     "add": _scaled("add"),
     "sub": _scaled("sub"),
     "subtract": _scaled("sub"),
-    "mul": _node("mul"),
-    "multiply": _node("mul"),
+    "mul": _product,
+    "multiply": _product,
     "div": _node("div"),
     "divide": _node("div"),
     "true_divide": _node("div"),
@@ -299,11 +313,11 @@ FUNCTIONS: dict[str, Callable[..., Node]] = {
     "reciprocal": _node("reciprocal"),
     "abs": _node("abs"),
     "sign": _node("sign"),
-    "square": _square,
-    "pow": _power,
+    "square": square,
     "maximum": _node("maximum"),
     "minimum": _node("minimum"),
     "clamp": _clamp,
+    "clip": _clamp,
     "relu": lambda a: Node("maximum", (a, ZERO)),
     "where": _node("where"),
     "lerp": _lerp,
@@ -323,18 +337,21 @@ FUNCTIONS: dict[str, Callable[..., Node]] = {
 
 _REFLECTED = ("add", "sub", "mul", "truediv", "pow")
 _OPERATORS = (*_REFLECTED, "neg", "abs", "lt", "gt", "le", "ge", "eq", "ne")
+_LOGICAL = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
 
 
 def _operator(name: str, swap: bool = False) -> Callable[..., Any]:
     function = "div" if name == "truediv" else name
 
     def apply(self: SymbolicTensor, *others: Any) -> Any:
-        return _call(function, (*others, self) if swap else (self, *others), {})
+        return call(function, (*others, self) if swap else (self, *others), {})
 
     return apply
 
 
 for _name in _OPERATORS:
     setattr(SymbolicTensor, f"__{_name}__", _operator(_name))
+for _name, _function in _LOGICAL.items():
+    setattr(SymbolicTensor, f"__{_name}__", _operator(_function))
 for _name in _REFLECTED:
     setattr(SymbolicTensor, f"__r{_name}__", _operator(_name, swap=True))

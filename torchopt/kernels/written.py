@@ -192,7 +192,17 @@ _MEANING: dict[str, Callable[..., Tensor]] = {
     "less_equal": torch.le,
     "equal": torch.eq,
     "not_equal": torch.ne,
-    "where": torch.where,
+    "where": lambda c, a, b: torch.where(c != 0, a, b),
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+    "not": torch.logical_not,
+    "exp": torch.exp,
+    "log": torch.log,
+    "expm1": torch.expm1,
+    "log1p": torch.log1p,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "pow": torch.pow,
 }
 
 

@@ -228,6 +228,23 @@ def next_states(
     return following
 
 
+def _entries(tree: Mapping[str, Any]) -> list[Any]:
+    """Return names and values, one after the other, and where they end."""
+    return [*tree, *tree.values(), None]
+
+
+def _is_steady(value: Any) -> bool:
+    """Whether a hyperparameter is one that is the same at the next step if it is the same object.
+
+    Or holds the same objects, if it is a dict.
+    """
+    if type(value) is dict:
+        return all(is_plain(x) or isinstance(x, Tensor) for x in value.values())
+    if type(value) is tuple:
+        return all(is_plain(x) or isinstance(x, Tensor) for x in value)
+    return is_plain(value) or isinstance(value, Tensor)
+
+
 class Steady:
     """The hyperparameters and the slots of a step whose next one may be like it.
 
@@ -250,6 +267,8 @@ class Steady:
         self.rows, self.names, self.packing, self.absent = rows, names, packing, absent
         self._fields = list(rows[0])
         self._values = [group[name] for name in self._fields]
+        # what may get other entries by name; the tensors in it are read at each step
+        self._trees = [(v, _entries(v)) for v in self._values if isinstance(v, Mapping)]
         self._initial: dict[str, Any] = {}  # the slots of parameters like those in known
         self._known = Alike()
 
@@ -259,7 +278,8 @@ class Steady:
     ) -> Steady | None:
         """Return what a step found out; ``None`` if the next one must look again.
 
-        Numbers cannot change behind our back; a schedule, a tensor or a dict can.
+        Numbers cannot change behind our back, and the entries of a tensor are read anew; a schedule
+        can.
         """
         columns = states[0].slots
         packed = [column for column in columns.values() if type(column) is PackedDict]
@@ -269,11 +289,9 @@ class Steady:
         if states[0].counters:  # which are other numbers at each step
             return None
         row = call.hyper[0]
-        if any(other is not row for other in call.hyper):
-            return None
         if any(value is not None for column in absent.values() for value in column.values()):
             return None
-        if not all(is_plain(groups[0][name]) for name in row):
+        if not all(_is_steady(groups[0][name]) for name in row):
             return None
         return cls(groups[0], call.hyper, packed[0].names, packed[0].packed.packing, absent)
 
@@ -291,6 +309,8 @@ class Steady:
         if len(groups) != 1 or len(entries) != len(names) or any(g is None for g in grads):
             return None
         if not all(map(operator.is_, map(groups[0].get, self._fields), self._values)):
+            return None
+        if not all(all(map(operator.is_, _entries(v), known)) for v, known in self._trees):
             return None
         if not all(map(operator.eq, names, (entry.name for entry in entries))):
             return None

@@ -250,6 +250,7 @@ class Optimizer(torch.optim.Optimizer):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
         counts, counters = self._counts_steps(), self.transformation.plan.counters
+        slots = {name: _apart(column, params, grads) for name, column in slots.items()}
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
         versions = [None if compiling or p.is_inference() else p._version for p in params]
@@ -514,6 +515,17 @@ def _refuse_switches(title: str, capturable: bool, differentiable: bool) -> None
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _apart(column: list[Any], params: list[Tensor], grads: list[Any]) -> list[Any]:
+    """Return new slots with a copy where a rule keeps the parameter, or gradient, itself.
+
+    It is about to be overwritten.
+    """
+    return [
+        x.clone() if x is not None and (x is p or x is g) else x
+        for x, p, g in zip(column, params, grads)
+    ]
 
 
 def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:
