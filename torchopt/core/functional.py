@@ -118,7 +118,8 @@ def _next_counters(call: Call, old: dict[str, list[Any]]) -> dict[str, Any]:
         new = [x if g is None else row[name] for x, g, row in zip(column, call.g, call.hyper)]
         own = [x for x, p, g in zip(new, call.p, call.g) if p is not None or g is not None] or new
         first = own[0] if own else 0.0
-        one = all(x is first or (type(x) is float and x == first) for x in own)
+        numbers = all(type(x) is float for x in own)
+        one = all(x is first or (numbers and x == first) for x in own)
         found[name] = first if one else new
     return found
 

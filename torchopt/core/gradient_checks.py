@@ -63,8 +63,6 @@ def check_gradients(tx: Any, call: Any, index: Sequence[int]) -> None:
                 f"The gradient of {name} must be a tensor or None, got {type(g).__name__}."
                 f"{misuse.advice_for_leaf(g)}"
             )
-        if g.is_complex():
-            _check_complex(tx, call, i)
         if g.layout != torch.strided:
             _check_sparse(tx, call, i)
         elif not (g.is_floating_point() or g.is_complex()):
@@ -77,11 +75,13 @@ def check_gradients(tx: Any, call: Any, index: Sequence[int]) -> None:
             raise ValueError(f"{name} has a gradient but its parameter is None.")
         if p is not None:
             _check_same("parameter", g, p, call, i)
-            continue
-        for column in call.slots.values():
-            if column[i] is not None:
-                _check_same("state", g, column[i], call, i)
-                break
+        else:
+            for name, column in call.slots.items():
+                if column[i] is not None and tx.plan.slot_of[name].shape is None:
+                    _check_same("state", g, column[i], call, i)
+                    break
+        if g.is_complex():
+            _check_complex(tx, call, i)
 
 
 def _check_complex(tx: Any, call: Any, i: int) -> None:

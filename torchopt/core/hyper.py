@@ -31,6 +31,8 @@ class HyperSpec:
     integer: bool = False
     optional: bool = False
     choices: tuple[Any, ...] = ()
+    scalar: bool = False
+    shared: bool = False
 
     @property
     def fixed(self) -> bool:
@@ -67,6 +69,8 @@ def hyper(
     length: int = 0,
     integer: bool = False,
     optional: bool = False,
+    scalar: bool = False,
+    shared: bool = False,
 ) -> Any:
     """Declare a dataclass field as a hyperparameter with bounds.
 
@@ -80,6 +84,8 @@ def hyper(
         length: The value is a tuple of so many hyperparameters, such as two ``betas``.
         integer: The value is a whole number, which no tensor or schedule can stand for.
         optional: The value, or an entry of the tuple, may be ``None``.
+        scalar: A tensor has one value for a parameter, not one for each of its entries.
+        shared: In a chain it is the hyperparameter of this name that an earlier part has.
 
     Example:
         >>> import torch, torchopt
@@ -93,7 +99,9 @@ def hyper(
         Traceback (most recent call last):
         ValueError: width must be > 0, got 0.0.
     """
-    spec = HyperSpec(ge, gt, le, lt, length, integer=integer, optional=optional)
+    spec = HyperSpec(
+        ge, gt, le, lt, length, integer=integer, optional=optional, scalar=scalar, shared=shared
+    )
     return dataclasses.field(default=default, metadata={"hyper": spec})
 
 
@@ -115,8 +123,12 @@ def choice(default: Any, among: tuple[Any, ...]) -> Any:
     return dataclasses.field(default=default, metadata={"hyper": HyperSpec(choices=among)})
 
 
-def flag(default: bool = False) -> Any:
+def flag(default: bool = False, *, shared: bool = False) -> Any:
     """Declare a dataclass field as a hyperparameter that is ``True`` or ``False``.
+
+    Args:
+        default: Default value.
+        shared: As for :func:`hyper`.
 
     Example:
         >>> import torchopt
@@ -129,7 +141,9 @@ def flag(default: bool = False) -> Any:
         >>> Sign(ascend=True).hyperparameters()
         {'ascend': True}
     """
-    return dataclasses.field(default=default, metadata={"hyper": HyperSpec(flag=True)})
+    return dataclasses.field(
+        default=default, metadata={"hyper": HyperSpec(flag=True, shared=shared)}
+    )
 
 
 def specs_of(transformation: Any) -> dict[str, HyperSpec]:

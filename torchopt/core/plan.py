@@ -39,7 +39,11 @@ class Plan:
         for part in self.parts:
             specs = part.hyper_specs()
             taken = {*self.hyper_specs, *self.counters}
-            fields = {name: _free_name(name, taken) for name in specs}
+            fields = {
+                name: name if s.shared and name in self.hyper_specs else _free_name(name, taken)
+                for name, s in specs.items()
+            }
+            specs = {name: spec for name, spec in specs.items() if fields[name] not in taken}
             self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
             slots, counters = part.slots, part.counters
             kept = {*self.slot_of, *self.counters, "step"}

@@ -47,14 +47,14 @@ def resolve(
     for name, spec in specs.items():
         value = values[name]
         if spec.length:
-            each = [_column(name, v, leaves, names, count, known) for v in value]
+            each = [_column(name, v, leaves, names, count, known, spec) for v in value]
             if any(isinstance(x, list) for x in each):
                 filled = [x if isinstance(x, list) else [x] * len(leaves) for x in each]
                 columns[name] = list(zip(*filled))
             else:
                 shared[name] = tuple(each)
             continue
-        column = value if spec.fixed else _column(name, value, leaves, names, count, known)
+        column = value if spec.fixed else _column(name, value, leaves, names, count, known, spec)
         if isinstance(column, list):
             columns[name] = column
         else:
@@ -74,6 +74,7 @@ def _column(
     names: Callable[[], Sequence[str]],
     count: Step,
     known: Sequence[str] | Callable[[], Known],
+    spec: HyperSpec,
 ) -> Any:
     """Return one value for all leaves, or a list with one value per leaf."""
     if value is None or isinstance(value, (int, float)):  # None where the check lets it through
@@ -87,13 +88,13 @@ def _column(
             else v
             for v in matched
         ]
-        return [_fitting(name, v, *leaf) for v, *leaf in zip(column, leaves, names())]
+        return [_fitting(name, v, *leaf, spec) for v, *leaf in zip(column, leaves, names())]
     if callable(value) and not isinstance(value, torch.Tensor):
         value = misuse.scheduled(name, value, count)
     if isinstance(value, torch.Tensor):
         if value.dim() > 0:
             for leaf, leaf_name in zip(leaves, names()):
-                value = _fitting(name, value, leaf, leaf_name)
+                value = _fitting(name, value, leaf, leaf_name, spec)
     elif not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(misuse.not_a_value(name, value))  # param_groups may have been changed
     return value
@@ -164,7 +165,7 @@ def _names_any(key: str, names: Sequence[str]) -> bool:
     return any(not key or name == key or name.startswith(f"{key}.") for name in names)
 
 
-def _fitting(name: str, value: Any, leaf: Any, leaf_name: str) -> Any:
+def _fitting(name: str, value: Any, leaf: Any, leaf_name: str, spec: HyperSpec) -> Any:
     """Return a value that broadcasts to a leaf; one entry always does, whatever its dimensions.
 
     Raises:
@@ -181,8 +182,14 @@ def _fitting(name: str, value: Any, leaf: Any, leaf_name: str) -> Any:
         fits = torch.broadcast_shapes(value.shape, leaf.shape) == leaf.shape
     except RuntimeError:
         fits = False
-    if not fits and value.numel() == 1:
+    if value.numel() == 1 and (not fits or spec.scalar):
         return value.reshape(())
+    if fits and spec.scalar:
+        raise ValueError(
+            f"{name} is of a parameter as a whole, got one value for each entry of "
+            f"{tree.quoted(leaf_name)}: shape {tuple(value.shape)}. Give one per parameter as a "
+            "dict keyed by parameter name."
+        )
     if not fits:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, which does not broadcast to parameter "

@@ -35,6 +35,11 @@ def read(step: Any) -> Any:
     Raises:
         ValueError: If a tensor is not 0-d, or holds no whole number.
     """
+    if isinstance(step, Tensor) and step.dim():
+        raise ValueError(
+            f"The step count of a state must be a 0-d tensor, got shape {tuple(step.shape)}. The "
+            "state of a batch goes through torch.func.vmap(...)."
+        )
     number = read_number(step)
     if isinstance(number, float):
         if not number.is_integer():
@@ -50,20 +55,14 @@ def read_number(step: Any) -> Any:
     on another device is left alone, for reading it would wait for the device; so is that of a
     tracer, for which the number would be a constant, and one with a derivative.
 
-    Raises:
-        ValueError: If a tensor is not 0-d.
+    A hyperparameter with a value for each entry makes it a tensor with one for each.
     """
-    if not isinstance(step, Tensor) or step.requires_grad:
+    if not isinstance(step, Tensor) or step.requires_grad or step.dim():
         return step
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return step
     if not step.is_cpu or torch._C._get_tracing_state() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return step
-    if step.dim():
-        raise ValueError(
-            f"The step count of a state must be a 0-d tensor, got shape {tuple(step.shape)}. The "
-            "state of a batch goes through torch.func.vmap(...)."
-        )
     value = step
     while functorch.is_functorch_wrapped_tensor(value):
         value = functorch.get_unwrapped(value)

@@ -81,7 +81,7 @@ def _checked_group(
                 f"The state belongs to another optimizer: parameter group {index} has no "
                 f"{name!r}, which {title} needs; it has {sorted(map(str, group))}."
             )
-    for name, value in optimizer.options_of(optimizer.transformation).items():
+    for name, value in optimizer.fixed_options.items():
         if group.get(name, value) != value:
             raise ValueError(
                 f"The state has {name}={misuse.short(group[name])}; {title} is {name}={value!r}."
@@ -133,7 +133,7 @@ def saved_group(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter group to save: tensors that schedulers change in place are copied."""
     names = optimizer.group_specs(group)
     own = {name: _copied(value) if name in names else value for name, value in group.items()}
-    return {**optimizer.options_of(optimizer.transformation), **own}
+    return {**optimizer.fixed_options, **own}
 
 
 def _copied(value: Any) -> Any:
@@ -171,8 +171,10 @@ def checked_slots(
 
 
 def number_to_tensor(value: Any) -> Any:
-    """Return a count or another number of a state as ``torch.optim`` keeps it."""
-    return torch.tensor(float(value)) if isinstance(value, (int, float)) else value
+    """Return a number of a state as a tensor: a count as ``torch.optim`` keeps it, others exact."""
+    if isinstance(value, int):
+        return torch.tensor(float(value))
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
 
 
 def _loaded(plan: Any, name: str, value: Any, key: Any, param: Tensor) -> Any:

@@ -60,8 +60,7 @@ def saved_form(optimizer: Any, states: Sequence[GroupState]) -> dict[str, Any]:
 
 
 def _options(optimizer: Any) -> dict[str, Any]:
-    twin = optimizer.twin
-    return {} if twin is None else twin.options_of(optimizer.transformation)
+    return getattr(optimizer.twin, "fixed_options", {})
 
 
 def _detached(value: Any) -> Any:

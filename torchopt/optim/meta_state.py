@@ -83,7 +83,8 @@ def state_of(module: nn.Module, state: GroupState) -> OptState:
     for counter, column in state.counters.items():
         values = {name: x for name, x in column.items() if name in steps}
         first = next(iter(values.values()))
-        one = all(x is first or (type(x) is float and x == first) for x in values.values())
+        numbers = all(type(x) is float for x in values.values())
+        one = all(x is first or (numbers and x == first) for x in values.values())
         counters[counter] = first if whole and one else values
     return OptState(counts.pop() if whole else steps, slots, counters)
 

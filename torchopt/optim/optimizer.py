@@ -73,14 +73,9 @@ class Optimizer(torch.optim.Optimizer):
     #: Hyperparameters that a state saved by ``torch.optim``'s class of the same name may lack.
     optional_hyperparameters: ClassVar[frozenset[str]] = frozenset()
     #: What a hyperparameter was in states saved before ``torch.optim``'s class had it.
-    former_defaults: ClassVar[dict[str, Any]] = {}
+    former_defaults: ClassVar[dict[str, Any]] = {"maximize": False}
     #: Options of ``torch.optim``'s class that must have this value in a loaded state.
     fixed_options: ClassVar[dict[str, Any]] = {}
-
-    @classmethod
-    def options_of(cls, tx: GradientTransformation) -> dict[str, Any]:
-        """Return the options of ``torch.optim``'s class that a transformation stands for."""
-        return cls.fixed_options
 
     #: Whether ``state[p]["step"]`` is kept even if the rule does not read it.
     counts_steps: ClassVar[bool] = False

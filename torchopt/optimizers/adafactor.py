@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base import misuse
 from torchopt.base.numerics import is_zero, moving_average, power, root
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
@@ -41,11 +42,11 @@ class StepByAdafactor(TensorTransformation):
     """The whole step of Adafactor; see :func:`adafactor`."""
 
     lr: Hyperparameter = hyper(1e-2, ge=0)
-    beta2_decay: Hyperparameter = hyper(-0.8, le=0)
+    beta2_decay: Hyperparameter = hyper(-0.8, le=0, scalar=True)
     eps: tuple[Hyperparameter | None, Hyperparameter] = hyper(
-        (None, 1e-3), ge=0, length=2, optional=True
+        (None, 1e-3), ge=0, length=2, optional=True, scalar=True
     )
-    d: Hyperparameter = hyper(1.0, ge=1)
+    d: Hyperparameter = hyper(1.0, ge=1, scalar=True)
     weight_decay: Hyperparameter = hyper(0.0, ge=0)
 
     slots = (
@@ -70,10 +71,7 @@ class StepByAdafactor(TensorTransformation):
         weight_decay: Any,
     ) -> tuple[Tensor, tuple]:
         """Return the update, clipped by its root mean square and scaled by the parameter's."""
-        if p is None:
-            raise ValueError(
-                "Adafactor scales by the parameters: call update(grads, state, params)."
-            )
+        p = misuse.given_params("Adafactor", p)
         eps1 = torch.finfo(g.dtype).eps if eps[0] is None else eps[0]
         b2 = 1 - power(t, beta2_decay)
         v, slots = _second_moment(g, slots, b2, eps1)

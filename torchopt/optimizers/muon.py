@@ -32,8 +32,8 @@ class ScaleByMuon(TensorTransformation):
 
     momentum: Hyperparameter = hyper(0.95, ge=0)
     nesterov: bool = flag(True)
-    ns_coefficients: tuple[Hyperparameter, ...] = hyper(COEFFICIENTS, length=3)
-    eps: Hyperparameter = hyper(1e-7, gt=0)
+    ns_coefficients: tuple[Hyperparameter, ...] = hyper(COEFFICIENTS, length=3, scalar=True)
+    eps: Hyperparameter = hyper(1e-7, gt=0, scalar=True)
     ns_steps: int = hyper(5, ge=0, lt=100, integer=True)
     adjust_lr_fn: str | None = choice(None, among=(None, "original", "match_rms_adamw"))
     ns_dtype: torch.dtype = choice(torch.bfloat16, among=DTYPES)

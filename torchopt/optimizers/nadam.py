@@ -16,8 +16,8 @@ from torchopt.core.transform import GradientTransformation, transformation
 from torchopt.optim import meta_optimizer as meta
 from torchopt.optim import optimizer as optim
 from torchopt.transforms.basic import (
-    AddDecayedWeights,
-    add_decayed_weights,
+    CoupledDecay,
+    DecoupledDecay,
     flip_sign,
     scale_by_learning_rate,
 )
@@ -162,10 +162,13 @@ def nadam(
     Reference:
         Dozat, ICLR 2016 workshop; ``torch.optim.NAdam``.
     """
-    decay = add_decayed_weights(weight_decay)
-    scaled = scale_by_nadam(betas, eps, momentum_decay)
-    parts = (scaled, decay) if decoupled_weight_decay else (decay, scaled)
-    tx = chain(flip_sign(maximize), *parts, scale_by_learning_rate(lr))
+    tx = chain(
+        flip_sign(maximize),
+        CoupledDecay(weight_decay, decoupled_weight_decay),
+        scale_by_nadam(betas, eps, momentum_decay),
+        DecoupledDecay(weight_decay, decoupled_weight_decay),
+        scale_by_learning_rate(lr),
+    )
     return accelerated(tx, use_accelerated_op)
 
 
@@ -174,13 +177,6 @@ class NAdam(optim.Optimizer):
 
     Its ``state_dict`` interchanges with that of ``torch.optim.NAdam``.
     """
-
-    former_defaults = {"maximize": False}
-
-    @classmethod
-    def options_of(cls, tx: GradientTransformation) -> dict[str, Any]:
-        """Return whether the decay comes after the moments."""
-        return {"decoupled_weight_decay": isinstance(tx.parts[2], AddDecayedWeights)}
 
     @optim.from_recipe(nadam)
     def __init__(self, params: Any) -> None:

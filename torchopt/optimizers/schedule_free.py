@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base import misuse
 from torchopt.base.numerics import add_scaled, is_zero, moving_average_of_square, over_root, power
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
@@ -47,10 +48,7 @@ class _ScheduleFree(ElementwiseTransformation):
         self, p: Any, z: Tensor, u: Tensor, t: Step, beta: Any, h: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Return the update of the parameter and the new anchor, for a direction ``u``."""
-        if p is None:
-            raise ValueError(
-                f"{type(self).__name__} averages the parameters: call update(grads, state, params)."
-            )
+        p = misuse.given_params(type(self).__name__, p)
         if not is_zero(h["weight_decay"]):
             u = add_scaled(u, p, h["weight_decay"])
         lr = _warmed(h["lr"], t, h["warmup_steps"])

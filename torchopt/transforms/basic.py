@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base import misuse
 from torchopt.base.numerics import add_scaled, is_zero
 from torchopt.core.chaining import Chain
 from torchopt.core.hyper import check_number, flag, hyper
@@ -223,17 +224,60 @@ class AddDecayedWeights(ElementwiseTransformation):
         self, g: Tensor, p: Any, t: Step, slots: tuple, *, weight_decay: Any
     ) -> tuple[Tensor, tuple]:
         """Return ``g + weight_decay * p``."""
-        if is_zero(weight_decay):
-            return g, slots
-        if p is None:
-            raise ValueError(
-                "Weight decay needs the parameters: call update(grads, state, params)."
-            )
-        return add_scaled(g, p, weight_decay), slots
+        return _decayed(g, p, weight_decay), slots
 
     def takes_sparse(self, *, weight_decay: Any, **_: Any) -> bool:
         """Only if nothing is added."""
         return is_zero(weight_decay)
+
+
+def _decayed(g: Tensor, p: Any, weight_decay: Any) -> Tensor:
+    """Return a gradient or update with decayed weights; the number 0 leaves it as it is."""
+    if is_zero(weight_decay):
+        return g
+    return add_scaled(g, misuse.given_params("Weight decay", p), weight_decay)
+
+
+@transformation
+class CoupledDecay(ElementwiseTransformation):
+    """Add decayed parameters to the gradient, unless the decay is decoupled from it."""
+
+    weight_decay: Hyperparameter = hyper(0.0, ge=0)
+    decoupled_weight_decay: bool = flag(False)
+
+    def rule(
+        self,
+        g: Tensor,
+        p: Any,
+        t: Step,
+        slots: tuple,
+        *,
+        weight_decay: Any,
+        decoupled_weight_decay: bool,
+    ) -> tuple[Tensor, tuple]:
+        """Return ``g + weight_decay * p``, or ``g``."""
+        return g if decoupled_weight_decay else _decayed(g, p, weight_decay), slots
+
+
+@transformation
+class DecoupledDecay(ElementwiseTransformation):
+    """Add decayed parameters to the update, if the decay is decoupled from the gradient."""
+
+    weight_decay: Hyperparameter = hyper(0.0, ge=0, shared=True)
+    decoupled_weight_decay: bool = flag(False, shared=True)
+
+    def rule(
+        self,
+        g: Tensor,
+        p: Any,
+        t: Step,
+        slots: tuple,
+        *,
+        weight_decay: Any,
+        decoupled_weight_decay: bool,
+    ) -> tuple[Tensor, tuple]:
+        """Return ``g + weight_decay * p``, or ``g``."""
+        return _decayed(g, p, weight_decay) if decoupled_weight_decay else g, slots
 
 
 def add_decayed_weights(

@@ -46,6 +46,7 @@ from torchopt.base.misuse.trees import (
     check_recovered,
     check_trees,
     different_kinds,
+    given_params,
     no_state,
     not_a_module,
     not_a_module_state,

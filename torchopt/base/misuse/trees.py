@@ -141,6 +141,17 @@ def with_history(where: str) -> str:
     )
 
 
+def given_params(what: str, params: Any) -> Any:
+    """Return the parameter that a rule needs.
+
+    Raises:
+        ValueError: If the caller gave none.
+    """
+    if params is None:
+        raise ValueError(f"{what} needs the parameters: call update(grads, state, params).")
+    return params
+
+
 def no_state(value: Any) -> str:
     """Return the message for something that stands in the place of an ``OptState``."""
     if _is_pair(value):
