@@ -112,6 +112,7 @@ def assert_trajectories(actual: list[Weights], expected: list[Weights]) -> None:
     assert all(distance > 1e-2 for distance in moved.values())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @every_torch_case
 def test_object_oriented_face(case: Case, maximize: bool) -> None:
@@ -149,7 +150,7 @@ def functional_trajectory(case: Case, maximize: bool, inplace: bool) -> list[Wei
     return trajectory
 
 
-@pytest.mark.sampled(1, each=2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "inplace"])
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @every_torch_case
@@ -158,6 +159,7 @@ def test_functional_face(case: Case, maximize: bool, inplace: bool) -> None:
     assert_trajectories(functional_trajectory(case, maximize, inplace), expected)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @every_torch_case
 def test_differentiable_face(case: Case, maximize: bool) -> None:

@@ -130,6 +130,7 @@ def test_no_dtype_drifts(case: Case, dtype: torch.dtype, hyper_dtype: torch.dtyp
             assert all((u != 0).all() for u in updates.values())
 
 
+@pytest.mark.sampled(1, each=2)
 @pytest.mark.parametrize("dtype", [*FULL, *HALVES], ids=str)
 @every_case
 def test_no_dtype_drifts_in_the_object_faces(case: Case, dtype: torch.dtype) -> None:
@@ -287,6 +288,7 @@ def test_half_adam_first_step_is_the_learning_rate(dtype: torch.dtype) -> None:
         assert_close(p.detach(), 0.5 - 0.125 * g / (g + 1e-8), dtype)
 
 
+@pytest.mark.sampled(1)
 @every_half
 @every_case
 def test_half_meta_gradient(case: Case, dtype: torch.dtype) -> None:

@@ -62,7 +62,7 @@ def arguments(
 
 
 @pytest.mark.sampled(5)
-@every_fused_kind
+@every_fused_state
 @every_dtype
 @recorded
 def test_opcheck_of_the_update(case: Case, dtype: torch.dtype, requires_grad: bool) -> None:
@@ -70,7 +70,7 @@ def test_opcheck_of_the_update(case: Case, dtype: torch.dtype, requires_grad: bo
 
 
 @pytest.mark.sampled(5)
-@every_fused_kind
+@every_fused_state
 @every_dtype
 @recorded
 def test_opcheck_of_its_backward(case: Case, dtype: torch.dtype, requires_grad: bool) -> None:

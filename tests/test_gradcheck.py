@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, F64, Case, every_case
+from cases import CASES, F64, Case, every_kind
 from conftest import nonzero
 from tolerances import GRADCHECK
 from torch import Tensor
@@ -80,9 +80,9 @@ class UpdateAsFunction:
         assert gradgradcheck(self, self.inputs, check_fwd_over_rev=True, **GRADCHECK)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["first-step", "third-step"])
-@every_case
+@every_kind
 def test_every_algorithm(case: Case, steps_before: int) -> None:
     values = {name: case.value(name) for name in case.tunable}
     if "eps" in values:

@@ -15,6 +15,7 @@ import torchopt
 pytestmark = pytest.mark.usefixtures("float64_by_default")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("way", ["argument", "attribute", "inner_loop"])
 @every_meta_case
 def test_create_graph_false_is_first_order_maml(case, way):
