@@ -220,6 +220,23 @@ def test_a_changed_list_of_parameters_is_refused():
     optimizer.step(closure)
 
 
+def test_another_parameter_of_the_same_shape_is_refused():
+    first, second, other = parameter(-1.2), parameter(1.0), parameter(1.0)
+    optimizer = torchopt.LBFGS([first, second])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = rosenbrock(torch.cat(optimizer.param_groups[0]["params"]))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.param_groups[0]["params"][1] = other
+    with pytest.raises(ValueError, match="not those of the steps before"):
+        optimizer.step(closure)
+    assert other.item() == 1.0
+
+
 def test_states_of_others_are_not_loaded():
     optimizer, _ = stepped(parameter(-1.2, 1.0))
     before = contents(optimizer)
