@@ -79,27 +79,20 @@ def missing(device: torch.device, program: Program, mode: str) -> str:
         return reason
     if "g" not in program.kernels[mode].inputs and "p" not in program.kernels[mode].inputs:
         return "its rule reads neither gradient nor parameter"
-    if device.type == "cuda":
-        return _too_old(device) or _absent(program, mode)  # others are generated when needed
-    for name in (mode, f"backward_{mode}"):
-        kernel = program.kernels[name]
-        if kernel.outputs and (reason := too_large(kernel)):
-            return reason
-    return ""
+    if device.type == "cuda" and (reason := _too_old(device)):
+        return reason
+    reasons = (unsupported(device.type, program.kernels[m]) for m in (mode, f"backward_{mode}"))
+    return next(filter(None, reasons), "")
 
 
-def _absent(program: Program, mode: str) -> str:
-    """Return which operation GPUs have no kernels for, or the empty string."""
-    for name in (mode, f"backward_{mode}"):
-        if op := emit_triton.absent(program.kernels[name]):
-            return f"there are no kernels with {op!r} for GPUs"
-    return ""
-
-
-def too_large(kernel: Kernel) -> str:
-    """Return why the CPU has no kernel for a graph; the empty string if it has."""
+def unsupported(device_type: str, kernel: Kernel) -> str:
+    """Return why a backend cannot run a graph; the empty string if it can."""
+    if device_type == "cuda":  # where kernels are generated when they are needed
+        op = emit_triton.absent(kernel)
+        return f"there are no kernels with {op!r} for GPUs" if op else ""
     try:
-        function_of(kernel)
+        if kernel.outputs:
+            function_of(kernel)
     except TooLargeError as error:
         return str(error)
     return ""

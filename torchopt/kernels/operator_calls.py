@@ -130,9 +130,7 @@ def dtype_of(stream: str, own: torch.dtype) -> torch.dtype:
 
 
 def _check_backend(kernel: Kernel, device: torch.device) -> None:
-    reason = backends.unavailable(device.type)
-    if not reason and device.type == "cpu":
-        reason = backends.too_large(kernel)
+    reason = backends.unavailable(device.type) or backends.unsupported(device.type, kernel)
     if reason:
         raise RuntimeError(f"There is no fused kernel: {reason}. The graph is\n{kernel.text}")
 
