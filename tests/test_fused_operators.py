@@ -291,9 +291,9 @@ COMPILED: dict[str, Callable[[bool], Any]] = {
         torchopt.sgd(0.1, momentum=0.9, use_accelerated_op=required),
     ),
     # more slots than a kernel can have
-    "two-kernels": lambda required: torchopt.chain(
-        *[torchopt.trace(0.5)] * 64
-    ).with_accelerated_op(required),
+    "two-kernels": lambda required: torchopt.chain(*[torchopt.trace(0.5)] * 64).with_accelerated_op(
+        required
+    ),
 }
 
 

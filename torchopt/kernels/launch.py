@@ -140,7 +140,11 @@ def run(
 @functools.lru_cache(maxsize=256)
 def _facts(kernel: Kernel) -> tuple[int | Code, int, int]:
     """Return what the library runs, and which streams have the parameters' dtype."""
-    return backends.function_of(kernel), narrow_mask(kernel.inputs), narrow_mask(kernel.output_streams)
+    return (
+        backends.function_of(kernel),
+        narrow_mask(kernel.inputs),
+        narrow_mask(kernel.output_streams),
+    )
 
 
 def addresses(tensors: Column) -> list[int]:

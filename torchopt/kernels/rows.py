@@ -168,7 +168,7 @@ def unfit_hypers(
         kernel = program.backward(mode, frozenset(wanted))[0]
     except UntraceableError as error:
         return f"its rule has no derivative here: {error}"
-    return backends.unfit(kernel, like[0].device)
+    return backends.unsupported(like[0].device.type, kernel)
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
