@@ -1,4 +1,4 @@
-"""Learned hyperparameters are operands of the kernels: derivatives against rules and differences."""
+"""Learned hyperparameters are operands of kernels, whose derivatives are those of the rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import torch
 from conftest import nonzero
 from fusing import kernel_calls_fixture as kernel_calls_fixture
 from fusing import needs_library
-from learning import CASES, FACES, FORMS, Net, gradients, judged, leaves_of, of_each, problem, shared
+from learning import (
+    CASES,
+    FACES,
+    FORMS,
+    Net,
+    gradients,
+    judged,
+    leaves_of,
+    of_each,
+    problem,
+    shared,
+)
 from tolerances import META_GRADIENT, assert_close, relative_error
 from torch import Tensor, nn
 

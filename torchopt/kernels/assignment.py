@@ -19,8 +19,8 @@ from torchopt.kernels import backends, native
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.graph import Kernel
 from torchopt.kernels.launch import slot_dtype
-from torchopt.kernels.matching import Run
 from torchopt.kernels.learned import is_hyper
+from torchopt.kernels.matching import Run
 from torchopt.kernels.program import UPDATE, Program, slot_stream
 from torchopt.kernels.reading import PLAIN
 from torchopt.kernels.rows import read_rows, unfit_hypers

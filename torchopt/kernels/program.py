@@ -200,9 +200,7 @@ def compiled(
     return _compile(source for source, _ in guards), tuple(outcome for _, outcome in guards)
 
 
-def _symbolic_rows(
-    rows: Sequence[dict[str, Any]], kinds: tuple[str, ...]
-) -> list[dict[str, Any]]:
+def _symbolic_rows(rows: Sequence[dict[str, Any]], kinds: tuple[str, ...]) -> list[dict[str, Any]]:
     position = 0
 
     def symbolic(number: Any) -> Any:

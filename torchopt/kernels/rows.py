@@ -66,9 +66,9 @@ class Rows:
         program = run.variant(self.distinct[0], first, t, present, has_params).program
         if program is None:
             return None
-        if len(values) > 1 and not self._changing.isdisjoint(program.guarded):
-            if not all(program.holds(row, t) for row in values):
-                return None
+        others_may_differ = not self._changing.isdisjoint(program.guarded)
+        if others_may_differ and not all(program.holds(row, t) for row in values):
+            return None
         return program
 
     def stand_for(self, given: Sequence[dict[str, Any]]) -> bool:
@@ -178,5 +178,3 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
         return torch.broadcast_shapes(shape, to) == to
     except RuntimeError:
         return False
-
-
