@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from benchmarks import adam_step, gpu, import_time, memory, meta_step, update_alone, vmap_step
+from benchmarks import (
+    adam_step,
+    gpu,
+    import_time,
+    memory,
+    meta_step,
+    own_rule,
+    update_alone,
+    vmap_step,
+)
 
 
 ROWS = [
     row
-    for workload in (meta_step, vmap_step, update_alone, adam_step, memory, gpu, import_time)
+    for workload in (
+        meta_step,
+        vmap_step,
+        update_alone,
+        adam_step,
+        own_rule,
+        memory,
+        gpu,
+        import_time,
+    )
     for row in workload.ROWS
 ]
 #: What ``--only`` takes.

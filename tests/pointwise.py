@@ -13,7 +13,16 @@ import torchopt
 from torchopt import ElementwiseTransformation, transformation
 from torchopt.base import numerics
 from torchopt.core.hyper import hyper
-from torchopt.kernels.graph import Kernel, Node, topological
+from torchopt.kernels.graph import (
+    OPERATIONS,
+    TRUTH,
+    Kernel,
+    Node,
+    Number,
+    input_node,
+    number_node,
+    topological,
+)
 from torchopt.kernels.program import Program, build
 
 
@@ -35,14 +44,20 @@ MEANING: dict[str, Callable[..., Tensor]] = {
     "less_equal": torch.le,
     "equal": torch.eq,
     "not_equal": torch.ne,
-    "where": torch.where,
+    "where": lambda c, a, b: torch.where(c != 0, a, b),
+    "and": lambda a, b: (a != 0) & (b != 0),
+    "or": lambda a, b: (a != 0) | (b != 0),
+    "not": lambda a: a == 0,
+    **{op: getattr(torch, op) for op in ("exp", "log", "expm1", "log1p", "tanh", "sigmoid", "pow")},
 }
+#: Those whose last digits depend on who computes them.
+INEXACT = frozenset({"exp", "log", "expm1", "log1p", "tanh", "sigmoid", "pow"})
 
 
 def exact_root(x: Tensor) -> Tensor:
     """The square root rounded correctly, as C gives it; that of torch may be off by one unit."""
     with np.errstate(invalid="ignore"):
-        return torch.from_numpy(np.sqrt(x.numpy()))
+        return torch.from_numpy(np.asarray(np.sqrt(x.numpy())))
 
 
 def evaluate(
@@ -82,9 +97,35 @@ def evaluate_kernel(
     return evaluate(kernel.outputs, inputs, lambda s: row[kernel.numbers.index(s)], exact)
 
 
+def assert_equal(actual: Tensor, expected: Tensor, kernel: Kernel) -> None:
+    """Assert that two results of a kernel have the same bits, but for what is not promised."""
+    what = (kernel.text, actual, expected)
+    if INEXACT.isdisjoint(op for _, op, _ in kernel.listing.statements):
+        assert torch.equal(actual.nan_to_num(7e7), expected.nan_to_num(7e7)), what
+    else:
+        kind = torch.finfo(actual.dtype)
+        options = {"rtol": 4 * kind.eps, "atol": kind.tiny, "equal_nan": True}
+        assert torch.allclose(actual, expected, **options), what
+
+
+def single_operation(op: str, stream: str = "u") -> dict[str, Node]:
+    """Return a graph of g, p and s0 with one operation, as far as it can stand alone."""
+    g, p, s0 = (input_node(s) for s in ("g", "p", "s0"))
+    less = Node("less", (g, p))
+    if op == "where":
+        return {stream: Node(op, (less, p, s0))}
+    arguments = (g, p, s0)[: OPERATIONS[op]]
+    if op in ("and", "or", "not"):
+        arguments = (less, Node("equal", (p, s0)))[: OPERATIONS[op]]
+    node = Node(op, arguments)
+    if op in TRUTH:
+        node = Node("where", (node, s0, number_node(Number("0.25"))))
+    return {stream: node}
+
+
 def constant_value(source: str) -> float:
     """The value of a number that is written out; no variables."""
-    return float(eval(source, {"__builtins__": {}}, {}))
+    return float(eval(source, {"__builtins__": {"float": float}}, {}))
 
 
 def user_optimizer(

@@ -11,7 +11,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import adam_step, memory, meta_step, networks, update_alone, vmap_step
+from benchmarks import (
+    adam_step,
+    memory,
+    meta_step,
+    networks,
+    own_rule,
+    update_alone,
+    vmap_step,
+)
 from benchmarks.runner import relative_difference
 from benchmarks.sides import floor, plain_copy, torch_fused, torchopt_now, torchopt_unfused
 from benchmarks.sides.kept_bytes import kept_bytes
@@ -77,6 +85,16 @@ def test_kernels_do_not_change_the_meta_gradient(workload):
     problem = meta_step.problem(**COMPARED)
     fused, plain = (getattr(side, workload)(problem) for side in (torchopt_now, torchopt_unfused))
     assert difference(fused(), plain()) < 1e-12
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_own_rule_is_fused_and_gives_what_it_gives_unfused(in_place: bool) -> None:
+    problem = own_rule.problem(in_place, tensors=2, shape=(2, 3), dtype="float64")
+    fused, unfused = torchopt_now.own_rule(problem, True), torchopt_unfused.own_rule(problem)
+    for _ in range(3):
+        found, expected = fused(), unfused()
+    assert len(found) == (2 if in_place else 8)
+    assert difference(found, expected) < 1e-12
 
 
 def test_the_update_alone_is_differentiated_in_all_its_inputs():

@@ -284,12 +284,12 @@ def test_required_but_impossible(make: Any, kernel_calls: list[int]) -> None:
 @pytest.mark.parametrize("face", ["functional", "object-oriented", "differentiable"])
 def test_a_refused_call_changes_nothing(face: str) -> None:
     params, grads = data(steps=3)
-    lr = torch.tensor(0.1, dtype=torch.float64)
+    lr = torch.tensor(0.1, dtype=torch.float64).as_subclass(Subclass)
     if face == "functional":
         tx = torchopt.adam(lr, use_accelerated_op=True)
         state = tx.init(params)
         before = copy_of([params, grads, state])
-        with pytest.raises(RuntimeError, match="is a tensor"):
+        with pytest.raises(RuntimeError, match="lr is a Subclass, no plain tensor"):
             tx.update(grads[0], state, params)
         after: Any = [params, grads, state]
     elif face == "object-oriented":
@@ -300,9 +300,10 @@ def test_a_refused_call_changes_nothing(face: str) -> None:
                 p.grad = g
             if k == 2:
                 # one entry would be read as a number
-                optimizer.param_groups[0]["lr"] = [torch.full_like(p, 0.1) for p in params]
+                rates = [torch.full_like(p, 0.1).as_subclass(Subclass) for p in params[:2]]
+                optimizer.param_groups[0]["lr"] = [*rates, 0.1]
                 before = copy_of([[*own], optimizer.state_dict()["state"]])
-                with pytest.raises(RuntimeError, match="is a tensor"):
+                with pytest.raises(RuntimeError, match="lr is a Subclass, no plain tensor"):
                     optimizer.step()
             else:
                 optimizer.step()
@@ -313,7 +314,7 @@ def test_a_refused_call_changes_nothing(face: str) -> None:
         meta.step(sum((p**2).sum() for p in net))
         meta.param_groups[0]["lr"] = lr
         kept, before = list(net), copy_of([list(net), meta.state_dict()["state"]])
-        with pytest.raises(RuntimeError, match="is a tensor"):
+        with pytest.raises(RuntimeError, match="lr is a Subclass, no plain tensor"):
             meta.step(sum((p**2).sum() for p in net))
         assert all(a is b for a, b in zip(net, kept))
         after = [list(net), meta.state_dict()["state"]]
@@ -366,7 +367,7 @@ def test_numbers_of_numpy_and_integers(kernel_calls: list[int]) -> None:
         tx = torchopt.sgd(lr)
         actual, _ = tx.update(grads, tx.init(params), inplace=False)
         assert_close(actual, expected)
-        assert all("is a tensor" not in line for line in why(tx, grads))
+        assert why(tx, grads) == []
     tx = torchopt.sgd(2)
     actual, _ = tx.update(grads, tx.init(params), inplace=False)
     assert_close(actual, [g * -2 for g in grads])

@@ -21,8 +21,9 @@ from torchopt.kernels.tracing import SymbolicTensor
 
 # Random graphs ------------------------------------------------------------------------------------
 
-UNARY = ("neg", "sqrt", "reciprocal", "abs", "sign")
-BINARY = ("add", "sub", "mul", "div", "maximum", "minimum")
+OF_POSITIVE = ("sqrt", "log", "log1p")
+UNARY = ("neg", "reciprocal", "abs", "sign", "exp", "expm1", "tanh", "sigmoid", *OF_POSITIVE)
+BINARY = ("add", "sub", "mul", "div", "maximum", "minimum", "pow")
 COMPARISONS = ("less", "less_equal", "equal", "not_equal")
 STREAMS = ("g", "p", "s0", "s1")
 
@@ -36,15 +37,22 @@ def graphs(draw: Any) -> dict[str, Node]:
     operand = lambda: draw(st.sampled_from([*values, *numbers]))  # noqa: E731
     for _ in range(draw(st.integers(1, 12))):
         op = draw(st.sampled_from([*UNARY, *BINARY, "where"]))
-        if op == "sqrt":
+        if op in OF_POSITIVE:
             new = Node(op, (Node("abs", (pick(),)),))
         elif op in UNARY:
             new = Node(op, (pick(),))
         elif op == "where":
             condition = Node(draw(st.sampled_from(COMPARISONS)), (pick(), operand()))
+            if draw(st.booleans()):
+                other = Node(draw(st.sampled_from(COMPARISONS)), (pick(), operand()))
+                condition = Node(draw(st.sampled_from(("and", "or"))), (condition, other))
+            elif draw(st.booleans()):
+                condition = Node("not", (condition,))
             new = Node(op, (condition, operand(), operand()))
         elif op in ("maximum", "minimum"):  # torch has no form of them with a number
             new = Node(op, (pick(), pick()))
+        elif op == "pow":
+            new = Node(op, (Node("abs", (pick(),)), operand()))
         elif op == "div":
             new = Node(op, (operand(), pick()))
         else:

@@ -16,18 +16,22 @@ from typing import Any
 import pytest
 import torch
 from conftest import nonzero
-from pointwise import evaluate_kernel, program_of, user_optimizer, values_of
+from pointwise import (
+    assert_equal,
+    evaluate_kernel,
+    program_of,
+    single_operation,
+    user_optimizer,
+    values_of,
+)
 from tolerances import assert_close
 
 from torchopt.kernels import catalogue, emit_c, native
 from torchopt.kernels.graph import (
     OPERATIONS,
+    TRUTH,
     Kernel,
-    Node,
-    Number,
-    input_node,
     make_kernel,
-    number_node,
     topological,
 )
 
@@ -114,18 +118,7 @@ def assert_as_torch(
     )
     for stream, value in outputs.items():
         want = expected[stream].to(like.dtype)
-        assert torch.equal(value.nan_to_num(7e7), want.nan_to_num(7e7)), (kernel.text, value, want)
-
-
-def graph_of(op: str, position: int) -> dict[str, Node]:
-    streams = [input_node(s) for s in ("g", "p", "s0")]
-    if op == "where":
-        condition = Node("less", (streams[0], streams[1]))
-        return {f"u{position}": Node(op, (condition, streams[1], streams[2]))}
-    node = Node(op, tuple(streams[: OPERATIONS[op]]))
-    if op in emit_c.TRUTH:
-        node = Node("where", (node, streams[2], number_node(Number("0.25"))))
-    return {f"u{position}": node}
+        assert_equal(value, want, kernel)
 
 
 @needs_compiler
@@ -151,7 +144,7 @@ def test_operations_and_a_users_optimizer_in_c(
     program = program_of(lion())
     assert {program.kernels[m].name for m in ("update", "apply")} <= {k.name for k in users}
 
-    single = [make_kernel(graph_of(op, k)) for k, op in enumerate(OPERATIONS)]
+    single = [make_kernel(single_operation(op, f"u{k}")) for k, op in enumerate(OPERATIONS)]
     library = compiled([*users, *single], tmp_path)
     special = [0.0, -0.0, 1.0, -2.5, math.inf, -math.inf, math.nan, 1e-40, 3e38]
     for dtype in (torch.float32, torch.float64):
@@ -161,7 +154,7 @@ def test_operations_and_a_users_optimizer_in_c(
             own = {s: inputs[s] for s in kernel.inputs}
             if op in ("sqrt", "root_slope", "sign"):  # torch.sign(nan) is nan or 0, by its build
                 own = {s: x.nan_to_num(4.0).abs() for s, x in own.items()}
-            assert_as_torch(library, kernel, own, [0.25] if op in emit_c.TRUTH else [])
+            assert_as_torch(library, kernel, own, [0.25] if op in TRUTH else [])
         for kernel in users:
             own = {s: nonzero(1000, dtype=dtype) for s in kernel.inputs}
             row = [0.3 + 0.1 * k for k in range(len(kernel.numbers))]

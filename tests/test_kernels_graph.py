@@ -164,20 +164,20 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str | None]] = {
     "norm": (lambda g: g / g.norm(), "'norm'"),
     "torch.sum": (lambda g: g / torch.sum(g), "'sum'"),
     "linalg": (lambda g: g / torch.linalg.vector_norm(g), "'linalg_vector_norm'"),
-    "exp": (lambda g: torch.exp(g), "'exp'"),
+    "erf": (lambda g: torch.erf(g), "'erf'"),
     "in place": (lambda g: g.mul_(2.0), "'mul_'"),
     "item": (lambda g: g * g.item(), "'item'"),
-    "pow 3": (lambda g: g**3, "power"),
-    "pow tensor": (lambda g: 2.0**g, "power"),
     "rounding": (lambda g: torch.div(g, 3.0, rounding_mode="floor"), "'div'"),
-    "lerp": (lambda g: torch.lerp(g, g * 2, g), "'lerp' with a tensor"),
     "constant tensor": (lambda g: g * torch.ones(3), "Tensor"),
     "returns a number": (lambda g: 1.0, "float"),
     "index": (lambda g: g * g[0], None),
     "len": (lambda g: g * len(g), None),
     "float()": (lambda g: g * float(g), None),
     "matmul": (lambda g: g @ g, None),
-    "xor": (lambda g: g * ((g > 0) ^ (g < 1)), None),
+    "bits of numbers": (lambda g: g & 1, "'bitwise_and' in an unknown way .*numbers among"),
+    "sum of truth values": (lambda g: g * ((g > 0) + (g < 1)), "'add' .*truth values"),
+    "difference of truth values": (lambda g: (g > 0) - (g < 1), "'sub' .*truth values"),
+    "nan_to_num": (lambda g: g.nan_to_num(), "without posinf and neginf"),
     "raises": (lambda g: {}["missing"], None),
 }
 
@@ -192,7 +192,9 @@ def test_reason(name: str) -> None:
         assert isinstance(caught.value, UntraceableError), repr(caught.value)
 
 
-@pytest.mark.parametrize("name", ["shape", "norm", "exp", "in place", "index", "len"])
+@pytest.mark.parametrize(
+    "name", ["shape", "norm", "erf", "in place", "index", "sum of truth values"]
+)
 def test_refused_rules_still_work(name: str) -> None:
     cls = user_optimizer(lambda g, p, t, slots: (REFUSED[name][0](g), slots))
     g = nonzero(3)
@@ -299,7 +301,16 @@ CALLS: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "abs": [((A,), {})],
     "sign": [((A,), {})],
     "square": [((A,), {})],
-    "pow": [((C, e), {}) for e in (2, 2.0, 0.5, 1, -0.5)],
+    "pow": [
+        *[((C, e), {}) for e in (2, 2.0, 0.5, 1, -0.5, 1.7, -2.3, 0)],
+        *[((A, e), {}) for e in (2, 3, -1, -2, 5)],
+        ((C, A), {}),
+    ],
+    **{name: [((A,), {})] for name in ("exp", "expm1", "tanh", "sigmoid", "negative", "absolute")},
+    **{name: [((C,), {})] for name in ("log", "log1p", "sgn", "logical_not")},
+    **{name: [((A, B), {})] for name in ("logical_and", "logical_or", "logical_xor")},
+    **{name: [((A,), {})] for name in ("isnan", "isinf", "isfinite")},
+    "nan_to_num": [((A, 0.5, 1.5, -1.5), {}), ((A,), {"posinf": 2.0, "neginf": -2.0})],
     "maximum": [((A, B), {}), ((B, A), {})],
     "minimum": [((A, B), {}), ((B, A), {})],
     "clamp": [
@@ -309,8 +320,9 @@ CALLS: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ((A,), {"min": -0.3, "max": 0.4}),
         ((A, 0.5, -0.5), {}),
     ],
+    "clip": [((A, -0.5, 0.5), {})],
     "relu": [((A,), {})],
-    "lerp": [((A, B, w), {}) for w in (0.0, 0.3, 0.9, 1.0)],
+    "lerp": [((A, B, w), {}) for w in (0.0, 0.3, 0.9, 1.0, C)],
     "addcmul": [((A, B, C), {}), ((A, B, C), {"value": -0.2})],
     "addcdiv": [((A, B, C), {}), ((A, B, C), {"value": -0.2})],
     "clone": [((A,), {})],
@@ -319,7 +331,10 @@ CALLS: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "full_like": [((A, 0.3), {})],
     **{name: [((A, B), {}), ((A, 0.3), {}), ((A, A), {})] for name in ("lt", "gt", "le", "ge")},
     **{name: [((A, B), {}), ((A, A), {})] for name in ("eq", "ne")},
-    "where": [],  # below: it needs a condition
+    **{name: [((A, B), {})] for name in ("less", "less_equal", "greater", "greater_equal")},
+    "not_equal": [((A, B), {})],
+    # below: they need conditions
+    **{name: [] for name in ("where", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not")},
 }
 
 
@@ -336,7 +351,7 @@ def test_every_function_has_a_call() -> None:
     assert CALLS.keys() == FUNCTIONS.keys()
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if n != "where"])
+@pytest.mark.parametrize("name", [n for n in CALLS if CALLS[n]])
 def test_function(name: str) -> None:
     given = tensors_abc()
     for args, kwargs in CALLS[name]:
@@ -363,6 +378,12 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "equal": lambda a, b, c: torch.where(a == a, b, c) + torch.where(a != a, b, 0.5),
     "methods": lambda a, b, c: a.add(b, alpha=2).mul(c).sub(0.3).div(c).square().clamp(0.1, 2.0),
     "truth": lambda a, b, c: (a > 0) * b + (a <= 0) * c,
+    "logic": lambda a, b, c: (
+        torch.where((a > 0) & (b > 0) | ~(c > 0.5), a, b)
+        + torch.where((a > 0) ^ (b > 0), c, 0.0)
+        + a * torch.bitwise_not(torch.bitwise_or(a > b, torch.bitwise_and(b > 0, c > 1)))
+    ),
+    "powers": lambda a, b, c: c**a + 1.5**b - c**1.3,
     "augmented": lambda a, b, c: augmented(a, b),
 }
 
@@ -394,6 +415,12 @@ def test_nan_goes_where_torch_lets_it_go() -> None:
         lambda a, b: torch.where(a > b, a, b),
         lambda a, b: torch.where(a != a, 0.0, a),
         lambda a, b: a.abs(),
+        lambda a, b: torch.where(torch.isfinite(a) & ~torch.isnan(b), a, 0.25),
+        lambda a, b: torch.where(torch.isinf(a) | torch.isnan(b), 0.5, a),
+        lambda a, b: (
+            torch.nan_to_num(a, 0.1, 0.2, -0.2) + b.nan_to_num(0.0, posinf=1.0, neginf=2.0)
+        ),
+        lambda a, b: torch.where(torch.logical_not(a), b, a) + torch.tanh(b),
     ):
         actual = trace_and_evaluate(function, {"a": a, "b": b})
         assert torch.equal(actual.nan_to_num(7.0), function(a=a, b=b).nan_to_num(7.0)), function

@@ -1,4 +1,4 @@
-"""Learned hyperparameters are operands of the kernels: derivatives against rules and differences."""
+"""Learned hyperparameters are operands of kernels, whose derivatives are those of the rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph behind steps with learned rates is that of the rules: what it needs, frees and leaves."""
+"""The graph behind steps with learned rates is that of the rules: what it needs and frees."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from learning import FACES, Net, judged, of_each, of_entries, problem, shared
 from tolerances import assert_close
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.utils import _pytree
 
 import torchopt
 
@@ -232,7 +233,7 @@ def test_under_torch_func(case: str, where: str, entries: bool, kernel_calls: li
         squares = torch.stack([x.square().sum() for x in first]).sum()
         return [*first, *torch.autograd.grad(squares, of_tasks)]
 
-    flat = torch.utils._pytree.tree_leaves
+    flat = _pytree.tree_leaves
     expected = flat(results(False))
     assert not kernel_calls
     found = flat(results(True))

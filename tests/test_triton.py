@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from pointwise import evaluate_kernel, program_of
+from pointwise import evaluate_kernel, program_of, user_optimizer
 from tolerances import assert_close
 from torch import Tensor
 
 import torchopt
 from torchopt.core.packed import Packed, Packing
-from torchopt.kernels import emit_triton, launch, native, triton_backend
+from torchopt.kernels import backends, emit_triton, launch, native, triton_backend
 from torchopt.kernels.catalogue import kernels
-from torchopt.kernels.graph import OPERATIONS, Kernel, Node, input_node, make_kernel
+from torchopt.kernels.graph import OPERATIONS, TRUTH, Kernel, Node, input_node, make_kernel
 
 
 pytestmark = [
@@ -175,17 +175,30 @@ def test_zeros_infinities_and_nan(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if op not in emit_triton.ABSENT])
 def test_every_operation(op: str, dtype: torch.dtype) -> None:
     a, b = input_node("s0"), input_node("s1")
     arguments = (Node("less", (a, b)), a, b) if op == "where" else (a, b)[: OPERATIONS[op]]
     node = Node(op, arguments)
-    if op in ("less", "less_equal", "equal", "not_equal"):
+    if op in TRUTH:
         node = Node("where", (node, a, b))
     kernel = make_kernel({"s0": node, "s1": Node("add", (node, b))})
     numbers = torch.cat([torch.tensor(SPECIAL), torch.randn(5)]).to(dtype)
     pairs = {"s0": [numbers.repeat(12)], "s1": [numbers.repeat_interleave(12)]}
     check(kernel, dtype, {stream: pairs[stream] for stream in kernel.inputs})
+
+
+def test_a_rule_with_an_operation_that_triton_has_not_is_not_fused_on_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "unavailable", lambda device_type: "")
+    monkeypatch.setattr(backends, "_too_old", lambda device: "")
+    device = torch.device("cuda", 0)
+    for function, reason in ((torch.tanh, "no kernels with 'tanh' for GPUs"), (torch.exp, "")):
+        cls = user_optimizer(lambda g, p, t, slots, f=function: (f(g), slots))
+        found = backends.missing(device, program_of(cls()), "update")
+        assert reason in found
+        assert bool(reason) == bool(found)
 
 
 @pytest.mark.usefixtures("interpreter")

@@ -310,8 +310,8 @@ RULES: dict[str, Entry] = {
 
 
 def required(face: str) -> Callable[[], None]:
-    """Require a kernel where a hyperparameter is a tensor."""
-    lr = torch.tensor(0.1)
+    """Require a kernel where a hyperparameter is a tensor of a class of the user's."""
+    lr = torch.tensor(0.1).as_subclass(type("Rate", (torch.Tensor,), {}))
 
     def run() -> None:
         network = net()
@@ -328,7 +328,7 @@ KERNELS: dict[str, Entry] = {
     face: (
         required(face),
         RuntimeError,
-        ("the hyperparameter lr is a tensor", "lr=float(...)", "use_accelerated_op=None"),
+        ("the hyperparameter lr is a Rate, no plain tensor", "use_accelerated_op=None"),
     )
     for face in ("functional", "differentiable")
 }

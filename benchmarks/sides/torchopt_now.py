@@ -12,7 +12,9 @@ from torch import Tensor
 import torchopt
 from benchmarks import adam_step as adam_workload
 from benchmarks import meta_step as meta_workload
+from benchmarks import own_rule as own_workload
 from benchmarks import update_alone as update_workload
+from benchmarks.sides.careful_adam import CarefulAdam
 from benchmarks.sides.import_cost import import_milliseconds
 from benchmarks.sides.kept_bytes import kept_bytes
 from benchmarks.sides.torch_problem import batched_meta_step, in_torch, tensors
@@ -112,6 +114,38 @@ def adam_step(
         return params
 
     return work
+
+
+def own_rule(
+    problem: own_workload.Problem, accelerated: bool | None = None
+) -> Callable[[], list[Tensor]]:
+    """Return a function that takes one step in place, or differentiates an update."""
+    tx = CarefulAdam().with_accelerated_op(accelerated)
+    numbers = problem.numbers
+    grads, params, first, second = (
+        tensors(column, requires_grad=True)
+        for column in (numbers.grads, numbers.params, numbers.first_moments, numbers.second_moments)
+    )
+    if problem.in_place:
+        for param, grad in zip(params, grads):
+            param.grad = grad.detach()
+        optimizer = torchopt.Optimizer(params, tx)
+
+        def step() -> list[Tensor]:
+            optimizer.step()
+            return params
+
+        return step
+    state = torchopt.OptState(numbers.step, {"exp_avg": first, "exp_avg_sq": second})
+    coefficients = [c for column in numbers.coefficients for c in tensors(column)]
+    inputs = [*grads, *params, *first, *second]
+
+    def update() -> list[Tensor]:
+        new_params, new = tx.apply_gradients(grads, state, params, inplace=False)
+        outputs = [*new_params, *new.slots["exp_avg"], *new.slots["exp_avg_sq"]]
+        return list(torch.autograd.grad(outputs, inputs, coefficients))
+
+    return update
 
 
 def import_time(processes: int) -> Callable[[], dict[str, list[float]]]:

@@ -141,7 +141,7 @@ static void run_every_kernel(int64_t size, int64_t dtype, enum variant variant) 
   }
   for (int64_t k = 0; k < table->count; ++k) {
     if ((k + size) % VARIANTS != variant) continue;
-    struct call call = {k, dtype, narrow, narrow, 1, 0, 1, &size, NULL, in, out, numbers, 0};
+    struct call call = {k, dtype, narrow, narrow, 1, 0, 1, &size, NULL, in, out, numbers, 0, NULL};
     CHECK(torchopt_run(&call) == 0 && call.done == 1);
   }
   for (int k = 0; k < inputs; ++k) free_room(&in_rooms[k]);
@@ -165,6 +165,97 @@ static void test_kernels(void) {
   }
 }
 
+/* Programs ------------------------------------------------------------------------------------- */
+
+#define IN 3
+#define OUT 2
+#define STEPS 9
+
+static int32_t any(int64_t first, int64_t count) {
+  return (int32_t)(first + (int64_t)(random_bits() % (uint64_t)count));
+}
+
+/* A program that makes sense: its first operation is given, what else it does is by chance. */
+static struct program some_program(int64_t first, int32_t *code) {
+  static const int64_t registers[] = {1, 3, 40, MAX_REGISTERS};
+  struct program program = {IN, OUT, 4, registers[random_bits() % 4], STEPS, code};
+  const int32_t *written = code + 1; /* what the first instruction writes */
+  for (int k = 0; k < STEPS; ++k, code += INSTRUCTION) {
+    int64_t operation = k == 0 ? first : any(0, table->operation_count);
+    const char *kinds = table->operations[operation].operands;
+    code[0] = (int32_t)operation;
+    code[1] = any(IN, OUT);
+    if (random_bits() & 1) code[1] = any(IN + OUT + program.numbers, program.registers);
+    for (int n = 2; n < INSTRUCTION; ++n) {
+      code[n] = *kinds == 0 ? 0 : *kinds == 'n' ? any(IN + OUT, program.numbers) : any(0, IN);
+      if (*kinds == 'v' && k > 0 && random_bits() & 1) code[n] = *written;
+      kinds += *kinds != 0;
+    }
+  }
+  return program;
+}
+
+static void run_some_program(int64_t first, int64_t size, int64_t dtype, enum variant variant) {
+  struct room in_rooms[IN], out_rooms[OUT];
+  int64_t in[IN], out[OUT], narrow = (int64_t)(random_bits() & 0xffffffu);
+  int32_t code[STEPS * INSTRUCTION];
+  const double numbers[] = {0.5, -2, 0, 1e30};
+  size_t shift = variant == MISALIGNED;
+  struct program program = some_program(first, code);
+  for (int k = 0; k < IN; ++k) {
+    size_t bytes = (size_t)size * entry_size(dtype, narrow, k) + shift;
+    in_rooms[k] = new_room(bytes, k & 1);
+    fill(in_rooms[k].tensor, bytes);
+    in[k] = variant == ABSENT && random_bits() & 1 ? 0 : (int64_t)(intptr_t)(in_rooms[k].tensor + shift);
+  }
+  for (int k = 0; k < OUT; ++k) {
+    out_rooms[k] = new_room((size_t)size * entry_size(dtype, narrow, k) + shift, ~k & 1);
+    out[k] = variant == ABSENT && random_bits() & 1 ? 0 : (int64_t)(intptr_t)(out_rooms[k].tensor + shift);
+    if (variant == IN_PLACE) out[k] = in[k];
+  }
+  struct call call = {-1, dtype, narrow, narrow, 1, 0, 1, &size, NULL, in, out, numbers, 0, &program};
+  CHECK(torchopt_run(&call) == 0 && call.done == 1);
+  for (int k = 0; k < IN; ++k) free_room(&in_rooms[k]);
+  for (int k = 0; k < OUT; ++k) free_room(&out_rooms[k]);
+}
+
+static void test_programs(void) {
+  for (int64_t s = 0, first = 0; s < SETS; ++s) {
+    if (torchopt_select(every_set[s]) != 0) continue;
+    for (int64_t size = 0; size <= LAST_SIZE; size += AS_SHIPPED ? 1 : 1 + size / 24)
+      for (int64_t dtype = FLOAT64; dtype <= FLOAT16; ++dtype)
+        for (enum variant variant = PLAIN; variant < VARIANTS; ++variant)
+          run_some_program(first++ % table->operation_count, size, dtype, variant);
+    CHECK(first > table->operation_count);
+  }
+  CHECK(torchopt_operation(-1) == NULL && torchopt_operation(table->operation_count) == NULL);
+  CHECK(strcmp(torchopt_operation(0), table->operations[0].name) == 0);
+}
+
+/* Programs by chance alone: those that are taken must stay where they belong. */
+static void test_any_program(void) {
+  int32_t code[STEPS * INSTRUCTION];
+  double numbers[MAX_NUMBERS], from[16], to[16];
+  int64_t size = 16, taken = 0, in[IN], out[OUT];
+  for (int k = 0; k < MAX_NUMBERS; ++k) numbers[k] = k;
+  for (int k = 0; k < 16; ++k) from[k] = k;
+  for (int k = 0; k < IN; ++k) in[k] = (int64_t)(intptr_t)from;
+  for (int k = 0; k < OUT; ++k) out[k] = (int64_t)(intptr_t)to;
+  for (int round = 0; round < 30000; ++round) {
+    struct program program = some_program(any(0, table->operation_count), code);
+    for (int change = any(0, 3); change > 0; --change) {
+      int32_t values[] = {-1, any(0, 12), INT32_MAX, INT32_MIN, any(0, MAX_REGISTERS + 10)};
+      code[any(0, STEPS * INSTRUCTION)] = values[random_bits() % 5];
+    }
+    if (random_bits() % 8 == 0) program.registers = any(-2, MAX_REGISTERS + 4);
+    if (random_bits() % 8 == 0) program.numbers = any(-2, MAX_NUMBERS + 4);
+    struct call call = {-1, FLOAT64, 0, 0, 1, 0, 1, &size, NULL, in, out, numbers, 0, &program};
+    taken += torchopt_run(&call) == 0;
+    CHECK(memcmp(from, (double[]){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, sizeof from) == 0);
+  }
+  CHECK(taken > 1000 && taken < 29000);
+}
+
 /* Values in closed form ------------------------------------------------------------------------ */
 
 /* A kernel that multiplies by the product of its numbers, as SGD's do: one stream in, one out. */
@@ -179,7 +270,7 @@ static void scale(const struct scaling *scaling, int64_t dtype, int64_t narrow_i
   int64_t in = (int64_t)(intptr_t)from, out = (int64_t)(intptr_t)to;
   for (int k = 0; k < NUMBERS; ++k) numbers[k] = number;
   struct call call = {scaling->kernel, dtype, narrow_in, narrow_out, 1,       0, 1,
-                      &size,           NULL,  &in,       &out,       numbers, 0};
+                      &size,           NULL,  &in,       &out,       numbers, 0, NULL};
   CHECK(torchopt_run(&call) == 0 && call.done == 1);
 }
 
@@ -276,7 +367,7 @@ static void test_rows(void) {
     out[t] = (int64_t)(intptr_t)to[t].tensor;
   }
   struct call call = {scaling.kernel, FLOAT64, 0,  0,   5,       NUMBERS, 1,
-                      sizes,          rows,    in, out, numbers, 0};
+                      sizes,          rows,    in, out, numbers, 0, NULL};
   CHECK(torchopt_run(&call) == 0 && call.done == 1);
   for (int t = 0; t < 5; ++t) {
     double factor = pow(values[rows[t]], scaling.numbers);
@@ -297,7 +388,7 @@ static void test_refused(void) {
   const int64_t negative[2] = {2, -1}, huge[2] = {INT64_MAX, INT64_MAX}, large[2] = {2, 1LL << 60};
   const int64_t before[2] = {0, -1}, behind[2] = {0, 2}, far[2] = {0, INT64_MAX};
   const struct call sound = {scaling.kernel, FLOAT64, 0,  0,   2,       NUMBERS, 1,
-                             good,           zero,    in, out, numbers, 0};
+                             good,           zero,    in, out, numbers, 0, NULL};
 #define REFUSED(change)                                     \
   do {                                                      \
     struct call call = sound;                               \
@@ -306,7 +397,8 @@ static void test_refused(void) {
     CHECK(torchopt_run(&call) < 0 && call.done == 0);       \
     CHECK(to[0] == 5 && to[1] == 6 && to[2] == 7 && to[3] == 8); \
   } while (0)
-  REFUSED(kernel = -1);
+  REFUSED(kernel = -1); /* no program */
+  REFUSED(kernel = -2);
   REFUSED(kernel = table->count);
   REFUSED(kernel = INT64_MAX);
   REFUSED(dtype = -1);
@@ -351,7 +443,7 @@ static void scale_many(int64_t threads, int64_t dtype, float number) {
     for (int64_t i = 0; i < sizes[t]; ++i) *at++ = (float)(i % 1000 + t);
   }
   struct call call = {scaling.kernel, dtype, 0,      0,      TENSORS, 0, threads,
-                      sizes,          NULL,  places, places, numbers, 0};
+                      sizes,          NULL,  places, places, numbers, 0, NULL};
   CHECK(torchopt_run(&call) == 0 && call.done == 1);
   float factor = powf(number, (float)scaling.numbers);
   at = all;
@@ -544,6 +636,8 @@ static const struct test {
     {"rows", test_rows},
     {"refused", test_refused},
     {"kernels", test_kernels},
+    {"programs", test_programs},
+    {"any_program", test_any_program},
 };
 #define TESTS (int)(sizeof tests / sizeof tests[0])
 

@@ -79,28 +79,22 @@ def missing(device: torch.device, program: Program, mode: str) -> str:
         return reason
     if "g" not in program.kernels[mode].inputs and "p" not in program.kernels[mode].inputs:
         return "its rule reads neither gradient nor parameter"
-    if device.type == "cuda":
-        reason = _too_old(device)
+    if device.type == "cuda" and (reason := _too_old(device)):
+        return reason
     # which derivatives are wanted by hyperparameters is known to rows.py
-    for name in (mode,) if program.kinds else (mode, f"backward_{mode}"):
-        reason = reason or unfit(program.kernels[name], device)
-    return reason
+    modes = (mode,) if program.kinds else (mode, f"backward_{mode}")
+    reasons = (unsupported(device.type, program.kernels[m]) for m in modes)
+    return next(filter(None, reasons), "")
 
 
-def unfit(kernel: Kernel, device: torch.device) -> str:
-    """Return why a device that has kernels has none for a graph; the empty string if it has."""
-    if not kernel.outputs:
-        return ""
-    if device.type != "cuda":
-        return too_large(kernel)
-    op = emit_triton.absent(kernel)
-    return f"there are no kernels with {op!r} for GPUs" if op else ""
-
-
-def too_large(kernel: Kernel) -> str:
-    """Return why the CPU has no kernel for a graph; the empty string if it has."""
+def unsupported(device_type: str, kernel: Kernel) -> str:
+    """Return why a backend cannot run a graph; the empty string if it can."""
+    if device_type == "cuda":  # where kernels are generated when they are needed
+        op = emit_triton.absent(kernel)
+        return f"there are no kernels with {op!r} for GPUs" if op else ""
     try:
-        function_of(kernel)
+        if kernel.outputs:
+            function_of(kernel)
     except TooLargeError as error:
         return str(error)
     return ""

@@ -1,7 +1,9 @@
-"""Which runs get a kernel on the CPU: one row for each optimizer.
+"""Which graphs get a compiled kernel on the CPU: those that the benchmarks name.
 
-Kernels are found by what they compute, so a chain of the user's own is fused as well if its graph
-is that of one of these rows. After a change run ``python -m torchopt.kernels.generate``.
+All others are run by the interpreter (bytecode.py), which gives the same bits and takes about twice
+as long in the cache. Kernels are found by what they compute, so a chain of the user's own gets a
+compiled one as well if its graph is among these. After a change run
+``python -m torchopt.kernels.generate``.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ The backward kernel computes the forward values again from the inputs of the for
 nothing has to be saved but tensors that exist anyway. There a quotient is a product with the
 reciprocal, which the derivative needs too: one division instead of three.
 
-A number :math:`n(h)` of the graph is an expression in hyperparameters. Where the derivative by one of
-them is wanted, it is :math:`\bar h = \sum_n \bar n\, \partial n / \partial h` for each entry, to be
-summed over all entries by whoever runs the kernel; the slopes :math:`\partial n / \partial h` are
-expressions too.
+A number :math:`n(h)` of the graph is an expression in hyperparameters. Where the derivative by one
+of them is wanted, it is :math:`\bar h = \sum_n \bar n\, \partial n / \partial h` for each entry, to
+be summed over all entries by whoever runs the kernel; the slopes :math:`\partial n / \partial h`
+are expressions too.
 """
 
 from __future__ import annotations

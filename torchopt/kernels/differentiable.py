@@ -40,7 +40,7 @@ class Operands(NamedTuple):
 
     columns: dict[str, Any]
     given: dict[str, list[Tensor]]
-    values: list[tuple[Sequence[float], int]]
+    values: Sequence[tuple[Sequence[float], int]]
     indices: list[int] | None
     pieces: int
 
@@ -70,7 +70,7 @@ class Group:
     mode: str
     count: int
     indices: list[int] | None
-    values: list[tuple[Sequence[float], int]]
+    values: Sequence[tuple[Sequence[float], int]]
     rule: Rules
     bare: bool = False
 
@@ -189,7 +189,7 @@ class Group:
 
     def _values_of_batch(
         self, given: dict[str, list[Tensor]], pieces: int
-    ) -> tuple[list[tuple[Sequence[float], int]], list[int]]:
+    ) -> tuple[Sequence[tuple[Sequence[float], int]], list[int]]:
         """Return the hyperparameters and the step count of each parameter and example."""
         of_each = [self.values[k] for k in self.indices or [0] * self.count]
         rows = [(list(row), step) for row, step in of_each for _ in range(pieces)]

@@ -51,7 +51,8 @@ class Node:
 _NODES: WeakValueDictionary[tuple[str, tuple[Any, ...]], Node] = WeakValueDictionary()
 
 #: Operations of a graph and how many arguments they take. Those of :data:`TRUTH` give a truth
-#: value, which is 1 or 0 where it is computed with. ``root_slope`` is the derivative of ``sqrt`` by its value: 1/(2x), 0 at 0.
+#: value, which is 1 or 0 where it is computed with. ``root_slope`` is the derivative of ``sqrt`` by
+#: its value: 1/(2x), 0 at 0.
 OPERATIONS = {
     "add": 2,
     "sub": 2,

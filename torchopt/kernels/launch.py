@@ -105,9 +105,8 @@ def run(
         from torchopt.kernels import triton_backend
 
         if pieces > 1:
-            inputs, outputs = (
-                {s: _views(c, pieces) for s, c in x.items()} for x in (inputs, outputs)
-            )
+            inputs = {stream: _views(column, pieces) for stream, column in inputs.items()}
+            outputs = {stream: _views(column, pieces) for stream, column in outputs.items()}
             like = _views(like, pieces)
         triton_backend.run(kernel, inputs, outputs, like, numbers, rows)
         return

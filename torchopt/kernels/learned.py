@@ -36,18 +36,8 @@ from torchopt.kernels.tracing import (
 NUMBER, SINGLE, ENTRIES = "number", "single", "entries"
 
 _REFLECTED = {f"__r{name}__": name for name in ("add", "sub", "mul", "truediv", "div", "pow")}
-_SYMBOLS = {
-    "add": "+",
-    "sub": "-",
-    "subtract": "-",
-    "mul": "*",
-    "multiply": "*",
-    "pow": "**",
-    "div": "/",
-    "divide": "/",
-    "true_divide": "/",
-    "truediv": "/",
-}
+_SYMBOLS: dict[str, str] = dict.fromkeys(["div", "divide", "true_divide", "truediv"], "/")
+_SYMBOLS |= {"add": "+", "sub": "-", "subtract": "-", "mul": "*", "multiply": "*", "pow": "**"}
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _ALONE: dict[str, Callable[[Any], Any]] = {
     "neg": lambda x: x * -1.0,

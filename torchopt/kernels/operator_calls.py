@@ -125,9 +125,7 @@ def _check(stream: str, x: Tensor, of: Tensor, first: Tensor) -> None:
 
 
 def _check_backend(kernel: Kernel, device: torch.device) -> None:
-    reason = backends.unavailable(device.type)
-    if not reason and device.type == "cpu":
-        reason = backends.too_large(kernel)
+    reason = backends.unavailable(device.type) or backends.unsupported(device.type, kernel)
     if reason:
         raise RuntimeError(f"There is no fused kernel: {reason}. The graph is\n{kernel.text}")
 

@@ -23,7 +23,7 @@ def read_tensor(value: Any) -> tuple[float, str, str]:
     The number of a tensor with more than one entry, or with one for each of a batch, is ``nan``.
     """
     if type(value) not in PLAIN:
-        return 0.0, "", "a tensor" if isinstance(value, Tensor) else "no number"
+        return 0.0, "", f"a {type(value).__name__}, no plain tensor"
     one = value.numel() == 1
     if functorch.peek_interpreter_stack() is not None:
         value = _bottom(value)

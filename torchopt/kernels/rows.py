@@ -66,9 +66,9 @@ class Rows:
         program = run.variant(self.distinct[0], first, t, present, has_params).program
         if program is None:
             return None
-        if len(values) > 1 and not self._changing.isdisjoint(program.guarded):
-            if not all(program.holds(row, t) for row in values):
-                return None
+        others_may_differ = not self._changing.isdisjoint(program.guarded)
+        if others_may_differ and not all(program.holds(row, t) for row in values):
+            return None
         return program
 
     def stand_for(self, given: Sequence[dict[str, Any]]) -> bool:
@@ -168,7 +168,7 @@ def unfit_hypers(
         kernel = program.backward(mode, frozenset(wanted))[0]
     except UntraceableError as error:
         return f"its rule has no derivative here: {error}"
-    return backends.unfit(kernel, like[0].device)
+    return backends.unsupported(like[0].device.type, kernel)
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:

@@ -144,7 +144,7 @@ def unknown_hyperparameter(name: str, owner: Any, known: Sequence[str]) -> str:
 
 
 def no_number(row: Mapping[str, Any]) -> str:
-    """Return the reason for a kernel that cannot be: kernels take numbers."""
+    """Return the reason for a kernel that cannot be: those of a compiler take numbers."""
     for name, value in row.items():
         for entry in value if isinstance(value, tuple) else (value,):
             if not is_number(entry):
@@ -158,7 +158,7 @@ def without_kernel(reason: str) -> str:
     if "hyperparameter" in reason and reason.endswith("is a tensor"):
         name = reason.split()[-4]
         return (
-            f"Kernels take numbers: pass {name}=float(...) to have one. {words} Learned and "
-            "tensor-valued hyperparameters are then computed by the rule."
+            f"Inside of a compiler kernels take numbers: pass {name}=float(...) to have one. "
+            f"{words} Learned and tensor-valued hyperparameters are then computed by the rule."
         )
     return words
