@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import torchopt
 from torchopt import ElementwiseTransformation, transformation
-from torchopt.core.hyper import hyper
+
+
+#: A function here; in versions before it was public, in a module of that name.
+hyper: Any = getattr(torchopt.hyper, "hyper", torchopt.hyper)
 
 
 @transformation

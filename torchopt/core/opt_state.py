@@ -87,9 +87,47 @@ def _shown(number: Any) -> Any:
     return number if getattr(number, "ndim", 0) else read_number(number)
 
 
+class _Present:
+    """A slot that some parameters lack, as a node whose leaves are the tensors that there are.
+
+    Trees of a state have the structure of the parameters, with ``None`` where there is no slot; but
+    ``torch.func.vmap`` takes ``None`` neither in nor out.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _flatten_present(node: _Present) -> tuple[list[Any], Any]:
+    leaves, spec = tree.flatten(node.value)
+    there = tuple(x is not None for x in leaves)
+    return [x for x in leaves if x is not None], (spec, there)
+
+
+def _unflatten_present(metadata: Any, children: Any) -> Any:
+    spec, there = metadata
+    rest = iter(children)
+    return tree.unflatten(spec, [next(rest) if present else None for present in there])
+
+
+def _entries_present(node: _Present) -> tuple[str, ...]:
+    names, leaves = tree.leaf_names(node.value), tree.flatten(node.value)[0]
+    return tuple(name for name, x in zip(names, leaves) if x is not None)
+
+
+tree.register_node(_Present, _flatten_present, _unflatten_present, _entries_present)
+
+
+def _without_none(slot: Any) -> Any:
+    if torch.compiler.is_compiling() or all(x is not None for x in tree.flatten(slot)[0]):
+        return slot
+    return _Present(slot)
+
+
 def _flatten(state: OptState) -> tuple[list[Any], Any]:
     names, counters = tuple(state.slots), tuple(state.counters)
-    children = [*state.slots.values(), *map(as_tensor, state.counters.values())]
+    slots = [_without_none(slot) for slot in state.slots.values()]
+    children = [*slots, *map(as_tensor, state.counters.values())]
     if torch.compiler.is_compiling() and isinstance(state.step, int):
         # the compiler knows an int, which becomes a guard at most, but not what a tensor holds
         return children, (names, counters, state.step)

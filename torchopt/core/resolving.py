@@ -88,7 +88,8 @@ def _column(
             else v
             for v in matched
         ]
-        return [_fitting(name, v, *leaf, spec) for v, *leaf in zip(column, leaves, names())]
+        each = zip(column, leaves, names())
+        return [_fitting(name, v, leaf, leaf_name, spec) for v, leaf, leaf_name in each]
     if callable(value) and not isinstance(value, torch.Tensor):
         value = misuse.scheduled(name, value, count)
     if isinstance(value, torch.Tensor):
