@@ -219,8 +219,12 @@ def register_node(
     flatten_function: Callable[[Any], tuple[Sequence[Any], Any]],
     unflatten_function: Callable[[Any, Any], Any],
     path_entries: Callable[[Any], tuple[Any, ...]],
+    torch_keys: Callable[[Any], Sequence[Any]] | None = None,
 ) -> None:
-    """Make ``cls`` a node both for optree and for PyTorch's own pytrees (``vmap``, ``compile``)."""
+    """Make ``cls`` a node both for optree and for PyTorch's own pytrees (``vmap``, ``compile``).
+
+    ``torch_keys`` returns the keys of the children in PyTorch's form; by default attributes.
+    """
 
     def optree_flatten(node: Any) -> tuple[Any, Any, Any]:
         children, metadata = flatten_function(node)
@@ -228,7 +232,8 @@ def register_node(
 
     def flatten_with_keys(node: Any) -> tuple[list[Any], Any]:
         children, metadata = flatten_function(node)
-        keys = [torch_pytree.GetAttrKey(str(entry)) for entry in path_entries(node)]
+        attributes = [torch_pytree.GetAttrKey(str(entry)) for entry in path_entries(node)]
+        keys = attributes if torch_keys is None else torch_keys(node)
         return list(zip(keys, children)), metadata
 
     # in every namespace: a script's own optree.tree_map, or torchopt.pytree's, sees the leaves

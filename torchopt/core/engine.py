@@ -153,7 +153,8 @@ def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> di
         if not tx.plan.slots[position]:
             continue
         (own,) = tx.plan.rows_of(position, [row])
-        for name, slot in zip(tx.plan.slots[position], part.slots):
+        for name in tx.plan.slots[position]:
+            slot = tx.plan.slot_of[name]
             if slot.shape is not None or slot.dtype is not None:
                 return None
             columns[name] = [None] * len(call.p)

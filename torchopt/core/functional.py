@@ -2,69 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from torchopt.base import misuse, tree
 from torchopt.base.recording import refuse_recorded
-from torchopt.core import hyper, resolving, step_count, whole
+from torchopt.core import hyper, step_count, whole
 from torchopt.core.engine import Call, advance, next_step, step_list
 from torchopt.core.evaluation import converted
+from torchopt.core.gather import Members, gather
 from torchopt.core.opt_state import OptState
 from torchopt.core.slots import PARAM
 from torchopt.core.state_parts import EmptyState, joined
 from torchopt.typing import PyTree, Step, TensorTree
 
 
-def gather_call(
+def gather_tree(
     tx: Any,
     reference: PyTree,
     grads: list[Any] | None,
     params: list[Any] | None,
     steps: list[Step],
     slots: dict[str, list[Any]],
-    counters: dict[str, list[Any]] | None = None,
+    counters: Mapping[str, Sequence[Any]] | None = None,
     extra: dict[str, Any] | None = None,
     mask_tree: PyTree = None,
 ) -> Call:
-    """Gather one call of the functional face for the engine.
+    """Gather the update of a tree.
 
     ``reference`` has the order of the lists; ``mask_tree`` is what a mask given as a function sees;
-    ``counters`` are those before this update.
+    ``counters`` are those before this update, or those of a start.
     """
+    names = lambda: tree.leaf_names(reference)  # noqa: E731
+    absent = [None] * len(steps)
+    like = reference if mask_tree is None else mask_tree
+    g, p = grads or absent, params or absent
+    call = Call(g, p, steps, slots, [], names, like, extra or {})
+    if counters is None:
+        counters = {name: [c.start] * len(steps) for name, c in tx.plan.counters.items()}
     leaves = params if params is not None else grads
-    names = _lazy_names(reference)
-    count = max_count(steps)
-    rows = resolving.resolve(tx.hyperparameters(), tx.hyper_specs(), leaves or [], names, count)
-    if counters:
-        rows = tx.plan.counted_rows(rows, steps, counters)
-    elif tx.plan.counters:
-        rows = [tx.plan.with_starts(row) for row in rows]
-    return Call(
-        g=grads if grads is not None else [None] * len(steps),
-        p=params if params is not None else [None] * len(steps),
-        t=steps,
-        slots=slots,
-        hyper=rows,
-        names=names,
-        reference=reference if mask_tree is None else mask_tree,
-        extra=extra or {},
-    )
+    members = Members(tx.plan.values, leaves or [], names, _count_of(steps))
+    return gather(tx, [members], call, counters)
 
 
-def max_count(steps: Sequence[Step]) -> Step:
+def _count_of(steps: Sequence[Step]) -> Step:
     """Return the count a schedule is evaluated at: 0 at the first update."""
     if not steps:
         return 0
-    if isinstance(steps[0], Tensor):
-        return steps[0] - 1
-    return max(steps) - 1
-
-
-def _lazy_names(reference: PyTree) -> Any:
-    return lambda: tree.leaf_names(reference)
+    return steps[0] - 1 if isinstance(steps[0], Tensor) else max(steps) - 1
 
 
 def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, list[Any]]:
@@ -180,7 +167,7 @@ def eval_trees(tx: Any, state: Any, params: PyTree) -> PyTree:
     p, spec = tree.flatten(params)
     slots = state_slots(tx, state, params, spec)
     steps = step_list(_counts(state, params, spec), len(p))
-    call = gather_call(tx, params, None, p, steps, slots)
+    call = gather_tree(tx, params, None, p, steps, slots)
     return tree.unflatten(spec, converted(tx, call, True))
 
 
@@ -206,7 +193,7 @@ def advance_trees(
     old_steps = _counts(state, grads, spec)
     counters = _counters(state, grads, spec) if tx.plan.counters else {}
     steps = step_list(old_steps, len(g))
-    call = gather_call(tx, grads, g, p, steps, slots, counters, extra, params)
+    call = gather_tree(tx, grads, g, p, steps, slots, counters, extra, params)
     own, pairs = whole.split(tx.plan, state.slots) if tx.plan.whole else (state.slots, {})
     if inplace:
         if old_steps == 0:  # an anchor may lead to the parameters, which may be leaves as well

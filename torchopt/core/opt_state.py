@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.utils._pytree as torch_pytree
 
 from torchopt.base import tree
 from torchopt.base.values import describe
@@ -115,7 +117,29 @@ def _entries_present(node: _Present) -> tuple[str, ...]:
     return tuple(name for name, x in zip(names, leaves) if x is not None)
 
 
-tree.register_node(_Present, _flatten_present, _unflatten_present, _entries_present)
+def _keys_present(node: _Present) -> list[Any]:
+    pairs = torch_pytree.tree_flatten_with_path(node.value, is_leaf=lambda x: x is None)[0]
+    return [_Keys(path) for path, x in pairs if x is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """Several keys of PyTorch's as one, for a leaf several levels below."""
+
+    path: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return torch_pytree.keystr(self.path)
+
+    def get(self, parent: Any) -> Any:
+        """Return the leaf below a node."""
+        value = parent.value if isinstance(parent, _Present) else parent
+        for key in self.path:
+            value = key.get(value)
+        return value
+
+
+tree.register_node(_Present, _flatten_present, _unflatten_present, _entries_present, _keys_present)
 
 
 def _without_none(slot: Any) -> Any:

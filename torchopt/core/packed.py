@@ -109,6 +109,8 @@ class PackedDict(Mapping):
         self.names, self.packed = names, packed
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
         return self.packed[self.names.index(name)]
 
     def __iter__(self) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from torchopt.base import misuse, tree
-from torchopt.core.slots import Counter, Slot
+from torchopt.core.slots import Counter, Slot, as_slot
 
 
 class Plan:
@@ -36,16 +36,18 @@ class Plan:
         self.counted: list[dict[str, str]] = []
         #: Slots that are one tree for all parameters: whose they are, and under which masks.
         self.whole: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+        latest: dict[str, str] = {}  # the public name of a part's own, as the last part had it
         for part in self.parts:
             specs = part.hyper_specs()
             taken = {*self.hyper_specs, *self.counters}
             fields = {
-                name: name if s.shared and name in self.hyper_specs else _free_name(name, taken)
+                name: latest[name] if s.shared and name in latest else _free_name(name, taken)
                 for name, s in specs.items()
             }
+            latest.update(fields)
             specs = {name: spec for name, spec in specs.items() if fields[name] not in taken}
             self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
-            slots, counters = part.slots, part.counters
+            slots, counters = tuple(map(as_slot, part.slots)), part.counters
             kept = {*self.slot_of, *self.counters, "step"}
             names = tuple(_free_name(slot.name, kept) for slot in slots)
             self.fields.append(fields)
@@ -120,10 +122,6 @@ class Plan:
                 f"The state belongs to another optimizer: it {what}, while "
                 f"{misuse.clipped(str(owner))} keeps {[*self.slot_names, *self.counters]}."
             )
-
-    def with_starts(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the hyperparameters of one parameter with its counters as they start."""
-        return {**row, **{name: counter.start for name, counter in self.counters.items()}}
 
     def rows_of(self, position: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Pick a part's own hyperparameters; rows that are one object stay one object."""

@@ -14,7 +14,7 @@ from torchopt.base.values import describe, same
 from torchopt.core import hyper, whole
 from torchopt.core.apply import apply_updates
 from torchopt.core.engine import Leaves, initialise, step_list
-from torchopt.core.functional import advance_trees, eval_trees, gather_call, slot_trees
+from torchopt.core.functional import advance_trees, eval_trees, gather_tree, slot_trees
 from torchopt.core.opt_state import OptState
 from torchopt.core.plan import Plan
 from torchopt.core.slots import Counter, Slot, as_slot
@@ -163,13 +163,13 @@ class GradientTransformation:
         """Return the names of the buffers kept for each parameter."""
         names = self.__dict__.get("_slot_names")
         if names is None:
-            names = tuple(slot.name for slot in self.slots)
+            names = tuple(as_slot(slot).name for slot in self.slots)
             object.__setattr__(self, "_slot_names", names)
         return names
 
     def first_slots(self, param: Tensor, **hyperparameters: Any) -> tuple[Tensor | None, ...]:
         """Return the initial buffers of one parameter, in the order of ``slots``."""
-        return tuple(slot.first(param, hyperparameters) for slot in self.slots)
+        return tuple(as_slot(slot).first(param, hyperparameters) for slot in self.slots)
 
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return the slots that are one tree for all parameters; see ``torchopt.core.whole``."""
@@ -206,7 +206,7 @@ class GradientTransformation:
         """
         leaves, spec = tree.flatten(params)
         starts = {name: counter.start for name, counter in self.plan.counters.items()}
-        call = gather_call(self, params, None, leaves, step_list(0, len(leaves)), {})
+        call = gather_tree(self, params, None, leaves, step_list(0, len(leaves)), {})
         slots = slot_trees(self, params, params, spec, initialise(self, call))
         whole.begin(self.plan, {}, call)
         return OptState(0, {**slots, **whole.end(self.plan, call)}, starts)

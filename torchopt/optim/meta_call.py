@@ -5,7 +5,6 @@ A step like the one before takes a short way: what that one found out need only 
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torchopt.base.alike import Alike
 from torchopt.base.values import is_plain
 from torchopt.core import hyper, resolving
-from torchopt.core.engine import Call, initialise, initialise_packed, packs
+from torchopt.core.engine import Call, initialise_packed, packs
+from torchopt.core.gather import Members, gather
 from torchopt.core.packed import Packed, PackedDict, Packing
 from torchopt.core.transform import GradientTransformation
 from torchopt.nn.parameters import ParameterSite, ParameterWalk, named_places
@@ -113,58 +113,43 @@ def new_call(
     params: list[Tensor],
     grads: list[Any],
 ) -> Call:
-    """Return the call of a step of which nothing is known."""
-    states = _without_reshaped(tx.plan, states, entries, params)
+    """Gather a step of which nothing is known."""
+    plan = tx.plan
+    states = _without_reshaped(plan, states, entries, params)
+    known = [state.steps for state in states]
     single = len(groups) == 1
     names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
-    known = [state.steps for state in states]
-    steps: list[Any] = [known[entry.group].get(entry.name, 0) + 1 for entry in entries]
-    specs = tx.hyper_specs()
-    rows: list[dict[str, Any]] = []
+    before = [known[entry.group].get(entry.name, 0) for entry in entries]
+    members = []
     for index, group in enumerate(groups):
-        for name, spec in specs.items():
+        for name, spec in plan.hyper_specs.items():
             hyper.check(name, group[name], spec)  # they may have been changed since
-        own = [k for k, entry in enumerate(entries) if single or entry.group == index]
-        count = max((steps[k] for k in own), default=1) - 1
-        own_names = names if single else [entries[k].name for k in own]
-        own_params = [params[k] for k in own]
+        own = [k for k, entry in enumerate(entries) if entry.group == index]
+        own_names = [entries[k].name for k in own]
+        count = max((before[k] for k in own), default=0)
         around = partial(known_names, group["params"])
-        rows += resolving.resolve(group, specs, own_params, lambda n=own_names: n, count, around)
-    if tx.plan.counters:
-        old = {
-            n: [states[e.group].counters[n].get(e.name, c.start) for e in entries]
-            for n, c in tx.plan.counters.items()
-        }
-        rows = tx.plan.counted_rows(rows, steps, old)
-    call = Call(grads, params, steps, {}, rows, lambda: names, dict(zip(names, params)))
-    call.known = (
-        partial(known_names, groups[0]["params"]) if single else partial(_known_of_all, groups)
-    )
-    fresh = [step == 1 and e.name not in known[e.group] for step, e in zip(steps, entries)]
-    complete = single and (not known[0] or known[0].keys() == set(names))
+        own_params = [params[k] for k in own]
+        members.append(Members(group, own_params, lambda n=own_names: n, count, around))
+    reference = dict(zip(names, params))
+    slots: dict[str, Any] = {}
+    call = Call(grads, params, [n + 1 for n in before], slots, [], lambda: names, reference)
+    call.known = members[0].known if single else partial(_known_of_all, groups)
+    fresh = [entry.name not in known[entry.group] for entry in entries]
     # what is packed is contiguous, and so is what a kernel computes with it; a kernel would pack
     # the pairs of reals that it sees of complex numbers
     dense = all(map(Tensor.is_contiguous, params)) and not any(map(Tensor.is_complex, params))
-    call.pack_slots = complete and dense and packs(tx.plan)
-    packed: dict[str, Any] = {}
-    if call.pack_slots:
-        if not known[0]:
-            packed = initialise_packed(tx, call) or {}
-        elif not any(fresh):
-            packed = states[0].packed_slots(names)
-    initial = {}
-    if any(fresh) and not packed:  # at the first step, or for parameters that were frozen
-        missing = [p if new else None for p, new in zip(params, fresh)]
-        initial = initialise(tx, dataclasses.replace(call, p=missing))
-    for slot in tx.slot_names():
-        if slot in packed:
-            call.slots[slot] = packed[slot]
-            continue
-        call.slots[slot] = [
-            initial[slot][k] if new else states[entry.group].slots[slot].get(entry.name)
-            for k, (entry, new) in enumerate(zip(entries, fresh))
+    complete = single and (not known[0] or known[0].keys() == set(names))
+    call.pack_slots = complete and dense and packs(plan)
+    packed = states[0].packed_slots(names) if call.pack_slots and known[0] else {}
+    for slot in plan.slot_names:
+        slots[slot] = packed.get(slot) or [
+            states[entry.group].slots[slot].get(entry.name) for entry in entries
         ]
-    return call
+    counters = {
+        n: [states[e.group].counters[n].get(e.name, c.start) for e in entries]
+        for n, c in plan.counters.items()
+    }
+    return gather(tx, members, call, counters, fresh=fresh)
 
 
 def _without_reshaped(

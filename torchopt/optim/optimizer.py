@@ -13,10 +13,11 @@ from typing_extensions import Concatenate, ParamSpec
 
 from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
-from torchopt.core import engine, hyper, resolving, whole
+from torchopt.core import engine, hyper, whole
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.apply import refuse_unwritable
-from torchopt.core.engine import Call, advance, initialise, refuse_parameter
+from torchopt.core.engine import Call, advance, refuse_parameter
+from torchopt.core.gather import Members, gather
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed, signature_of_recipe
 from torchopt.core.transform import GradientTransformation, check_transformation
@@ -296,46 +297,32 @@ class Optimizer(torch.optim.Optimizer):
         """Return the hyperparameters of a group as they are now."""
         if self._parts is not None:
             return self._parts.row(group)
-        return {name: group[name] for name in self.transformation.hyper_specs()}
+        return {name: group[name] for name in self.transformation.plan.hyper_specs}
 
     def _call(self, params: list[Tensor], grads: list[Any]) -> Call:
-        names = _parameter_names(self.param_groups)
-        steps: list[Any] = [self._previous_step(p) + 1 for p in params]
-        rows: list[dict[str, Any]] = []
+        """Gather the update of all groups, with parameters in the order they were given in."""
+        plan, names = self.transformation.plan, _parameter_names(self.param_groups)
+        members: list[Members] = []
         for group in self.param_groups:
-            first, last = len(rows), len(rows) + len(group["params"])
-            if self._parts is not None:
-                values = self._parts.row(group)
-            else:
-                values = {**self.transformation.hyperparameters(), **group}
-            specs = self.transformation.hyper_specs()
-            values = {name: hyper.as_numbers(values[name]) for name in specs}
-            group_names = names[first:last]
-            # 0 stands for the count: there are no schedules in the groups any more
-            rows += resolving.resolve(
-                values, specs, group["params"], lambda n=group_names: n, 0, names
-            )
-        labels = None
-        if self._parts is not None:  # in the order of params
-            labels = [group["label"] for group in self.param_groups for _ in group["params"]]
+            row = plan.values | self._row(group)
+            values = {name: hyper.as_numbers(row[name]) for name in plan.hyper_specs}
+            first = sum(len(one.leaves) for one in members)
+            own = names[first : first + len(group["params"])]
+            # schedules are none of the groups', so the count does not matter
+            members.append(Members(values, group["params"], lambda own=own: own, known=names))
+        order, labels = None, None
+        if self._parts is not None:
             order = self._parts.order(self.param_groups)
-            rows, names = [rows[k] for k in order], [names[k] for k in order]
-            labels = [labels[k] for k in order]
-        plan = self.transformation.plan
-        if plan.counters:
-            old = {n: [self._counter(p, n) for p in params] for n in plan.counters}
-            rows = plan.counted_rows(rows, steps, old)
-        fresh = [
-            p if g is not None and not self.state.get(p) else None for p, g in zip(params, grads)
-        ]
-        call = Call(grads, fresh, steps, {}, rows, lambda: names, params, labels=labels)
-        call.slots = initialise(self.transformation, call)
-        for name, column in call.slots.items():
-            for index, p in enumerate(params):
-                if fresh[index] is None and p in self.state:
-                    column[index] = self.state[p].get(name)
-        call.p = params
-        whole.begin(self.transformation.plan, self.state.get(whole.PAIRS, {}), call)  # pyright: ignore
+            labels = [group["label"] for group in self.param_groups for _ in group["params"]]
+            names, labels = ([column[k] for k in order] for column in (names, labels))
+        steps: list[Any] = [self._previous_step(p) + 1 for p in params]
+        states = [self.state.get(p) or {} for p in params]
+        slots: dict[str, Any] = {n: [s.get(n) for s in states] for n in plan.slot_names}
+        counters = {n: [s.get(n, c.start) for s in states] for n, c in plan.counters.items()}
+        call = Call(grads, params, steps, slots, [], lambda: names, params, labels=labels)
+        fresh = [g is not None and not state for g, state in zip(grads, states)]
+        gather(self.transformation, members, call, counters, order=order, fresh=fresh)
+        whole.begin(plan, self.state.get(whole.PAIRS, {}), call)  # pyright: ignore
         return call
 
     def _previous_step(self, param: Tensor) -> int:
@@ -349,11 +336,6 @@ class Optimizer(torch.optim.Optimizer):
                 "expected a dict of slots. Remove it with optimizer.state.pop(parameter)."
             )
         return int(state.get("step", 1)) if state else 0
-
-    def _counter(self, param: Tensor, name: str) -> Any:
-        """Return a counter of a parameter before this step."""
-        state = self.state.get(param) or {}
-        return state.get(name, self.transformation.plan.counters[name].start)
 
     def _count(self, group: dict[str, Any]) -> int:
         """Return how often a group has been updated: the most updates of one of its parameters."""
