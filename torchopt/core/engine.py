@@ -149,11 +149,11 @@ def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> di
     packing = packing or Packing(common.shapes)
     flat: Tensor | None = None
     columns: dict[str, Any] = {}
-    for position, part in enumerate(tx.plan.parts):
-        if not tx.plan.slots[position]:
+    for position, names in enumerate(tx.plan.slots):
+        if not names:
             continue
         (own,) = tx.plan.rows_of(position, [row])
-        for name in tx.plan.slots[position]:
+        for name in names:
             slot = tx.plan.slot_of[name]
             if slot.shape is not None or slot.dtype is not None:
                 return None

@@ -8,26 +8,17 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from torchopt.base import misuse, tree
 from torchopt.core.opt_state import OptState
 from torchopt.nn import marks, moments
+from torchopt.nn.copying import Copier, CopiesHistory
 from torchopt.nn.parameters import named_places, parameter_sites, place_all
 from torchopt.nn.targets import check_tree
 from torchopt.typing import PyTree
 
 
 T = TypeVar("T")
-
-_SPELLINGS = {
-    "reference": "reference",
-    "ref": "reference",
-    "copy": "copy",
-    "clone": "copy",
-    "deepcopy": "deepcopy",
-    "deepclone": "deepcopy",
-}
 
 
 class ModuleState(NamedTuple):
@@ -107,7 +98,7 @@ def extract_state_dict(
         >>> isinstance(net.weight, torch.nn.Parameter) and net.weight.is_leaf
         True
     """
-    copier = _Copier(by, device)
+    copier = Copier(by, device)
     if isinstance(target, nn.Module):
         params = {name: copier(t) for name, _, _, t in named_places(target, "_parameters")}
         places = named_places(target, "_buffers") if with_buffers else ()
@@ -131,65 +122,6 @@ def extract_state_dict(
 
 def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {prefix + name: x for name, x in tensors.items() if isinstance(x, Tensor)}
-
-
-class _CopiesHistory(TorchFunctionMode):
-    """Lets ``copy.deepcopy`` copy tensors with history, which PyTorch refuses.
-
-    A module may have them among its attributes: ``weight`` under ``weight_norm``, a stored output.
-    """
-
-    def __init__(self, copier: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self._copier = copier
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
-            copied = args[1][id(args[0])] = self._copier(args[0])
-            return copied
-        return func(*args, **(kwargs or {}))
-
-
-class _Copier:
-    """Copies tensors one way; a tensor met twice gives the same copy."""
-
-    def __init__(self, by: str, device: Any) -> None:
-        if not isinstance(by, str) or by not in _SPELLINGS:
-            raise ValueError(f"by must be 'reference', 'copy' or 'deepcopy', got {by!r:.80}.")
-        self.by = _SPELLINGS[by]
-        self.device = device
-        self.copies: dict[int, tuple[Any, Any]] = {}
-
-    def __call__(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in self.copies:
-            copied = self._copy(value)
-            if copied is not value and isinstance(value, nn.Parameter):
-                marks.carry(value, copied)
-            self.copies[id(value)] = (value, copied)  # the original is kept alive: ids
-        return self.copies[id(value)][1]
-
-    def buffer(self, value: Tensor, detach: bool) -> Tensor:
-        return self(value).detach().clone() if detach else self(value)
-
-    def _copy(self, value: Tensor) -> Tensor:
-        if nn.parameter.is_lazy(value) and not (self.by == "reference" and self.device is None):
-            raise ValueError(
-                "A lazy parameter has no shape yet and cannot be copied. Run the network once "
-                "before: net(x)."
-            )
-        if self.by == "reference":
-            return value if self.device is None else value.to(self.device)
-        if self.by == "copy":
-            cloned = value.clone()
-            return cloned if self.device is None else cloned.to(self.device)
-        cloned = value.detach().clone()
-        if self.device is not None:
-            cloned = cloned.to(self.device)
-        if isinstance(value, nn.Parameter):
-            return nn.Parameter(cloned, requires_grad=value.requires_grad)
-        return cloned.requires_grad_(value.requires_grad)
 
 
 def recover_state_dict(target: Any, state: Any) -> Any:
@@ -271,6 +203,7 @@ def _put_back(target: Any, state: Any) -> Any:
     if isinstance(target, OptState):
         target.step = _put_back(target.step, state.step)
         target.slots = _put_back(target.slots, state.slots)
+        target.counters = _put_back(target.counters, state.counters)
     elif isinstance(target, dict):
         for key in target:
             target[key] = _put_back(target[key], state[key])
@@ -393,7 +326,7 @@ def module_clone(
             for kind in ("_parameters", "_buffers")
             for _, _, _, t in named_places(target, kind)
         }
-        with _CopiesHistory(_Copier(by, device)):
+        with CopiesHistory(Copier(by, device)):
             cloned = copy.deepcopy(target, dict(shared))
         recover_state_dict(cloned, state)
         return cloned

@@ -2,15 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
-from torchopt.core import hyper
+from torchopt.core import hyper, whole
 from torchopt.optim.schedules import REPLACED
+
+
+def saved(optimizer: Any) -> dict[str, Any]:
+    """Return the state of an optimizer in ``torch.optim``'s format."""
+
+    def convert(_: Any, found: dict[str, Any]) -> dict[str, Any]:
+        state = {
+            key: {n: number_to_tensor(v) for n, v in entry.items()}
+            if isinstance(entry, dict)
+            else entry
+            for key, entry in found["state"].items()
+        }
+        groups = [saved_group(optimizer, group) for group in found["param_groups"]]
+        for group, live in zip(groups, optimizer.param_groups):
+            if replaced := optimizer._schedules.replaced(live):
+                group[REPLACED] = replaced
+        return {**found, "state": state, "param_groups": groups}
+
+    optimizer._adopt_schedules(optimizer.param_groups)
+    hook = optimizer.register_state_dict_post_hook(convert, prepend=True)  # before the user's
+    optimizer._lent = bool(optimizer.state)
+    try:
+        return torch.optim.Optimizer.state_dict(optimizer)
+    finally:
+        hook.remove()
+
+
+def load(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
+    """Load a state in ``torch.optim``'s format; nothing changes if it is refused."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(unexpected(optimizer, type(state_dict).__name__))
+    loaded: dict[Tensor, dict[str, Any]] = {}
+    restore: Callable[..., None] = lambda *_: None  # noqa: E731
+    plan = optimizer.transformation.plan
+
+    def check(_: Any, given: Any) -> dict[str, Any]:
+        nonlocal restore
+        groups = checked_groups(optimizer, given)
+        loaded.update(checked_slots(optimizer, given["state"], groups))
+        schedules, live = optimizer._schedules, optimizer.param_groups
+        restore = schedules.keep_through_load(live, given["param_groups"])
+        whole.check(plan, given["state"].get(whole.PAIRS, {}), type(optimizer))
+        return {**given, "param_groups": groups}
+
+    def adopt(_: Any) -> None:  # torch has cast the slots to the parameters' dtype
+        state = optimizer.state
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p in loaded:
+                    state[p] = loaded[p]
+                else:
+                    state.pop(p, None)
+        optimizer._lent = False  # the slots are copies
+        restore(optimizer.param_groups, optimizer._count)
+        if whole.PAIRS in state:  # the states of pairs are copied as the slots are
+            state[whole.PAIRS] = _copied(state[whole.PAIRS])
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(check),  # after the user's
+        optimizer.register_load_state_dict_post_hook(adopt, prepend=True),  # before the user's
+    ]
+    try:
+        torch.optim.Optimizer.load_state_dict(optimizer, dict(state_dict))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def unexpected(optimizer: Any, given: Any) -> str:

@@ -42,3 +42,14 @@ def _released(column: Iterable[Any]) -> Iterable[int]:
         addressed = type(x) in _ADDRESSED and x.layout == torch.strided and not x.is_meta
         if addressed and not x.data_ptr() and x.numel() and not x._is_zerotensor():
             yield k
+
+
+def apart(column: list[Any], params: list[Tensor], grads: list[Any]) -> list[Any]:
+    """Return new slots with a copy where a rule keeps the parameter, or gradient, itself.
+
+    It is about to be overwritten.
+    """
+    return [
+        x.clone() if x is not None and (x is p or x is g) else x
+        for x, p, g in zip(column, params, grads)
+    ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Concatenate, ParamSpec
+from typing_extensions import ParamSpec
 
 from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
@@ -20,7 +19,7 @@ from torchopt.core.engine import Call, advance, refuse_parameter
 from torchopt.core.evaluation import converted
 from torchopt.core.opt_state import OptState
 from torchopt.core.pair import as_transformation
-from torchopt.core.recipe import renamed, signature_of_recipe
+from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.diff.gradient import differentiate
 from torchopt.nn import marks
@@ -372,20 +371,3 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def from_recipe(
-    recipe: Callable[P, GradientTransformation],
-) -> Callable[[Callable[[Any, Any], None]], Callable[Concatenate[Any, Any, P], None]]:
-    """Give ``__init__(self, module)`` of a named class the arguments of its recipe as well."""
-
-    def decorate(
-        documented: Callable[[Any, Any], None],
-    ) -> Callable[Concatenate[Any, Any, P], None]:
-        def init(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-            MetaOptimizer.__init__(self, module, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
-
-        own = inspect.signature(init).parameters
-        return signature_of_recipe(init, documented, recipe, [own["self"], own["module"]], [])
-
-    return decorate

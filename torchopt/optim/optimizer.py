@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Concatenate, ParamSpec
+from typing_extensions import ParamSpec
 
-from torchopt.base import misuse, tree
+from torchopt.base import misuse
 from torchopt.base.commit import all_or_nothing
 from torchopt.core import engine, hyper, whole
 from torchopt.core.accelerated_op import accelerated
@@ -19,19 +18,13 @@ from torchopt.core.apply import refuse_unwritable
 from torchopt.core.engine import Call, advance, refuse_parameter
 from torchopt.core.gather import Members, gather
 from torchopt.core.pair import as_transformation
-from torchopt.core.recipe import renamed, signature_of_recipe
+from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
-from torchopt.optim.checkpoint import (
-    checked_groups,
-    checked_slots,
-    number_to_tensor,
-    saved_group,
-    unexpected,
-)
+from torchopt.optim.checkpoint import load, saved
 from torchopt.optim.evaluation import refuse_step, swap_in_place
-from torchopt.optim.memory import refuse_released
+from torchopt.optim.memory import apart, refuse_released
 from torchopt.optim.part_groups import PLACES, PartGroups, divide, warn_of_hidden_rates
-from torchopt.optim.schedules import REPLACED, LiveSchedules
+from torchopt.optim.schedules import LiveSchedules
 
 
 P = ParamSpec("P")
@@ -133,7 +126,7 @@ class Optimizer(torch.optim.Optimizer):
             if name in param_group:
                 hyper.check(name, param_group[name], spec)
         switches = [bool(param_group.get(name)) for name in ("capturable", "differentiable")]
-        _refuse_switches(type(self).__name__, *switches)
+        misuse.refuse_switches(type(self).__name__, *switches)
         tx = self.transformation
         if param_group.get("fused"):
             tx = accelerated(tx, True)
@@ -246,7 +239,7 @@ class Optimizer(torch.optim.Optimizer):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
         counts, counters = self._counts_steps(), self.transformation.plan.counters
-        slots = {name: _apart(column, params, grads) for name, column in slots.items()}
+        slots = {name: apart(column, params, grads) for name, column in slots.items()}
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
         versions = [None if compiling or p.is_inference() else p._version for p in params]
@@ -368,27 +361,7 @@ class Optimizer(torch.optim.Optimizer):
         Of a schedule given as a hyperparameter the present number is saved. Loading keeps the
         schedules of the optimizer that loads, at the loaded count.
         """
-
-        def convert(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
-            state = {
-                key: {n: number_to_tensor(v) for n, v in entry.items()}
-                if isinstance(entry, dict)
-                else entry
-                for key, entry in saved["state"].items()
-            }
-            groups = [saved_group(self, group) for group in saved["param_groups"]]
-            for group, live in zip(groups, self.param_groups):
-                if replaced := self._schedules.replaced(live):
-                    group[REPLACED] = replaced
-            return {**saved, "state": state, "param_groups": groups}
-
-        self._adopt_schedules(self.param_groups)
-        hook = self.register_state_dict_post_hook(convert, prepend=True)  # before the user's
-        self._lent = bool(self.state)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
+        return saved(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Load what :meth:`state_dict`, here or of ``torch.optim``'s class, returned.
@@ -403,106 +376,12 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: If the state is that of another optimizer or of other parameters. Nothing
                 has changed then.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(unexpected(self, type(state_dict).__name__))
-        loaded: dict[Tensor, dict[str, Any]] = {}
-
-        restore: Callable[..., None] = lambda *_: None  # noqa: E731
-
-        def check(_: Any, given: Any) -> dict[str, Any]:
-            nonlocal restore
-            groups = checked_groups(self, given)
-            loaded.update(checked_slots(self, given["state"], groups))
-            restore = self._schedules.keep_through_load(self.param_groups, given["param_groups"])
-            whole.check(self.transformation.plan, given["state"].get(whole.PAIRS, {}), type(self))
-            return {**given, "param_groups": groups}
-
-        def adopt(_: Any) -> None:  # torch has cast the slots to the parameters' dtype
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p in loaded:
-                        self.state[p] = loaded[p]
-                    else:
-                        self.state.pop(p, None)
-            self._lent = False  # the slots are copies
-            restore(self.param_groups, self._count)
-            if whole.PAIRS in self.state:  # the states of pairs are copied as the slots are
-                self.state[whole.PAIRS] = tree.tree_map(_copied, self.state[whole.PAIRS])  # pyright: ignore
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(check),  # after the user's
-            self.register_load_state_dict_post_hook(adopt, prepend=True),  # before the user's
-        ]
-        try:
-            super().load_state_dict(dict(state_dict))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch.optim.Optimizer keeps only its own attributes in pickles and deep copies
         own = ("transformation", "_parts", "_schedules", "_lent")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-
-def from_recipe(
-    recipe: Callable[P, GradientTransformation],
-) -> Callable[[Callable[[Any, Any], None]], Callable[Concatenate[Any, Any, P], None]]:
-    """Give ``__init__(self, params)`` of a named class the arguments of its recipe as well.
-
-    The implementation switches of ``torch.optim`` are accepted as keywords, so that calls carry
-    over: ``foreach`` changes nothing, ``fused=True`` means ``use_accelerated_op=True``, and
-    ``differentiable=True`` and ``capturable=True`` are refused with the way to get them.
-    """
-
-    def decorate(
-        documented: Callable[[Any, Any], None],
-    ) -> Callable[Concatenate[Any, Any, P], None]:
-        def init(
-            self: Any,
-            params: Any,
-            *args: Any,
-            foreach: bool | None = None,
-            fused: bool | None = None,
-            capturable: bool = False,
-            differentiable: bool = False,
-            **kwargs: Any,
-        ) -> None:
-            _refuse_switches(type(self).__name__, capturable, differentiable)
-            if fused:
-                kwargs["use_accelerated_op"] = True
-            Optimizer.__init__(self, params, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
-
-        own = inspect.signature(init).parameters
-        switches = [own[name] for name in ("foreach", "fused", "capturable", "differentiable")]
-        return signature_of_recipe(init, documented, recipe, [own["self"], own["params"]], switches)
-
-    return decorate
-
-
-def _refuse_switches(title: str, capturable: bool, differentiable: bool) -> None:
-    if differentiable:
-        raise ValueError(
-            f"{title} changes its parameters in place. To differentiate through its steps use "
-            f"torchopt.Meta{title}(module, ...) or the functional face with inplace=False."
-        )
-    if capturable:
-        raise ValueError(f"{title} has no capturable form yet; leave capturable=False.")
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _apart(column: list[Any], params: list[Tensor], grads: list[Any]) -> list[Any]:
-    """Return new slots with a copy where a rule keeps the parameter, or gradient, itself.
-
-    It is about to be overwritten.
-    """
-    return [
-        x.clone() if x is not None and (x is p or x is g) else x
-        for x, p, g in zip(column, params, grads)
-    ]
 
 
 def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:

@@ -15,8 +15,9 @@ from torchopt.core.hyper import hyper
 from torchopt.core.rules import TensorTransformation
 from torchopt.core.slots import Slot
 from torchopt.core.transform import GradientTransformation, transformation
-from torchopt.optim import meta_optimizer as meta
-from torchopt.optim import optimizer as optim
+from torchopt.optim.meta_optimizer import MetaOptimizer
+from torchopt.optim.named import from_recipe, meta_from_recipe
+from torchopt.optim.optimizer import Optimizer
 from torchopt.transforms.basic import flip_sign
 from torchopt.typing import Hyperparameter, Step
 
@@ -180,22 +181,22 @@ def adafactor(
     return accelerated(tx, use_accelerated_op)
 
 
-class Adafactor(optim.Optimizer):
+class Adafactor(Optimizer):
     """:func:`torchopt.adafactor` as a ``torch.optim.Optimizer``.
 
     Its ``state_dict`` interchanges with that of ``torch.optim.Adafactor``.
     """
 
-    @optim.from_recipe(adafactor)
+    @from_recipe(adafactor)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.adafactor`."""
 
 
-class MetaAdafactor(meta.MetaOptimizer):
+class MetaAdafactor(MetaOptimizer):
     """:func:`torchopt.adafactor` as a differentiable optimizer of a network."""
 
     twin = Adafactor
 
-    @meta.from_recipe(adafactor)
+    @meta_from_recipe(adafactor)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adafactor`."""

@@ -22,8 +22,9 @@ from torchopt.core.recipe import ignoring_moment_requires_grad
 from torchopt.core.rules import ElementwiseTransformation
 from torchopt.core.slots import Slot
 from torchopt.core.transform import GradientTransformation, transformation
-from torchopt.optim import meta_optimizer as meta
-from torchopt.optim import optimizer as optim
+from torchopt.optim.meta_optimizer import MetaOptimizer
+from torchopt.optim.named import from_recipe, meta_from_recipe
+from torchopt.optim.optimizer import Optimizer
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.typing import Hyperparameter, Step
 
@@ -168,7 +169,7 @@ def adam(
     return accelerated(tx, use_accelerated_op)
 
 
-class Adam(optim.Optimizer):
+class Adam(Optimizer):
     """:func:`torchopt.adam` as a ``torch.optim.Optimizer``.
 
     Its ``state_dict`` interchanges with that of ``torch.optim.Adam``.
@@ -178,16 +179,16 @@ class Adam(optim.Optimizer):
     former_defaults = {"amsgrad": False, "maximize": False}
     fixed_options = {"decoupled_weight_decay": False}
 
-    @optim.from_recipe(adam)
+    @from_recipe(adam)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.adam`."""
 
 
-class MetaAdam(meta.MetaOptimizer):
+class MetaAdam(MetaOptimizer):
     """:func:`torchopt.adam` as a differentiable optimizer of a network."""
 
     twin = Adam
 
-    @meta.from_recipe(adam)
+    @meta_from_recipe(adam)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adam`."""

@@ -8,8 +8,9 @@ from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.recipe import ignoring_moment_requires_grad
 from torchopt.core.transform import GradientTransformation
-from torchopt.optim import meta_optimizer as meta
-from torchopt.optim import optimizer as optim
+from torchopt.optim.meta_optimizer import MetaOptimizer
+from torchopt.optim.named import from_recipe, meta_from_recipe
+from torchopt.optim.optimizer import Optimizer
 from torchopt.optimizers.adam import scale_by_adam
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.typing import Hyperparameter
@@ -75,7 +76,7 @@ def adamw(
     return accelerated(tx, use_accelerated_op)
 
 
-class AdamW(optim.Optimizer):
+class AdamW(Optimizer):
     """:func:`torchopt.adamw` as a ``torch.optim.Optimizer``.
 
     Its ``state_dict`` interchanges with that of ``torch.optim.AdamW``.
@@ -85,16 +86,16 @@ class AdamW(optim.Optimizer):
     former_defaults = {"amsgrad": False, "maximize": False}
     fixed_options = {"decoupled_weight_decay": True}
 
-    @optim.from_recipe(adamw)
+    @from_recipe(adamw)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.adamw`."""
 
 
-class MetaAdamW(meta.MetaOptimizer):
+class MetaAdamW(MetaOptimizer):
     """:func:`torchopt.adamw` as a differentiable optimizer of a network."""
 
     twin = AdamW
 
-    @meta.from_recipe(adamw)
+    @meta_from_recipe(adamw)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adamw`."""

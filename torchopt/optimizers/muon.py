@@ -15,8 +15,9 @@ from torchopt.core.hyper import choice, flag, hyper
 from torchopt.core.rules import TensorTransformation
 from torchopt.core.slots import Slot
 from torchopt.core.transform import GradientTransformation, transformation
-from torchopt.optim import meta_optimizer as meta
-from torchopt.optim import optimizer as optim
+from torchopt.optim.meta_optimizer import MetaOptimizer
+from torchopt.optim.named import from_recipe, meta_from_recipe
+from torchopt.optim.optimizer import Optimizer
 from torchopt.transforms.basic import add_decayed_weights, scale_by_learning_rate
 from torchopt.typing import Hyperparameter, Step
 
@@ -241,7 +242,7 @@ def matrices_and_rest(params: Any) -> Any:
     return tree.unflatten(spec, labels)
 
 
-class Muon(optim.Optimizer):
+class Muon(Optimizer):
     """:func:`torchopt.muon` as a ``torch.optim.Optimizer``.
 
     Its ``state_dict`` interchanges with that of ``torch.optim.Muon``.
@@ -249,16 +250,16 @@ class Muon(optim.Optimizer):
 
     optional_hyperparameters = frozenset({"ns_dtype"})
 
-    @optim.from_recipe(muon)
+    @from_recipe(muon)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.muon`."""
 
 
-class MetaMuon(meta.MetaOptimizer):
+class MetaMuon(MetaOptimizer):
     """:func:`torchopt.muon` as a differentiable optimizer of a network."""
 
     twin = Muon
 
-    @meta.from_recipe(muon)
+    @meta_from_recipe(muon)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.muon`."""

@@ -13,8 +13,9 @@ from torchopt.core.hyper import hyper
 from torchopt.core.rules import ElementwiseTransformation
 from torchopt.core.slots import Counter, Slot
 from torchopt.core.transform import GradientTransformation, transformation
-from torchopt.optim import meta_optimizer as meta
-from torchopt.optim import optimizer as optim
+from torchopt.optim.meta_optimizer import MetaOptimizer
+from torchopt.optim.named import from_recipe, meta_from_recipe
+from torchopt.optim.optimizer import Optimizer
 from torchopt.transforms.basic import (
     CoupledDecay,
     DecoupledDecay,
@@ -172,22 +173,22 @@ def nadam(
     return accelerated(tx, use_accelerated_op)
 
 
-class NAdam(optim.Optimizer):
+class NAdam(Optimizer):
     """:func:`torchopt.nadam` as a ``torch.optim.Optimizer``.
 
     Its ``state_dict`` interchanges with that of ``torch.optim.NAdam``.
     """
 
-    @optim.from_recipe(nadam)
+    @from_recipe(nadam)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.nadam`."""
 
 
-class MetaNAdam(meta.MetaOptimizer):
+class MetaNAdam(MetaOptimizer):
     """:func:`torchopt.nadam` as a differentiable optimizer of a network."""
 
     twin = NAdam
 
-    @meta.from_recipe(nadam)
+    @meta_from_recipe(nadam)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.nadam`."""

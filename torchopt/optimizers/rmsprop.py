@@ -14,8 +14,9 @@ from torchopt.core.hyper import HyperSpec, check_number, flag, hyper
 from torchopt.core.rules import ElementwiseTransformation
 from torchopt.core.slots import Slot
 from torchopt.core.transform import GradientTransformation, transformation
-from torchopt.optim import meta_optimizer as meta
-from torchopt.optim import optimizer as optim
+from torchopt.optim.meta_optimizer import MetaOptimizer
+from torchopt.optim.named import from_recipe, meta_from_recipe
+from torchopt.optim.optimizer import Optimizer
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.transforms.momentum import trace
 from torchopt.typing import Hyperparameter, Step
@@ -191,7 +192,7 @@ def rmsprop(
     return accelerated(tx, use_accelerated_op)
 
 
-class RMSprop(optim.Optimizer):
+class RMSprop(Optimizer):
     """:func:`torchopt.rmsprop` as a ``torch.optim.Optimizer``.
 
     Its ``state_dict`` interchanges with that of ``torch.optim.RMSprop``.
@@ -201,16 +202,16 @@ class RMSprop(optim.Optimizer):
     former_defaults = {"momentum": 0.0, "centered": False, "maximize": False}
     counts_steps = True  # torch.optim.RMSprop keeps a count that its rule does not read
 
-    @optim.from_recipe(rmsprop)
+    @from_recipe(rmsprop)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.rmsprop`."""
 
 
-class MetaRMSProp(meta.MetaOptimizer):
+class MetaRMSProp(MetaOptimizer):
     """:func:`torchopt.rmsprop` as a differentiable optimizer of a network."""
 
     twin = RMSprop
 
-    @meta.from_recipe(rmsprop)
+    @meta_from_recipe(rmsprop)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.rmsprop`."""

@@ -15,8 +15,9 @@ from torchopt.core.hyper import hyper
 from torchopt.core.rules import ElementwiseTransformation
 from torchopt.core.slots import PARAM, Counter, Slot
 from torchopt.core.transform import GradientTransformation, transformation
-from torchopt.optim import meta_optimizer as meta
-from torchopt.optim import optimizer as optim
+from torchopt.optim.meta_optimizer import MetaOptimizer
+from torchopt.optim.named import from_recipe, meta_from_recipe
+from torchopt.optim.optimizer import Optimizer
 from torchopt.transforms.basic import flip_sign
 from torchopt.typing import Hyperparameter, Step
 
@@ -269,37 +270,37 @@ def schedule_free_adamw(
     return accelerated(chain(flip_sign(maximize), step), use_accelerated_op)
 
 
-class SGDScheduleFree(optim.Optimizer):
+class SGDScheduleFree(Optimizer):
     """:func:`torchopt.schedule_free_sgd` as a ``torch.optim.Optimizer``."""
 
-    @optim.from_recipe(schedule_free_sgd)
+    @from_recipe(schedule_free_sgd)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.schedule_free_sgd`."""
 
 
-class AdamWScheduleFree(optim.Optimizer):
+class AdamWScheduleFree(Optimizer):
     """:func:`torchopt.schedule_free_adamw` as a ``torch.optim.Optimizer``."""
 
-    @optim.from_recipe(schedule_free_adamw)
+    @from_recipe(schedule_free_adamw)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.schedule_free_adamw`."""
 
 
-class MetaSGDScheduleFree(meta.MetaOptimizer):
+class MetaSGDScheduleFree(MetaOptimizer):
     """:func:`torchopt.schedule_free_sgd` as a differentiable optimizer of a network."""
 
     twin = SGDScheduleFree
 
-    @meta.from_recipe(schedule_free_sgd)
+    @meta_from_recipe(schedule_free_sgd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.schedule_free_sgd`."""
 
 
-class MetaAdamWScheduleFree(meta.MetaOptimizer):
+class MetaAdamWScheduleFree(MetaOptimizer):
     """:func:`torchopt.schedule_free_adamw` as a differentiable optimizer of a network."""
 
     twin = AdamWScheduleFree
 
-    @meta.from_recipe(schedule_free_adamw)
+    @meta_from_recipe(schedule_free_adamw)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.schedule_free_adamw`."""

@@ -8,8 +8,9 @@ from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.recipe import ignoring_moment_requires_grad
 from torchopt.core.transform import GradientTransformation
-from torchopt.optim import meta_optimizer as meta
-from torchopt.optim import optimizer as optim
+from torchopt.optim.meta_optimizer import MetaOptimizer
+from torchopt.optim.named import from_recipe, meta_from_recipe
+from torchopt.optim.optimizer import Optimizer
 from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_learning_rate
 from torchopt.transforms.momentum import trace
 from torchopt.typing import Hyperparameter
@@ -75,7 +76,7 @@ def sgd(
     return accelerated(tx, use_accelerated_op)
 
 
-class SGD(optim.Optimizer):
+class SGD(Optimizer):
     """:func:`torchopt.sgd` as a ``torch.optim.Optimizer``.
 
     Its ``state_dict`` interchanges with that of ``torch.optim.SGD``.
@@ -83,16 +84,16 @@ class SGD(optim.Optimizer):
 
     former_defaults = {"momentum": 0.0, "nesterov": False, "maximize": False}
 
-    @optim.from_recipe(sgd)
+    @from_recipe(sgd)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.sgd`."""
 
 
-class MetaSGD(meta.MetaOptimizer):
+class MetaSGD(MetaOptimizer):
     """:func:`torchopt.sgd` as a differentiable optimizer of a network."""
 
     twin = SGD
 
-    @meta.from_recipe(sgd)
+    @meta_from_recipe(sgd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.sgd`."""

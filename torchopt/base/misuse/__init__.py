@@ -22,6 +22,7 @@ from torchopt.base.misuse.hyperparameters import (
     check_values,
     no_number,
     not_a_value,
+    refuse_switches,
     scheduled,
     stray_comma,
     unknown_hyperparameter,

@@ -162,3 +162,18 @@ def without_kernel(reason: str) -> str:
             f"{words} Learned and tensor-valued hyperparameters are then computed by the rule."
         )
     return words
+
+
+def refuse_switches(title: str, capturable: bool, differentiable: bool) -> None:
+    """Refuse switches of ``torch.optim`` that a class in place has not.
+
+    Raises:
+        ValueError: Saying what to use instead.
+    """
+    if differentiable:
+        raise ValueError(
+            f"{title} changes its parameters in place. To differentiate through its steps use "
+            f"torchopt.Meta{title}(module, ...) or the functional face with inplace=False."
+        )
+    if capturable:
+        raise ValueError(f"{title} has no capturable form yet; leave capturable=False.")
