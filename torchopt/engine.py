@@ -33,6 +33,7 @@ class Call:
     known: Any = ()  # parameters that an entry of a mask may name besides; see hyper.match_by_name
     pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.whole
     labels: Any = None  # of the parameters, for a partition, where the face knows them
+    packing: Packing | None = None  # where an update leaves what it found out for the next one
 
 
 @dataclasses.dataclass
