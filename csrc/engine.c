@@ -192,7 +192,7 @@ static void run_blocks(const struct work *work, const struct view *view, int64_t
       int64_t bytes = entry_size(call, call->narrow_out, k);
       char *to = view->out[k];
       if (call->summed >> k & 1)
-        work->table->add_up[call->dtype != FLOAT64](&written[k], lanes[k], size);
+        work->table->add_up[call->dtype != FLOAT64](out[k], lanes[k], size);
       if (to == NULL || is_direct(to, bytes, full)) continue;
       if (bytes == 2)
         work->table->narrow[call->dtype - BFLOAT16](written[k].of_float, to + at * 2, size);
