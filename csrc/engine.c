@@ -162,7 +162,7 @@ static void run_whole(const struct work *work, const struct view *view, int64_t 
 /* The same for any tensor, block by block, with stand-ins. Outputs that are summed are added to
  * their lanes. */
 static void run_blocks(const struct work *work, const struct view *view, int64_t first,
-                       int64_t last, double (*lanes)[LANES]) {
+                       int64_t last, double (*lanes)[SUM_LANES]) {
   const struct call *call = work->call;
   const int inputs = work->kernel->inputs, outputs = work->kernel->outputs;
   const int64_t full = full_size(call);
@@ -217,12 +217,12 @@ static void run_chunks(const struct work *work, const struct view *view, int64_t
                        int64_t first, int64_t last, double *parts) {
   const int outputs = work->kernel->outputs;
   for (int64_t c = chunks_in(first); c < chunks_in(last); ++c) {
-    double lanes[MAX_STREAMS][LANES];
+    double lanes[MAX_STREAMS][SUM_LANES];
     memset(lanes, 0, sizeof lanes);
     run_blocks(work, view, c * CHUNK, least((c + 1) * CHUNK, size), lanes);
     for (int k = 0; k < outputs; ++k) {
       double sum = 0;
-      for (int lane = 0; lane < LANES; ++lane) sum += lanes[k][lane];
+      for (int lane = 0; lane < SUM_LANES; ++lane) sum += lanes[k][lane];
       parts[c * outputs + k] = sum;
     }
   }

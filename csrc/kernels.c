@@ -176,11 +176,11 @@ NARROW(float16)
 #define ADD_UP(name)                                                                  \
   static void add_up_##name(const void *from_, double *lanes, int64_t size) {          \
     const name *from = from_;                                                         \
-    double sums[LANES];                                                               \
+    double sums[SUM_LANES];                                                               \
     int64_t i = 0;                                                                    \
     memcpy(sums, lanes, sizeof sums);                                                 \
-    for (; i + LANES <= size; i += LANES)                                             \
-      for (int k = 0; k < LANES; ++k) sums[k] += (double)from[i + k];                 \
+    for (; i + SUM_LANES <= size; i += SUM_LANES)                                             \
+      for (int k = 0; k < SUM_LANES; ++k) sums[k] += (double)from[i + k];                 \
     for (int k = 0; i + k < size; ++k) sums[k] += (double)from[i + k];                \
     memcpy(lanes, sums, sizeof sums);                                                 \
   }
