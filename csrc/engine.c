@@ -284,7 +284,8 @@ static void run_share(void *context, int64_t share) {
 /* Whether a place is a block (which the interpreter reads and writes so many entries of). */
 static int is_block(const struct program *program, int64_t place) {
   int64_t streams = program->inputs + program->outputs, behind = streams + program->numbers;
-  return (place >= 0 && place < streams) || (place >= behind && place < behind + program->registers);
+  if (place < streams) return place >= 0;
+  return place >= behind && place < behind + program->registers;
 }
 
 static int is_number(const struct program *program, int64_t place) {
