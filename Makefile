@@ -59,7 +59,7 @@ wheel: $(INSTALLED)  ## a wheel with the C library, in dist; tagged for all Linu
 kernels: $(INSTALLED)  ## generate csrc/kernels.inc anew, after a change of rules or catalogue
 	$(BIN)/python -m torchopt.kernels.generate
 
-sanitize:  ## the C core under three sanitizers and with guard pages, about a minute; needs no Python
+sanitize:  ## the C core under three sanitizers and with guard pages, two minutes; needs no Python
 	$(MAKE) --no-print-directory -C csrc/tests -j2
 
 # The C library is built by the installation, so its sources are what `make test` looks at as well.

@@ -6,6 +6,7 @@ from benchmarks import (
     adam_step,
     gpu,
     import_time,
+    learned_step,
     memory,
     meta_step,
     own_rule,
@@ -18,6 +19,7 @@ ROWS = [
     row
     for workload in (
         meta_step,
+        learned_step,
         vmap_step,
         update_alone,
         adam_step,

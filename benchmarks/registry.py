@@ -19,6 +19,7 @@ SIDES = {
     for side in (
         Side(OURS, "torchopt_now", HERE),
         Side("torchopt unfused", "torchopt_unfused", HERE),
+        Side("torchopt, a number", "torchopt_number", HERE, same_work=False),
         Side("floor", "floor", HERE, same_work=False),
         Side("empty node", "empty_node", HERE, same_work=False),
         Side("torch fused", "torch_fused", HERE),

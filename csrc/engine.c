@@ -162,7 +162,7 @@ static void run_whole(const struct work *work, const struct view *view, int64_t 
 /* The same for any tensor, block by block, with stand-ins. Outputs that are summed are added to
  * their lanes. */
 static void run_blocks(const struct work *work, const struct view *view, int64_t first,
-                       int64_t last, double (*lanes)[LANES]) {
+                       int64_t last, double (*lanes)[SUM_LANES]) {
   const struct call *call = work->call;
   const int inputs = work->kernel->inputs, outputs = work->kernel->outputs;
   const int64_t full = full_size(call);
@@ -192,7 +192,7 @@ static void run_blocks(const struct work *work, const struct view *view, int64_t
       int64_t bytes = entry_size(call, call->narrow_out, k);
       char *to = view->out[k];
       if (call->summed >> k & 1)
-        work->table->add_up[call->dtype != FLOAT64](&written[k], lanes[k], size);
+        work->table->add_up[call->dtype != FLOAT64](out[k], lanes[k], size);
       if (to == NULL || is_direct(to, bytes, full)) continue;
       if (bytes == 2)
         work->table->narrow[call->dtype - BFLOAT16](written[k].of_float, to + at * 2, size);
@@ -217,12 +217,12 @@ static void run_chunks(const struct work *work, const struct view *view, int64_t
                        int64_t first, int64_t last, double *parts) {
   const int outputs = work->kernel->outputs;
   for (int64_t c = chunks_in(first); c < chunks_in(last); ++c) {
-    double lanes[MAX_STREAMS][LANES];
+    double lanes[MAX_STREAMS][SUM_LANES];
     memset(lanes, 0, sizeof lanes);
     run_blocks(work, view, c * CHUNK, least((c + 1) * CHUNK, size), lanes);
     for (int k = 0; k < outputs; ++k) {
       double sum = 0;
-      for (int lane = 0; lane < LANES; ++lane) sum += lanes[k][lane];
+      for (int lane = 0; lane < SUM_LANES; ++lane) sum += lanes[k][lane];
       parts[c * outputs + k] = sum;
     }
   }
@@ -284,7 +284,8 @@ static void run_share(void *context, int64_t share) {
 /* Whether a place is a block (which the interpreter reads and writes so many entries of). */
 static int is_block(const struct program *program, int64_t place) {
   int64_t streams = program->inputs + program->outputs, behind = streams + program->numbers;
-  return (place >= 0 && place < streams) || (place >= behind && place < behind + program->registers);
+  if (place < streams) return place >= 0;
+  return place >= behind && place < behind + program->registers;
 }
 
 static int is_number(const struct program *program, int64_t place) {

@@ -33,8 +33,8 @@ struct kernel {
   kernel_function of_float, of_double;
 };
 
-/* Entry k of a block is added to sum k % LANES: an order that no instruction set changes. */
-#define LANES 16
+/* Entry k of a block is added to sum k % SUM_LANES: an order that no instruction set changes. */
+#define SUM_LANES 16
 
 /* Programs: what the interpreter runs (interpreter.inc). An instruction is the position of an
  * operation, the place of its result and the places of four operands (those that it does not have

@@ -12,6 +12,8 @@
 #include <string.h>
 
 #if defined(__clang__)
+/* loops that call the C library have no vectors */
+#pragma clang diagnostic ignored "-Wpass-failed"
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
 #define INDEPENDENT _Pragma("GCC ivdep")
@@ -20,8 +22,14 @@
 #else
 #define INDEPENDENT
 #endif
+#define EACH_ENTRY INDEPENDENT for (int64_t i = 0; i < size; ++i)
+/* The same for a loop of very few instructions. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define EACH_ENTRY_UP_TO(end) \
+  _Pragma("GCC unroll 4") INDEPENDENT for (int64_t i = 0; i < (end); ++i)
+#else
 #define EACH_ENTRY_UP_TO(end) INDEPENDENT for (int64_t i = 0; i < (end); ++i)
-#define EACH_ENTRY EACH_ENTRY_UP_TO(size)
+#endif
 
 /* nan is passed on, as torch.maximum and torch.minimum do */
 #define MAXIMUM(a, b) ((a) > (b) || (a) != (a) ? (a) : (b))
@@ -176,11 +184,11 @@ NARROW(float16)
 #define ADD_UP(name)                                                                  \
   static void add_up_##name(const void *from_, double *lanes, int64_t size) {          \
     const name *from = from_;                                                         \
-    double sums[LANES];                                                               \
+    double sums[SUM_LANES];                                                               \
     int64_t i = 0;                                                                    \
     memcpy(sums, lanes, sizeof sums);                                                 \
-    for (; i + LANES <= size; i += LANES)                                             \
-      for (int k = 0; k < LANES; ++k) sums[k] += (double)from[i + k];                 \
+    for (; i + SUM_LANES <= size; i += SUM_LANES)                                             \
+      for (int k = 0; k < SUM_LANES; ++k) sums[k] += (double)from[i + k];                 \
     for (int k = 0; i + k < size; ++k) sums[k] += (double)from[i + k];                \
     memcpy(lanes, sums, sizeof sums);                                                 \
   }

@@ -29,8 +29,9 @@ void run_in_parallel(task_function task, void *context, int64_t count, int64_t w
 
 #define MAX_WORKERS 255
 #define MAX_TEAM 4096u
-/* The stand-ins of a call (engine.c) take 100 KB of it. */
-#define STACK_SIZE (1 << 20)
+/* The stand-ins of a call (engine.c) and the registers of a program take 400 KB of it, and what a
+ * sanitizer keeps for a thread 800. */
+#define STACK_SIZE (2 << 20)
 
 static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER; /* held by the call that has the pool */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;  /* guards all below */

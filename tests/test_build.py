@@ -71,6 +71,12 @@ def test_links_nothing_but_the_c_library(installed: Path) -> None:
     assert all(re.match(r"(libc|libm|libpthread|ld-\w+|libc\.musl-\w+)[.-]", n) for n in needed)
 
 
+def test_is_small(installed: Path) -> None:
+    """Optimizers that come get no kernels of their own, so neither grows with them."""
+    assert installed.stat().st_size <= 1_000_000
+    assert len((ROOT / "csrc" / "kernels.inc").read_text().splitlines()) <= 3000
+
+
 def test_facts_beside_the_library_are_its_own(installed: Path) -> None:
     facts = json.loads(Path(f"{installed}.json").read_text())
     assert facts["sha256"] == hashlib.sha256(installed.read_bytes()).hexdigest()

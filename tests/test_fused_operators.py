@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "shares": (lambda x, text, v, live, *rest: (x, text, v[:5], live, [1, 2], None), "shared out"),
     "rows": (lambda x, text, v, live, t, rows: (x, text, v, live, t, [0, 0, 0, 5]), "rows must"),
     "no text": (lambda x, text, *rest: (x, "", *rest), "must say"),
-    "operation": (lambda x, text, *rest: (x, "x0 = exp g\nu <- x0", *rest), "no operation 'exp'"),
+    "operation": (lambda x, text, *rest: (x, "x0 = erf g\nu <- x0", *rest), "no operation 'erf'"),
     "order": (lambda x, text, *rest: (x, "x0 = neg x1\nu <- x0", *rest), "before it is computed"),
     "more rows": (
         lambda x, text, v, live, t, rows: (x, text, 9 * v, live, [1] * 9, [0, 1, 2, 8]),

@@ -240,7 +240,7 @@ def signed(setting: bool | None) -> Any:
 
 
 def ten_rules(setting: bool | None) -> Any:
-    """Ten rules in a row that nobody has foreseen, with an own one and 12 slots."""
+    """Ten rules in a row that nobody has foreseen, two of them the user's own."""
     return torchopt.chain(
         torchopt.trace(0.9),
         user_optimizer(lambda g, p, t, s: (torch.tanh(g) * torch.exp(-g.abs()), s))(),

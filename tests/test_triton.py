@@ -278,17 +278,10 @@ def test_interpreter_is_refused_for_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
 # The compiler -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "widest"), [("float32", "v4.b32"), ("bfloat16", "v2.b32")])
-def test_compiles_without_contraction(
-    dtype: str, widest: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    """Triton compiles for a GPU that this machine has not; what it writes is looked at."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def compiled_for_a_gpu(kernel: Kernel, dtype: str) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernel = ADAM["backward_apply"]
     function = triton_backend._define(emit_triton.source(kernel, dtype), kernel.name, dtype)
     tables = {"owners": "*i32", "records": "*i64", "numbers": "*fp64"}
     made = compile(
@@ -296,7 +289,29 @@ def test_compiles_without_contraction(
         target=GPUTarget("cuda", 80, 32),
         options=dict(emit_triton.OPTIONS),
     )
-    text = made.asm["ptx"]
+    return made.asm["ptx"]
+
+
+def test_exponentials_are_no_approximations(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    g, p = input_node("g"), input_node("p")
+    choice = Node("not", (Node("and", (Node("less", (g, p)), Node("equal", (g, p)))),))
+    node = Node("where", (choice, Node("exp", (g,)), Node("log", (p,))))
+    kernel = make_kernel({"u": node, "s0": Node("sigmoid", (g,))})
+    text = compiled_for_a_gpu(kernel, "float32")
+    assert "f64" in text
+    assert "approx" not in text
+
+
+@pytest.mark.parametrize(("dtype", "widest"), [("float32", "v4.b32"), ("bfloat16", "v2.b32")])
+def test_compiles_without_contraction(
+    dtype: str, widest: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Triton compiles for a GPU that this machine has not; what it writes is looked at."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    text = compiled_for_a_gpu(ADAM["backward_apply"], dtype)
     assert not re.search(r"\bfma\.|approx|div\.full", text)
     assert "div.rn.f32" in text
     assert "sqrt.rn.f32" in text

@@ -49,6 +49,22 @@ def in_torch(problem: Problem) -> TorchProblem:
     return TorchProblem(network, tasks, Task(*samples), problem.adam, problem.steps)
 
 
+def learned_rates(number: float, form: str, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return leaves for the rates of a form: one, one for each parameter, or one for each entry."""
+    if form == "scalar":
+        params = params[:1]
+    return [
+        torch.full(
+            p.shape if form == "entry" else (),
+            number,
+            dtype=p.dtype,
+            device=p.device,
+            requires_grad=True,
+        )
+        for p in params
+    ]
+
+
 def batched_meta_step(
     problem: Problem,
     begin: Callable[[dict[str, Tensor]], Any],

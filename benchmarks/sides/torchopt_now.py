@@ -11,13 +11,14 @@ from torch import Tensor
 
 import torchopt
 from benchmarks import adam_step as adam_workload
+from benchmarks import learned_step as learned_workload
 from benchmarks import meta_step as meta_workload
 from benchmarks import own_rule as own_workload
 from benchmarks import update_alone as update_workload
 from benchmarks.sides.careful_adam import CarefulAdam
 from benchmarks.sides.import_cost import import_milliseconds
 from benchmarks.sides.kept_bytes import kept_bytes
-from benchmarks.sides.torch_problem import batched_meta_step, in_torch, tensors
+from benchmarks.sides.torch_problem import batched_meta_step, in_torch, learned_rates, tensors
 
 
 def version() -> str:
@@ -51,6 +52,36 @@ def meta_step(
                     inner.step(loss(net(task.support_x), task.support_y))
                 loss(net(task.query_x), task.query_y).backward()
         return [p.grad for p in initial]
+
+    return work
+
+
+def learned_step(problem: learned_workload.Problem) -> Callable[[], list[Tensor]]:
+    """Return a function that computes one meta-gradient, by parameters and learned rates."""
+    built = in_torch(problem.meta)
+    net, loss = built.network, built.loss
+    named = dict(net.named_parameters())
+    rates = []
+    if problem.form != "number":
+        rates = learned_rates(built.adam.lr, problem.form, list(named.values()))
+    lr: Any = built.adam.lr
+    if rates:
+        lr = rates[0] if problem.form == "scalar" else dict(zip(named, rates))
+    if problem.optimizer == "sgd":
+        optimizer: Any = torchopt.MetaSGD(net, lr=lr)
+    else:
+        optimizer = torchopt.MetaAdam(net, **{**_numbers(built.adam, None), "lr": lr})
+    leaves = [*named.values(), *rates]
+
+    def work() -> list[Tensor]:
+        for x in leaves:
+            x.grad = None
+        for task in built.tasks:
+            with torchopt.inner_loop(net, optimizer) as inner:
+                for _ in range(built.steps):
+                    inner.step(loss(net(task.support_x), task.support_y))
+                loss(net(task.query_x), task.query_y).backward()
+        return [x.grad for x in leaves]
 
     return work
 

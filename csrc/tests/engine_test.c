@@ -141,7 +141,7 @@ static void run_every_kernel(int64_t size, int64_t dtype, enum variant variant) 
   }
   for (int64_t k = 0; k < table->count; ++k) {
     if ((k + size) % VARIANTS != variant) continue;
-    struct call call = {k, dtype, narrow, narrow, 1, 0, 1, &size, NULL, in, out, numbers, 0, NULL};
+    struct call call = {k, dtype, narrow, narrow, 1, 0, 1, &size, NULL, in, out, numbers, 0, NULL, 0, NULL};
     CHECK(torchopt_run(&call) == 0 && call.done == 1);
   }
   for (int k = 0; k < inputs; ++k) free_room(&in_rooms[k]);
@@ -206,14 +206,17 @@ static void run_some_program(int64_t first, int64_t size, int64_t dtype, enum va
     size_t bytes = (size_t)size * entry_size(dtype, narrow, k) + shift;
     in_rooms[k] = new_room(bytes, k & 1);
     fill(in_rooms[k].tensor, bytes);
-    in[k] = variant == ABSENT && random_bits() & 1 ? 0 : (int64_t)(intptr_t)(in_rooms[k].tensor + shift);
+    int absent = variant == ABSENT && random_bits() & 1;
+    in[k] = absent ? 0 : (int64_t)(intptr_t)(in_rooms[k].tensor + shift);
   }
   for (int k = 0; k < OUT; ++k) {
     out_rooms[k] = new_room((size_t)size * entry_size(dtype, narrow, k) + shift, ~k & 1);
-    out[k] = variant == ABSENT && random_bits() & 1 ? 0 : (int64_t)(intptr_t)(out_rooms[k].tensor + shift);
+    int absent = variant == ABSENT && random_bits() & 1;
+    out[k] = absent ? 0 : (int64_t)(intptr_t)(out_rooms[k].tensor + shift);
     if (variant == IN_PLACE) out[k] = in[k];
   }
-  struct call call = {-1, dtype, narrow, narrow, 1, 0, 1, &size, NULL, in, out, numbers, 0, &program};
+  struct call call = {-1,   dtype, narrow, narrow,  1, 0,        1, &size,
+                      NULL, in,    out,    numbers, 0, &program, 0, NULL};
   CHECK(torchopt_run(&call) == 0 && call.done == 1);
   for (int k = 0; k < IN; ++k) free_room(&in_rooms[k]);
   for (int k = 0; k < OUT; ++k) free_room(&out_rooms[k]);
@@ -249,9 +252,10 @@ static void test_any_program(void) {
     }
     if (random_bits() % 8 == 0) program.registers = any(-2, MAX_REGISTERS + 4);
     if (random_bits() % 8 == 0) program.numbers = any(-2, MAX_NUMBERS + 4);
-    struct call call = {-1, FLOAT64, 0, 0, 1, 0, 1, &size, NULL, in, out, numbers, 0, &program};
+    struct call call = {-1,   FLOAT64, 0,   0,       1, 0,        1, &size,
+                        NULL, in,      out, numbers, 0, &program, 0, NULL};
     taken += torchopt_run(&call) == 0;
-    CHECK(memcmp(from, (double[]){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, sizeof from) == 0);
+    for (int k = 0; k < 16; ++k) CHECK(from[k] == k);
   }
   CHECK(taken > 1000 && taken < 29000);
 }
@@ -270,7 +274,7 @@ static void scale(const struct scaling *scaling, int64_t dtype, int64_t narrow_i
   int64_t in = (int64_t)(intptr_t)from, out = (int64_t)(intptr_t)to;
   for (int k = 0; k < NUMBERS; ++k) numbers[k] = number;
   struct call call = {scaling->kernel, dtype, narrow_in, narrow_out, 1,       0, 1,
-                      &size,           NULL,  &in,       &out,       numbers, 0, NULL};
+                      &size,           NULL,  &in,       &out,       numbers, 0, NULL, 0, NULL};
   CHECK(torchopt_run(&call) == 0 && call.done == 1);
 }
 
@@ -367,7 +371,7 @@ static void test_rows(void) {
     out[t] = (int64_t)(intptr_t)to[t].tensor;
   }
   struct call call = {scaling.kernel, FLOAT64, 0,  0,   5,       NUMBERS, 1,
-                      sizes,          rows,    in, out, numbers, 0, NULL};
+                      sizes,          rows,    in, out, numbers, 0, NULL, 0, NULL};
   CHECK(torchopt_run(&call) == 0 && call.done == 1);
   for (int t = 0; t < 5; ++t) {
     double factor = pow(values[rows[t]], scaling.numbers);
@@ -388,7 +392,7 @@ static void test_refused(void) {
   const int64_t negative[2] = {2, -1}, huge[2] = {INT64_MAX, INT64_MAX}, large[2] = {2, 1LL << 60};
   const int64_t before[2] = {0, -1}, behind[2] = {0, 2}, far[2] = {0, INT64_MAX};
   const struct call sound = {scaling.kernel, FLOAT64, 0,  0,   2,       NUMBERS, 1,
-                             good,           zero,    in, out, numbers, 0, NULL};
+                             good,           zero,    in, out, numbers, 0, NULL, 0, NULL};
 #define REFUSED(change)                                     \
   do {                                                      \
     struct call call = sound;                               \
@@ -416,6 +420,9 @@ static void test_refused(void) {
   REFUSED(rows = before);
   REFUSED(rows = behind);
   REFUSED(rows = far);
+  REFUSED(summed = 1); /* nowhere to */
+  REFUSED(summed = 2); /* no such output */
+  REFUSED(summed = -1);
   struct call call = sound;
   call.count = 0;
   call.sizes = call.in = call.out = NULL;
@@ -443,7 +450,7 @@ static void scale_many(int64_t threads, int64_t dtype, float number) {
     for (int64_t i = 0; i < sizes[t]; ++i) *at++ = (float)(i % 1000 + t);
   }
   struct call call = {scaling.kernel, dtype, 0,      0,      TENSORS, 0, threads,
-                      sizes,          NULL,  places, places, numbers, 0, NULL};
+                      sizes,          NULL,  places, places, numbers, 0, NULL, 0, NULL};
   CHECK(torchopt_run(&call) == 0 && call.done == 1);
   float factor = powf(number, (float)scaling.numbers);
   at = all;
@@ -451,6 +458,35 @@ static void scale_many(int64_t threads, int64_t dtype, float number) {
     for (int64_t i = 0; i < sizes[t]; ++i) CHECK(*at++ == (float)(i % 1000 + t) * factor);
   while (at < all + 2 * TENSORS * ENTRIES) CHECK(*at++ == 0);
   free(all);
+}
+
+/* The sums over such tensors: whole numbers, so that they are exact in any order. */
+static void sum_many(int64_t threads) {
+  const struct scaling scaling = find_scaling();
+  float *all = calloc(2 * TENSORS * ENTRIES, sizeof(float)), *at = all;
+  int64_t sizes[TENSORS], places[TENSORS], nowhere[TENSORS] = {0};
+  double numbers[NUMBERS], sums[TENSORS], expected[TENSORS];
+  for (int k = 0; k < NUMBERS; ++k) numbers[k] = 1;
+  for (int t = 0; t < TENSORS; ++t) {
+    sizes[t] = t % 7 == 3 ? 0 : t % 7 == 5 ? t : 2 * ENTRIES * (t % 5 + 1) / 6 - t;
+    places[t] = (int64_t)(intptr_t)at;
+    expected[t] = 0;
+    for (int64_t i = 0; i < sizes[t]; ++i) expected[t] += *at++ = (float)(i % 1000 + t);
+  }
+  struct call call = {scaling.kernel, FLOAT32, 0,      0,       TENSORS, 0, threads, sizes,
+                      NULL,           places,  nowhere, numbers, 0,       NULL, 1,       sums};
+  CHECK(torchopt_run(&call) == 0 && call.done == 1);
+  for (int t = 0; t < TENSORS; ++t) CHECK(sums[t] == expected[t]);
+  int64_t in_place[TENSORS]; /* what is summed may be written, too */
+  for (int t = 0; t < TENSORS; ++t) in_place[t] = places[t];
+  call.out = in_place;
+  CHECK(torchopt_run(&call) == 0 && call.done == 1);
+  for (int t = 0; t < TENSORS; ++t) CHECK(sums[t] == expected[t]);
+  free(all);
+}
+
+static void test_sums(void) {
+  for (int64_t threads = 1; threads < 9; threads += 2) sum_many(threads);
 }
 
 static void test_threads(void) {
@@ -626,6 +662,7 @@ static const struct test {
   void (*run)(void);
 } tests[] = {
     {"threads", test_threads},
+    {"sums", test_sums},
     {"seats", test_seats},
     {"callers", test_callers},
     {"signals", test_signals},

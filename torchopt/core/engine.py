@@ -34,6 +34,7 @@ class Call:
     known: Any = ()  # parameters that a mask may name besides; see resolving.match_by_name
     pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.core.whole
     labels: Any = None  # of the parameters, for a partition, where the face knows them
+    packing: Packing | None = None  # where an update leaves what it found out for the next one
 
 
 @dataclasses.dataclass

@@ -202,9 +202,11 @@ def _group(run: Run, leaves: Leaves, slots: list[Any], mode: str, taker: _Taker)
         mode == "apply",
         inputs_of(program, mode),
         kernel.output_streams,
-        {s: [run.hyper(row, s).dim() for row in rows] for s in program.hypers(mode)},
+        {},
         *_packing(leaves, slots, kernel, positions),
     )
+    for stream in program.hypers(mode):
+        rules.hyper_dims[stream] = list(map(Tensor.dim, rules.hypers(stream)))
     indices = taker.indices if len(taker.values) > 1 else None
     return Group(program, mode, len(positions), indices, taker.values, rules)
 

@@ -35,9 +35,9 @@ def why(
     Example:
         >>> import torch, torchopt
         >>> params = {"w": torch.randn(3, requires_grad=True)}
-        >>> tx = torchopt.adam(lr=torch.tensor(1e-3))
+        >>> tx = torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.adam())
         >>> torchopt.kernels.why(tx, params)
-        ["ScaleByLearningRate of 'w': the hyperparameter lr is a tensor"]
+        ["ClipGradNorm of 'w': it is not elementwise"]
     """
     check_transformation(tx, "why")
     lines: list[str] = []

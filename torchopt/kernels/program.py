@@ -276,7 +276,7 @@ def _compile(sources: Any, learned: bool = False) -> Callable[[Sequence[float], 
     """
     body = "".join(f"{source}, " for source in sources)
     evaluate = eval(f"lambda h, t: ({body})")  # sources are made of symbols, of numbers only
-    return functools.partial(_reals, evaluate) if learned else evaluate
+    return functools.partial(_reals, evaluate) if learned and "**" in body else evaluate
 
 
 def _reals(evaluate: Callable[..., tuple[Any, ...]], h: Sequence[float], t: float) -> Any:

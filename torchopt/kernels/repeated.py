@@ -80,19 +80,20 @@ class Memo:
 def remember(run: Run, call: Call, group: Group, apply: bool) -> None:
     """Keep what an update of all parameters at once found out with the packing of its slots."""
     rule = group.rule
-    if rule.packing is None:
+    packing = rule.packing or call.packing
+    if packing is None or group.count != len(call.g):
         return
     packed_out = frozenset(s for s in group.kernel.output_streams if s != UPDATE)
     rows = None if rule.packed_out != packed_out else read_rows(run, call.hyper)
     if rows is None:
         return
     memo = Memo(run, rows, call.g[0].dtype, call.g[0].device, rule.present, apply, {}, Alike())
-    if memo.is_like(rule.packing.memo):
-        memo.streams, memo.known = rule.packing.memo.streams, rule.packing.memo.known
+    if memo.is_like(packing.memo):
+        memo.streams, memo.known = packing.memo.streams, packing.memo.known
         if len(memo.streams) >= PROGRAMS:
             memo.streams = {}
     memo.streams[group.program] = rule.packed_in, packed_out
-    rule.packing.memo = memo
+    packing.memo = memo
 
 
 def group_again(plan: Plan, call: Call, apply: bool) -> tuple[Run, Group] | None:
@@ -100,7 +101,7 @@ def group_again(plan: Plan, call: Call, apply: bool) -> tuple[Run, Group] | None
 
     Only the gradients, the parameters, the slots and the step count are other ones.
     """
-    packing = _packing_of(call)
+    packing = call.packing or _packing_of(call)
     memo: Memo | None = None if packing is None else packing.memo
     if packing is None or memo is None or memo.run.plan is not plan or memo.apply != apply:
         return None
@@ -149,7 +150,7 @@ def _grouped(memo: Memo, packing: Packing, call: Call, t: int) -> tuple[Run, Gro
         kernel.output_streams,
         {stream: [x.dim() for x in column] for stream, column in tensors.items()},
         *streams,
-        packing,
+        packing if any(streams) else None,
     )
     steps = [(row, t) for row in values]
     return run, Group(program, mode, len(call.g), memo.rows.indices, steps, rules)

@@ -77,7 +77,9 @@ class Rules:
 
     def hypers(self, stream: str) -> list[Tensor]:
         """Return the hyperparameter of each parameter that a stream stands for."""
-        return [self.run.hyper(row, stream) for row in self.rows]
+        name, place = self.run.places(self.rows[0])[int(stream[1:])]
+        values = [row[name] for row in self.rows]
+        return values if place is None else [pair[place] for pair in values]
 
     def aligned(self, stream: str, k: int, h: Tensor, like: Tensor) -> Tensor:
         """Return a hyperparameter so that it broadcasts to the tensors of its parameter."""

@@ -269,7 +269,7 @@ class Steady:
         columns = states[0].slots
         packed = [column for column in columns.values() if type(column) is PackedDict]
         absent = {slot: c for slot, c in columns.items() if type(c) is not PackedDict}
-        if not call.pack_slots or not packed or any(g is None for g in call.g):
+        if not call.pack_slots or any(g is None for g in call.g):
             return None
         if states[0].counters:  # which are other numbers at each step
             return None
@@ -278,7 +278,11 @@ class Steady:
             return None
         if not all(_is_steady(groups[0][name]) for name in row):
             return None
-        return cls(groups[0], call.hyper, packed[0].names, packed[0].packed.packing, absent)
+        if packed:
+            names, packing = packed[0].names, packed[0].packed.packing
+        else:  # no slots
+            names, packing = tuple(call.names()), Packing([p.shape for p in call.p])
+        return cls(groups[0], call.hyper, names, packing, absent)
 
     def call(
         self,
@@ -310,7 +314,7 @@ class Steady:
         call = Call(
             grads, params, [step + 1] * len(params), {}, self.rows, lambda: names, reference
         )
-        call.pack_slots = True
+        call.pack_slots, call.packing = True, self.packing
         # a count of 0 may come with slots that somebody gave
         slots = self._slots(states[0]) if known else self._fresh_slots(tx, call)
         if slots is None:
