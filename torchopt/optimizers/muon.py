@@ -147,8 +147,8 @@ def scale_by_muon(
         >>> tx = torchopt.scale_by_muon(ns_dtype=torch.float32)
         >>> g = [torch.tensor([[3.0, 0.0], [0.0, 0.5]])]
         >>> tx.update(g, tx.init(g))[0]
-        [tensor([[0.7210, 0.0000],
-                [0.0000, 1.1172]])]
+        [tensor([[0.7136, 0.0000],
+                [0.0000, 1.0420]])]
 
     Reference:
         Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024,

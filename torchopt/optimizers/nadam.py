@@ -106,7 +106,7 @@ def scale_by_nadam(
         >>> tx = torchopt.scale_by_nadam()
         >>> g = [torch.tensor([0.5, -2.0])]
         >>> tx.update(g, tx.init(g))[0]
-        [tensor([ 1.0568, -1.0568])]
+        [tensor([ 1.0565, -1.0565])]
 
     Reference:
         Dozat, Incorporating Nesterov momentum into Adam, ICLR 2016 workshop,
@@ -158,7 +158,7 @@ def nadam(
         >>> params = {"w": torch.tensor([1.0])}
         >>> updates, state = tx.update({"w": torch.tensor([2.0])}, tx.init(params), params)
         >>> torchopt.apply_updates(params, updates)
-        {'w': tensor([0.8943])}
+        {'w': tensor([0.8944])}
 
     Reference:
         Dozat, ICLR 2016 workshop; ``torch.optim.NAdam``.

@@ -204,7 +204,7 @@ def schedule_free_sgd(
         >>> for _ in range(3):
         ...     params, state = tx.apply_gradients([params[0].clone()], state, params)
         >>> params, tx.eval_params(state, params)
-        ([tensor([0.9167])], [tensor([1.2083])])
+        ([tensor([0.7500])], [tensor([1.1250])])
 
     Reference:
         Defazio et al., The road less scheduled, NeurIPS 2024, https://arxiv.org/abs/2405.15682.
