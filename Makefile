@@ -57,7 +57,7 @@ wheel: $(INSTALLED)  ## a wheel with the C library, in dist; tagged for all Linu
 	else mkdir -p dist && cp build/wheel/*.whl dist; fi
 
 kernels: $(INSTALLED)  ## generate csrc/kernels.inc anew, after a change of rules or catalogue
-	$(BIN)/python -m torchopt.kernels.generate
+	$(BIN)/python csrc/generate.py
 
 sanitize:  ## the C core under three sanitizers and with guard pages, two minutes; needs no Python
 	$(MAKE) --no-print-directory -C csrc/tests -j2

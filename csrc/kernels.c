@@ -1,6 +1,6 @@
 /* The kernels, compiled once for each instruction set; TORCHOPT_ISA is its name.
  *
- * kernels.inc is generated from the rules (torchopt/kernels/catalogue.py) and included here once
+ * kernels.inc is generated from the rules (csrc/catalogue.py) and included here once
  * for float and once for double. A kernel reads its input streams and writes its output streams
  * entry by entry. An output stream may be an input stream (in place): an entry is read before it
  * is written, so there is no dependence between entries and the loop may be vectorised.

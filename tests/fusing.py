@@ -11,7 +11,7 @@ from conftest import nonzero
 from torch import Tensor, nn
 
 import torchopt
-from torchopt.kernels import native
+from torchopt.kernels.backends import cpu as native
 
 
 Result = list[Tensor]

@@ -13,7 +13,7 @@ import torchopt
 from torchopt import ElementwiseTransformation, transformation
 from torchopt.base import numerics
 from torchopt.core.hyper import hyper
-from torchopt.kernels.graph import (
+from torchopt.kernels.generate.graph import (
     OPERATIONS,
     TRUTH,
     Kernel,
@@ -23,7 +23,7 @@ from torchopt.kernels.graph import (
     number_node,
     topological,
 )
-from torchopt.kernels.program import Program, build
+from torchopt.kernels.generate.program import Program, build
 
 
 #: What each operation means. Written down here anew, not taken from the library.

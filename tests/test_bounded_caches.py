@@ -22,10 +22,11 @@ from torchopt.core.plan import Plan
 from torchopt.core.rules import ElementwiseTransformation
 from torchopt.core.transform import transformation
 from torchopt.kernels import differentiable as differentiable_kernels
-from torchopt.kernels import launch, matching, nodes
-from torchopt.kernels.graph import Kernel
+from torchopt.kernels import matching, nodes
+from torchopt.kernels.backends import launch
+from torchopt.kernels.generate.graph import Kernel
+from torchopt.kernels.generate.program import Program
 from torchopt.kernels.matching import Run, Variant
-from torchopt.kernels.program import Program
 
 
 pytestmark = needs_library
@@ -33,9 +34,9 @@ pytestmark = needs_library
 KINDS = (Kernel, Program, Variant, Run, Plan, Packing)
 #: Caches without a bound, and why they are finite.
 FINITE = {
-    "torchopt.kernels.native.load": "no argument",
-    "torchopt.kernels.backends._cuda_unavailable": "no argument",
-    "torchopt.kernels.backends._too_old": "one entry for each GPU",
+    "torchopt.kernels.backends.cpu.load": "no argument",
+    "torchopt.kernels.backends.availability._cuda_unavailable": "no argument",
+    "torchopt.kernels.backends.availability._too_old": "one entry for each GPU",
     "torchopt.visual.dot._digraph_class": "no argument",
 }
 

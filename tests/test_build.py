@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from torchopt.kernels import native
+from torchopt.kernels.backends import cpu as native
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -289,7 +289,7 @@ def test_kernels_may_be_required_beside_it() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("mode", ["update", "apply"])
 def test_a_kernel_that_writes_zeros(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchopt.kernels import triton_backend
+    from torchopt.kernels.backends import gpu as triton_backend
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     program = program_of(torchopt.chain(torchopt.sgd(0.1, momentum=0.9), torchopt.set_to_zero()))

@@ -20,7 +20,9 @@ from fusing import FACES, data, needs_library
 from tolerances import assert_close
 
 import torchopt
-from torchopt.kernels import backends, fused, native, why
+from torchopt.kernels import fused, why
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.backends import cpu as native
 
 
 pytestmark = needs_library
@@ -257,7 +259,7 @@ def test_a_broken_library_is_no_worse_than_none(
 
 FIRST_USE = """
 import sys, warnings
-from torchopt.kernels import native
+from torchopt.kernels.backends import cpu as native
 native.LIBRARY = native.LIBRARY.with_name("gone.so")
 import torch, torchopt
 with warnings.catch_warnings(record=True) as caught:

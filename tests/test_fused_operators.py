@@ -22,8 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchopt
 from torchopt.base import tree
-from torchopt.kernels import operators as operators  # registers them
-from torchopt.kernels.written import read, write
+from torchopt.kernels.generate.written import read, write
+from torchopt.kernels.library import operators as operators  # registers them
 
 
 pytestmark = needs_library

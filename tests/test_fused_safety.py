@@ -19,7 +19,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import torchopt
-from torchopt.kernels import native
+from torchopt.kernels.backends import cpu as native
 
 
 pytestmark = needs_library
@@ -126,7 +126,7 @@ def test_graphs_made_in_threads() -> None:
     interval = sys.getswitchinterval()
 
     def run() -> list[str]:
-        from torchopt.kernels import catalogue
+        import catalogue
 
         return [kernel.name for kernel in catalogue.kernels()]
 

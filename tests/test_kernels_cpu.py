@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import catalogue
 import pytest
 import torch
 from conftest import nonzero
@@ -14,9 +15,10 @@ from pointwise import evaluate_kernel, other_kernels, program_of
 from torch import Tensor
 
 import torchopt
-from torchopt.kernels import backends, catalogue, native
-from torchopt.kernels.graph import Kernel
-from torchopt.kernels.launch import OF_PARAMETERS, slot_dtype
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.backends.memory import OF_PARAMETERS, slot_dtype
+from torchopt.kernels.generate.graph import Kernel
 
 
 pytestmark = pytest.mark.skipif(

@@ -14,9 +14,9 @@ from pointwise import constant_value, evaluate
 from tolerances import VALUES, assert_close
 from torch import Tensor
 
-from torchopt.kernels.derivative import derive
-from torchopt.kernels.graph import Node, constant, input_node, make_kernel
-from torchopt.kernels.tracing import SymbolicTensor
+from torchopt.kernels.generate.derivative import derive
+from torchopt.kernels.generate.graph import Node, constant, input_node, make_kernel
+from torchopt.kernels.generate.tracing import SymbolicTensor
 
 
 # Random graphs ------------------------------------------------------------------------------------

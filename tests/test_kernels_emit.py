@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import catalogue
 import pytest
 import torch
 from conftest import nonzero
@@ -26,8 +27,9 @@ from pointwise import (
 )
 from tolerances import assert_close
 
-from torchopt.kernels import catalogue, emit_c, native
-from torchopt.kernels.graph import (
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.generate import emit_c
+from torchopt.kernels.generate.graph import (
     OPERATIONS,
     TRUTH,
     Kernel,
@@ -49,8 +51,7 @@ def all_kernels() -> list[Kernel]:
 def test_committed_kernels_are_those_of_the_catalogue() -> None:
     committed = (ROOT / "csrc" / "kernels.inc").read_text()
     assert committed == emit_c.source(all_kernels()), (
-        "the rules, the catalogue or the emitter have changed: "
-        "run python -m torchopt.kernels.generate and build again"
+        "the rules, the catalogue or the emitter have changed: run make kernels and build again"
     )
 
 

@@ -10,8 +10,9 @@ import torch
 from fusing import needs_library
 from torch import Tensor
 
-from torchopt.kernels import backends, native
-from torchopt.kernels.graph import Node, input_node, make_kernel
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.generate.graph import Node, input_node, make_kernel
 
 
 pytestmark = needs_library

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import torchopt
 from torchopt.kernels import why
-from torchopt.kernels.graph import input_node
-from torchopt.kernels.tracing import FUNCTIONS, SymbolicTensor, UntraceableError
+from torchopt.kernels.generate.graph import input_node
+from torchopt.kernels.generate.tracing import FUNCTIONS, SymbolicTensor, UntraceableError
 
 
 # Guards -------------------------------------------------------------------------------------------

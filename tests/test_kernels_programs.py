@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import catalogue
 import pytest
 import torch
 from conftest import nonzero
@@ -30,9 +31,12 @@ from tolerances import assert_close
 from torch import Tensor
 
 import torchopt
-from torchopt.kernels import backends, bytecode, catalogue, native, why
-from torchopt.kernels.bytecode import INSTRUCTION, MAX_STREAMS, Code, TooLargeError
-from torchopt.kernels.graph import (
+from torchopt.kernels import why
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.generate import bytecode
+from torchopt.kernels.generate.bytecode import INSTRUCTION, MAX_STREAMS, Code, TooLargeError
+from torchopt.kernels.generate.graph import (
     OPERATIONS,
     TRUTH,
     Kernel,

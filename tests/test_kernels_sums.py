@@ -11,11 +11,12 @@ from test_kernels_cpu import instruction_sets
 from torch import Tensor
 
 import torchopt
-from torchopt.kernels import backends, native
-from torchopt.kernels.graph import Kernel
-from torchopt.kernels.launch import SUM, launch
-from torchopt.kernels.learned import NUMBER, SINGLE
-from torchopt.kernels.program import build
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.backends.launch import SUM, launch
+from torchopt.kernels.generate.graph import Kernel
+from torchopt.kernels.generate.learned import NUMBER, SINGLE
+from torchopt.kernels.generate.program import build
 
 
 pytestmark = needs_library
@@ -90,7 +91,7 @@ def test_an_interpreted_kernel_sums_alike(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backends, "_programs", {})
     function = backends.function_of(kernel())
     assert not isinstance(function, int)
-    monkeypatch.setattr("torchopt.kernels.launch._facts", lambda k: (function, 3, 1))
+    monkeypatch.setattr("torchopt.kernels.backends.launch._facts", lambda k: (function, 3, 1))
     assert torch.equal(run(gs, bars)[1], compiled)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fusing import needs_library
 
-from torchopt.kernels import native
+from torchopt.kernels.backends import cpu as native
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +78,7 @@ def test_a_mapped_file_whose_name_is_no_text(tmp_path: Path) -> None:
 
 FORK = """
 import os, signal, torch, torchopt
-from torchopt.kernels import native
+from torchopt.kernels.backends import cpu as native
 torch.set_num_threads(2)
 x = torch.rand(400_000).exp()  # the team of the parent
 params = [torch.nn.Parameter(torch.ones(30_000)) for _ in range(60)]
@@ -121,7 +121,7 @@ def test_facts_nested_deep_are_a_reason(tmp_path: Path, nested: str) -> None:
 USERS = """
 import warnings
 import torch, torchopt
-from torchopt.kernels import native
+from torchopt.kernels.backends import cpu as native
 {change}
 p = torch.nn.Parameter(torch.ones(2))
 p.grad = torch.ones(2)

@@ -14,15 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from catalogue import kernels
 from pointwise import evaluate_kernel, program_of, user_optimizer
 from tolerances import assert_close
 from torch import Tensor
 
 import torchopt
 from torchopt.core.packed import Packed, Packing
-from torchopt.kernels import backends, emit_triton, launch, native, triton_backend
-from torchopt.kernels.catalogue import kernels
-from torchopt.kernels.graph import OPERATIONS, TRUTH, Kernel, Node, input_node, make_kernel
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.backends import gpu as triton_backend
+from torchopt.kernels.backends import launch
+from torchopt.kernels.backends.memory import OF_PARAMETERS, slot_dtype
+from torchopt.kernels.generate import emit_triton
+from torchopt.kernels.generate.graph import OPERATIONS, TRUTH, Kernel, Node, input_node, make_kernel
 
 
 pytestmark = [
@@ -47,7 +52,7 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def type_of(stream: str, dtype: torch.dtype) -> torch.dtype:
-    return dtype if stream in launch.OF_PARAMETERS else launch.slot_dtype(dtype)
+    return dtype if stream in OF_PARAMETERS else slot_dtype(dtype)
 
 
 def tensors_for(kernel: Kernel, dtype: torch.dtype, sizes: Sequence[int] = SIZES) -> Columns:
@@ -92,7 +97,7 @@ def check(kernel: Kernel, dtype: torch.dtype, inputs: Columns, absent: bool = Fa
     triton_backend.run(kernel, given, outputs, like, numbers, rows)
     for k, row in enumerate(rows):
         streams = {s: x[k] if given[s][k] is not None else 0 * x[k] for s, x in inputs.items()}
-        wide = {s: x.to(launch.slot_dtype(dtype)) for s, x in streams.items()}
+        wide = {s: x.to(slot_dtype(dtype)) for s, x in streams.items()}
         for stream, value in evaluate_kernel(kernel, wide, numbers[row]).items():
             place = outputs[stream][k]
             if place is not None:

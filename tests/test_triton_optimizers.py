@@ -12,7 +12,9 @@ from tolerances import assert_close
 from torch import Tensor
 
 import torchopt
-from torchopt.kernels import launch, native, triton_backend
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.backends import gpu as triton_backend
+from torchopt.kernels.backends import launch
 
 
 pytestmark = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchopt.kernels import device_tables
+from torchopt.kernels.backends import device_tables
 
 
 class FakeGPU:

@@ -16,13 +16,14 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 from torchopt.core.engine import Leaves
 from torchopt.core.gradient_checks import Common
 from torchopt.core.packed import Packed, Packing
-from torchopt.kernels import backends, native
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.backends.memory import slot_dtype
 from torchopt.kernels.differentiable import Group
-from torchopt.kernels.graph import Kernel
-from torchopt.kernels.launch import slot_dtype
-from torchopt.kernels.learned import is_hyper
+from torchopt.kernels.generate.graph import Kernel
+from torchopt.kernels.generate.learned import is_hyper
+from torchopt.kernels.generate.program import UPDATE, Program, slot_stream
 from torchopt.kernels.matching import Run
-from torchopt.kernels.program import UPDATE, Program, slot_stream
 from torchopt.kernels.reading import PLAIN
 from torchopt.kernels.rows import read_rows, unfit_hypers
 from torchopt.kernels.rules import Rules

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 from torchopt.core.packed import Packed
-from torchopt.kernels.graph import Kernel, topological
+from torchopt.kernels.backends.launch import SUM, launch
+from torchopt.kernels.backends.memory import Column, slot_dtype
+from torchopt.kernels.generate.graph import Kernel, topological
+from torchopt.kernels.generate.learned import hypers_of, is_hyper
+from torchopt.kernels.generate.program import Numbers, Program
 from torchopt.kernels.independent import Part, divide
-from torchopt.kernels.launch import SUM, Column, launch, slot_dtype
-from torchopt.kernels.learned import hypers_of, is_hyper
 from torchopt.kernels.places import Place, places
-from torchopt.kernels.program import Numbers, Program
 from torchopt.kernels.rules import Rules
 
 

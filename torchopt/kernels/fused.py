@@ -27,21 +27,27 @@ from torchopt.base import misuse
 from torchopt.core.engine import Call, Leaves, run_by_rules
 from torchopt.core.packed import Packed
 from torchopt.core.plan import Plan
-from torchopt.kernels import backends, levels
+from torchopt.kernels import levels
 from torchopt.kernels.assignment import assign
+from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.differentiable import Group, split_for_hooks
+from torchopt.kernels.generate.learned import is_hyper
+from torchopt.kernels.generate.program import UPDATE, slot_stream
 from torchopt.kernels.independent import divide, named
-from torchopt.kernels.learned import is_hyper
 from torchopt.kernels.matching import Run, runs_from, unjoined, whole_run
 from torchopt.kernels.nodes import Fused
 from torchopt.kernels.places import spread
-from torchopt.kernels.program import UPDATE, slot_stream
 from torchopt.kernels.repeated import group_again, remember
 
 
 if hasattr(_pytree, "register_constant"):
     # before a compiler sees the first plan; compiled.py hands it plans
     _pytree.register_constant(Plan)
+
+
+#: Returns the module that computes where a tracer is at work. It is built on this one and brings
+#: the compiler along, which is large: so it is set from outside and loaded when it is needed.
+for_tracers: Any = None
 
 
 class Result(NamedTuple):
@@ -76,9 +82,7 @@ def take_run(
     """
     reason = hindered()
     if reason and _traced(plan.parts[first]):
-        from torchopt.kernels import compiled  # with the compiler, which is large
-
-        return compiled.take_run(plan, first, leaves, columns, apply)
+        return for_tracers().take_run(plan, first, leaves, columns, apply)
     single = Run(plan, first, first + 1)
     reason = reason or unjoined(plan.parts[first])
     unfit = dict.fromkeys(range(len(leaves.g)), reason)
@@ -100,9 +104,7 @@ def take_whole(
     if hindered():
         if not plan.parts or not _traced(plan.parts[0]):
             return None
-        from torchopt.kernels import compiled  # with the compiler, which is large
-
-        return compiled.take_whole(plan, leaves, columns, apply)
+        return for_tracers().take_whole(plan, leaves, columns, apply)
     run = whole_run(plan)
     if run is None:
         return None

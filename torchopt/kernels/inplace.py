@@ -21,12 +21,13 @@ from torch.autograd.graph import increment_version
 from torchopt.base.alike import Alike
 from torchopt.core import hyper
 from torchopt.core.plan import Plan
-from torchopt.kernels import backends, native
 from torchopt.kernels.assignment import PLAIN
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.backends.memory import narrow_mask, slot_dtype
 from torchopt.kernels.fused import hindered
-from torchopt.kernels.launch import narrow_mask, slot_dtype
+from torchopt.kernels.generate.program import GRADIENT, Program, slot_stream
 from torchopt.kernels.matching import Run, whole_run
-from torchopt.kernels.program import GRADIENT, Program, slot_stream
 
 
 MODE = "apply"

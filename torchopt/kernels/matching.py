@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from torchopt.base.values import is_plain, same
 from torchopt.core.plan import Plan
-from torchopt.kernels.learned import NUMBER, hyper_stream
-from torchopt.kernels.program import Program, build, compiled, holds
+from torchopt.kernels.generate.learned import NUMBER, hyper_stream
+from torchopt.kernels.generate.program import Program, build, compiled, holds
+from torchopt.kernels.generate.tracing import UntraceableError
+from torchopt.kernels.generate.watching import Watch
 from torchopt.kernels.reading import read_tensor
-from torchopt.kernels.tracing import UntraceableError
-from torchopt.kernels.watching import Watch
 
 
 #: How many programs are kept for one sequence of rules.
@@ -62,7 +62,7 @@ class Read(NamedTuple):
     Attributes:
         values: The numbers, and those in tensors with one entry; ``nan`` for other tensors.
         flags: The flags.
-        kinds: The kind of each value (see torchopt.kernels.learned); empty if all are numbers.
+        kinds: The kind of each value (see generate/learned.py); empty if all are numbers.
         reason: Why no kernel takes them.
     """
 

@@ -21,7 +21,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 from torchopt.core.packed import Packing
 from torchopt.kernels import levels
 from torchopt.kernels.differentiable import BackwardCall, Group, sources
-from torchopt.kernels.learned import is_hyper
+from torchopt.kernels.generate.learned import is_hyper
 from torchopt.kernels.places import ALL, collected, rows_given, spread
 
 

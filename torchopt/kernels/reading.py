@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from torchopt.kernels.learned import ENTRIES, SINGLE
+from torchopt.kernels.generate.learned import ENTRIES, SINGLE
 from torchopt.nn.parameters import FastWeight
 
 

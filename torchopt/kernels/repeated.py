@@ -14,10 +14,10 @@ from torchopt.core.engine import Call
 from torchopt.core.packed import Packed, Packing
 from torchopt.core.plan import Plan
 from torchopt.kernels.assignment import inputs_of
+from torchopt.kernels.backends.memory import slot_dtype
 from torchopt.kernels.differentiable import Group
-from torchopt.kernels.launch import slot_dtype
+from torchopt.kernels.generate.program import UPDATE, Program
 from torchopt.kernels.matching import Run
-from torchopt.kernels.program import UPDATE, Program
 from torchopt.kernels.reading import PLAIN
 from torchopt.kernels.rows import Rows, read_rows, unfit_hypers
 from torchopt.kernels.rules import Rules

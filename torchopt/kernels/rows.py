@@ -12,12 +12,12 @@ from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from torchopt.base.values import same
-from torchopt.kernels import backends
-from torchopt.kernels.learned import NUMBER, SINGLE
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.generate.learned import NUMBER, SINGLE
+from torchopt.kernels.generate.program import Program
+from torchopt.kernels.generate.tracing import UntraceableError
 from torchopt.kernels.matching import Read, Run
-from torchopt.kernels.program import Program
 from torchopt.kernels.reading import PLAIN
-from torchopt.kernels.tracing import UntraceableError
 
 
 class Rows:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from torchopt.base.numerics import to_compute_dtype
 from torchopt.core.packed import Packing
-from torchopt.kernels.learned import is_hyper
+from torchopt.kernels.generate.learned import is_hyper
+from torchopt.kernels.generate.program import GRADIENT, PARAMETER, UPDATE, slot_stream
 from torchopt.kernels.matching import Run
-from torchopt.kernels.program import GRADIENT, PARAMETER, UPDATE, slot_stream
 
 
 @dataclasses.dataclass(frozen=True)

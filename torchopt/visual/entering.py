@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchopt.kernels.program import PARAMETER
+from torchopt.kernels.generate.program import PARAMETER
 from torchopt.visual.walk import Step, Walk, fused_inputs
 
 

@@ -13,8 +13,8 @@ from torch.autograd.graph import get_gradient_edge
 from torchopt.core import step_tags
 from torchopt.core.step_tags import StepTag
 from torchopt.kernels.differentiable import Group
+from torchopt.kernels.generate.program import GRADIENT, PARAMETER
 from torchopt.kernels.independent import NAMING
-from torchopt.kernels.program import GRADIENT, PARAMETER
 from torchopt.visual.titles import optimizer_name
 
 

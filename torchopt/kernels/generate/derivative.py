@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from torchopt.kernels.graph import (
+from torchopt.kernels.generate.graph import (
     ONE,
     ZERO,
     Node,
@@ -49,7 +49,7 @@ from torchopt.kernels.graph import (
     substitute,
     topological,
 )
-from torchopt.kernels.learned import hypers_in, slope
+from torchopt.kernels.generate.learned import hypers_in, slope
 
 
 HALF = constant(0.5)

@@ -7,8 +7,16 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchopt.kernels.graph import ONE, ZERO, Node, Number, constant, is_number, number_node
-from torchopt.kernels.node_functions import MORE_FUNCTIONS, is_truth, square
+from torchopt.kernels.generate.graph import (
+    ONE,
+    ZERO,
+    Node,
+    Number,
+    constant,
+    is_number,
+    number_node,
+)
+from torchopt.kernels.generate.node_functions import MORE_FUNCTIONS, is_truth, square
 
 
 class UntraceableError(Exception):

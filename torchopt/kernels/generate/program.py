@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from torchopt.kernels.derivative import derive
-from torchopt.kernels.graph import (
+from torchopt.kernels.generate.derivative import derive
+from torchopt.kernels.generate.graph import (
     Kernel,
     Node,
     Number,
@@ -22,8 +22,13 @@ from torchopt.kernels.graph import (
     substitute,
     topological,
 )
-from torchopt.kernels.learned import NUMBER, SINGLE, hypers_in, hypers_of, is_hyper, symbol
-from torchopt.kernels.tracing import Guards, SymbolicNumber, SymbolicTensor, UntraceableError
+from torchopt.kernels.generate.learned import NUMBER, SINGLE, hypers_in, hypers_of, is_hyper, symbol
+from torchopt.kernels.generate.tracing import (
+    Guards,
+    SymbolicNumber,
+    SymbolicTensor,
+    UntraceableError,
+)
 
 
 #: The streams that every run has: the gradient comes in as ``g``, the parameter as ``p``, and
@@ -52,7 +57,7 @@ class Program:
         guards: Conditions on the numbers, as a tuple of truth values and the function giving them.
         numbers: For each kernel, the function that gives its numbers.
         passes: For each backward kernel, streams whose derivative is one incoming stream unchanged.
-        kinds: The kind of each hyperparameter (see torchopt.kernels.learned), empty if all are
+        kinds: The kind of each hyperparameter (see learned.py), empty if all are
             numbers. The backward kernels in ``kernels`` give no derivative by any of them.
         guarded: The hyperparameters that the guards read, as streams.
     """

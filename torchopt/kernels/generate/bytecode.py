@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from torchopt.kernels.graph import Listing
+from torchopt.kernels.generate.graph import Listing
 
 
 #: What the interpreter takes (csrc/engine.h).

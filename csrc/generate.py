@@ -1,14 +1,16 @@
-"""Write the kernels of the catalogue: ``python -m torchopt.kernels.generate``."""
+"""Write the kernels of the catalogue: ``make kernels``."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from torchopt.kernels import catalogue, emit_c
+import catalogue
+
+from torchopt.kernels.generate import emit_c
 
 
-TARGET = Path(__file__).resolve().parents[2] / "csrc" / "kernels.inc"
+TARGET = Path(__file__).with_name("kernels.inc")
 
 
 def main() -> int:

@@ -9,26 +9,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchopt.core.packed import Packed, Packing
-from torchopt.kernels import backends, native
-from torchopt.kernels.bytecode import Code
-from torchopt.kernels.graph import Kernel
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.backends import gpu
+from torchopt.kernels.backends.memory import (
+    Column,
+    addresses,
+    divided,
+    dtype_of,
+    narrow_mask,
+)
+from torchopt.kernels.generate.bytecode import Code
+from torchopt.kernels.generate.graph import Kernel
 
-
-#: Streams that have the dtype of the parameters; the others are float32 if that is half precision.
-OF_PARAMETERS = frozenset({"g", "p", "u", "bar_u"})
 
 #: Asks for the sum of a stream over each parameter.
 SUM = "sum"
 
 Numbers = Sequence[float]
-#: One tensor of each parameter, ``None`` for zeros.
-Column = Union[list[Any], Packed]
 
 
 def launch(
@@ -102,13 +106,11 @@ def run(
     ``sums`` gets the sums over each tensor of the output streams at the positions ``summed``.
     """
     if like[0].is_cuda:
-        from torchopt.kernels import triton_backend
-
         if pieces > 1:
             inputs = {stream: _views(column, pieces) for stream, column in inputs.items()}
             outputs = {stream: _views(column, pieces) for stream, column in outputs.items()}
             like = _views(like, pieces)
-        triton_backend.run(kernel, inputs, outputs, like, numbers, rows)
+        gpu.run(kernel, inputs, outputs, like, numbers, rows)
         return
     function, narrow_in, narrow_out = _facts(kernel)
     sizes = next((c.packing.sizes for c in inputs.values() if isinstance(c, Packed)), None)
@@ -148,26 +150,6 @@ def _facts(kernel: Kernel) -> tuple[int | Code, int, int]:
     )
 
 
-def addresses(tensors: Column) -> list[int]:
-    """Return the address of every tensor, 0 for ``None``."""
-    if isinstance(tensors, Packed):
-        start, size = tensors.flat.data_ptr(), tensors.flat.element_size()
-        return [start + size * offset for offset in tensors.packing.offsets]
-    try:
-        found = list(map(Tensor.data_ptr, tensors))  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        found = [0 if x is None else x.data_ptr() for x in tensors]
-    if 0 in found:
-        for x, address in zip(tensors, found):
-            # a kernel reads zeros there, which is right for autograd's zeros without memory only
-            if x is not None and not address and x.numel() and not x._is_zerotensor():
-                raise RuntimeError(
-                    f"A tensor of shape {tuple(x.shape)} has no memory: its storage was resized "
-                    "(untyped_storage().resize_). Give it its memory back before the update."
-                )
-    return found
-
-
 def _views(column: Column, pieces: int) -> list[Any]:
     """Return the pieces of tensors."""
     return [
@@ -175,30 +157,6 @@ def _views(column: Column, pieces: int) -> list[Any]:
         for x in column
         for piece in ([None] * pieces if x is None else x.view(pieces, -1).unbind())
     ]
-
-
-def divided(starts: Sequence[int], sizes: Sequence[int], entry: int, pieces: int) -> list[int]:
-    """Return the addresses of the pieces of tensors; ``sizes`` are those of the pieces."""
-    return [
-        start and start + piece * sizes[k * pieces] * entry
-        for k, start in enumerate(starts)
-        for piece in range(pieces)
-    ]
-
-
-def dtype_of(stream: str, own: torch.dtype) -> torch.dtype:
-    """Return the dtype of a stream where parameters have the dtype ``own``."""
-    return own if stream in OF_PARAMETERS else slot_dtype(own)
-
-
-def slot_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the slots of a parameter, and of the arithmetic."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def narrow_mask(streams: Sequence[str]) -> int:
-    """Return, as bits, which streams have the dtype of the parameters."""
-    return sum(1 << k for k, stream in enumerate(streams) if stream in OF_PARAMETERS)
 
 
 def _readable(column: Column) -> Column:

@@ -2,8 +2,7 @@
 
 All others are run by the interpreter (bytecode.py), which gives the same bits and takes about twice
 as long in the cache. Kernels are found by what they compute, so a chain of the user's own gets a
-compiled one as well if its graph is among these. After a change run
-``python -m torchopt.kernels.generate``.
+compiled one as well if its graph is among these. After a change run ``make kernels``.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 
 import torchopt
 from torchopt.core.transform import GradientTransformation
-from torchopt.kernels.graph import Kernel
-from torchopt.kernels.learned import ENTRIES, NUMBER, SINGLE, hyper_stream
-from torchopt.kernels.program import build
+from torchopt.kernels.generate.graph import Kernel
+from torchopt.kernels.generate.learned import ENTRIES, NUMBER, SINGLE, hyper_stream
+from torchopt.kernels.generate.program import build
 
 
 #: Function -> the configurations whose graphs differ; every combination is generated.

@@ -9,10 +9,12 @@ import sys
 
 import torch
 
-from torchopt.kernels import emit_triton, native
-from torchopt.kernels.bytecode import Code, TooLargeError
-from torchopt.kernels.graph import Kernel
-from torchopt.kernels.program import Program
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.backends import gpu
+from torchopt.kernels.generate import emit_triton
+from torchopt.kernels.generate.bytecode import Code, TooLargeError
+from torchopt.kernels.generate.graph import Kernel
+from torchopt.kernels.generate.program import Program
 
 
 NOT_LOADED = "the kernels for"
@@ -52,9 +54,7 @@ def _cuda_unavailable() -> str:
         return f"{NOT_LOADED} GPUs need triton, which is not installed"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    from torchopt.kernels import triton_backend
-
-    problem = triton_backend.hindrance()
+    problem = gpu.hindrance()
     return f"{NOT_LOADED} GPUs are not loaded: {problem}" if problem else ""
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from torchopt.base.numerics import root
-from torchopt.kernels.derivative import derive
-from torchopt.kernels.graph import (
+from torchopt.kernels.generate.derivative import derive
+from torchopt.kernels.generate.graph import (
     OPERATIONS,
     Kernel,
     Node,

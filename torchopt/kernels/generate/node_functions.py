@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torchopt.kernels.graph import TRUTH, ZERO, Node, Number, constant, number_node
+from torchopt.kernels.generate.graph import TRUTH, ZERO, Node, Number, constant, number_node
 
 
 def square(a: Node) -> Node:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.kernels import backends, native
-from torchopt.kernels.graph import Kernel
-from torchopt.kernels.launch import dtype_of, launch
-from torchopt.kernels.written import Written, read
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.backends import cpu as native
+from torchopt.kernels.backends.launch import launch
+from torchopt.kernels.backends.memory import dtype_of
+from torchopt.kernels.generate.graph import Kernel
+from torchopt.kernels.generate.written import Written, read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -24,12 +24,13 @@ from torchopt.base import misuse, tree
 from torchopt.base.numerics import HALF
 from torchopt.core.engine import Call, Leaves, run_by_rules
 from torchopt.core.plan import Plan
-from torchopt.kernels import fused, native
-from torchopt.kernels import operators as operators  # registers them
+from torchopt.kernels import fused
 from torchopt.kernels.assignment import PLAIN, assign
+from torchopt.kernels.backends import cpu as native
 from torchopt.kernels.differentiable import Group
+from torchopt.kernels.generate.written import write
+from torchopt.kernels.library import operators as operators  # registers them
 from torchopt.kernels.matching import Run, runs_from
-from torchopt.kernels.written import write
 
 
 #: What tracers put in the place of plain tensors.

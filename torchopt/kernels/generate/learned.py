@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from torchopt.kernels.graph import Node, Number, input_node, number_node, topological
-from torchopt.kernels.tracing import (
+from torchopt.kernels.generate.graph import Node, Number, input_node, number_node, topological
+from torchopt.kernels.generate.tracing import (
     BINARY,
     COMPARE,
     Guards,

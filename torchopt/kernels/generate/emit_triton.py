@@ -22,8 +22,8 @@ reciprocal, and Triton 3.2 takes subnormal float32 numbers for zero in roots and
 
 from __future__ import annotations
 
-from torchopt.kernels.graph import Kernel
-from torchopt.kernels.launch import OF_PARAMETERS
+from torchopt.kernels.backends.memory import OF_PARAMETERS
+from torchopt.kernels.generate.graph import Kernel
 
 
 #: Entries of one program.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchopt.kernels.graph import TRUTH, Kernel
+from torchopt.kernels.generate.graph import TRUTH, Kernel
 
 
 #: Operation -> the C expression. ``R`` is float or double; the macros are in csrc/kernels.c.
@@ -61,7 +61,7 @@ def function(kernel: Kernel) -> str:
 
 def source(kernels: Sequence[Kernel]) -> str:
     """Return the file of all kernels, to be compiled once for each dtype and instruction set."""
-    parts = ["/* Made by `python -m torchopt.kernels.generate`; do not edit. */\n"]
+    parts = ["/* Made by `make kernels`; do not edit. */\n"]
     parts += [function(kernel) for kernel in kernels]
     entries = "\n".join(f"  ENTRY({k.name}, {len(k.inputs)}, {len(k.outputs)})" for k in kernels)
     table = entries.replace("\n", " \\\n")

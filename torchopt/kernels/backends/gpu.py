@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.kernels import emit_triton
-from torchopt.kernels.device_tables import tables_on
-from torchopt.kernels.emit_triton import ALIGNMENT, BLOCK, OPTIONS, RECORD_HEAD
-from torchopt.kernels.graph import Kernel
-from torchopt.kernels.launch import Column, addresses
+from torchopt.kernels.backends.device_tables import tables_on
+from torchopt.kernels.backends.memory import Column, addresses
+from torchopt.kernels.generate import emit_triton
+from torchopt.kernels.generate.emit_triton import ALIGNMENT, BLOCK, OPTIONS, RECORD_HEAD
+from torchopt.kernels.generate.graph import Kernel
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
     numbers: Sequence[Sequence[float]],
     rows: Sequence[int] | None,
 ) -> None:
-    """Run a kernel from tensors into tensors; see :func:`torchopt.kernels.launch.run`.
+    """Run a kernel from tensors into tensors; see :func:`torchopt.kernels.backends.launch.run`.
 
     Tensors on the CPU are for tests: there Triton's interpreter runs the kernel, which takes
     ``TRITON_INTERPRET=1`` in the environment.

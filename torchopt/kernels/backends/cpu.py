@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from torchopt.kernels.bytecode import Code
+from torchopt.kernels.generate.bytecode import Code
 
 
 ABI = 4
-LIBRARY = Path(__file__).with_name("_fused.dll" if os.name == "nt" else "_fused.so")
+LIBRARY = Path(__file__).parents[1] / ("_fused.dll" if os.name == "nt" else "_fused.so")
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 #: pip would take a wheel from its cache that was built without a compiler.
 REINSTALL = (

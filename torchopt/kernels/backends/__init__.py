@@ -1,0 +1,1 @@
+"""What runs kernels: the C library on the CPU, Triton on GPUs."""

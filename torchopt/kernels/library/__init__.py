@@ -1,0 +1,1 @@
+"""Kernels as operators of torch.library, for torch.compile and other tracers."""
