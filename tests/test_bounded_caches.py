@@ -38,6 +38,7 @@ FINITE = {
     "torchopt.kernels.backends.availability._cuda_unavailable": "no argument",
     "torchopt.kernels.backends.availability._too_old": "one entry for each GPU",
     "torchopt.visual.dot._digraph_class": "no argument",
+    "torchopt.visual.titles._known": "no argument",
 }
 
 
@@ -99,7 +100,8 @@ def test_new_numbers_cost_nothing(face: Callable[..., None], traces: list[Any]) 
     before, count = living(), len(traces)
     for k in range(400):
         face(torchopt.adam(rate(k), betas=(rate(k), 0.9 * rate(k)), weight_decay=rate(k + 1)))
-    assert living() == before
+    now = living()  # what other tests had left may have gone
+    assert not {kind: n for kind, n in now.items() if n > before[kind]}
     assert len(traces) == count
 
 

@@ -32,8 +32,12 @@ def test_no_room_imports_from_a_higher_one_or_a_neighbour() -> None:
     assert not wrong
 
 
+#: What brings the compiler along, which is large, and is needed only where a tracer is at work.
+LATE = {("torchopt.kernels", "torchopt.kernels.library.compiled")}
+
+
 def test_nothing_of_the_package_is_imported_late() -> None:
-    assert not [f"{a} imports {b}" for a, b, late in rooms.imports() if late]
+    assert {(a, b) for a, b, late in rooms.imports() if late} <= LATE
 
 
 def test_imports_make_no_circle() -> None:

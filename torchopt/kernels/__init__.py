@@ -1,6 +1,6 @@
 """The fused engine: kernels generated from the rules, in place of chains of torch operators."""
 
-from importlib import import_module as _import_module
+from typing import Any as _Any
 
 from torchopt.core import engine as _engine
 from torchopt.kernels import fused as _fused
@@ -8,6 +8,12 @@ from torchopt.kernels import inplace as _inplace
 from torchopt.kernels.explain import why as why
 
 
-_fused.for_tracers = lambda: _import_module("torchopt.kernels.library.compiled")
+def _for_tracers() -> _Any:
+    from torchopt.kernels.library import compiled  # with the compiler, which is large
+
+    return compiled
+
+
+_fused.for_tracers = _for_tracers
 _engine.accelerator = _fused
 _engine.in_place_stepper = _inplace.Stepper

@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from torchopt.core import step_tags
 from torchopt.core.step_tags import StepTag
 from torchopt.kernels.differentiable import Group
+from torchopt.kernels.generate.learned import is_hyper
 from torchopt.kernels.generate.program import GRADIENT, PARAMETER
 from torchopt.kernels.independent import NAMING
 from torchopt.visual.titles import optimizer_name
@@ -306,7 +307,7 @@ def _note_inputs(found: Walk, position: int, group: Group, step: Step) -> None:
             step.constant_gradient &= not present
         elif stream == PARAMETER:
             step.weights_are_leaves &= not any(found.inputs[source] for source in present)
-        elif not present:
+        elif not present and not is_hyper(stream):
             name = group.rule.run.slots[int(stream[1:])]
             step.constant_slots += () if name in step.constant_slots else (name,)
 

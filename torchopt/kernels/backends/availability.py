@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -36,7 +37,7 @@ def unavailable(device_type: str) -> str:
 
 
 _OWN_FOLDERS = tuple(
-    os.path.dirname(path) + os.sep for path in (os.path.dirname(__file__), torch.__file__)
+    f"{folder}{os.sep}" for folder in (Path(__file__).parents[2], Path(torch.__file__).parent)
 )
 
 
