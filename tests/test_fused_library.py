@@ -281,7 +281,9 @@ def test_a_fresh_process_warns_once() -> None:
 
 def test_importing_loads_nothing() -> None:
     """The library is loaded when it is needed, and not by everybody who imports torchopt."""
-    code = "import torchopt; from torchopt.kernels.backends import cpu; print(cpu.load.cache_info())"
+    code = (
+        "import torchopt; from torchopt.kernels.backends import cpu; print(cpu.load.cache_info())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "currsize=0" in done.stdout, done.stderr
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Container, Iterator, Sequence
-from math import isnan
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,36 +17,14 @@ from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 from torchopt.core.packed import Packed
 from torchopt.kernels.backends.launch import SUM, launch
-from torchopt.kernels.backends.memory import Column, slot_dtype
+from torchopt.kernels.backends.memory import Column
 from torchopt.kernels.generate.graph import Kernel, topological
 from torchopt.kernels.generate.learned import hypers_of, is_hyper
-from torchopt.kernels.generate.program import Numbers, Program
+from torchopt.kernels.generate.program import Program
 from torchopt.kernels.independent import Part, divide
+from torchopt.kernels.operands import Operands, with_hypers
 from torchopt.kernels.places import Place, places
 from torchopt.kernels.rules import Rules
-
-
-class Operands(NamedTuple):
-    """What a kernel call reads.
-
-    Attributes:
-        columns: The input streams.
-        given: The hyperparameters that are tensors, as they are.
-        values: Rows of hyperparameters and the step count.
-        indices: The row of each parameter, or of each piece; ``None`` for the only one.
-        pieces: Into how many pieces each tensor is divided: the examples of a batch, if they have
-            numbers of their own.
-    """
-
-    columns: dict[str, Any]
-    given: dict[str, list[Tensor]]
-    values: Sequence[tuple[Sequence[float], int]]
-    indices: list[int] | None
-    pieces: int
-
-    def numbers(self, function: Numbers) -> list[tuple[float, ...]]:
-        """Return the rows of a kernel's numbers."""
-        return [function(values, step) for values, step in self.values]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,61 +127,18 @@ class Group:
         """Return the same with another value of ``bare``."""
         return self if bare == self.bare else dataclasses.replace(self, bare=bare)
 
-    def kernel_inputs(self, tensors: Sequence[Tensor], sums: bool = False) -> Operands:
-        """Return the inputs of the kernels on real tensors; ``sums`` if derivatives are summed.
-
-        Hyperparameters with one entry are among the numbers; others get the shape of the gradient.
-        """
+    def operands(self, tensors: Sequence[Tensor], sums: bool = False) -> Operands:
+        """Return what kernels read of real tensors; ``sums`` if derivatives are to be summed."""
         rule = self.rule
         columns: dict[str, Any] = self.launch_columns(rule.inputs, tensors, rule.packed_in)
         if not rule.hyper_dims:
             return Operands(columns, {}, self.values, self.indices, 1)
-        given = {s: columns.pop(s) for s in rule.hyper_dims}
-        like: Any = columns["p"] if "p" in columns else columns["g"]
-        pieces, known = 1, True
-        for stream, own in given.items():
-            if self.program.summed(stream):
-                pieces = max(pieces, own[0].numel())
-                known = known and (pieces == 1 or self._is_known(stream, own))
-                continue
-            dtype = slot_dtype(like[0].dtype)
-            columns[stream] = [
-                h
-                if h.dtype == dtype and h.shape == x.shape
-                else rule.aligned(stream, k, h, x).to(dtype).expand(x.shape)
-                for k, (h, x) in enumerate(zip(own, like))
-            ]
-        if pieces == 1 or (known and not sums):
-            return Operands(columns, given, self.values, self.indices, 1)
-        if known:
-            indices = [k for k in self.indices or [0] * self.count for _ in range(pieces)]
-            return Operands(columns, given, self.values, indices, pieces)
-        return Operands(columns, given, *self._values_of_batch(given, pieces), pieces)
-
-    def _is_known(self, stream: str, own: Sequence[Tensor]) -> bool:
-        """Whether a batch of hyperparameters is one number for all examples, and was read."""
-        repeated = all(
-            step == 0 or size == 1 for h in own for step, size in zip(h.stride(), h.shape)
-        )
-        return repeated and not any(isnan(row[int(stream[1:])]) for row, _ in self.values)
-
-    def _values_of_batch(
-        self, given: dict[str, list[Tensor]], pieces: int
-    ) -> tuple[Sequence[tuple[Sequence[float], int]], list[int]]:
-        """Return the hyperparameters and the step count of each parameter and example."""
-        of_each = [self.values[k] for k in self.indices or [0] * self.count]
-        rows = [(list(row), step) for row, step in of_each for _ in range(pieces)]
-        for stream, own in given.items():
-            if self.program.summed(stream):
-                found = torch.stack([h.detach().reshape(-1) for h in own]).tolist()
-                for k, number in enumerate(number for one in found for number in one):
-                    rows[k][0][int(stream[1:])] = number
-        return rows, list(range(len(rows)))
+        return with_hypers(columns, self.program, rule, self.values, self.indices, sums)
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the forward kernel on real tensors."""
         kernel, rule = self.kernel, self.rule
-        operands = self.kernel_inputs(tensors)
+        operands = self.operands(tensors)
         try:
             numbers = operands.numbers(self.program.numbers[self.mode])
         except ArithmeticError:  # a learned number at the end of its range
@@ -296,7 +230,7 @@ class BackwardCall:
         kernel, function = group.program.backward(group.mode, hypers)
         bars, saved = self.split(tensors)
         sums = any(map(group.program.summed, hypers))
-        operands = group.kernel_inputs(saved, sums)
+        operands = group.operands(saved, sums)
         try:
             numbers = operands.numbers(function)
         except ArithmeticError:  # a learned number at the end of its range
