@@ -25,6 +25,7 @@ def signature_of_recipe(
     result: Any = functools.wraps(documented)(init)
     middle = inspect.signature(recipe).parameters.values()
     result.__signature__ = inspect.Signature([*before, *middle, *after])
+    result.recipe = recipe
     return result
 
 

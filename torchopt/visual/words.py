@@ -117,8 +117,8 @@ def took_the_number(found: Extraction, step: Step, tensor: Tensor) -> bool:
         return False  # these prove nothing
     numbers: set[Any] = set()
     for position in step.fused:
-        rows = found.walk.nodes[position].group.rule.rows
-        numbers |= {number for row in rows for number in numbers_in(row.values())}
+        values = found.walk.nodes[position].group.values
+        numbers |= {number for row, _ in values for number in row}
     for position in set(step.members) - set(step.fused):
         node = found.walk.nodes[position]
         for saved in own_saved_tensors(node) if is_builtin(node) else ():
