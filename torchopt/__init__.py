@@ -6,7 +6,6 @@ One definition of each optimizer has three faces: functional (:func:`adam`), obj
 
 from torchopt import kernels as kernels
 from torchopt import typing as typing
-from torchopt import visual as visual
 from torchopt import schedules as schedule
 from torchopt import schedules as schedules
 from torchopt.core.accelerated_op import accelerated_op_available as accelerated_op_available
@@ -25,7 +24,6 @@ from torchopt.optim.optimizer import Optimizer as Optimizer
 from torchopt.optimizers.adafactor import Adafactor as Adafactor
 from torchopt.optimizers.adafactor import MetaAdafactor as MetaAdafactor
 from torchopt.optimizers.adafactor import adafactor as adafactor
-from torchopt import solvers as solvers
 from torchopt.optimizers.adam import Adam as Adam
 from torchopt.optimizers.adam import MetaAdam as MetaAdam
 from torchopt.optimizers.adam import adam as adam
@@ -42,7 +40,6 @@ from torchopt.optimizers.nadam import MetaNAdam as MetaNAdam
 from torchopt.optimizers.nadam import NAdam as NAdam
 from torchopt.optimizers.nadam import nadam as nadam
 from torchopt.optimizers.nadam import scale_by_nadam as scale_by_nadam
-from torchopt.optimizers.lbfgs import LBFGS as LBFGS
 from torchopt.optimizers.rmsprop import MetaRMSProp as MetaRMSProp
 from torchopt.optimizers.rmsprop import MetaRMSProp as MetaRMSprop
 from torchopt.optimizers.rmsprop import RMSprop as RMSProp
@@ -91,19 +88,47 @@ from torchopt.transforms.partition import partition as partition
 from torchopt.transforms.wrap import masked as masked
 from torchopt.version import __version__ as __version__
 
+import importlib as _importlib
+import sys as _sys
 from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from torchopt import compat as _compat
 
-_compat.install()
+if _TYPE_CHECKING:
+    from torchopt import solvers as solvers
+    from torchopt import visual as visual
+    from torchopt.optimizers.lbfgs import LBFGS as LBFGS
+
+#: What is imported when it is first asked for: a third of the time that all would take.
+_LATER = {
+    "LBFGS": "torchopt.optimizers.lbfgs",
+    "solvers": "torchopt.solvers",
+    "visual": "torchopt.visual",
+}
 #: Modules of the public interface; the others are rooms of the house (docs/architecture.md).
-_MODULES = {"kernels", "schedule", "schedules", "solvers", "typing", "visual"}
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    name
-    for name, value in globals().items()
-    if name == "__version__"
-    or name in _MODULES
-    or not (name.startswith("_") or isinstance(value, _ModuleType))
+_MODULES = {"kernels", "schedule", "schedules", "typing"}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LATER:
+        return _compat.look_up(_sys.modules[__name__], name)
+    module = _importlib.import_module(_LATER[name])
+    value = globals()[name] = getattr(module, name, module)
+    return value
+
+
+_compat.install()
+__all__ = [  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]
+    *_LATER,
+    *(
+        name
+        for name, value in globals().items()
+        if name == "__version__"
+        or name in _MODULES
+        or not (name.startswith("_") or isinstance(value, _ModuleType))
+    ),
 ]
 
 
