@@ -55,6 +55,8 @@ class Algorithm:
             is one: a slow copy that follows the paper, say.
         bounds: What its numbers may be where :data:`BOUNDS` does not say, by name.
         fixed: Arguments that are numbers but no hyperparameters.
+        float64_scalars: Whether torch keeps numbers of its own in the default dtype: then it is
+            compared under float64.
     """
 
     recipe: Callable[..., torchopt.GradientTransformation]
@@ -77,6 +79,7 @@ class Algorithm:
     oracle: str = ""
     bounds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: tuple[str, ...] = ()
+    float64_scalars: bool = False
 
     @property
     def name(self) -> str:
@@ -162,10 +165,20 @@ class Case:
         names: list[str] = []
         for name, value in self.kwargs.items():
             if isinstance(value, tuple):
-                names += [f"{name}.{k}" for k, _ in enumerate(value)]
+                names += [f"{name}.{k}" for k, x in enumerate(value) if isinstance(x, float)]
             elif isinstance(value, float) and name not in self.algorithm.fixed:
                 names.append(name)
         return tuple(names)
+
+    @cached_property
+    def specs(self) -> dict[str, Any]:
+        """What the transformation declares of each argument that is a hyperparameter."""
+        return self.tx().hyper_specs()
+
+    @cached_property
+    def tunable_by_entry(self) -> tuple[str, ...]:
+        """Those of ``tunable`` that may have a value for each entry of a parameter."""
+        return tuple(n for n in self.tunable if not self.specs[n.partition(".")[0]].scalar)
 
     @property
     def needs_params(self) -> bool:
@@ -178,10 +191,15 @@ class Case:
         return self.algorithm.sparse and not self.needs_params
 
     @property
+    def complex(self) -> bool:
+        """Whether it takes complex numbers."""
+        return all(part.accepts_complex for part in self.tx().parts)
+
+    @property
     def scale_free(self) -> bool:
         """Whether updates have the same size whatever the size of the gradients (above 1e-4) is."""
-        numbers = (self.kwargs.get("eps", 0.0), self.kwargs.get("eps_root", 0.0))
-        return not self.algorithm.linear and max(numbers) <= 1e-3
+        numbers = [self.value(name) for name in self.tunable if name in ("eps", "eps_root")]
+        return not self.algorithm.linear and max(numbers, default=0.0) <= 1e-3
 
     @cached_property
     def kind(self) -> Kind:
@@ -222,12 +240,15 @@ class Case:
         """Return the transformation, with some of ``tunable`` replaced."""
         return self.recipe(**self.arguments(changed), use_accelerated_op=use_accelerated_op)
 
+    def larger_eps(self, eps: float = 1e-2) -> dict[str, float]:
+        """Return an ``eps`` so large that differences see no kink, where there is one."""
+        return {"eps": max(eps, self.value("eps"))} if "eps" in self.tunable else {}
+
     def smooth(
         self, eps: float = 1e-2, use_accelerated_op: bool | None = None
     ) -> torchopt.GradientTransformation:
-        """Return the transformation with an ``eps`` so large that differences see no kink."""
-        larger = {"eps": max(eps, self.value("eps"))} if "eps" in self.tunable else None
-        return self.tx(larger, use_accelerated_op)
+        """Return the transformation with a :meth:`larger_eps`."""
+        return self.tx(self.larger_eps(eps), use_accelerated_op)
 
     def tensors(self, **options: Any) -> dict[str, torch.Tensor]:
         """Return every one of ``tunable`` as a float64 tensor of its own."""

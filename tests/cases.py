@@ -107,6 +107,7 @@ ALGORITHMS = (
         },
         slots=("exp_avg", "exp_avg_sq"),
         bounds={"momentum_decay": ">= 0"},
+        float64_scalars=True,
     ),
     Algorithm(
         torchopt.adafactor,
@@ -183,7 +184,6 @@ ALGORITHMS = (
 )
 
 CASES = tuple(case for algorithm in ALGORITHMS for case in algorithm.cases())
-TORCH_CASES = tuple(case for case in CASES if case.torch_cls is not None)
 
 
 def named(name: str) -> Case:
@@ -195,26 +195,37 @@ def named(name: str) -> Case:
 # Decorators: a test runs for every row of a sort, and receives ``case`` or ``algorithm`` ----------
 
 
-def rows(where: Callable[[Case], Any], each: Callable[[Case], Any] | None = None) -> list[Any]:
+def rows(
+    where: Callable[[Case], Any],
+    each: Callable[[Case], Any] | None = None,
+    beside_torch: bool = False,
+) -> list[Any]:
     """Return the configurations that ``where`` holds of, as parameters of a test.
 
     With ``each`` ``make test`` runs only the first one for each of its values: for laws of the
-    library's mechanisms, where a run takes long.
+    library's mechanisms, where a run takes long. ``beside_torch`` says that the test compares with
+    the twin in torch.
     """
     found: list[Any] = []
     seen = set()
     for row in filter(where, CASES):
-        leave = each is not None and each(row) in seen
+        marks = []
+        if each is not None and each(row) in seen:
+            marks.append(pytest.mark.thorough)
         seen.add(each and each(row))
-        found.append(pytest.param(row, id=row.name, marks=[pytest.mark.thorough] if leave else []))
+        if beside_torch and row.algorithm.float64_scalars:
+            marks.append(pytest.mark.float64_scalars)
+        found.append(pytest.param(row, id=row.name, marks=marks))
     return found
 
 
 def every(
-    where: Callable[[Case], Any], each: Callable[[Case], Any] | None = None
+    where: Callable[[Case], Any],
+    each: Callable[[Case], Any] | None = None,
+    beside_torch: bool = False,
 ) -> pytest.MarkDecorator:
     """Run a test for every configuration that ``where`` holds of; see :func:`rows`."""
-    return pytest.mark.parametrize("case", rows(where, each))
+    return pytest.mark.parametrize("case", rows(where, each, beside_torch))
 
 
 def kind(case: Case) -> Any:
@@ -232,10 +243,10 @@ every_case = every(lambda case: True)
 every_kind = every(lambda case: True, each=kind)
 every_state = every(lambda case: True, each=state_kind)
 #: Those that torch.optim has.
-every_torch_case = every(lambda case: case.torch_cls)
+every_torch_case = every(lambda case: case.torch_cls, beside_torch=True)
 #: Those with a differentiable face.
 every_meta_case = every(lambda case: case.meta)
-every_torch_meta_case = every(lambda case: case.meta and case.torch_cls)
+every_torch_meta_case = every(lambda case: case.meta and case.torch_cls, beside_torch=True)
 every_meta_kind = every(lambda case: case.meta, each=kind)
 #: Those that kernels compute.
 every_fused_case = every(lambda case: case.algorithm.fused)
