@@ -50,6 +50,7 @@ class Algorithm:
         decoupled_decay: Whether weight decay bypasses the gradient.
         linear: Whether an update is linear in the gradients.
         sparse: Whether it takes sparse gradients (without weight decay).
+        forgets_start: Whether the first update leaves nothing of the slots as they were.
         formula: What it does in closed form, or ``None``.
         oracle: The test file with another oracle of its values, if no twin in torch and no formula
             is one: a slow copy that follows the paper, say.
@@ -75,6 +76,7 @@ class Algorithm:
     decoupled_decay: bool = False
     linear: bool = False
     sparse: bool = False
+    forgets_start: bool = False
     formula: ClosedForm | None = None
     oracle: str = ""
     bounds: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -104,6 +106,10 @@ class Algorithm:
     def flags(self) -> list[str]:
         """Return the names of what is on or off."""
         return [n for n, default in self.defaults().items() if isinstance(default, bool)]
+
+    def specs(self) -> dict[str, Any]:
+        """Return what the transformation declares of its hyperparameters."""
+        return self.recipe().hyper_specs()
 
     def cases(self) -> Iterator[Case]:
         """Yield the configurations."""
@@ -173,7 +179,7 @@ class Case:
     @cached_property
     def specs(self) -> dict[str, Any]:
         """What the transformation declares of each argument that is a hyperparameter."""
-        return self.tx().hyper_specs()
+        return self.algorithm.specs()
 
     @cached_property
     def tunable_by_entry(self) -> tuple[str, ...]:

@@ -115,8 +115,15 @@ ALGORITHMS = (
         torchopt.MetaAdafactor,
         torch.optim.Adafactor,
         {
-            "": {"lr": 0.05, "beta2_decay": -0.7, "eps": (1e-4, 1e-2), "d": 1.2},
-            "decay": {"lr": 0.9, "beta2_decay": -0.8, "d": 5.0, "weight_decay": 0.1},
+            "": {"lr": 0.05, "beta2_decay": -0.7},
+            # the size of parameters is below its floor, and that of updates above its bound
+            "floor-clipped-decay": {
+                "lr": 0.9,
+                "beta2_decay": -0.5,
+                "eps": (None, 1.5),
+                "d": 1.02,
+                "weight_decay": 0.1,
+            },
         },
         slots=("row_var", "col_var", "variance"),
         shapes={
@@ -126,6 +133,7 @@ ALGORITHMS = (
         size="tensor",
         fused=False,
         needs_params=True,
+        forgets_start=True,
         bounds={"beta2_decay": "<= 0", "d": ">= 1"},
     ),
     Algorithm(
@@ -145,6 +153,7 @@ ALGORITHMS = (
             },
         },
         slots=("z",),
+        linear=True,
         needs_params=True,
         oracle="test_schedule_free.py",
         bounds={
@@ -180,6 +189,36 @@ ALGORITHMS = (
             "r": ">= 0",
             "weight_lr_power": ">= 0",
         },
+    ),
+)
+
+#: Those that take matrices only. The laws of arguments hold for them, and what else does is in the
+#: file that the row names: trees of parameters have vectors, too.
+MATRIX_ALGORITHMS = (
+    Algorithm(
+        torchopt.muon,
+        torchopt.Muon,
+        torchopt.MetaMuon,
+        getattr(torch.optim, "Muon", None),
+        {
+            "": {"lr": 0.05, "weight_decay": 0.2, "momentum": 0.8},
+            "plain": {
+                "lr": 0.1,
+                "weight_decay": 0.05,
+                "momentum": 0.6,
+                "nesterov": False,
+                "ns_coefficients": (3.0, -3.2, 1.2),
+                "eps": 1e-5,
+                "ns_steps": 3,
+                "adjust_lr_fn": "match_rms_adamw",
+            },
+        },
+        slots=("momentum_buffer",),
+        size="tensor",
+        fused=False,
+        decoupled_decay=True,
+        oracle="test_muon.py",
+        bounds={"ns_coefficients": "any number", "eps": "> 0", "ns_steps": ">= 0 and < 100"},
     ),
 )
 
@@ -260,6 +299,10 @@ every_formula_case = every(lambda case: case.algorithm.formula)
 every_dense_case = every(lambda case: not case.sparse)
 every_sparse_case = every(lambda case: case.sparse)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+#: Those too that take matrices only.
+every_row = pytest.mark.parametrize(
+    "algorithm", ALGORITHMS + MATRIX_ALGORITHMS, ids=lambda a: a.name
+)
 #: Each algorithm with every other one; ``make test`` runs each with the next one of the table.
 every_pair = pytest.mark.parametrize(
     ("algorithm", "other"),

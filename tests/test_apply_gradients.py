@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, every_case, every_fused_case, every_kind
-from conftest import nonzero
+from conftest import nonzero, nonzero_like
 from fusing import kernel_calls_fixture, needs_library  # noqa: F401
 from tolerances import assert_close
 from torch import Tensor

@@ -368,14 +368,14 @@ def test_complex_parameters(case: Case) -> None:
 @every(lambda case: not case.complex)
 def test_complex_gradients_are_refused_by_name(case: Case) -> None:
     p, tx = {"w": nonzero(2, 3, dtype=torch.complex128)}, case.tx()
-    with pytest.raises(TypeError, match="'w'.*complex"):
+    with pytest.raises(TypeError, match=r"'w'.*complex"):
         tx.update(p, tx.init(p), p, inplace=False)
     parameter = nn.Parameter(p["w"].clone())
     parameter.grad = p["w"].clone()
     with pytest.raises(TypeError, match="complex"):
         case.cls([("w", parameter)], **case.kwargs).step()
     net = nn.ParameterDict(p)
-    with pytest.raises(TypeError, match="'w'.*complex"):
+    with pytest.raises(TypeError, match=r"'w'.*complex"):
         case.meta(net, **case.kwargs).step(net["w"].abs().square().sum())
     assert torch.equal(parameter, p["w"])
 

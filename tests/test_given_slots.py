@@ -15,8 +15,9 @@ STEPS_BEFORE = pytest.mark.parametrize("before", [0, 1], ids=["new", "stepped"])
 
 
 def slots_of(case, params):
-    """Return a state at count 0 with random slots above zero."""
+    """Return a state with random slots above zero, at count 0 if they matter then."""
     state = case.tx().init(params)
+    state.step = 3 if case.algorithm.forgets_start else 0
     for slot in state.slots.values():
         for name, value in slot.items():
             slot[name] = value if value is None else 0.3 + torch.rand_like(value)

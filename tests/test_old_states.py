@@ -81,7 +81,7 @@ def test_states_saved_before_an_option_existed(case: Any, donor: str, missing: s
     optimizer = (case.cls if donor == "own" else case.torch_cls)(p, **kwargs)
     train(optimizer, p)
     state = copy.deepcopy(optimizer.state_dict())
-    for name in ("maximize", "nesterov", "amsgrad", "momentum"):
+    for name in {"maximize", "nesterov", "amsgrad", "momentum", *case.cls.former_defaults}:
         if missing in (name, "all"):
             state["param_groups"][0].pop(name, None)
     added = "decoupled_weight_decay" not in case.specs  # to the state, for torch

@@ -178,6 +178,8 @@ class NAdam(optim.Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.NAdam``.
     """
 
+    former_defaults = {"decoupled_weight_decay": False, "maximize": False}
+
     @optim.from_recipe(nadam)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.nadam`."""

@@ -79,15 +79,10 @@ def _known() -> tuple[dict[tuple[str, ...], str], dict[str, str]]:
 
 
 def _recipes(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the named classes of a file and their recipes, which are called alike."""
-    functions = {
-        name.replace("_", ""): value
-        for name, value in vars(module).items()
-        if inspect.isfunction(value)
-    }
+    """Yield the names of the named classes of a file, and their recipes."""
     for title, cls in vars(module).items():
         if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer:
-            recipe = functions.get(title.lower())
+            recipe = getattr(cls.__init__, "recipe", None)
             if recipe is not None and not _required(recipe):
                 yield title, recipe
 
