@@ -50,11 +50,14 @@ class Algorithm:
         decoupled_decay: Whether weight decay bypasses the gradient.
         linear: Whether an update is linear in the gradients.
         sparse: Whether it takes sparse gradients (without weight decay).
+        forgets_start: Whether the first update leaves nothing of the slots as they were.
         formula: What it does in closed form, or ``None``.
         oracle: The test file with another oracle of its values, if no twin in torch and no formula
             is one: a slow copy that follows the paper, say.
         bounds: What its numbers may be where :data:`BOUNDS` does not say, by name.
         fixed: Arguments that are numbers but no hyperparameters.
+        float64_scalars: Whether torch keeps numbers of its own in the default dtype: then it is
+            compared under float64.
     """
 
     recipe: Callable[..., torchopt.GradientTransformation]
@@ -73,10 +76,12 @@ class Algorithm:
     decoupled_decay: bool = False
     linear: bool = False
     sparse: bool = False
+    forgets_start: bool = False
     formula: ClosedForm | None = None
     oracle: str = ""
     bounds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: tuple[str, ...] = ()
+    float64_scalars: bool = False
 
     @property
     def name(self) -> str:
@@ -101,6 +106,10 @@ class Algorithm:
     def flags(self) -> list[str]:
         """Return the names of what is on or off."""
         return [n for n, default in self.defaults().items() if isinstance(default, bool)]
+
+    def specs(self) -> dict[str, Any]:
+        """Return what the transformation declares of its hyperparameters."""
+        return self.recipe().hyper_specs()
 
     def cases(self) -> Iterator[Case]:
         """Yield the configurations."""
@@ -162,10 +171,20 @@ class Case:
         names: list[str] = []
         for name, value in self.kwargs.items():
             if isinstance(value, tuple):
-                names += [f"{name}.{k}" for k, _ in enumerate(value)]
+                names += [f"{name}.{k}" for k, x in enumerate(value) if isinstance(x, float)]
             elif isinstance(value, float) and name not in self.algorithm.fixed:
                 names.append(name)
         return tuple(names)
+
+    @cached_property
+    def specs(self) -> dict[str, Any]:
+        """What the transformation declares of each argument that is a hyperparameter."""
+        return self.algorithm.specs()
+
+    @cached_property
+    def tunable_by_entry(self) -> tuple[str, ...]:
+        """Those of ``tunable`` that may have a value for each entry of a parameter."""
+        return tuple(n for n in self.tunable if not self.specs[n.partition(".")[0]].scalar)
 
     @property
     def needs_params(self) -> bool:
@@ -178,10 +197,15 @@ class Case:
         return self.algorithm.sparse and not self.needs_params
 
     @property
+    def complex(self) -> bool:
+        """Whether it takes complex numbers."""
+        return all(part.accepts_complex for part in self.tx().parts)
+
+    @property
     def scale_free(self) -> bool:
         """Whether updates have the same size whatever the size of the gradients (above 1e-4) is."""
-        numbers = (self.kwargs.get("eps", 0.0), self.kwargs.get("eps_root", 0.0))
-        return not self.algorithm.linear and max(numbers) <= 1e-3
+        numbers = [self.value(name) for name in self.tunable if name in ("eps", "eps_root")]
+        return not self.algorithm.linear and max(numbers, default=0.0) <= 1e-3
 
     @cached_property
     def kind(self) -> Kind:
@@ -222,12 +246,15 @@ class Case:
         """Return the transformation, with some of ``tunable`` replaced."""
         return self.recipe(**self.arguments(changed), use_accelerated_op=use_accelerated_op)
 
+    def larger_eps(self, eps: float = 1e-2) -> dict[str, float]:
+        """Return an ``eps`` so large that differences see no kink, where there is one."""
+        return {"eps": max(eps, self.value("eps"))} if "eps" in self.tunable else {}
+
     def smooth(
         self, eps: float = 1e-2, use_accelerated_op: bool | None = None
     ) -> torchopt.GradientTransformation:
-        """Return the transformation with an ``eps`` so large that differences see no kink."""
-        larger = {"eps": max(eps, self.value("eps"))} if "eps" in self.tunable else None
-        return self.tx(larger, use_accelerated_op)
+        """Return the transformation with a :meth:`larger_eps`."""
+        return self.tx(self.larger_eps(eps), use_accelerated_op)
 
     def tensors(self, **options: Any) -> dict[str, torch.Tensor]:
         """Return every one of ``tunable`` as a float64 tensor of its own."""

@@ -107,6 +107,7 @@ ALGORITHMS = (
         },
         slots=("exp_avg", "exp_avg_sq"),
         bounds={"momentum_decay": ">= 0"},
+        float64_scalars=True,
     ),
     Algorithm(
         torchopt.adafactor,
@@ -114,8 +115,15 @@ ALGORITHMS = (
         torchopt.MetaAdafactor,
         torch.optim.Adafactor,
         {
-            "": {"lr": 0.05, "beta2_decay": -0.7, "eps": (1e-4, 1e-2), "d": 1.2},
-            "decay": {"lr": 0.9, "beta2_decay": -0.8, "d": 5.0, "weight_decay": 0.1},
+            "": {"lr": 0.05, "beta2_decay": -0.7},
+            # the size of parameters is below its floor, and that of updates above its bound
+            "floor-clipped-decay": {
+                "lr": 0.9,
+                "beta2_decay": -0.5,
+                "eps": (None, 1.5),
+                "d": 1.02,
+                "weight_decay": 0.1,
+            },
         },
         slots=("row_var", "col_var", "variance"),
         shapes={
@@ -125,6 +133,7 @@ ALGORITHMS = (
         size="tensor",
         fused=False,
         needs_params=True,
+        forgets_start=True,
         bounds={"beta2_decay": "<= 0", "d": ">= 1"},
     ),
     Algorithm(
@@ -144,6 +153,7 @@ ALGORITHMS = (
             },
         },
         slots=("z",),
+        linear=True,
         needs_params=True,
         oracle="test_schedule_free.py",
         bounds={
@@ -182,8 +192,37 @@ ALGORITHMS = (
     ),
 )
 
+#: Those that take matrices only. The laws of arguments hold for them, and what else does is in the
+#: file that the row names: trees of parameters have vectors, too.
+MATRIX_ALGORITHMS = (
+    Algorithm(
+        torchopt.muon,
+        torchopt.Muon,
+        torchopt.MetaMuon,
+        getattr(torch.optim, "Muon", None),
+        {
+            "": {"lr": 0.05, "weight_decay": 0.2, "momentum": 0.8},
+            "plain": {
+                "lr": 0.1,
+                "weight_decay": 0.05,
+                "momentum": 0.6,
+                "nesterov": False,
+                "ns_coefficients": (3.0, -3.2, 1.2),
+                "eps": 1e-5,
+                "ns_steps": 3,
+                "adjust_lr_fn": "match_rms_adamw",
+            },
+        },
+        slots=("momentum_buffer",),
+        size="tensor",
+        fused=False,
+        decoupled_decay=True,
+        oracle="test_muon.py",
+        bounds={"ns_coefficients": "any number", "eps": "> 0", "ns_steps": ">= 0 and < 100"},
+    ),
+)
+
 CASES = tuple(case for algorithm in ALGORITHMS for case in algorithm.cases())
-TORCH_CASES = tuple(case for case in CASES if case.torch_cls is not None)
 
 
 def named(name: str) -> Case:
@@ -195,26 +234,37 @@ def named(name: str) -> Case:
 # Decorators: a test runs for every row of a sort, and receives ``case`` or ``algorithm`` ----------
 
 
-def rows(where: Callable[[Case], Any], each: Callable[[Case], Any] | None = None) -> list[Any]:
+def rows(
+    where: Callable[[Case], Any],
+    each: Callable[[Case], Any] | None = None,
+    beside_torch: bool = False,
+) -> list[Any]:
     """Return the configurations that ``where`` holds of, as parameters of a test.
 
     With ``each`` ``make test`` runs only the first one for each of its values: for laws of the
-    library's mechanisms, where a run takes long.
+    library's mechanisms, where a run takes long. ``beside_torch`` says that the test compares with
+    the twin in torch.
     """
     found: list[Any] = []
     seen = set()
     for row in filter(where, CASES):
-        leave = each is not None and each(row) in seen
+        marks = []
+        if each is not None and each(row) in seen:
+            marks.append(pytest.mark.thorough)
         seen.add(each and each(row))
-        found.append(pytest.param(row, id=row.name, marks=[pytest.mark.thorough] if leave else []))
+        if beside_torch and row.algorithm.float64_scalars:
+            marks.append(pytest.mark.float64_scalars)
+        found.append(pytest.param(row, id=row.name, marks=marks))
     return found
 
 
 def every(
-    where: Callable[[Case], Any], each: Callable[[Case], Any] | None = None
+    where: Callable[[Case], Any],
+    each: Callable[[Case], Any] | None = None,
+    beside_torch: bool = False,
 ) -> pytest.MarkDecorator:
     """Run a test for every configuration that ``where`` holds of; see :func:`rows`."""
-    return pytest.mark.parametrize("case", rows(where, each))
+    return pytest.mark.parametrize("case", rows(where, each, beside_torch))
 
 
 def kind(case: Case) -> Any:
@@ -232,10 +282,10 @@ every_case = every(lambda case: True)
 every_kind = every(lambda case: True, each=kind)
 every_state = every(lambda case: True, each=state_kind)
 #: Those that torch.optim has.
-every_torch_case = every(lambda case: case.torch_cls)
+every_torch_case = every(lambda case: case.torch_cls, beside_torch=True)
 #: Those with a differentiable face.
 every_meta_case = every(lambda case: case.meta)
-every_torch_meta_case = every(lambda case: case.meta and case.torch_cls)
+every_torch_meta_case = every(lambda case: case.meta and case.torch_cls, beside_torch=True)
 every_meta_kind = every(lambda case: case.meta, each=kind)
 #: Those that kernels compute.
 every_fused_case = every(lambda case: case.algorithm.fused)
@@ -249,6 +299,10 @@ every_formula_case = every(lambda case: case.algorithm.formula)
 every_dense_case = every(lambda case: not case.sparse)
 every_sparse_case = every(lambda case: case.sparse)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+#: Those too that take matrices only.
+every_row = pytest.mark.parametrize(
+    "algorithm", ALGORITHMS + MATRIX_ALGORITHMS, ids=lambda a: a.name
+)
 #: Each algorithm with every other one; ``make test`` runs each with the next one of the table.
 every_pair = pytest.mark.parametrize(
     ("algorithm", "other"),

@@ -34,6 +34,12 @@ def float64_by_default(_seed: None) -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
+@pytest.fixture(autouse=True)
+def _float64_where_torch_keeps_numbers_of_it(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("float64_scalars") is not None:
+        request.getfixturevalue("float64_by_default")
+
+
 @pytest.fixture(scope="module")
 def examples_on_path() -> Iterator[None]:
     """Let the examples and what they share be imported, as when they are run as scripts."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from algorithms import Algorithm
-from cases import ALGORITHMS, every_algorithm
+from cases import ALGORITHMS, MATRIX_ALGORITHMS, every_algorithm, every_row
 from conftest import nonzero, nonzero_like
 from refusing import params_of, refused
 from torch import nn
@@ -46,33 +46,43 @@ def with_number(algorithm: Algorithm, name: str, place: int | None, value: Any) 
     return {name: tuple(values)}
 
 
-@every_algorithm
+def is_whole(algorithm: Algorithm, name: str) -> bool:
+    """Whether a number is a whole one."""
+    return name not in algorithm.fixed and algorithm.specs()[name].integer
+
+
+@every_row
 def test_the_bounds_of_every_number(algorithm: Algorithm) -> None:
     for name, place, bounds in algorithm.numbers():
         outside, inside = edges(bounds)
-        label = name if place is None else f"{name}[{place}]"
+        label, whole = name if place is None else f"{name}[{place}]", is_whole(algorithm, name)
         for value in outside:
-            message = re.escape(f"{label} must be {bounds}, got {value!r}.")
-            with pytest.raises(ValueError, match=f"^{message}"):
+            error, what = ValueError, bounds
+            if whole and not isinstance(value, int):
+                error, what = TypeError, "a whole number"
+            message = re.escape(f"{label} must be {what}, got {value!r}.")
+            with pytest.raises(error, match=f"^{message}"):
                 algorithm.recipe(**with_number(algorithm, name, place, value))
         for value in inside:
-            given = with_number(algorithm, name, place, value)
+            given = with_number(algorithm, name, place, int(value) if whole else value)
             tx = algorithm.recipe(**given)
             assert name in algorithm.fixed or tx.hyperparameters()[name] == given[name]
 
 
-@every_algorithm
+@every_row
 def test_numbers_out_of_bounds_in_the_object_oriented_face(algorithm: Algorithm) -> None:
-    params = [nn.Parameter(nonzero(2))]
+    params = [nn.Parameter(nonzero(2, 2))]
     optimizer = algorithm.cls(params)
     for name, place, bounds in algorithm.numbers():
-        wrong = with_number(algorithm, name, place, edges(bounds)[0][-1])
+        kind = int if is_whole(algorithm, name) else float
+        outside = [value for value in edges(bounds)[0] if isinstance(value, kind)]
+        wrong = with_number(algorithm, name, place, outside[-1])
         message = rf"{name}(\[\d\])? must be {bounds}"
         with refused(ValueError, message, params):
             algorithm.cls(params, **wrong)
         if name not in algorithm.fixed:
             with refused(ValueError, message, params, optimizer):
-                optimizer.add_param_group({"params": [nn.Parameter(nonzero(2))], **wrong})
+                optimizer.add_param_group({"params": [nn.Parameter(nonzero(2, 2))], **wrong})
 
 
 OUT_OF_BOUNDS = {
@@ -108,33 +118,79 @@ WRONG_TYPES = {
 }
 
 
-@every_algorithm
+@every_row
 @pytest.mark.parametrize("value", WRONG_TYPES.values(), ids=WRONG_TYPES.keys())
 def test_hyperparameters_of_the_wrong_type(algorithm: Algorithm, value: Any) -> None:
     for name, place, _ in algorithm.numbers():
-        if name not in algorithm.fixed:
-            message = rf"^{name}(\[.*\])? must be a (number|real tensor)"
-            with pytest.raises(TypeError, match=message):
-                algorithm.recipe(**with_number(algorithm, name, place, value))
+        if name in algorithm.fixed:
+            continue
+        may_be_none = algorithm.defaults()[name]
+        if place is not None and may_be_none[place] is None and value in (None, [0.1, None]):
+            continue
+        what = "whole number" if is_whole(algorithm, name) else "(number|real tensor)"
+        message = rf"^{name}(\[.*\])? must be a (number|{what})"
+        with pytest.raises(TypeError, match=message):
+            algorithm.recipe(**with_number(algorithm, name, place, value))
+
+
+@every_row
+@pytest.mark.parametrize("value", [2.0, torch.tensor(2), int, [2, 2]], ids=str)
+def test_whole_numbers_are_one_for_all(algorithm: Algorithm, value: Any) -> None:
+    for name, spec in algorithm.specs().items():
+        if spec.integer:
+            with pytest.raises(TypeError, match=f"^{name} must be a whole number, got"):
+                algorithm.recipe(**{name: value})
+
+
+@every_row
+@pytest.mark.parametrize("value", ["no such choice", 0.5, True, ()], ids=str)
+def test_choices_are_named(algorithm: Algorithm, value: Any) -> None:
+    for name, spec in algorithm.specs().items():
+        if spec.choices:
+            message = " or ".join(re.escape(repr(choice)) for choice in spec.choices)
+            with pytest.raises(ValueError, match=f"^{name} must be {message}, got"):
+                algorithm.recipe(**{name: value})
+
+
+@every_algorithm
+def test_numbers_of_a_parameter_as_a_whole_have_no_value_per_entry(algorithm: Algorithm) -> None:
+    params = params_of()
+    for name, spec in algorithm.specs().items():
+        if not spec.scalar:
+            continue
+        default = algorithm.defaults()[name]
+        for shape in ((2, 3), (3,), (2, 1)):
+            entries = torch.full(shape, 1.0)
+            value = {"w": entries, "b": 1.0}
+            given = (*default[:-1], value) if spec.length else value
+            tx = algorithm.recipe(**{name: given})
+            message = rf"^{name}(\[\d\])? is of a parameter as a whole.*'w'"
+            with refused(ValueError, message, tx, params):
+                tx.init(params)
 
 
 #: Each argument that is a pair, of each algorithm.
 PAIRS = [
     (algorithm, name)
-    for algorithm in ALGORITHMS
+    for algorithm in ALGORITHMS + MATRIX_ALGORITHMS
     for name, default in algorithm.defaults().items()
     if isinstance(default, tuple)
 ]
 
 
 @pytest.mark.parametrize(("algorithm", "name"), PAIRS, ids=lambda x: getattr(x, "name", x))
-@pytest.mark.parametrize("value", [0.9, (0.9,), (0.9, 0.9, 0.9), "ab", None, {}], ids=repr)
+@pytest.mark.parametrize("value", [0.9, -1, 1, "ab", None, {}], ids=repr)
 def test_pairs_must_be_pairs(algorithm: Algorithm, name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be a pair of values, got"):
+    """So many values as the default has, not one more or less."""
+    length = len(algorithm.defaults()[name])
+    what = "a pair of" if length == 2 else f"a tuple of {length}"
+    if isinstance(value, int):
+        value = (0.9,) * (length + value)
+    with pytest.raises(TypeError, match=f"{name} must be {what} values, got"):
         algorithm.recipe(**{name: value})
 
 
-@every_algorithm
+@every_row
 @pytest.mark.parametrize("value", [1, "yes", None, torch.tensor(True)], ids=str)
 def test_flags_must_be_bools(algorithm: Algorithm, value: Any) -> None:
     for name in algorithm.flags():

@@ -89,7 +89,7 @@ def test_a_profile_tells_where_the_time_goes(capsys):
     (steps,) = [
         count
         for name, count, _ in found
-        if name.startswith("torchopt/meta.py") and name.endswith(" step")
+        if name.startswith("torchopt/optim/meta_optimizer.py") and name.endswith(" step")
     ]
     assert steps == 5  # of one task
     profile.main(["adam-small", "--calls", "2", "--lines", "3", "--threads", "1"])

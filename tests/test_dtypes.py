@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, Case, every_case, every_entrywise_case, every_meta_case, every_torch_case
+from cases import (
+    F64,
+    Case,
+    every,
+    every_case,
+    every_entrywise_case,
+    every_meta_case,
+    every_torch_case,
+)
 from conftest import nonzero
 from test_gradcheck import TRANSFORMS
 from tolerances import GRADCHECK, all_finite, assert_close
@@ -21,9 +29,11 @@ every_half = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"
 
 
 def tensors_of(*trees: Any) -> list[Tensor]:
-    """Return the tensors of trees, step counts left out: those have a dtype of their own."""
-    leaves = [x for t in trees for x in torch.utils._pytree.tree_leaves(t)]
-    return [x for x in leaves if isinstance(x, Tensor) and x.dtype != torch.int64]
+    """Return the tensors of trees; of a state the slots, for counts have a dtype of their own."""
+    flat = torch.utils._pytree.tree_leaves
+    leaves = [x for t in trees for x in flat(t, is_leaf=lambda x: isinstance(x, torchopt.OptState))]
+    leaves = [y for x in leaves for y in flat(x.slots if hasattr(x, "slots") else x)]
+    return [x for x in leaves if isinstance(x, Tensor)]
 
 
 def storages(*trees: Any) -> set[int]:
@@ -111,7 +121,7 @@ def test_no_dtype_drifts(case: Case, dtype: torch.dtype, hyper_dtype: torch.dtyp
                 "vector": torch.full((3,), case.value(name), dtype=hyper_dtype),
                 "scalar": torch.tensor(case.value(name), dtype=hyper_dtype),
             }
-            for name in case.tunable
+            for name in case.tunable_by_entry
             if hyper_dtype not in HALVES or name == "lr"  # 1 - 0.95 ** t needs more digits
         }
     shared = {name: values["scalar"] for name, values in by_element.items()}
@@ -148,8 +158,8 @@ def test_no_dtype_drifts_in_the_object_faces(case: Case, dtype: torch.dtype) -> 
         assert p.dtype == module["p"].dtype == dtype
         assert (p != before).all()
         assert (module["p"] != before).all()
-        slots = [v for k, v in optimizer.state[p].items() if k != "step" and v is not None]
-        slots += tensors_of(meta.extract_state())
+        slots = [optimizer.state[p].get(name) for name in optimizer.transformation.slot_names()]
+        slots = [x for x in slots if x is not None] + tensors_of(meta.extract_state())
         assert {slot.dtype for slot in slots} <= {torch.float32 if dtype in HALVES else dtype}
 
 
@@ -267,7 +277,7 @@ def test_half_trajectory(case: Case, dtype: torch.dtype, scale: float) -> None:
 def test_half_against_torch_where_it_is_sane(case: Case, dtype: torch.dtype) -> None:
     """With gradients of size 1 ``torch.optim`` is finite in half precision, if less exact."""
     start = nonzero(5, dtype=dtype)
-    kwargs = {**case.kwargs, "eps": 1e-3} if "eps" in case.kwargs else case.kwargs
+    kwargs = {**case.kwargs, **case.larger_eps(1e-3)}
     theirs = half_trajectory(case.torch_cls, kwargs, start, 1.0, 5)
     ours = half_trajectory(case.cls, kwargs, start, 1.0, 5)
     assert all_finite(theirs)
@@ -334,7 +344,7 @@ def complex_run(optimizer: Any, parameter: Any, steps: int = 10) -> list[Tensor]
     return results
 
 
-@every_torch_case
+@every(lambda case: case.torch_cls and case.complex, beside_torch=True)
 def test_complex_parameters(case: Case) -> None:
     """What ``torch.optim`` gives: real and imaginary parts are updated as two numbers."""
     start = nonzero(4, dtype=torch.complex128)
@@ -346,12 +356,28 @@ def test_complex_parameters(case: Case) -> None:
     assert_close(complex_run(ours, lambda: p), expected)
     for name, value in ours.state[p].items():
         if name != "step":
-            assert_close(value, theirs.state[expected_p][name], what=name)
+            expected_value = torch.as_tensor(theirs.state[expected_p][name])
+            assert_close(torch.as_tensor(value, dtype=expected_value.dtype), expected_value)
     net = nn.ParameterDict({"p": start.clone()})
     meta = case.meta(net, **case.kwargs)
     assert_close(complex_run(meta, lambda: net["p"]), expected)
     (state,) = meta.extract_state()
     assert all(slot.is_complex() for slot in tensors_of(state.slots))
+
+
+@every(lambda case: not case.complex)
+def test_complex_gradients_are_refused_by_name(case: Case) -> None:
+    p, tx = {"w": nonzero(2, 3, dtype=torch.complex128)}, case.tx()
+    with pytest.raises(TypeError, match=r"'w'.*complex"):
+        tx.update(p, tx.init(p), p, inplace=False)
+    parameter = nn.Parameter(p["w"].clone())
+    parameter.grad = p["w"].clone()
+    with pytest.raises(TypeError, match="complex"):
+        case.cls([("w", parameter)], **case.kwargs).step()
+    net = nn.ParameterDict(p)
+    with pytest.raises(TypeError, match=r"'w'.*complex"):
+        case.meta(net, **case.kwargs).step(net["w"].abs().square().sum())
+    assert torch.equal(parameter, p["w"])
 
 
 @every_entrywise_case
@@ -371,8 +397,7 @@ def test_complex_functional_is_two_real_numbers(case: Case) -> None:
 
 @every_entrywise_case
 def test_complex_gradcheck(case: Case) -> None:
-    eps = {"eps": 1e-2} if "eps" in case.kwargs else {}
-    tx, p = case.tx(eps), nonzero(2, dtype=torch.complex128)
+    tx, p = case.smooth(), nonzero(2, dtype=torch.complex128)
     _, state = tx.update(nonzero(2, dtype=torch.complex128), tx.init(p), p, inplace=False)
 
     def update(g: Tensor, p: Tensor) -> Tensor:

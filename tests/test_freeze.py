@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, TORCH_CASES, Case, every_case
+from cases import F64, Case, every_case, every_torch_case
 from conftest import nonzero
 from pointwise import evaluate_kernel, program_of
 from tolerances import META_GRADIENT, assert_close
@@ -93,7 +93,7 @@ def test_the_differentiable_face(case: Case, stop: Any) -> None:
     assert_close(net.head, other.head)
 
 
-@pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.name)
+@every_torch_case
 @pytest.mark.parametrize("stop", ["freeze", "scale"])
 def test_the_object_oriented_face(case: Case, stop: str) -> None:
     assert case.torch_cls is not None

@@ -169,15 +169,17 @@ def test_rows_that_are_repeated(
         return [nonzero(7).abs().to(dtype), batch, nonzero(4, 300).abs().to(dtype)]
 
     g, p = column(which != "slots", dtype), column(False, dtype)
-    slots = {name: column(which != "gradients", wide) for name in tx.init(p).slots}
+    start = tx.init(p)
+    counters = {name: 0.5 * (1 + k) for k, name in enumerate(start.counters)}
+    slots = {name: column(which != "gradients", wide) for name in start.slots}
     results = []
     for turned in (list, copy_of):
-        state = torchopt.OptState(3, {name: turned(c) for name, c in slots.items()})
+        state = torchopt.OptState(3, {n: turned(c) for n, c in slots.items()}, dict(counters))
         results.append(tx.update(turned(g), state, p, inplace=False))
     actual, expected = results
     assert len(kernel_calls) == 2, "not fused"
     flat = torch.utils._pytree.tree_leaves
-    assert len(flat(actual)) == 3 * (1 + len(slots)) + 1  # the step count
+    assert len(flat(actual)) == 3 * (1 + len(slots)) + len(counters) + 1  # the step count
     assert all(map(torch.equal, flat(actual), flat(expected)))
 
 

@@ -31,8 +31,7 @@ class Problem:
     """Third updates of two parameters, as functions of lists of tensors."""
 
     def __init__(self, case: Case, setting: bool | None) -> None:
-        changed = {"eps": 0.01} if "eps" in case.kwargs else {}
-        self.tx = case.tx(changed).with_accelerated_op(setting)
+        self.tx = case.smooth().with_accelerated_op(setting)
         torch.manual_seed(2)
         self.p = [nonzero(3), nonzero(2, 2)]
         self.state = self.tx.init(self.p)
@@ -44,7 +43,8 @@ class Problem:
 
     def update(self, g: Any = None, p: Any = None, slots: Any = None) -> list[Tensor]:
         """Updates and new slots."""
-        state = OptState(self.state.step, self.slots if slots is None else slots)
+        slots = self.slots if slots is None else slots
+        state = OptState(self.state.step, slots, self.state.counters)
         u, new = self.tx.update(g or self.g, state, p or self.p, inplace=False)
         return [*u, *(x for slot in new.slots.values() for x in slot if x is not None)]
 

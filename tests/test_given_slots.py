@@ -14,11 +14,14 @@ import torchopt
 STEPS_BEFORE = pytest.mark.parametrize("before", [0, 1], ids=["new", "stepped"])
 
 
-def slots_of(case, param):
-    """Return random slots above zero, one of each that the case keeps for a parameter."""
-    tx = case.tx()
-    names = list(tx.init([param]).slots)
-    return {name: 0.3 + torch.rand_like(param) for name in names}
+def slots_of(case, params):
+    """Return a state with random slots above zero, at count 0 if they matter then."""
+    state = case.tx().init(params)
+    state.step = 3 if case.algorithm.forgets_start else 0
+    for slot in state.slots.values():
+        for name, value in slot.items():
+            slot[name] = value if value is None else 0.3 + torch.rand_like(value)
+    return state
 
 
 def loss_of(net, data):
@@ -35,16 +38,15 @@ def test_meta_learned_initial_slots_get_their_gradient(case, before):
     start = torchopt.extract_state_dict(net)
     for _ in range(before):
         inner.step(loss_of(net, data))
-    named = dict(start.params)
-    slots = {n: slots_of(case, p.detach()) for n, p in named.items()}
-    if not slots["weight"]:
+    state = slots_of(case, {n: p.detach() for n, p in start.params.items()})
+    if not state.slots:
         pytest.skip("keeps no slots")
-    columns = {s: {n: slots[n][s] for n in named} for s in slots["weight"]}
-    leaves = [x.requires_grad_() for column in columns.values() for x in column.values()]
+    given = [x for column in state.slots.values() for x in column.values() if x is not None]
+    leaves = [x.requires_grad_() for x in given]
 
     def outer_loss():
         torchopt.recover_state_dict(net, start)
-        torchopt.recover_state_dict(inner, (torchopt.OptState(0, columns),))
+        torchopt.recover_state_dict(inner, (state,))
         for _ in range(2):
             inner.step(loss_of(net, data))
         return loss_of(net, data)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from learning import FACES, judged
-from test_triton import _device as _device
 from test_triton import pytestmark as pytestmark
+from test_triton_optimizers import _device as _device
 from tolerances import assert_close
 from torch import Tensor
 

@@ -102,7 +102,9 @@ def test_no_grad_steps_record_nothing_and_use_the_memory_of_one(case):
         assert torch.equal(p, q)
     (state,) = torchopt.extract_state_dict(optimizer)
     for column in state.slots.values():
-        assert all(value.grad_fn is None and not value.requires_grad for value in column.values())
+        for value in (x for x in column.values() if x is not None):
+            assert value.grad_fn is None
+            assert not value.requires_grad
 
 
 def test_no_grad_with_a_learned_learning_rate_records_nothing():

@@ -69,7 +69,7 @@ def test_learned_learning_rate_of_every_kind(recipe, kind):
 @every_meta_case
 def test_every_number_can_be_learned(case, kind):
     net, support, query = mlp(), batch(), batch()
-    for name in case.tunable:
+    for name in case.tunable_by_entry if kind == "per_element" else case.tunable:
         value = max(0.75 * case.value(name), 1e-2)  # within bounds, and differences too
         tensors = {
             "one": {"": _learned(value)},

@@ -67,7 +67,7 @@ def test_every_scheduler_of_torch_is_tried() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter")
-@every(lambda case: case.torch_cls, each=kind)
+@every(lambda case: case.torch_cls, each=kind, beside_torch=True)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name: str, case: Case) -> None:
     """Each scheduler moves our groups and parameters exactly as it moves torch's."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from algorithms import Algorithm
-from cases import ALGORITHMS, CASES, Case, every_algorithm, every_case
+from cases import ALGORITHMS, CASES, MATRIX_ALGORITHMS, Case, every_algorithm, every_case, every_row
 from conftest import nonzero, nonzero_like
 from fusing import needs_library
 from tolerances import assert_close
@@ -22,19 +22,21 @@ def named_classes(base: type) -> set[type]:
 
 
 def test_every_optimizer_has_a_row() -> None:
-    assert named_classes(torchopt.Optimizer) == {row.cls for row in ALGORITHMS}
-    assert named_classes(torchopt.MetaOptimizer) == {row.meta for row in ALGORITHMS} - {None}
-    for names in ([row.name for row in ALGORITHMS], [case.name for case in CASES]):
+    algorithms = ALGORITHMS + MATRIX_ALGORITHMS
+    assert named_classes(torchopt.Optimizer) == {row.cls for row in algorithms}
+    assert named_classes(torchopt.MetaOptimizer) == {row.meta for row in algorithms} - {None}
+    for names in ([row.name for row in algorithms], [case.name for case in CASES]):
         assert len(set(names)) == len(names)
 
 
-@every_algorithm
+@every_row
 def test_the_faces_are_of_one_algorithm(algorithm: Algorithm) -> None:
     assert getattr(torchopt, algorithm.name) is algorithm.recipe
-    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
     assert algorithm.cls([parameter]).transformation == algorithm.recipe()
     if algorithm.meta is not None:
-        assert algorithm.meta(torch.nn.Linear(1, 1)).transformation == algorithm.recipe()
+        net = torch.nn.Linear(1, 1, bias=False)
+        assert algorithm.meta(net).transformation == algorithm.recipe()
 
 
 @every_case

@@ -49,8 +49,10 @@ def close(actual: Any, expected: Any, dtype: torch.dtype | None = None, times: f
 def assert_close(
     actual: Any, expected: Any, dtype: torch.dtype | None = None, times: float = 1.0, what: str = ""
 ) -> None:
-    """Assert that tensors, or sequences or dicts of tensors, agree to the tolerance of a dtype."""
-    if isinstance(expected, dict):
+    """Assert that tensors, or sequences or dicts of them or ``None``, agree to that of a dtype."""
+    if expected is None:
+        assert actual is None, f"{what}: {actual} instead of None"
+    elif isinstance(expected, dict):
         assert actual.keys() == expected.keys(), f"{what}: {set(actual)} instead of {set(expected)}"
         for key in expected:
             assert_close(actual[key], expected[key], dtype, times, f"{what}[{key!r}]")

@@ -29,7 +29,7 @@ class HyperSpec:
     length: int = 0
     flag: bool = False
     integer: bool = False
-    optional: bool = False
+    optional: bool | tuple[int, ...] = False
     choices: tuple[Any, ...] = ()
     scalar: bool = False
     shared: bool = False
@@ -68,7 +68,7 @@ def hyper(
     lt: float | None = None,
     length: int = 0,
     integer: bool = False,
-    optional: bool = False,
+    optional: bool | tuple[int, ...] = False,
     scalar: bool = False,
     shared: bool = False,
 ) -> Any:
@@ -83,7 +83,7 @@ def hyper(
         lt: The same, exclusive.
         length: The value is a tuple of so many hyperparameters, such as two ``betas``.
         integer: The value is a whole number, which no tensor or schedule can stand for.
-        optional: The value, or an entry of the tuple, may be ``None``.
+        optional: The value may be ``None``; of a tuple the entries at these places.
         scalar: A tensor has one value for a parameter, not one for each of its entries.
         shared: In a chain it is the hyperparameter of this name that an earlier part has.
 
@@ -167,7 +167,7 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
         ValueError: For a number out of bounds.
     """
     value = plain(value)
-    if value is None and spec.optional:
+    if value is None and spec.optional is True:
         return
     if spec.choices:
         if value not in spec.choices:
@@ -181,8 +181,10 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
         if not isinstance(value, (tuple, list)) or len(value) != spec.length:
             what = "a pair of values" if spec.length == 2 else f"a tuple of {spec.length} values"
             raise TypeError(f"{name} must be {what}, got {misuse.short(value)}.")
+        places = spec.optional if isinstance(spec.optional, tuple) else ()
         for index, element in enumerate(value):
-            check(f"{name}[{index}]", element, dataclasses.replace(spec, length=0))
+            own = dataclasses.replace(spec, length=0, optional=index in places)
+            check(f"{name}[{index}]", element, own)
     elif isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     elif spec.integer and not isinstance(value, numbers.Integral):

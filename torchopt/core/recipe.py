@@ -21,7 +21,10 @@ def signature_of_recipe(
     before: list[inspect.Parameter],
     after: list[inspect.Parameter],
 ) -> Any:
-    """Give ``init`` the name and docstring of ``documented`` and the arguments of the recipe."""
+    """Give ``init`` the name and docstring of ``documented`` and the arguments of the recipe.
+
+    The recipe itself is its attribute ``recipe``.
+    """
     result: Any = functools.wraps(documented)(init)
     middle = inspect.signature(recipe).parameters.values()
     result.__signature__ = inspect.Signature([*before, *middle, *after])

@@ -176,7 +176,7 @@ def _fitting(name: str, value: Any, leaf: Any, leaf_name: str, spec: HyperSpec) 
         not isinstance(value, torch.Tensor)
         or value.dim() == 0
         or not isinstance(leaf, torch.Tensor)
-        or value.shape == leaf.shape
+        or (value.shape == leaf.shape and not spec.scalar)
     ):
         return value
     try:

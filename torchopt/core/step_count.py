@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 
 from torchopt.base import tree
 from torchopt.typing import PyTree
@@ -59,6 +60,8 @@ def read_number(step: Any) -> Any:
     """
     if not isinstance(step, Tensor) or step.requires_grad or step.dim():
         return step
+    if step.is_floating_point() and forward_ad._current_level >= 0:
+        return step  # of its tangents at the levels of torch.func no more can be known
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return step
     if not step.is_cpu or torch._C._get_tracing_state() is not None:  # pyright: ignore[reportAttributeAccessIssue]

@@ -45,7 +45,7 @@ class StepByAdafactor(TensorTransformation):
     lr: Hyperparameter = hyper(1e-2, ge=0)
     beta2_decay: Hyperparameter = hyper(-0.8, le=0, scalar=True)
     eps: tuple[Hyperparameter | None, Hyperparameter] = hyper(
-        (None, 1e-3), ge=0, length=2, optional=True, scalar=True
+        (None, 1e-3), ge=0, length=2, optional=(0,), scalar=True
     )
     d: Hyperparameter = hyper(1.0, ge=1, scalar=True)
     weight_decay: Hyperparameter = hyper(0.0, ge=0)

@@ -179,6 +179,8 @@ class NAdam(Optimizer):
     Its ``state_dict`` interchanges with that of ``torch.optim.NAdam``.
     """
 
+    former_defaults = {"decoupled_weight_decay": False, "maximize": False}
+
     @from_recipe(nadam)
     def __init__(self, params: Any) -> None:
         """Take the parameters, then the arguments of :func:`torchopt.nadam`."""

@@ -60,7 +60,10 @@ class _ScheduleFree(ElementwiseTransformation):
 
 def _warmed(lr: Any, t: Step, warmup_steps: int) -> Any:
     """Return the learning rate of a step, which grows over the first ones."""
-    return lr * (t / warmup_steps) if t < warmup_steps else lr
+    if is_zero(warmup_steps):
+        return lr
+    part = t / warmup_steps
+    return lr * (part.clamp(max=1.0) if isinstance(part, Tensor) else min(part, 1.0))
 
 
 def _weight(t: Step, lr_max: Any, r: Any, weight_lr_power: Any) -> Any:
