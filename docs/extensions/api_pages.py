@@ -175,7 +175,7 @@ Rules of your own
 A rule is a class decorated with :func:`torchopt.transformation`; see there for an example.
 Its hyperparameters are fields made by these two functions.
 
-.. autofunction:: torchopt.core.hyper
+.. autofunction:: torchopt.hyper
 .. autofunction:: torchopt.flag
 .. autofunction:: torchopt.choice
 .. autoclass:: torchopt.Slot

@@ -14,7 +14,7 @@ def zero_nan_hook(g: Tensor) -> Tensor:
 
     Example:
         >>> import torch, torchopt
-        >>> torchopt.transforms.hook.zero_nan_hook(torch.tensor([float("nan"), 2.0]))
+        >>> torchopt.hook.zero_nan_hook(torch.tensor([float("nan"), 2.0]))
         tensor([0., 2.])
     """
     return g.nan_to_num(nan=0.0)
@@ -32,7 +32,7 @@ def nan_to_num_hook(
 
     Example:
         >>> import torch, torchopt
-        >>> hook = torchopt.transforms.hook.nan_to_num_hook(0.0, posinf=1.0)
+        >>> hook = torchopt.hook.nan_to_num_hook(0.0, posinf=1.0)
         >>> hook(torch.tensor([float("nan"), float("inf")]))
         tensor([0., 1.])
     """
