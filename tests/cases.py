@@ -173,7 +173,7 @@ ALGORITHMS = (
             "warm-up-decay": {
                 "lr": 0.05,
                 "betas": (0.7, 0.9),
-                "eps": 1e-3,
+                "eps": 1e-4,
                 "weight_decay": 0.1,
                 "warmup_steps": 3,
                 "r": 0.5,

@@ -58,7 +58,12 @@ def convex_losses() -> Iterator[Any]:
 
 def own_values(case: Case) -> dict[str, float]:
     """Return what the second group has of its own: all its numbers differ from the first's."""
-    return {name: 0.9 * case.value(name) for name in case.tunable}
+    found = {}
+    for name in case.tunable:
+        smaller = 0.9 * case.value(name)
+        allowed = case.specs[name.partition(".")[0]].allows(smaller)
+        found[name] = smaller if allowed else 1.1 * case.value(name)
+    return found
 
 
 def scheduled(lr: float) -> Any:

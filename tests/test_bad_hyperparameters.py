@@ -114,7 +114,7 @@ WRONG_TYPES = {
     "complex-tensor": torch.tensor(1j),
     "bool-tensor": torch.tensor(True),
     "string-in-a-tree": {"w": "0.1"},
-    "none-in-a-list": [0.1, None],
+    "none-in-a-list": [None, 0.1],
 }
 
 
@@ -124,8 +124,8 @@ def test_hyperparameters_of_the_wrong_type(algorithm: Algorithm, value: Any) -> 
     for name, place, _ in algorithm.numbers():
         if name in algorithm.fixed:
             continue
-        may_be_none = algorithm.defaults()[name]
-        if place is not None and may_be_none[place] is None and value in (None, [0.1, None]):
+        default = algorithm.defaults()[name]
+        if place is not None and default[place] is None and value in (None, [None, 0.1]):
             continue
         what = "whole number" if is_whole(algorithm, name) else "(number|real tensor)"
         message = rf"^{name}(\[.*\])? must be a (number|{what})"
@@ -159,9 +159,9 @@ def test_numbers_of_a_parameter_as_a_whole_have_no_value_per_entry(algorithm: Al
         if not spec.scalar:
             continue
         default = algorithm.defaults()[name]
+        number = default[-1] if spec.length else default
         for shape in ((2, 3), (3,), (2, 1)):
-            entries = torch.full(shape, 1.0)
-            value = {"w": entries, "b": 1.0}
+            value = {"w": torch.full(shape, number), "b": number}
             given = (*default[:-1], value) if spec.length else value
             tx = algorithm.recipe(**{name: given})
             message = rf"^{name}(\[\d\])? is of a parameter as a whole.*'w'"

@@ -72,7 +72,7 @@ def test_func_grad_of_every_hyperparameter(case: Any) -> None:
         h = 1e-3 * value
         at = [outer(case.tx({**values, name: value + k * h}), params, x) for k in (-2, -1, 1, 2)]
         expected = (at[0] - 8 * at[1] + 8 * at[2] - at[3]) / (12 * h)
-        noise = 8 * torch.finfo(torch.float64).eps * at[0].abs() / h.abs()  # of differences
+        noise = 64 * torch.finfo(torch.float64).eps * at[0].abs() / h.abs()  # of differences
         assert (found[name] - expected).abs() <= META_GRADIENT * expected.abs() + noise, name
 
 
