@@ -32,7 +32,7 @@ FIRST_ARGUMENT = {
 EXAMPLES = {
     "params": """
         import torch, torchopt
-        parameter = torch.tensor([1.0, -2.0], requires_grad=True)
+        parameter = torch.tensor([[1.0, -2.0]], requires_grad=True)
         optimizer = torchopt.{name}([parameter], lr=0.1)
         parameter.square().sum().backward()
         optimizer.step()
@@ -40,7 +40,7 @@ EXAMPLES = {
         """,
     "module": """
         import torch, torchopt
-        net = torch.nn.Linear(2, 1)
+        net = torch.nn.Linear(2, 1, bias=False)
         lr = torch.tensor(0.1, requires_grad=True)
         start, x = net.weight, torch.ones(4, 2)
         inner = torchopt.{name}(net, lr=lr)
@@ -172,16 +172,13 @@ EXTENDING = """\
 Rules of your own
 =================
 
-A rule is a class decorated with :func:`torchopt.transformation`; see there for an example.
-Its hyperparameters are fields made by these two functions.
+A rule is a class decorated with :func:`torchopt.transformation`; see there for an example. It derives from
+:class:`torchopt.ElementwiseTransformation` (a rule of each entry, which can be fused),
+:class:`torchopt.TensorTransformation` (of each tensor) or :class:`torchopt.GradientTransformation` (of all tensors).
 
-.. autofunction:: torchopt.hyper
-.. autofunction:: torchopt.flag
-.. autofunction:: torchopt.choice
-.. autoclass:: torchopt.Slot
-.. autoclass:: torchopt.Counter
-.. autoclass:: torchopt.HyperSpec
-   :members:
+* Hyperparameters are fields made by :func:`torchopt.hyper`, :func:`torchopt.flag` and :func:`torchopt.choice`; what they
+  may be is a :class:`torchopt.HyperSpec`.
+* Buffers are declared as :class:`torchopt.Slot`, numbers beside them as :class:`torchopt.Counter`.
 """
 
 

@@ -51,7 +51,7 @@ class Slot:
     when: Union[str, Callable[..., bool], None] = None
     shape: Callable[[torch.Size], Sequence[int]] | None = None
     dtype: torch.dtype | None = None
-    #: Whether a state may lack it for another reason: a mask leaves parameters out.
+    #: Whether a state may lack it for another reason, as where a mask leaves parameters out.
     optional: bool = False
 
     @property
