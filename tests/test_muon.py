@@ -26,7 +26,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 needs_twin = pytest.mark.skipif(MUON.torch_cls is None, reason="this torch has no Muon")
 FACES = (functional, functional_at_once, differentiable, object_oriented)
 SHAPES = ((3, 4), (4, 2), (2, 2), (1, 3))
-F64 = {"ns_dtype": torch.float64}
+F64: Any = {"ns_dtype": torch.float64}
 
 
 def exact(case: Case, changed: Any = None) -> torchopt.GradientTransformation:

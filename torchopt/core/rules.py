@@ -59,7 +59,7 @@ class TensorTransformation(GradientTransformation):
         """Apply :meth:`to_eval` or :meth:`to_train` to every parameter that has its slots."""
         convert = self.to_eval if to_eval else self.to_train
         return [
-            p if all(x is None for x in s) else convert(p, s, **h)
+            p if all(x is None for x in s) else convert(p, s, **h).to(p.dtype)
             for p, s, h in zip(leaves.p, leaves.slots, leaves.hyper)
         ]
 

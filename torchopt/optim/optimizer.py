@@ -226,6 +226,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _swap(self, to_eval: bool) -> None:
         params = list(itertools.chain.from_iterable(g["params"] for g in self.param_groups))
+        if self._parts is not None:
+            params = [params[k] for k in self._parts.order(self.param_groups)]
         swap_in_place(self, self._call(params, [None] * len(params)), to_eval)
 
     def _step_by_engine(self, params: list[Tensor], grads: list[Any]) -> None:

@@ -80,8 +80,11 @@ def _greater(a: Any, b: Any) -> Any:
 
 
 def _over(a: Any, b: Any) -> Any:
-    """Return a quotient; while the learning rate has always been the number 0, nothing."""
-    return 0.0 if not isinstance(b, Tensor) and b == 0 else a / b
+    """Return a quotient; while the learning rate has always been 0, nothing."""
+    if not isinstance(b, Tensor):
+        return 0.0 if b == 0 else a / b
+    never = b == 0
+    return torch.where(never, 0.0, a / torch.where(never, 1.0, b))
 
 
 def _average(y: Tensor, z: Tensor, beta: Any) -> Tensor:
