@@ -39,7 +39,10 @@ nitpick_ignore_regex = [
         r"(typing|typing_extensions|collections|graphviz|optree|numpy|types|os|pathlib)\..*",
     ),
     (r"py:class", r"(.*\.)?[A-Z]$"),  # type variables
-    (r"py:class", r"torchopt\.(core\.(engine|plan|gradient_checks|pair)|visual\.graph)\..*"),  # internals
+    (
+        r"py:class",
+        r"torchopt\.(core\.(engine|plan|gradient_checks|pair)|visual\.graph)\..*",
+    ),  # internals
     (
         r"py:class",
         r"torchopt\.solvers\.(base\.(State|Adjoint)|flat|lbfgs|line_search|gradient_descent).*",

@@ -1,4 +1,4 @@
-"""Learned hyperparameters are operands of kernels, whose derivatives are those of the rules."""
+"""Learned hyperparameters as operands of kernels: derivatives against rules and differences."""
 
 from __future__ import annotations
 

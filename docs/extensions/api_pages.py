@@ -172,12 +172,13 @@ EXTENDING = """\
 Rules of your own
 =================
 
-A rule is a class decorated with :func:`torchopt.transformation`; see there for an example. It derives from
-:class:`torchopt.ElementwiseTransformation` (a rule of each entry, which can be fused),
-:class:`torchopt.TensorTransformation` (of each tensor) or :class:`torchopt.GradientTransformation` (of all tensors).
+A rule is a class decorated with :func:`torchopt.transformation`; see there for an example. It
+derives from :class:`torchopt.ElementwiseTransformation` (a rule of each entry, which can be fused),
+:class:`torchopt.TensorTransformation` (of each tensor) or
+:class:`torchopt.GradientTransformation` (of all tensors).
 
-* Hyperparameters are fields made by :func:`torchopt.hyper`, :func:`torchopt.flag` and :func:`torchopt.choice`; what they
-  may be is a :class:`torchopt.HyperSpec`.
+* Hyperparameters are fields made by :func:`torchopt.hyper`, :func:`torchopt.flag` and
+  :func:`torchopt.choice`; what they may be is a :class:`torchopt.HyperSpec`.
 * Buffers are declared as :class:`torchopt.Slot`, numbers beside them as :class:`torchopt.Counter`.
 """
 
