@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
@@ -93,6 +94,11 @@ class Plan:
         self, rows: Sequence[dict[str, Any]], t: Sequence[Any], old: Mapping[str, Sequence[Any]]
     ) -> list[dict[str, Any]]:
         """Return :meth:`count` of several parameters; what they share they share again."""
+        if torch.compiler.is_compiling():  # symbols as keys would be guards
+            return [
+                self.count(row, t[k], {name: column[k] for name, column in old.items()})
+                for k, row in enumerate(rows)
+            ]
         known: dict[Any, dict[str, Any]] = {}
         result = []
         for k, (row, step) in enumerate(zip(rows, t)):
