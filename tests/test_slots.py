@@ -14,7 +14,7 @@ from conftest import nonzero, nonzero_like
 from refusing import refused
 from tolerances import assert_close
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
@@ -395,9 +395,11 @@ def test_a_learned_number_has_its_derivative_through_the_counters(per: str) -> N
     assert_close(forward, reverse, times=10)
 
 
-def test_a_compiled_update_is_not_compiled_again_at_the_third_call() -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_update_is_not_compiled_again_at_the_third_call(backend: str) -> None:
     torch._dynamo.reset()
-    tx, params, counter = Weighted(1.5), {"p": nonzero(3)}, CompileCounter()
+    tx, params = Weighted(1.5), {"p": nonzero(3), "q": nonzero(2)}
+    counter = CompileCounterWithBackend(backend)
 
     @torch.compile(fullgraph=True, backend=counter)
     def update(g: Any, state: Any, p: Any) -> Any:
@@ -406,10 +408,11 @@ def test_a_compiled_update_is_not_compiled_again_at_the_third_call() -> None:
     state, grads, graphs = tx.init(params), [], []
     for _ in range(6):
         grads.append(nonzero(3))
-        updates, state = update({"p": grads[-1]}, state, params)
+        updates, state = update({"p": grads[-1], "q": nonzero(2)}, state, params)
         assert_close(updates["p"], averaged(grads, 1.5))
         graphs.append(counter.frame_count)
     assert graphs[2:] == graphs[1:2] * 4
+    assert float(state.product) == 1.5**6
     torch._dynamo.reset()
 
 
