@@ -125,6 +125,7 @@ class Kind(NamedTuple):
     needs_params: bool
     sparse: bool
     has_slots: bool
+    has_counters: bool
     uses_step: bool
     other_shapes: tuple[str, ...]
 
@@ -218,6 +219,7 @@ class Case:
             self.needs_params,
             self.sparse,
             bool(slots),
+            bool(tx.plan.counters),
             any(part.uses_step for part in tx.parts),
             tuple(sorted(algorithm.shapes.keys() & slots.keys())),
         )

@@ -274,7 +274,8 @@ def kind(case: Case) -> Any:
 
 def state_kind(case: Case) -> Any:
     """Tell them apart by what is in a state only: the compiler sees little else."""
-    return case.kind.has_slots, case.kind.uses_step, case.kind.other_shapes
+    kind = case.kind
+    return kind.has_slots, kind.has_counters, kind.uses_step, kind.other_shapes
 
 
 every_case = every(lambda case: True)

@@ -220,6 +220,7 @@ def test_every_public_transform_is_checked() -> None:
     others = {name for name, file in functions.items() if file not in files}
     assert {"trace", "masked", "chain"} <= others
     assert others - {name.split("-")[0] for name in TRANSFORMS} <= {
-        "clip_by_global_norm"  # another name of clip_grad_norm
+        "clip_by_global_norm",  # another name of clip_grad_norm
+        *("muon", "scale_by_muon"),  # of matrices: test_muon.py
     }
     assert torchopt.clip_by_global_norm is torchopt.clip_grad_norm

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
@@ -92,9 +93,19 @@ class Plan:
         return row
 
     def counted_rows(
-        self, rows: Sequence[dict[str, Any]], t: Sequence[Any], old: Mapping[str, Sequence[Any]]
+        self,
+        rows: Sequence[dict[str, Any]],
+        t: Sequence[Any],
+        old: Mapping[str, Sequence[Any]],
+        alike: bool = False,
     ) -> list[dict[str, Any]]:
-        """Return :meth:`count` of several parameters; what they share they share again."""
+        """Return :meth:`count` of several parameters; what they share they share again.
+
+        ``alike`` says that ``t`` and ``old`` are the same for all, for a compiler, which would
+        make a guard of each comparison.
+        """
+        if torch.compiler.is_compiling():
+            return self._counted_while_compiling(rows, t, old, alike)
         known: dict[Any, dict[str, Any]] = {}
         result = []
         for k, (row, step) in enumerate(zip(rows, t)):
@@ -105,6 +116,22 @@ class Plan:
                 known[key] = self.count(row, step, own)
             result.append(known[key])
         return result
+
+    def _counted_while_compiling(
+        self,
+        rows: Sequence[dict[str, Any]],
+        t: Sequence[Any],
+        old: Mapping[str, Sequence[Any]],
+        alike: bool,
+    ) -> list[dict[str, Any]]:
+        alike = alike and not tree.compiler_is_old()
+        found: list[dict[str, Any]] = []
+        for k, row in enumerate(rows):
+            if alike and k and row is rows[k - 1]:
+                found.append(found[-1])
+            else:
+                found.append(self.count(row, t[k], {n: column[k] for n, column in old.items()}))
+        return found
 
     def check_slots(self, given: Iterable[str], owner: object) -> None:
         """Refuse a state that another transformation has made.
