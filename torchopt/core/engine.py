@@ -163,6 +163,8 @@ def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> di
                 dtype = torch.float32 if common.dtype in HALF else common.dtype
                 columns[name] = packing.filled(float(slot.start), dtype, common.device)
                 continue
+            if torch.is_grad_enabled() and any(p.requires_grad for p in call.p):
+                return None  # packed, each would be connected to all
             if flat is None:
                 flat = to_compute_dtype(packing.pack(call.p))
             first = slot.first(flat, own)
