@@ -99,7 +99,7 @@ ALGORITHMS = (
             "decoupled": {
                 "lr": 0.03,
                 "betas": (0.75, 0.9),
-                "eps": 1e-3,
+                "eps": 1e-4,
                 "weight_decay": 0.1,
                 "momentum_decay": 0.01,
                 "decoupled_weight_decay": True,

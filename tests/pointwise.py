@@ -149,7 +149,7 @@ def user_optimizer(
 
 def program_of(tx: Any, step: int = 2, has_params: bool = True) -> Program:
     """Trace a transformation with the slots that it starts with."""
-    rows = [part.hyperparameters() for part in tx.parts]
+    rows = rows_of(tx, step)
     present = [
         slot is not None
         for part in tx.parts
@@ -158,11 +158,18 @@ def program_of(tx: Any, step: int = 2, has_params: bool = True) -> Program:
     return build(tx.parts, rows, step, present, has_params)
 
 
-def values_of(tx: Any) -> list[float]:
+def rows_of(tx: Any, step: int) -> list[dict[str, Any]]:
+    """The hyperparameters of each part, and its counters if they start before this step."""
+    starts = tx.init([]).counters
+    row = tx.plan.count(tx.hyperparameters(), step, starts)
+    return [tx.plan.rows_of(k, [row])[0] for k in range(len(tx.parts))]
+
+
+def values_of(tx: Any, step: int = 2) -> list[float]:
     """The numbers among the hyperparameters, in the order in which programs take them."""
     values = []
-    for part in tx.parts:
-        for value in part.hyperparameters().values():
+    for row in rows_of(tx, step):
+        for value in row.values():
             for number in value if isinstance(value, tuple) else (value,):
                 if not isinstance(number, bool):
                     values.append(number)

@@ -237,7 +237,7 @@ def test_the_functional_face(how: str, case: Case) -> None:
         for _ in range(2):
             params, state = step(params, state)
         slots = {s: {"a": c["a"]} for s, c in state.slots.items()}
-        own, _ = step({"a": params["a"]}, torchopt.OptState(state.step, slots))
+        own, _ = step({"a": params["a"]}, torchopt.OptState(state.step, slots, state.counters))
         found = [*torch.autograd.grad(own["a"].sum(), [own["a"]])]
         both = [own["a"], params["b"]]
         found += torch.autograd.grad(own["a"].sin().sum(), both, allow_unused=True)

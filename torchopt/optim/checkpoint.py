@@ -138,7 +138,7 @@ def _checked_group(
     for name, spec in specs.items():
         if name in group:
             hyper.check(name, group[name], spec)
-        elif name in optimizer.former_defaults and not is_recent(saved):
+        elif name in optimizer.former_defaults and not is_recent(saved, specs):
             group[name] = optimizer.former_defaults[name]
         elif optimizer.has_schedule(live, name) or name in optimizer.optional_hyperparameters:
             group[name] = live[name]
@@ -158,9 +158,10 @@ def _checked_group(
     return _reordered(group, _order_by_name(index, list(names), list(own)), specs)
 
 
-def is_recent(group: Mapping[str, Any]) -> bool:
-    """Whether a group lacks what old ones lack for another reason: it is RAdam's."""
-    return "decoupled_weight_decay" in group and not {"fused", "amsgrad"} & group.keys()
+def is_recent(group: Mapping[str, Any], specs: Mapping[str, Any]) -> bool:
+    """Whether a group lacks what old ones lack for another reason: it is RAdam's or NAdam's."""
+    theirs = "decoupled_weight_decay" in group and "decoupled_weight_decay" not in specs
+    return theirs and not {"fused", "amsgrad"} & group.keys()
 
 
 def _order_by_name(index: int, names: list[str], own: list[str]) -> list[int]:

@@ -173,7 +173,7 @@ def _hyperparameters(
     specs = optimizer.transformation.hyper_specs()
     optional = getattr(optimizer.twin, "optional_hyperparameters", ())
     fixed = _options(optimizer)
-    former = {} if is_recent(group) else getattr(optimizer.twin, "former_defaults", {})
+    former = {} if is_recent(group, specs) else getattr(optimizer.twin, "former_defaults", {})
     group = {**{name: value for name, value in former.items() if name in specs}, **group}
     for name, spec in specs.items():
         if name in group:
