@@ -349,3 +349,41 @@ def test_the_order_of_the_parts_does_not_mix_their_counters() -> None:
     expected, _ = after(doubled_last, params, grads)
     key = (repr(Weighted(1.5)), repr(Weighted(3.0)), repr(Doubled()))
     assert_close(results[key], 4 * expected[0])
+
+
+# Without slots ------------------------------------------------------------------------------------
+
+
+@torchopt.transformation
+class Fading(torchopt.ElementwiseTransformation):
+    """Gradients times a power of ``decay``, kept in a counter and nowhere else."""
+
+    decay: float = torchopt.hyper(0.5, gt=0)
+
+    counters = (Counter("power", 1.0),)
+
+    def count(self, t: Any, *, power: Any, decay: Any) -> dict[str, Any]:
+        return {"power": power * decay}
+
+    def rule(
+        self, g: Tensor, p: Any, t: Any, slots: tuple, *, decay: Any, power: Any
+    ) -> tuple[Tensor, tuple]:
+        return g * power, slots
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        Fading(),
+        torchopt.masked(Fading(), [True]),
+        torchopt.partition({"a": Fading()}, lambda params: ["a"] * len(params)),
+    ],
+    ids=["bare", "masked", "partition"],
+)
+def test_a_state_that_is_only_a_counter_is_not_left_out(tx: Any) -> None:
+    params, grads = [nonzero(3)], [nonzero(3)]
+    with pytest.raises(TypeError, match=r"got None.*state = tx\.init"):
+        tx.update(grads, None, params, inplace=False)
+    updates, state = after(tx, params, [grads, grads])
+    assert_close(updates, [grads[0] * 0.25])
+    assert [float(x) for x in state.counters.values()] == [0.25]

@@ -13,32 +13,33 @@ def evaluates(tx: Any) -> bool:
     return any(part.evaluates for part in tx.plan.parts)
 
 
-def converted(tx: Any, call: Call, to_eval: bool) -> list[Any]:
+def converted_call(tx: Any, call: Call, to_eval: bool) -> list[Any]:
     """Return the parameters of a call as they are evaluated, or as they are trained again.
 
     Parameters that have taken no step have no slots, and are the same for both.
     """
     params = list(call.p)
     index = [i for i, p in enumerate(params) if p is not None]
-    columns = call.slots
-    parts = list(enumerate(tx.plan.parts))
-    for position, part in parts if to_eval else reversed(parts):
-        if not part.evaluates:
-            continue
-        names = tx.plan.slots[position]
-        own = [tuple(columns[name][i] for name in names) for i in index]
-        rows = tx.plan.rows_of(position, [call.hyper[i] for i in index])
-        now = [params[i] for i in index]
-        leaves = Leaves(now, now, [call.t[i] for i in index], own, rows, index, call)
-        for i, p in zip(index, part.converted(leaves, to_eval)):
-            params[i] = p
+    p, t = [params[i] for i in index], [call.t[i] for i in index]
+    rows = [call.hyper[i] for i in index]
+    columns = {name: [column[i] for i in index] for name, column in call.slots.items()}
+    leaves = Leaves(p, p, t, [()] * len(index), rows, index, call)
+    for i, found in zip(index, converted(tx.plan, leaves, columns, to_eval)):
+        params[i] = found
     return params
 
 
-def converted_inside(
+def converted(
     plan: Any, leaves: Leaves, columns: Mapping[str, Sequence[Any]], to_eval: bool
 ) -> list[Any]:
-    """Return the parameters of a part that holds others (a mask, a label), converted by those."""
+    """Return parameters converted by the parts of a plan, the last first on the way back.
+
+    Args:
+        plan: Whose parts; those of a transformation inside a mask or label as well.
+        leaves: The parameters with the hyperparameters that the plan names.
+        columns: The slots by the names of the plan.
+        to_eval: Whether to the weights to evaluate with, or back to those that are trained.
+    """
     params: list[Any] = list(leaves.p)
     parts = list(enumerate(plan.parts))
     for position, part in parts if to_eval else reversed(parts):

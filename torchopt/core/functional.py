@@ -12,7 +12,7 @@ from torchopt.base import misuse, tree
 from torchopt.base.recording import refuse_recorded
 from torchopt.core import hyper, step_count, whole
 from torchopt.core.engine import Call, advance, next_step, step_list
-from torchopt.core.evaluation import converted
+from torchopt.core.evaluation import converted_call
 from torchopt.core.gather import Members, gather
 from torchopt.core.opt_state import OptState
 from torchopt.core.slots import PARAM
@@ -138,17 +138,12 @@ def as_state(tx: Any, state: Any) -> Any:
     if state is not None:
         return state
     values = tx.hyperparameters().values()
-    if tx.slot_names() or any(map(hyper.has_schedule, values)) or uses_step(tx):
+    if tx.slot_names() or any(map(hyper.has_schedule, values)) or tx.plan.uses_step:
         raise TypeError(
             f"update expects the state that init returned, got None. Only what keeps nothing does "
             f"without, and {tx} does not; write state = tx.init(params) first."
         )
     return OptState(0, {})
-
-
-def uses_step(tx: Any) -> bool:
-    """Whether a part of a transformation reads the step count."""
-    return any(part.uses_step for part in tx.plan.parts)
 
 
 def hyper_values(rows: Sequence[dict[str, Any]]) -> list[Any]:
@@ -181,7 +176,7 @@ def eval_trees(tx: Any, state: Any, params: PyTree) -> PyTree:
     slots = state_slots(tx, state, params, spec)
     steps = step_list(_counts(state, params, spec), len(p))
     call = gather_tree(tx, params, None, p, steps, slots)
-    return tree.unflatten(spec, converted(tx, call, True))
+    return tree.unflatten(spec, converted_call(tx, call, True))
 
 
 def advance_trees(

@@ -1,4 +1,4 @@
-"""Hyperparameters: how a transformation declares them, and how each parameter gets its value."""
+"""Hyperparameters: how a transformation declares them, and which values they may take."""
 
 from __future__ import annotations
 

@@ -77,6 +77,11 @@ class Plan:
         return tuple(dataclasses.replace(c, name=name) for name, c in self.counters.items())
 
     @property
+    def uses_step(self) -> bool:
+        """Whether a part reads the step count, or keeps a counter that goes along with it."""
+        return bool(self.counters) or any(part.uses_step for part in self.parts)
+
+    @property
     def constant(self) -> bool:
         """Whether each slot starts as one number everywhere, whatever the parameter."""
         return all(slot.is_number for slot in self.slot_of.values())

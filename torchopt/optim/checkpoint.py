@@ -220,7 +220,7 @@ def checked_slots(
     keys = [key for group in groups for key in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     plan, loaded = optimizer.transformation.plan, {}
-    reads_step = bool(plan.counters) or any(part.uses_step for part in plan.parts)
+    reads_step = plan.uses_step
     for key, p in zip(keys, params):
         entry = state.get(key, {})
         if not isinstance(entry, Mapping):

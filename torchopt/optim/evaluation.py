@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torchopt.core.engine import Call
-from torchopt.core.evaluation import converted, evaluates
+from torchopt.core.evaluation import converted_call, evaluates
 
 
 #: In a parameter group: whether the parameters are those that are trained.
@@ -37,7 +37,7 @@ def swap_in_place(optimizer: Any, call: Call, to_eval: bool) -> None:
     """Overwrite parameters with those to evaluate with, or with those to train."""
     if is_training(optimizer) != to_eval or not evaluates(optimizer.transformation):
         return
-    found = converted(optimizer.transformation, call, to_eval)
+    found = converted_call(optimizer.transformation, call, to_eval)
     for p, new in zip(call.p, found):
         if new is not p:
             p.copy_(new)

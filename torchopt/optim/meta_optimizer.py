@@ -16,7 +16,7 @@ from torchopt.base.commit import all_or_nothing
 from torchopt.base.values import describe, same
 from torchopt.core import hyper, resolving, step_tags, whole
 from torchopt.core.engine import Call, advance, refuse_parameter
-from torchopt.core.evaluation import converted
+from torchopt.core.evaluation import converted_call
 from torchopt.core.opt_state import OptState
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed
@@ -250,7 +250,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             if entry.name not in self._states[entry.group].steps:  # it has taken no step
                 for column in call.slots.values():
                     column[k] = None
-        return dict(zip(call.names(), converted(self.transformation, call, True)))
+        return dict(zip(call.names(), converted_call(self.transformation, call, True)))
 
     # State ------------------------------------------------------------------------------------
 

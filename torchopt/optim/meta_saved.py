@@ -233,7 +233,7 @@ def _state(
 ) -> OptState:
     """Return the state of one group; an entry without a count (SGD's) counts as one step."""
     plan = optimizer.transformation.plan
-    counts = bool(plan.counters) or any(part.uses_step for part in plan.parts)
+    counts = plan.uses_step
     steps: dict[str, Any] = {}
     counters: dict[str, dict[str, Any]] = {counter: {} for counter in plan.counters}
     columns: dict[str, dict[str, Any]] = {slot: {} for slot in plan.slot_names}

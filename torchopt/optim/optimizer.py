@@ -337,12 +337,7 @@ class Optimizer(torch.optim.Optimizer):
         return max(map(self._previous_step, group["params"]), default=0)
 
     def _counts_steps(self) -> bool:
-        return (
-            self.counts_steps
-            or self._schedules.any
-            or bool(self.transformation.plan.counters)
-            or any(part.uses_step for part in self.transformation.plan.parts)
-        )
+        return self.counts_steps or self._schedules.any or self.transformation.plan.uses_step
 
     def has_schedule(self, group: dict[str, Any], name: str) -> bool:
         """Whether a hyperparameter of a group was given as a schedule."""

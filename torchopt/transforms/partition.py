@@ -12,7 +12,7 @@ from torch import Tensor
 from torchopt.base import tree
 from torchopt.core import hyper, resolving
 from torchopt.core.engine import Call, Leaves, part_slots, run
-from torchopt.core.evaluation import converted_inside, evaluates
+from torchopt.core.evaluation import converted, evaluates
 from torchopt.core.pair import as_transformation
 from torchopt.core.slots import Counter, Slot
 from torchopt.core.transform import GradientTransformation, check_transformation, transformation
@@ -45,7 +45,7 @@ class Partition(GradientTransformation):
     @property
     def uses_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether one of the transformations reads the step count."""
-        return any(part.uses_step for tx in self.transforms.values() for part in tx.parts)
+        return any(tx.plan.uses_step for tx in self.transforms.values())
 
     @property
     def slots(self) -> tuple[Slot, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -156,7 +156,7 @@ class Partition(GradientTransformation):
         for label, own, positions in self._parts_of(leaves):
             places = {n: names.index(public) for n, public in self._slots_of(label).items()}
             columns = {name: [row[k] for row in own.slots] for name, k in places.items()}
-            found = converted_inside(self.transforms[label].plan, own, columns, to_eval)
+            found = converted(self.transforms[label].plan, own, columns, to_eval)
             for position, p in zip(positions, found):
                 params[position] = p
         return params

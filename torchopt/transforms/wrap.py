@@ -12,7 +12,7 @@ from torch.nn import Module
 from torchopt.base import misuse, tree
 from torchopt.core import hyper, resolving
 from torchopt.core.engine import Call, Leaves, part_slots, run
-from torchopt.core.evaluation import converted_inside, evaluates
+from torchopt.core.evaluation import converted, evaluates
 from torchopt.core.pair import as_transformation
 from torchopt.core.slots import Counter, Slot
 from torchopt.core.transform import GradientTransformation, check_transformation, transformation
@@ -29,7 +29,7 @@ class Masked(GradientTransformation):
     @property
     def uses_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the inner transformation reads the step count."""
-        return any(part.uses_step for part in self.inner.parts)
+        return self.inner.plan.uses_step
 
     @property
     def slots(self) -> tuple[Slot, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -98,7 +98,7 @@ class Masked(GradientTransformation):
         params = list(leaves.p)
         names = self.slot_names()
         columns = {name: [row[k] for row in selected.slots] for k, name in enumerate(names)}
-        found = converted_inside(self.inner.plan, selected, columns, to_eval) if chosen else []
+        found = converted(self.inner.plan, selected, columns, to_eval) if chosen else []
         for position, p in zip(chosen, found):
             params[position] = p
         return params
