@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Union
 
 import torch
@@ -181,7 +181,7 @@ def part_slots(part: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
     Raises:
         ValueError: If the part has no rule for one of them.
     """
-    for k, p in enumerate(leaves.p):
+    for k, p in enumerate(leaves.p) if part.is_selective else ():
         if reason := part.refuses(p):
             raise ValueError(f"{leaves.name(k)} {reason}")
     if hasattr(part, "init_all_slots"):
@@ -189,15 +189,17 @@ def part_slots(part: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
     return [part.first_slots(p, **h) for p, h in zip(leaves.p, leaves.hyper)]
 
 
-def refuse_parameter(tx: Any, name: str, param: Tensor) -> None:
-    """Refuse a parameter that a part of a transformation has no rule for.
+def refuse_parameters(tx: Any, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse parameters that a part of a transformation has no rule for.
 
     Raises:
         ValueError: Saying why, and what to do.
     """
-    for part in tx.plan.parts:
-        if reason := part.refuses(param):
-            raise ValueError(f"{tree.quoted(name)} {reason}")
+    selective = [part for part in tx.plan.parts if part.is_selective]
+    for name, param in named if selective else ():
+        for part in selective:
+            if reason := part.refuses(param):
+                raise ValueError(f"{tree.quoted(name)} {reason}")
 
 
 def advance(tx: Any, call: Call, apply: bool = False) -> tuple[list[Any], dict[str, list[Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -48,6 +49,12 @@ class HyperSpec:
             and (self.le is None or value <= self.le)
             and (self.lt is None or value < self.lt)
         )
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (specs are constants of classes)
+    def of_element(self, index: int) -> HyperSpec:
+        """Return what the element of a tuple may be."""
+        places = self.optional if isinstance(self.optional, tuple) else ()
+        return dataclasses.replace(self, length=0, optional=index in places)
 
     def __str__(self) -> str:
         signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
@@ -166,6 +173,8 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
         TypeError: For a value that is no number, tensor, schedule or tree of those.
         ValueError: For a number out of bounds.
     """
+    if type(value) is float and not (spec.length or spec.fixed) and spec.allows(value):
+        return
     value = plain(value)
     if value is None and spec.optional is True:
         return
@@ -181,10 +190,8 @@ def check(name: str, value: Any, spec: HyperSpec) -> None:
         if not isinstance(value, (tuple, list)) or len(value) != spec.length:
             what = "a pair of values" if spec.length == 2 else f"a tuple of {spec.length} values"
             raise TypeError(f"{name} must be {what}, got {misuse.short(value)}.")
-        places = spec.optional if isinstance(spec.optional, tuple) else ()
         for index, element in enumerate(value):
-            own = dataclasses.replace(spec, length=0, optional=index in places)
-            check(f"{name}[{index}]", element, own)
+            check(f"{name}[{index}]", element, spec.of_element(index))
     elif isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     elif spec.integer and not isinstance(value, numbers.Integral):

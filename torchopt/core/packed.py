@@ -65,7 +65,8 @@ class Packing:
         return zero is not None and flat.data_ptr() == zero.data_ptr()
 
 
-class Packed(Sequence):
+@Sequence.register  # and no subclass, of which isinstance would ask in Python at every step
+class Packed:
     """A list of tensors that is one flat tensor until it is looked at."""
 
     def __init__(self, flat: Tensor, packing: Packing) -> None:
@@ -92,6 +93,9 @@ class Packed(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         return self.tensors()[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors())
 
     def again(self) -> Packed:
         """Return the same, not yet looked at: its tensors will be copies of their own."""

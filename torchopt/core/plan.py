@@ -56,9 +56,10 @@ class Plan:
             self.slot_names += names
             values = part.hyperparameters()
             self.values.update({fields[name]: values[name] for name in specs})
-            whole = part.whole_slots()
             self.slot_of.update(zip(names, slots))
-            self.whole.update({n: whole[s.name] for n, s in zip(names, slots) if s.name in whole})
+            if whole := part.whole_slots():
+                own = zip(names, slots)
+                self.whole.update({n: whole[slot.name] for n, slot in own if slot.name in whole})
             kept |= {*names, *self.hyper_specs}
             counted = {c.name: _free_name(c.name, kept) for c in counters}
             self.counters.update({counted[c.name]: c for c in counters})

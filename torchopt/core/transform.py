@@ -88,10 +88,13 @@ class GradientTransformation:
     accepts_sparse: ClassVar[bool] = False
     #: Whether it is right for complex numbers, which it sees as pairs of reals in a last dimension.
     accepts_complex: ClassVar[bool] = True
+    #: Whether :meth:`refuses` has anything to say; set where a class defines it.
+    is_selective: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         misuse.check_declarations(cls)
+        cls.is_selective = cls.is_selective or "refuses" in vars(cls)
         if isinstance(declared := vars(cls).get("slots"), tuple):
             cls.slots = tuple(map(as_slot, declared))
 

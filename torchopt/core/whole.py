@@ -67,13 +67,17 @@ def distinct(transformations: Sequence[Any]) -> list[Any]:
     seen: set[int] = set()
     result = []
     for tx in transformations:
-        own = {id(pair) for pair, _ in tx.plan.whole.values()} if tx.slot_names() else set()
-        if own & seen:
-            tx = tx.renewed()
-            own = {id(pair) for pair, _ in tx.plan.whole.values()}
-        seen |= own
+        if own := _pairs_of(tx):
+            if own & seen:
+                tx = tx.renewed()
+                own = _pairs_of(tx)
+            seen |= own
         result.append(tx)
     return result
+
+
+def _pairs_of(tx: Any) -> set[int]:
+    return {id(pair) for part in tx.parts for pair, _ in part.whole_slots().values()}
 
 
 def taken_out(plan: Any, saved: Any, owner: type) -> tuple[Any, dict[str, PyTree]]:

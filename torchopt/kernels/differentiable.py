@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torchopt.kernels.places import Place, places
 from torchopt.kernels.rules import Rules
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Group:
     """Parameters that one kernel updates.
 
@@ -125,7 +125,11 @@ class Group:
 
     def as_bare(self, bare: bool) -> Group:
         """Return the same with another value of ``bare``."""
-        return self if bare == self.bare else dataclasses.replace(self, bare=bare)
+        if bare == self.bare:
+            return self
+        return Group(
+            self.program, self.mode, self.count, self.indices, self.values, self.rule, bare
+        )
 
     def operands(self, tensors: Sequence[Tensor], sums: bool = False) -> Operands:
         """Return what kernels read of real tensors; ``sums`` if derivatives are to be summed."""
@@ -152,15 +156,17 @@ class Group:
         return tuple(_flat(outputs))
 
 
-def _flat(outputs: dict[str, Column]) -> Iterator[Any]:
+def _flat(outputs: dict[str, Column]) -> list[Any]:
+    flat: list[Any] = []
     for column in outputs.values():
         if isinstance(column, Packed):
-            yield column.flat
+            flat.append(column.flat)
         else:
-            yield from column
+            flat += column
+    return flat
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class BackwardCall:
     """Which derivatives come in and which are wanted.
 
@@ -219,6 +225,9 @@ class BackwardCall:
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
         """Return the incoming derivatives, ``None`` where there is none, and the inputs."""
+        count = len(self.given)
+        if all(self.given):
+            return list(tensors[:count]), list(tensors[count:])
         rest = iter(tensors)
         bars = [next(rest) if given else None for given in self.given]
         return bars, list(rest)
@@ -229,8 +238,8 @@ class BackwardCall:
         hypers = frozenset(filter(is_hyper, self.wanted))
         kernel, function = group.program.backward(group.mode, hypers)
         bars, saved = self.split(tensors)
-        sums = any(map(group.program.summed, hypers))
-        operands = group.operands(saved, sums)
+        summed = frozenset(filter(group.program.summed, hypers))
+        operands = group.operands(saved, bool(summed))
         try:
             numbers = operands.numbers(function)
         except ArithmeticError:  # a learned number at the end of its range
@@ -243,7 +252,7 @@ class BackwardCall:
         wanted: dict[str, Any] = {}
         for stream in kernel.output_streams:
             wanted[stream] = self.wanted[stream]
-            if stream in hypers and group.program.summed(stream):
+            if stream in summed:
                 wanted[stream] = SUM
             elif stream in rule.packed_in:
                 needed = self.wanted[stream][0]
@@ -259,7 +268,7 @@ class BackwardCall:
         )
         for stream in hypers:
             outputs[stream] = self._by_hypers(stream, outputs[stream], operands.given[stream], like)
-        return tuple(x for x in _flat(outputs) if x is not None)
+        return tuple([x for x in _flat(outputs) if x is not None])
 
     def _by_hypers(
         self, stream: str, found: Any, given: Sequence[Tensor], like: Sequence[Tensor]

@@ -264,7 +264,7 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
     n = group.count  # updates come first
     if not any(x.requires_grad for x in outputs[:n]):
         return outputs
-    return [*map(named, outputs[:n]), *outputs[n:]]
+    return [*named(outputs[:n]), *outputs[n:]]
 
 
 def answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:

@@ -48,18 +48,22 @@ _kinds: dict[type, str] = {}
 _hooks_of = attrgetter("_backward_hooks")
 
 
-def named(x: Tensor) -> Tensor:
-    """Give a new tensor a node of its own behind the one that it has, and return it.
+def named(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Give new tensors nodes of their own behind the one that they have, and return them.
 
-    An operation in place that does nothing: a copy would take a pass over memory, and an alias
-    would be a view, which can be neither detached nor changed in place.
+    The conjugate of a real number, in place, is nothing to compute, neither forward nor backward. A
+    copy would take a pass over memory, and an alias would be a view, which can be neither detached
+    nor changed in place.
     """
-    return x.transpose_(0, 0)
+    return list(map(Tensor.conj_physical_, tensors))
 
 
-NAMED: Any = type(named(torch.ones((), requires_grad=True).clone()).grad_fn)
-#: The name of such a node.
-NAMING: str = NAMED.__name__
+_NAME = type(torch.ones(1, requires_grad=True).clone().conj_physical_().grad_fn)
+
+
+def is_name(node: Any) -> bool:
+    """Whether a node is one that :func:`named` gave."""
+    return type(node) is _NAME
 
 
 def divide(columns: Sequence[Sequence[Tensor]], flat: Sequence[Tensor], count: int) -> list[Part]:
@@ -110,7 +114,7 @@ def _same_step(behind: dict[Any, int], everyone: int) -> bool:
     """Whether one earlier step lies behind everyone."""
     found: dict[Any, int] = {}
     for node, rows in behind.items():
-        source: Any = node.next_functions[0][0] if type(node) is NAMED else node  # pyright: ignore[reportOptionalMemberAccess]
+        source: Any = node.next_functions[0][0] if is_name(node) else node  # pyright: ignore[reportOptionalMemberAccess]
         if isinstance(source, BackwardCFunction):
             found[source] = found.get(source, 0) | rows
     return any(rows == everyone and _is_step(source) for source, rows in found.items())

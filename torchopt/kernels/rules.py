@@ -15,7 +15,7 @@ from torchopt.kernels.generate.program import GRADIENT, PARAMETER, UPDATE, slot_
 from torchopt.kernels.matching import Run
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Rules:
     """The parts of a run, applied to flat tensors as a kernel is.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from torchopt.nn import moments
+from torchopt.nn.parameters import modules_of
 from torchopt.nn.values_before import ValuesBefore
 
 
@@ -24,7 +26,7 @@ class Rollback:
     """
 
     def __init__(self, modules: Iterable[nn.Module], with_buffers: bool) -> None:
-        found = {id(m): m for module in modules for m in module.modules()}
+        found = {id(m): m for module in modules for m in modules_of(module)}
         self._modules = [_Module(m, with_buffers) for m in found.values()]
         tensors = {
             id(t): t for m in found.values() for t in m._parameters.values() if t is not None
@@ -59,21 +61,31 @@ _SPOILED = (
 )
 
 
+_NOTHING: dict[str, Any] = {}  # what most modules hold of most kinds: one for all, never changed
+
+
 class _Module:
     """One module without its children: what it holds, its class and its mode."""
+
+    # a block makes one for each module, and should not set off the garbage collector
+    __slots__ = ("_attributes", "_class", "_held", "_lazy", "_properties", "_volatile", "module")
 
     def __init__(self, module: nn.Module, with_buffers: bool) -> None:
         self.module = module
         self._class = type(module)
         self._attributes = dict(vars(module))
         kinds = _KINDS if with_buffers else _KINDS[:2]
-        self._held = [(kind, dict(self._attributes[kind])) for kind in kinds]
-        self._volatile = set(module._non_persistent_buffers_set) if with_buffers else None
-        parametrized = "parametrizations" in module._modules
-        members = vars(self._class).items() if parametrized else ()
+        contents = (self._attributes[kind] for kind in kinds)
+        self._held = [dict(held) if held else _NOTHING for held in contents]
+        self._volatile: frozenset[str] | None = None
+        if with_buffers:
+            self._volatile = frozenset(module._non_persistent_buffers_set)
         lazy: Any = module if isinstance(module, LazyModuleMixin) else None
         self._lazy = lazy is not None and lazy.has_uninitialized_params()
-        self._properties = {n: p for n, p in members if isinstance(p, property)}
+        self._properties = _NOTHING
+        if "parametrizations" in module._modules:
+            members = vars(self._class).items()
+            self._properties = {n: p for n, p in members if isinstance(p, property)}
 
     def undo(self) -> None:
         module = self.module
@@ -84,15 +96,17 @@ class _Module:
         for name, value in self._properties.items():
             if name not in vars(self._class):
                 setattr(self._class, name, value)
-        for kind, held in self._held:
+        present = vars(module)
+        for kind, held in zip(_KINDS, self._held):
             _put_all(module, kind, held)
         if self._volatile is not None and self._volatile != module._non_persistent_buffers_set:
             module._non_persistent_buffers_set = set(self._volatile)
-        if module.training != self._attributes["training"]:
+        if present["training"] != self._attributes["training"]:
             moments.put(module, "", "training", self._attributes["training"])
-        present = vars(module)
+        if present.keys() == self._attributes.keys():
+            return
         # an attribute would hide a parameter, a buffer or a module of its name, and the other way
-        hidden = {name for _, held in self._held for name in held} & present.keys()
+        hidden = {name for held in self._held for name in held} & present.keys()
         for name in hidden - self._attributes.keys():
             moments.put(module, "", name, moments.ABSENT)
         for name, value in self._attributes.items() if not grown else ():
@@ -102,11 +116,14 @@ class _Module:
 
 def _put_all(module: nn.Module, kind: str, held: dict[str, Any]) -> None:
     present = vars(module)[kind]
+    in_order = list(present) == list(held)
+    if in_order and all(map(operator.is_, present.values(), held.values())):
+        return
     for name in [name for name in present if name not in held]:
         moments.put(module, kind, name, moments.ABSENT)
     for name, value in held.items():
         if present.get(name, moments.ABSENT) is not value:
             moments.put(module, kind, name, value)
-    if list(present) != list(held):
+    if not in_order:
         present.clear()
         present.update(held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torchopt.nn.parameters import FastWeight
 
 
 _COMPARABLE = {Tensor, nn.Parameter, FastWeight}
+_version_of = operator.attrgetter("_version")
 _SMALL = 1 << 16  # elements; tensors below are copied and compared together, in one call
 
 
@@ -51,21 +53,20 @@ class _Batch:
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
         self._plain = _is_plain(tensors[0])
-        self._memory = [t.detach() for t in tensors]
-        self._flat = [t.view(-1) for t in self._memory] if len(tensors) > 1 else []
-        self._copy = torch.cat(self._flat) if self._flat else self._memory[0].clone()
-        self._versions = [t._version for t in tensors]
+        self._memory = list(map(Tensor.detach, tensors))
+        self._copy = self._together() if len(tensors) > 1 else self._memory[0].clone()
+        self._versions = list(map(_version_of, tensors))
         self._addresses = self._address()
 
     def differs(self) -> bool:
         """Whether any tensor has been changed, counted or not."""
-        if [t._version for t in self.tensors] != self._versions:
+        if list(map(_version_of, self.tensors)) != self._versions:
             return True
         if self._address() != self._addresses:
             return True
         if not self._plain or (self._copy.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False  # told by the version alone: no memory, or nobody may wait for it
-        present = torch.cat(self._flat) if self._flat else self._memory[0]
+        present = self._together() if len(self._memory) > 1 else self._memory[0]
         return not torch.equal(present, self._copy)
 
     def undo(self) -> list[Tensor]:
@@ -90,12 +91,15 @@ class _Batch:
     def _address(self) -> list[object]:
         if not self._plain:
             return [None] * len(self.tensors)
-        return [t.data_ptr() for t in self.tensors]
+        return list(map(Tensor.data_ptr, self.tensors))
+
+    def _together(self) -> Tensor:
+        return torch._utils._flatten_dense_tensors(self._memory)
 
     def _values(self) -> list[Tensor]:
-        if not self._flat:
+        if len(self._memory) == 1:
             return [self._copy]
-        flat = self._copy.split([t.numel() for t in self._flat])
+        flat = self._copy.split([t.numel() for t in self._memory])
         return [part.view(t.shape) for part, t in zip(flat, self._memory)]
 
 

@@ -58,7 +58,8 @@ def inner_loop(
     """
     misuse.check_inner_loop(module, tx)
     optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
-    refuse_scripted("inner_loop", module)
+    if optimizer is tx:  # else it has been refused there
+        refuse_scripted("inner_loop", module)
     groups = list(optimizer.param_groups)
     modules = {id(m): m for m in (module, *(group["params"] for group in groups))}
     rollback = Rollback(modules.values(), restore_buffers)

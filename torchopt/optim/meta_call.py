@@ -25,6 +25,8 @@ from torchopt.optim.meta_state import GroupState
 
 
 _shape_of = operator.attrgetter("shape")
+_requires_grad = operator.attrgetter("requires_grad")
+_name_of = operator.attrgetter("name")
 
 
 class Entry(NamedTuple):
@@ -56,7 +58,7 @@ class Trainable:
             if own is None:
                 own = self._walk(index, group["params"])
             known = self._entries[index]
-            if all(tensor.requires_grad for tensor in own):
+            if all(map(_requires_grad, own)):
                 entries += known
                 params += own
                 continue
@@ -73,11 +75,21 @@ class Trainable:
             return self._walks[index].tensors()
         return None
 
+    @property
+    def count(self) -> int:
+        """How many networks have been walked over."""
+        return len(self._walks)
+
+    def add(self, walk: ParameterWalk) -> None:
+        """Take the walk over the next group's network, made already."""
+        index = len(self._walks)
+        self._walks.append(walk)
+        self._entries.append([Entry(index, site.name, site) for site in walk.sites])
+
     def _walk(self, index: int, module: Any) -> list[Tensor]:
         walk = ParameterWalk(module)
         del self._walks[index:], self._entries[index:]
-        self._walks.append(walk)
-        self._entries.append([Entry(index, site.name, site) for site in walk.sites])
+        self.add(walk)
         return [site.tensor for site in walk.sites]
 
 
@@ -295,13 +307,13 @@ class Steady:
     ) -> Call | None:
         """Return the call of the next step, or ``None`` if something differs."""
         names = self.names
-        if len(groups) != 1 or len(entries) != len(names) or any(g is None for g in grads):
+        if len(groups) != 1 or len(entries) != len(names) or type(None) in map(type, grads):
             return None
         if not all(map(operator.is_, map(groups[0].get, self._fields), self._values)):
             return None
         if not all(all(map(operator.is_, _entries(v), known)) for v, known in self._trees):
             return None
-        if not all(map(operator.eq, names, (entry.name for entry in entries))):
+        if not all(map(operator.eq, names, map(_name_of, entries))):
             return None
         if list(map(_shape_of, params)) != self.packing.shapes:
             return None

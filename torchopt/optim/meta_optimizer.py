@@ -15,7 +15,7 @@ from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
 from torchopt.base.values import describe, same
 from torchopt.core import hyper, resolving, step_tags, whole
-from torchopt.core.engine import Call, advance, refuse_parameter
+from torchopt.core.engine import Call, advance, refuse_parameters
 from torchopt.core.evaluation import converted_call
 from torchopt.core.opt_state import OptState
 from torchopt.core.pair import as_transformation
@@ -24,7 +24,7 @@ from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.diff.gradient import differentiate
 from torchopt.nn import marks
 from torchopt.nn.checkpointing import remember_weights
-from torchopt.nn.parameters import parameter_sites, refuse_scripted
+from torchopt.nn.parameters import ParameterWalk, parameter_sites, refuse_scripted
 from torchopt.nn.snapshot import extract_state_dict
 from torchopt.optim.meta_call import Entry, Steady, Trainable, known_names, new_call, next_states
 from torchopt.optim.meta_saved import loaded_form, saved_form
@@ -113,23 +113,24 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             if name not in specs:
                 raise TypeError(misuse.unknown_hyperparameter(name, self, list(specs)))
             hyper.check(name, value, specs[name])
-        sites = parameter_sites(module)
-        if not sites:
+        walk = ParameterWalk(module)
+        if not walk.sites:
             raise ValueError(f"The module {type(module).__name__} has no parameters to optimize.")
         taken = {
             id(s.tensor) for g in self.param_groups for s in parameter_sites(g["params"]).values()
         }
-        for name, site in sites.items():
+        for site in walk.sites:
             if id(site.tensor) in taken:
-                raise ValueError(f"Parameter {name!r} belongs to another group already.")
+                raise ValueError(f"Parameter {site.name!r} belongs to another group already.")
         hyperparameters = {**self.transformation.hyperparameters(), **given}
-        trained = {n: s.tensor for n, s in sites.items() if s.tensor.requires_grad}
-        for name, tensor in trained.items():
-            refuse_parameter(self.transformation, name, tensor)
+        trained = {s.name: s.tensor for s in walk.sites if s.tensor.requires_grad}
+        refuse_parameters(self.transformation, trained.items())
         around = partial(known_names, module)
         resolving.resolve(
             hyperparameters, specs, list(trained.values()), lambda: list(trained), 0, around
         )
+        if self._trainable.count == len(self.param_groups):
+            self._trainable.add(walk)
         self.param_groups.append({"params": module, **hyperparameters})
         plan = self.transformation.plan
         slots, counters = (

@@ -15,7 +15,7 @@ from torchopt.base.commit import all_or_nothing
 from torchopt.core import engine, hyper, whole
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.apply import refuse_unwritable
-from torchopt.core.engine import Call, advance, refuse_parameter
+from torchopt.core.engine import Call, advance, refuse_parameters
 from torchopt.core.gather import Members, gather
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed
@@ -150,8 +150,7 @@ class Optimizer(torch.optim.Optimizer):
         """Refuse parameters that the rule cannot take."""
         tx = self.transformation if self._parts is None else self._parts.transform_of(group)
         names = group.get("param_names") or [f"params[{k}]" for k in range(len(group["params"]))]
-        for name, p in zip(names, group["params"]):
-            refuse_parameter(tx, name, p)
+        refuse_parameters(tx, zip(names, group["params"]))
 
     def _add_divided(self, parts: PartGroups, group: dict[str, Any]) -> None:
         before, places = len(self.param_groups), len(parts.places)

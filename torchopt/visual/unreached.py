@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchopt.kernels.independent import NAMED
+from torchopt.kernels.independent import is_name
 from torchopt.visual import words
 from torchopt.visual.graph import Extraction
 from torchopt.visual.operations import dtype_name, operation_label, saved_tensors
@@ -71,7 +71,7 @@ def _made_elsewhere(found: Extraction, tensor: Tensor) -> Iterator[str]:
         return
     own = walk([tensor.grad_fn])
     # a fused step changes nothing about a new weight but its node, once
-    given = isinstance(tensor.grad_fn, NAMED)
+    given = is_name(tensor.grad_fn)
     if tensor._version > given and any(node in found.walk.index for node in own.nodes):
         yield (
             "* It was overwritten in place: the loss may depend on what it was before, which has "

@@ -15,7 +15,7 @@ from torchopt.core.step_tags import StepTag
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.generate.learned import is_hyper
 from torchopt.kernels.generate.program import GRADIENT, PARAMETER
-from torchopt.kernels.independent import NAMING
+from torchopt.kernels.independent import is_name
 from torchopt.visual.titles import optimizer_name
 
 
@@ -326,7 +326,7 @@ def _some_weights_are_leaves(found: Walk, step: Step) -> bool:
 def _fold_unpacking(found: Walk) -> None:
     """Count what takes packed slots apart, or names a new parameter, to the step it comes from."""
     names = [node.name().rstrip("0123456789") for node in found.nodes]
-    for position in [p for p, node in enumerate(found.nodes) if node.name() == NAMING]:
+    for position in [p for p, node in enumerate(found.nodes) if is_name(node)]:
         source = found.inputs[position][0][0]
         if source is None or found.step_of[position] >= 0:  # a step that rules compute in part
             continue

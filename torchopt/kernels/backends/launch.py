@@ -56,8 +56,8 @@ def launch(
         rows: The row of each parameter, or piece; ``None`` for the only one.
         pieces: Into how many pieces tensors are divided, which have numbers and sums of their own.
     """
-    packed = pieces > 1 or any(isinstance(column, Packed) for column in inputs.values())
-    packed = packed or any(isinstance(mask, Packing) for mask in wanted.values())
+    packed = pieces > 1 or Packed in map(type, inputs.values())
+    packed = packed or Packing in map(type, wanted.values())
     like, inputs = _same_layout(like, {s: _readable(c) for s, c in inputs.items()}, packed)
     own = like[0].dtype
     outputs: dict[str, Column] = {}
@@ -113,8 +113,8 @@ def run(
         gpu.run(kernel, inputs, outputs, like, numbers, rows)
         return
     function, narrow_in, narrow_out = _facts(kernel)
-    sizes = next((c.packing.sizes for c in inputs.values() if isinstance(c, Packed)), None)
-    sizes = list(map(Tensor.numel, like)) if sizes is None else sizes
+    flat: Any = next((c for c in inputs.values() if isinstance(c, Packed)), None)
+    sizes = list(map(Tensor.numel, like)) if flat is None else flat.packing.sizes
     in_places = [addresses(inputs[stream]) for stream in kernel.inputs]
     out_places = [addresses(outputs[stream]) for stream in kernel.outputs]
     if pieces > 1:
