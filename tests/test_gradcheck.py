@@ -212,7 +212,7 @@ def test_every_public_transform_is_checked() -> None:
     """A transform must be in the table above, or be a part of an algorithm that has a row."""
     functions = {
         name: value.__module__
-        for name, value in vars(torchopt).items()
+        for name, value in ((name, getattr(torchopt, name)) for name in dir(torchopt))
         if callable(value)
         and getattr(value, "__annotations__", {}).get("return") == "GradientTransformation"
     }

@@ -17,7 +17,11 @@ from torchopt.kernels import why
 
 def named_classes(base: type) -> set[type]:
     """Return the classes that ``torchopt`` exports, the base left out."""
-    values = [value for value in vars(torchopt).values() if isinstance(value, type)]
+    values = [
+        value
+        for value in (getattr(torchopt, name) for name in dir(torchopt))
+        if isinstance(value, type)
+    ]
     return {value for value in values if issubclass(value, base) and value is not base}
 
 

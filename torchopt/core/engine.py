@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
-from torchopt.base.numerics import HALF, exact, to_compute_dtype
+from torchopt.base.numerics import HALF, to_compute_dtype
 from torchopt.core import step_tags
 from torchopt.core.gradient_checks import Common, check_gradients, common_of
 from torchopt.core.packed import Packed, Packing
@@ -81,33 +81,6 @@ class Leaves:
         return Leaves(
             at(self.g), at(self.p), at(self.t), at(self.slots), at(self.hyper), index, self.call
         )
-
-
-def step_list(old: Union[Step, list[Any]], count: int) -> list[Step]:
-    """Return the step count of every parameter at this update."""
-    if isinstance(old, list):
-        return [step + 1 for step in old]
-    step = exact(old) + 1 if isinstance(old, Tensor) else old + 1
-    return [step] * count
-
-
-def next_step(
-    old: Union[Step, list[Any]], grads: Sequence[Any], params: Sequence[Any] | None
-) -> Union[Step, list[Any]]:
-    """Return the step counts to remember: one number while all parameters agree."""
-    if isinstance(old, Tensor):
-        return old + 1
-    previous = old if isinstance(old, list) else [old] * len(grads)
-    steps = [step if g is None else step + 1 for step, g in zip(previous, grads)]
-    # a place in the tree that has no parameter has no count to disagree with
-    counts = steps
-    if params is not None:
-        counts = [n for n, p in zip(steps, params) if p is not None] or steps
-    if not counts:
-        return old + 1 if isinstance(old, int) else old
-    if any(isinstance(count, Tensor) for count in counts):
-        return steps  # of a batch: nothing can be known
-    return counts[0] if all(count == counts[0] for count in counts) else steps
 
 
 def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
@@ -252,11 +225,14 @@ in_place_stepper: Any = None
 def accelerates(plan: Plan) -> bool:
     """Whether to ask the fused engine.
 
-    Not while compiling, for a compiler fuses the rules itself, unless a part requires a kernel.
+    Not while compiling, for a compiler fuses the rules itself, unless a part requires a kernel; nor
+    where all parts are without kernels, unless somebody wants to be told so.
     """
-    if accelerator is None or not torch.compiler.is_compiling():
-        return accelerator is not None
-    return any(part.use_accelerated_op for part in plan.parts)
+    if accelerator is None:
+        return False
+    if torch.compiler.is_compiling():
+        return any(part.use_accelerated_op for part in plan.parts)
+    return not plan.never_fused or accelerator.is_asked()
 
 
 def packs(plan: Plan) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchopt.base import misuse, tree
 from torchopt.base.recording import refuse_recorded
 from torchopt.core import hyper, step_count, whole
-from torchopt.core.engine import Call, advance, next_step, step_list
+from torchopt.core.engine import Call, advance
 from torchopt.core.evaluation import converted_call
 from torchopt.core.gather import Members, gather
 from torchopt.core.opt_state import OptState
@@ -174,7 +174,7 @@ def eval_trees(tx: Any, state: Any, params: PyTree) -> PyTree:
     state = state if type(state) is OptState else as_state(tx, state)
     p, spec = tree.flatten(params)
     slots = state_slots(tx, state, params, spec)
-    steps = step_list(_counts(state, params, spec), len(p))
+    steps = step_count.step_list(_counts(state, params, spec), len(p))
     call = gather_tree(tx, params, None, p, steps, slots)
     return tree.unflatten(spec, converted_call(tx, call, True))
 
@@ -200,7 +200,7 @@ def advance_trees(
     slots = state_slots(tx, state, grads, spec)
     old_steps = _counts(state, grads, spec)
     counters = _counters(state, grads, spec) if tx.plan.counters else {}
-    steps = step_list(old_steps, len(g))
+    steps = step_count.step_list(old_steps, len(g))
     one = all(isinstance(x, (int, float, Tensor)) for x in state.counters.values())
     alike = one and not isinstance(old_steps, list)
     call = gather_tree(tx, grads, g, p, steps, slots, counters, extra, params, alike)
@@ -222,7 +222,7 @@ def advance_trees(
         call.p = [x.detach() if isinstance(x, Tensor) else x for x in call.p]
     whole.begin(tx.plan, pairs, call)
     results, slots = advance(tx, call, apply)
-    step = next_step(old_steps, g, p)
+    step = step_count.next_step(old_steps, g, p)
     like = grads if params is None else params
     if own:
         like = list(own.values())[0]  # noqa: RUF015 - torch 2.6 cannot compile next

@@ -65,9 +65,11 @@ class Packing:
         return zero is not None and flat.data_ptr() == zero.data_ptr()
 
 
-@Sequence.register  # and no subclass, of which isinstance would ask in Python at every step
 class Packed:
-    """A list of tensors that is one flat tensor until it is looked at."""
+    """A list of tensors that is one flat tensor until it is looked at.
+
+    No subclass of ``Sequence``: to ask for an instance of that is a call of Python, at each step.
+    """
 
     def __init__(self, flat: Tensor, packing: Packing) -> None:
         self.flat, self.packing = flat, packing

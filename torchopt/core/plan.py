@@ -26,6 +26,8 @@ class Plan:
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = tuple(parts)
+        #: Whether no part may be computed by kernels.
+        self.never_fused = all(part.use_accelerated_op is False for part in self.parts)
         self.hyper_specs: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
         self.slot_names: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from torchopt.base import misuse, tree
 from torchopt.base.values import describe, same
 from torchopt.core import hyper, whole
 from torchopt.core.apply import apply_updates
-from torchopt.core.engine import Leaves, initialise, step_list
+from torchopt.core.engine import Leaves, initialise
 from torchopt.core.functional import advance_trees, eval_trees, gather_tree, slot_trees
 from torchopt.core.opt_state import OptState
 from torchopt.core.plan import Plan
@@ -209,7 +209,7 @@ class GradientTransformation:
         """
         leaves, spec = tree.flatten(params)
         starts = {name: counter.start for name, counter in self.plan.counters.items()}
-        call = gather_tree(self, params, None, leaves, step_list(0, len(leaves)), {})
+        call = gather_tree(self, params, None, leaves, [1] * len(leaves), {})
         slots = slot_trees(self, params, params, spec, initialise(self, call))
         whole.begin(self.plan, {}, call)
         return OptState(0, {**slots, **whole.end(self.plan, call)}, starts)

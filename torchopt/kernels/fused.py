@@ -298,6 +298,11 @@ def unavailable(device: str) -> str:
 _asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)
 
 
+def is_asked() -> bool:
+    """Whether somebody wants to know why updates are not fused."""
+    return _asked.get() is not None
+
+
 @contextlib.contextmanager
 def asking(lines: list[str]) -> Iterator[None]:
     """Collect, inside a ``with`` block, why updates are not fused; nothing is refused there."""

@@ -9,21 +9,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.util
 import sys
-from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NoReturn, Union
-
-from torch import Tensor
-from typing_extensions import TypeAlias
-
-from torchopt.core.accelerated_op import accelerated
-from torchopt.core.chaining import Chain, chain
-from torchopt.core.recipe import ignoring_moment_requires_grad
-from torchopt.core.transform import GradientTransformation
-from torchopt.optimizers import adam
-from torchopt.transforms.basic import add_decayed_weights, flip_sign
-from torchopt.typing import Hyperparameter
+from typing import Any, NoReturn
 
 
 #: Module of 0.7.3, module of today (``-``: not here yet), and names; ``old=new`` where they differ.
@@ -45,13 +34,13 @@ alias.adam                    optimizers.adam      adam
 alias.adamw                   optimizers.adamw     adamw
 alias.rmsprop                 optimizers.rmsprop   rmsprop
 alias.sgd                     optimizers.sgd       sgd
-alias.utils                   compat               flip_sign_and_add_weight_decay
+alias.utils                   compat.names         flip_sign_and_add_weight_decay
 alias.utils                   transforms.basic     scale_by_neg_lr=scale_by_learning_rate
 base                          core.state_parts     EmptyState UninitializedState
 base                          core.transform       GradientTransformation
 base                          core.chaining        ChainedGradientTransformation=Chain
 base                          transforms.basic     identity
-base                          compat               IdentityGradientTransformation
+base                          compat.names         IdentityGradientTransformation
 clip                          transforms.clip      clip_grad_norm
 combine                       core.chaining        chain chain_flat
 optim                         optimizers.adam      Adam
@@ -83,7 +72,7 @@ optim.rmsprop                 optimizers.rmsprop   RMSProp=RMSprop RMSprop
 optim.sgd                     optimizers.sgd       SGD
 schedule.polynomial           schedules            linear_schedule polynomial_schedule
 schedule.exponential_decay    schedules            exponential_decay
-transform                     compat               scale_by_adam scale_by_accelerated_adam
+transform                     compat.names         scale_by_adam scale_by_accelerated_adam
 transform                     optimizers.rmsprop   scale_by_rms scale_by_stddev
 transform                     transforms.basic     add_decayed_weights nan_to_num scale
 transform                     transforms.basic     scale_by_schedule
@@ -95,7 +84,7 @@ transform.add_decayed_weights transforms.basic     add_decayed_weights
 transform.add_decayed_weights transforms.wrap      masked
 transform.nan_to_num          transforms.basic     nan_to_num
 transform.scale               transforms.basic     scale
-transform.scale_by_adam       compat               scale_by_adam scale_by_accelerated_adam
+transform.scale_by_adam       compat.names         scale_by_adam scale_by_accelerated_adam
 transform.scale_by_adam       core.state_parts     ScaleByAdamState
 transform.scale_by_rms        optimizers.rmsprop   scale_by_rms
 transform.scale_by_rms        core.state_parts     ScaleByRmsState
@@ -115,12 +104,12 @@ typing                        typing               OptionalTensorTree=TensorTree
 typing                        torch                Size Tensor
 typing                        torch.distributions  Distribution
 typing                        torch.futures        Future
-typing                        compat               Scalar Numeric ScalarOrSchedule ListOfTensors
-typing                        compat               TupleOfTensors SequenceOfTensors TensorOrTensors
-typing                        compat               OptionalTensor ListOfOptionalTensors
-typing                        compat               TupleOfOptionalTensors SequenceOfOptionalTensors
-typing                        compat               OptionalTensorOrOptionalTensors TensorContainer
-typing                        compat               ModuleTensorContainers
+typing                        compat.names         Scalar Numeric ScalarOrSchedule ListOfTensors
+typing                        compat.names         TupleOfTensors SequenceOfTensors TensorOrTensors
+typing                        compat.names         OptionalTensor ListOfOptionalTensors
+typing                        compat.names         TupleOfOptionalTensors SequenceOfOptionalTensors
+typing                        compat.names         OptionalTensorOrOptionalTensors TensorContainer
+typing                        compat.names         ModuleTensorContainers
 typing                        -                    LinearSolver RRef SampleFunc Samplable
 update                        core.apply           apply_updates
 utils                         nn.snapshot          ModuleState extract_state_dict recover_state_dict
@@ -218,19 +207,28 @@ def install() -> None:
     They are entered into ``sys.modules``, not found by an importer: importing a module such as
     ``torchopt.transform.scale`` would put it in the place of the function of that name.
     """
-    for name in HERE:
-        if name not in sys.modules:
+    names = dict.fromkeys(["torchopt", *HERE, *(path.rpartition(".")[0] for path in ABSENT)])
+    for name in names:
+        if _is_of_today(name):
+            importlib.import_module(name)
+        elif name in HERE and name not in sys.modules:
             sys.modules[name] = module = OldModule(name, f"{name} of TorchOpt 0.7.3.")
             module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
             module.__path__ = []  # so that importing what is absent asks the finder below
     for name, today in MODULES.items():
         sys.modules[name] = importlib.import_module(today)
-    modules = ["torchopt", *HERE, *(path.rpartition(".")[0] for path in ABSENT)]
-    for module in (sys.modules[name] for name in dict.fromkeys(modules) if name in sys.modules):
+    for module in (sys.modules[name] for name in names if name in sys.modules):
         if "__getattr__" not in vars(module):
             _teach(module)
     if not any(finder is Absent for finder in sys.meta_path):
         sys.meta_path.append(Absent)  # pyright: ignore[reportArgumentType]
+
+
+def _is_of_today(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is none
+        return False
 
 
 def _teach(module: ModuleType) -> None:
@@ -239,64 +237,3 @@ def _teach(module: ModuleType) -> None:
 
     vars(module)["__getattr__"] = find
     vars(module).setdefault("__path__", [])
-
-
-# What had another signature --------------------------------------------------------------------
-
-
-@ignoring_moment_requires_grad
-def scale_by_adam(
-    b1: Hyperparameter = 0.9,
-    b2: Hyperparameter = 0.999,
-    eps: Hyperparameter = 1e-8,
-    eps_root: Hyperparameter = 0.0,
-) -> GradientTransformation:
-    """:func:`torchopt.scale_by_adam` with the arguments that ``torchopt.transform`` had for it."""
-    return adam.scale_by_adam((b1, b2), eps, eps_root)
-
-
-@ignoring_moment_requires_grad
-def scale_by_accelerated_adam(
-    b1: Hyperparameter = 0.9,
-    b2: Hyperparameter = 0.999,
-    eps: Hyperparameter = 1e-8,
-    eps_root: Hyperparameter = 0.0,
-) -> GradientTransformation:
-    """The same with a fused kernel required."""
-    return accelerated(adam.scale_by_adam((b1, b2), eps, eps_root), True)
-
-
-def flip_sign_and_add_weight_decay(
-    weight_decay: Hyperparameter = 0.0, maximize: bool = False
-) -> GradientTransformation:
-    """:func:`torchopt.flip_sign` and :func:`torchopt.add_decayed_weights`, in this order."""
-    return chain(flip_sign(maximize), add_decayed_weights(weight_decay))
-
-
-class _Empty(type):
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, Chain) and not instance.parts
-
-
-class IdentityGradientTransformation(metaclass=_Empty):
-    """What :func:`torchopt.identity` returns: the empty chain."""
-
-    def __new__(cls) -> Any:
-        """Return it."""
-        return chain()
-
-
-Scalar: TypeAlias = Union[float, int, bool]
-Numeric: TypeAlias = Union[Tensor, float, int, bool]
-ScalarOrSchedule: TypeAlias = Union[float, Callable[[Numeric], Numeric]]
-OptionalTensor: TypeAlias = Tensor | None
-ListOfTensors: TypeAlias = list[Tensor]
-TupleOfTensors: TypeAlias = tuple[Tensor, ...]
-SequenceOfTensors: TypeAlias = Sequence[Tensor]
-TensorOrTensors: TypeAlias = Union[Tensor, Sequence[Tensor]]
-ListOfOptionalTensors: TypeAlias = list[Tensor | None]
-TupleOfOptionalTensors: TypeAlias = tuple[Tensor | None, ...]
-SequenceOfOptionalTensors: TypeAlias = Sequence[Tensor | None]
-OptionalTensorOrOptionalTensors: TypeAlias = Union[Tensor, Sequence[Tensor | None], None]
-TensorContainer: TypeAlias = dict[str, Tensor | None]
-ModuleTensorContainers: TypeAlias = tuple[dict[str, Tensor | None], ...]

@@ -1,0 +1,40 @@
+"""Public names that are imported when they are first asked for.
+
+Which ones there are, and where, stands in the stub beside the package's ``__init__.py``, which type
+checkers and editors read: an import line for each name. So the list is written once.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from typing import Any
+
+
+def names_of_stub(package: str) -> dict[str, tuple[str, str]]:
+    """Return the public names of a package: where each is, and what it is called there.
+
+    Raises:
+        ImportError: If the stub is missing: the package is not installed as a whole.
+    """
+    try:
+        source = pkgutil.get_data(package, "__init__.pyi")  # from archives, too
+    except OSError:
+        source = None
+    if source is None:
+        raise ImportError(
+            f"{package} lacks its file __init__.pyi, which lists its public names; install it anew."
+        )
+    return {
+        alias.asname or alias.name: (node.module or "", alias.name)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def imported(module: str, name: str) -> Any:
+    """Return what a module has under a name: a value of its own, or a module in it."""
+    found = vars(importlib.import_module(module))  # not getattr, which may ask here again
+    return found[name] if name in found else importlib.import_module(f"{module}.{name}")
