@@ -31,6 +31,10 @@ from torchopt.optimizers.adam import scale_by_adam as scale_by_adam
 from torchopt.optimizers.adamw import AdamW as AdamW
 from torchopt.optimizers.adamw import MetaAdamW as MetaAdamW
 from torchopt.optimizers.adamw import adamw as adamw
+from torchopt.optimizers.lion import Lion as Lion
+from torchopt.optimizers.lion import MetaLion as MetaLion
+from torchopt.optimizers.lion import lion as lion
+from torchopt.optimizers.lion import scale_by_lion as scale_by_lion
 from torchopt.optimizers.muon import MetaMuon as MetaMuon
 from torchopt.optimizers.muon import Muon as Muon
 from torchopt.optimizers.muon import matrices_and_rest as matrices_and_rest
