@@ -50,6 +50,8 @@ class Algorithm:
         decoupled_decay: Whether weight decay bypasses the gradient.
         linear: Whether an update is linear in the gradients.
         sparse: Whether it takes sparse gradients (without weight decay).
+        flat: What an update is a piecewise constant function of, names of numbers or
+            ``"gradients"`` (slots with them): meta-gradients by it are zero.
         forgets_start: Whether the first update leaves nothing of the slots as they were.
         formula: What it does in closed form, or ``None``.
         oracle: The test file with another oracle of its values, if no twin in torch and no formula
@@ -76,6 +78,7 @@ class Algorithm:
     decoupled_decay: bool = False
     linear: bool = False
     sparse: bool = False
+    flat: tuple[str, ...] = ()
     forgets_start: bool = False
     formula: ClosedForm | None = None
     oracle: str = ""
@@ -181,6 +184,10 @@ class Case:
     def specs(self) -> dict[str, Any]:
         """What the transformation declares of each argument that is a hyperparameter."""
         return self.algorithm.specs()
+
+    def flat(self, name: str) -> bool:
+        """Whether meta-gradients by one of ``tunable``, or by ``"gradients"``, are zero."""
+        return name.partition(".")[0] in self.algorithm.flat
 
     @cached_property
     def tunable_by_entry(self) -> tuple[str, ...]:

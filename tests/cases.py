@@ -137,6 +137,20 @@ ALGORITHMS = (
         bounds={"beta2_decay": "<= 0", "d": ">= 1"},
     ),
     Algorithm(
+        torchopt.lion,
+        torchopt.Lion,
+        torchopt.MetaLion,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95)},
+            "decay": {"lr": 0.03, "betas": (0.7, 0.9), "weight_decay": 0.2},
+        },
+        slots=("exp_avg",),
+        decoupled_decay=True,
+        flat=("gradients", "betas"),
+        oracle="test_lion.py",
+    ),
+    Algorithm(
         torchopt.schedule_free_sgd,
         torchopt.SGDScheduleFree,
         torchopt.MetaSGDScheduleFree,

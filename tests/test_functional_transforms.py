@@ -246,7 +246,7 @@ def test_jacobians_of_the_unrolled_loop_agree(case: Any) -> None:
 
     reverse = jacrev(function)(params["b"])
     assert reverse.shape == (6, 2)
-    assert reverse.abs().max() > 1e-6
+    assert (reverse.abs().max() > 1e-6) != case.flat("gradients")
     assert_close(jacfwd(function)(params["b"]), reverse, times=100)
 
 

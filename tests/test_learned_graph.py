@@ -283,3 +283,22 @@ def test_faces_agree_on_one_rate() -> None:
         found.append(torch.autograd.grad(judged(new, coefficients), [lr, *params]))
     # the update by itself is rounded once more than the new parameter
     assert_close(found[1], found[0], times=100)
+
+
+@torchopt.transformation
+class Sign(torchopt.ElementwiseTransformation):
+    """A rule whose derivative is zero."""
+
+    power: Any = torchopt.hyper(1.0)
+
+    def rule(self, g: Tensor, p: Any, t: Any, slots: tuple, *, power: Any) -> tuple[Tensor, tuple]:
+        return (power * g).sign(), ()
+
+
+@pytest.mark.parametrize("setting", [None, *SETTINGS])
+def test_a_derivative_through_a_sign_is_zero_and_not_absent(setting: bool | None) -> None:
+    tx, g = Sign(torch.tensor(0.5, requires_grad=True)), nonzero(3).requires_grad_()
+    tx = Sign(tx.power, use_accelerated_op=setting)
+    update, _ = tx.update(g, tx.init(g), inplace=False)
+    first = torch.autograd.grad(update.sum(), [g, tx.power], create_graph=True)
+    assert all((x == 0).all() and x.requires_grad for x in first)

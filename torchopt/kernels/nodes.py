@@ -102,10 +102,32 @@ def _derivatives(
     incoming = group.columns(streams, bars, frozenset(f"bar_{s}" for s in rule.packed_out))
     for stream, bar in group.program.passes[f"backward_{group.mode}"].items():
         derivatives[stream] = _passed(incoming[bar], needed[stream], rule.packing)
+    for stream, mask in needed.items():
+        if any(mask) and stream not in derivatives and _reaches(group, stream, incoming):
+            columns = group.columns(rule.inputs, saved, rule.packed_in)
+            zeros = map(_zero, columns[stream])
+            derivatives[stream] = [z if need else None for z, need in zip(zeros, mask)]
     result: list[Any] = []
     for stream, mask in needed.items():
         result += derivatives.get(stream, [None] * len(mask))
     return result
+
+
+def _zero(x: Tensor) -> Tensor:
+    """Return zeros that are no constants, so that they can be differentiated further."""
+    return x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0)
+
+
+def _reaches(group: Group, stream: str, bars: dict[str, Sequence[Tensor | None]]) -> bool:
+    """Whether an output whose derivative comes in is computed from an input.
+
+    If no derivative by the input is computed, it acts by its sign or in a comparison. Then the
+    derivative is zero, as in torch, and not absent: ``autograd.grad`` would refuse.
+    """
+    return any(
+        stream in read and any(bar is not None for bar in bars[f"bar_{output}"])
+        for output, read in sources(group.kernel).items()
+    )
 
 
 class FusedBackward(torch.autograd.Function):
