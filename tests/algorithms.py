@@ -54,8 +54,9 @@ class Algorithm:
             ``"gradients"`` (slots with them): meta-gradients by it are zero.
         forgets_start: Whether the first update leaves nothing of the slots as they were.
         formula: What it does in closed form, or ``None``.
-        oracle: The test file with another oracle of its values, if no twin in torch and no formula
-            is one: a slow copy that follows the paper, say.
+        reference: A slow copy that follows the paper, in ``references/``: the oracle of values and
+            derivatives for what torch has not.
+        oracle: The test file with another oracle of its values, if none of these is one.
         bounds: What its numbers may be where :data:`BOUNDS` does not say, by name.
         fixed: Arguments that are numbers but no hyperparameters.
         float64_scalars: Whether torch keeps numbers of its own in the default dtype: then it is
@@ -81,6 +82,7 @@ class Algorithm:
     flat: tuple[str, ...] = ()
     forgets_start: bool = False
     formula: ClosedForm | None = None
+    reference: Callable[..., Any] | None = None
     oracle: str = ""
     bounds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: tuple[str, ...] = ()

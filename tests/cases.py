@@ -11,6 +11,7 @@ from typing import Any
 
 import closed_forms
 import pytest
+import references.lion
 import torch
 from algorithms import F64 as F64
 from algorithms import Algorithm
@@ -148,7 +149,7 @@ ALGORITHMS = (
         slots=("exp_avg",),
         decoupled_decay=True,
         flat=("gradients", "betas"),
-        oracle="test_lion.py",
+        reference=references.lion.lion,
     ),
     Algorithm(
         torchopt.schedule_free_sgd,
