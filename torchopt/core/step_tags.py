@@ -13,13 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._autograd import (  # pyright: ignore[reportMissingImports]
-    _get_sequence_nr,
-)
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    peek_interpreter_stack,
-)
 
+from torchopt.base.torch_internals import get_sequence_nr, peek_interpreter_stack
 from torchopt.core.plan import Plan
 
 
@@ -68,7 +63,7 @@ def begin() -> int:
         or peek_interpreter_stack() is not None
     ):
         return -1
-    return _get_sequence_nr()
+    return get_sequence_nr()
 
 
 def end(
@@ -84,7 +79,7 @@ def end(
         new: Those after it.
         results: The updates or the new weights.
     """
-    last = _get_sequence_nr()
+    last = get_sequence_nr()
     if last == first:
         return
     g, p, count = leaves.g[0], leaves.p[0], leaves.t[0]

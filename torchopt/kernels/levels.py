@@ -13,10 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from torchopt.base.torch_internals import (
+    SingleLevelFunction,
+    TransformType,
+    add_batch_dim,
+    current_interpreter,
+    enable_single_level_autograd_function,
+    lift_of,
+    peek_interpreter_stack,
+    set_forward_grad_enabled,
+    unwrap_batched,
+    unwrap_for_grad,
+    unwrap_if_dead,
+    wrap_for_grad,
+)
 
 
 def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -30,13 +41,13 @@ def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tenso
         tensors: The others.
     """
     # what a level saved that has ended since is still wrapped by it, and may be of another one
-    tensors = list(map(functorch.unwrap_if_dead, tensors))
-    if functorch.peek_interpreter_stack() is None:
+    tensors = list(map(unwrap_if_dead, tensors))
+    if peek_interpreter_stack() is None:
         return _recorded(function, call, tensors)
-    interpreter: Any = retrieve_current_functorch_interpreter()
-    if interpreter.key() == functorch.TransformType.Vmap:
+    interpreter: Any = current_interpreter()
+    if interpreter.key() == TransformType.Vmap:
         return _batched(function, interpreter, call, tensors)
-    lifted = map(interpreter._cptr.lift, tensors)
+    lifted = map(lift_of(interpreter), tensors)
     with enable_single_level_autograd_function():
         return _FusedAtLevel.apply(_Level(function, interpreter, call), *lifted)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -70,7 +81,7 @@ def _batched(
     function: Any, interpreter: Any, call: Any, tensors: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     level, size = interpreter.level(), interpreter.batch_size()
-    pairs = [functorch._unwrap_batched(x, level) for x in tensors]
+    pairs = [unwrap_batched(x, level) for x in tensors]
     if all(dim is None for _, dim in pairs):
         with interpreter.lower():
             return apply(function, call, tensors)
@@ -80,7 +91,7 @@ def _batched(
             for x, dim in pairs
         ]
         outputs = apply(function, call, whole)
-    return [functorch._add_batch_dim(x, 0, level) for x in outputs]
+    return [add_batch_dim(x, 0, level) for x in outputs]
 
 
 class _Level(NamedTuple):
@@ -91,17 +102,17 @@ class _Level(NamedTuple):
     call: Any
 
 
-class _FusedAtLevel(torch.autograd.function._SingleLevelFunction):
+class _FusedAtLevel(SingleLevelFunction):
     """The node of one level; below it are the other levels, and at last the function itself."""
 
     @staticmethod
     def forward(level: _Level, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         number = level.interpreter.level()
-        below = [functorch._unwrap_for_grad(x, number) for x in tensors]
+        below = [unwrap_for_grad(x, number) for x in tensors]
         # a node computes without grad mode, but the levels below record graphs of their own
-        with torch.enable_grad(), _set_fwd_grad_enabled(True), level.interpreter.lower():
+        with torch.enable_grad(), set_forward_grad_enabled(True), level.interpreter.lower():
             outputs = apply(level.function, level.call, below)
-        return tuple([functorch._wrap_for_grad(x, number) for x in outputs])
+        return tuple([wrap_for_grad(x, number) for x in outputs])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
