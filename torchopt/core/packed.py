@@ -65,7 +65,8 @@ class Packing:
         return zero is not None and flat.data_ptr() == zero.data_ptr()
 
 
-@Sequence.register  # and no subclass, of which isinstance would ask in Python at every step
+# and no subclass, of which isinstance would ask in Python at every step
+@Sequence.register  # pyright: ignore[reportAttributeAccessIssue]
 class Packed:
     """A list of tensors that is one flat tensor until it is looked at."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchopt.base.torch_internals import get_sequence_nr, peek_interpreter_stack
 from torchopt.core.plan import Plan
+from torchopt.core.protocols import LeavesLike
 
 
 Slots = Mapping[str, Any]
@@ -67,7 +68,7 @@ def begin() -> int:
 
 
 def end(
-    first: int, tx_plan: Plan, leaves: Any, old: Slots, new: Slots, results: Sequence[Tensor]
+    first: int, tx_plan: Plan, leaves: LeavesLike, old: Slots, new: Slots, results: Sequence[Tensor]
 ) -> None:
     """Tag the nodes of a step that began at node number ``first``.
 
@@ -140,7 +141,7 @@ def read(node: Any) -> StepTag | str | None:
     return StepTag(*tag) if isinstance(tag, tuple) else tag
 
 
-def _some_are_leaves(leaves: Any) -> bool:
+def _some_are_leaves(leaves: LeavesLike) -> bool:
     """Whether a weight that has been updated before was not computed."""
     return any(
         p.is_leaf and p.requires_grad and type(t) is int and t > 1

@@ -29,6 +29,7 @@ from torchopt.base.torch_internals import (
 from torchopt.core.engine import Call, Leaves, run_by_rules
 from torchopt.core.packed import Packed
 from torchopt.core.plan import Plan
+from torchopt.core.transform import GradientTransformation
 from torchopt.kernels import levels
 from torchopt.kernels.assignment import assign
 from torchopt.kernels.backends import availability as backends
@@ -150,7 +151,7 @@ def hindered() -> str:
     return hindered_by_derivatives()
 
 
-def _traced(part: Any) -> bool:
+def _traced(part: GradientTransformation) -> bool:
     """Whether a tracer is at work, to which kernels are shown as operators where required."""
     if torch.compiler.is_compiling():
         return True
@@ -284,7 +285,7 @@ def answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:
             _warn_once(reason)
 
 
-def refusal(part: Any, name: str, reason: str) -> str:
+def refusal(part: GradientTransformation, name: str, reason: str) -> str:
     """Return the message for a parameter that cannot have the kernel that a part requires."""
     return (
         f"use_accelerated_op=True requires a fused kernel, but {name} cannot have one for "

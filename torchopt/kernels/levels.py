@@ -28,9 +28,10 @@ from torchopt.base.torch_internals import (
     unwrap_if_dead,
     wrap_for_grad,
 )
+from torchopt.kernels.differentiable import BackwardCall, Group
 
 
-def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def apply(function: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Compute ``function.forward(call, *tensors)`` and record it wherever a graph is recorded.
 
     Args:
@@ -52,7 +53,9 @@ def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tenso
         return _FusedAtLevel.apply(_Level(function, interpreter, call), *lifted)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _recorded(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _recorded(
+    function: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
         return function.forward(call, *tensors)
     # past the argument binding of Function.apply, which is for torch.func and costs time
@@ -64,7 +67,11 @@ def _recorded(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[T
 
 
 def _recorded_apart(
-    function: Any, record: Any, call: Any, parts: Sequence[Any], tensors: Sequence[Tensor]
+    function: Any,
+    record: Any,
+    call: Group | BackwardCall,
+    parts: Sequence[Any],
+    tensors: Sequence[Tensor],
 ) -> list[Tensor]:
     """Record parameters that do not depend on each other in nodes of their own."""
     places_in, places_out = call.places_in, call.places_out
@@ -78,7 +85,7 @@ def _recorded_apart(
 
 
 def _batched(
-    function: Any, interpreter: Any, call: Any, tensors: Sequence[Tensor]
+    function: Any, interpreter: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     level, size = interpreter.level(), interpreter.batch_size()
     pairs = [unwrap_batched(x, level) for x in tensors]
