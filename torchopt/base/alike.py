@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from torchopt.base.torch_internals import TensorGuards as _Guards
 
-_dynamo: Any = getattr(torch._C, "_dynamo", None)
-_Guards: Any = getattr(getattr(_dynamo, "guards", None), "TensorGuards", None)
+
 KINDS = 4  # first step and later ones, with and without grad
 
 

@@ -15,13 +15,14 @@ from torchopt.core.engine import Call, advance
 from torchopt.core.evaluation import converted_call
 from torchopt.core.gather import Members, gather
 from torchopt.core.opt_state import OptState
+from torchopt.core.protocols import TransformationLike
 from torchopt.core.slots import PARAM
 from torchopt.core.state_parts import EmptyState, joined
 from torchopt.typing import PyTree, Step, TensorTree
 
 
 def gather_tree(
-    tx: Any,
+    tx: TransformationLike,
     reference: PyTree,
     grads: list[Any] | None,
     params: list[Any] | None,
@@ -57,7 +58,9 @@ def _count_of(steps: Sequence[Step]) -> Step:
     return steps[0] - 1 if isinstance(steps[0], Tensor) else max(steps) - 1
 
 
-def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, list[Any]]:
+def state_slots(
+    tx: TransformationLike, state: object, grads: PyTree, spec: Any
+) -> dict[str, list[Any]]:
     """Return the slots of a state as lists aligned with the gradients.
 
     Raises:
@@ -124,7 +127,7 @@ def _next_counters(call: Call, old: dict[str, list[Any]], alike: bool) -> dict[s
     return found
 
 
-def as_state(tx: Any, state: Any) -> Any:
+def as_state(tx: TransformationLike, state: Any) -> Any:
     """Return what stands for a state as one: ``None`` if none is kept, or the parts of one.
 
     Raises:
@@ -158,7 +161,11 @@ def hyper_values(rows: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def slot_trees(
-    tx: Any, like: PyTree, reference: PyTree, spec: Any, columns: dict[str, list[Any]]
+    tx: TransformationLike,
+    like: PyTree,
+    reference: PyTree,
+    spec: Any,
+    columns: dict[str, list[Any]],
 ) -> dict[str, TensorTree]:
     """Build the slots of a state with the structure of ``like``; unneeded ones are left out."""
     slots = tx.plan.slot_of
@@ -169,7 +176,7 @@ def slot_trees(
     }
 
 
-def eval_trees(tx: Any, state: Any, params: PyTree) -> PyTree:
+def eval_trees(tx: TransformationLike, state: Any, params: PyTree) -> PyTree:
     """Return the parameters to evaluate with; see ``GradientTransformation.eval_params``."""
     state = state if type(state) is OptState else as_state(tx, state)
     p, spec = tree.flatten(params)
@@ -180,7 +187,7 @@ def eval_trees(tx: Any, state: Any, params: PyTree) -> PyTree:
 
 
 def advance_trees(
-    tx: Any,
+    tx: TransformationLike,
     grads: PyTree,
     state: OptState,
     params: PyTree,

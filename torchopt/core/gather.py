@@ -8,6 +8,7 @@ from typing import Any
 
 from torchopt.core.engine import Call, initialise, initialise_packed
 from torchopt.core.packed import Packed
+from torchopt.core.protocols import TransformationLike
 from torchopt.core.resolving import Known, resolve
 from torchopt.typing import Step
 
@@ -32,7 +33,7 @@ class Members:
 
 
 def gather(
-    tx: Any,
+    tx: TransformationLike,
     members: Sequence[Members],
     call: Call,
     counters: Mapping[str, Sequence[Any]],
@@ -64,7 +65,7 @@ def gather(
     return call
 
 
-def _fill_slots(tx: Any, call: Call, fresh: Sequence[bool]) -> None:
+def _fill_slots(tx: TransformationLike, call: Call, fresh: Sequence[bool]) -> None:
     """Give the parameters that have taken no step their first slots."""
     if call.pack_slots and all(fresh):
         packed = initialise_packed(tx, call)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torchopt.core.engine import Call, Leaves
 from torchopt.core.slots import Slot
 from torchopt.core.transform import GradientTransformation
 from torchopt.typing import PyTree, TensorTree
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -197,7 +200,7 @@ class Pair(GradientTransformation):
         return f"GradientTransformation({', '.join(names)})"
 
 
-def as_transformation(tx: Any) -> Any:
+def as_transformation(tx: T) -> T | Pair:
     """Return a tuple of two functions as a transformation, anything else as it is."""
     if isinstance(tx, tuple) and len(tx) == 2 and all(map(callable, tx)):
         return Pair(*tx)

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    get_interpreter_stack,
-)
 
+from torchopt.base.torch_internals import get_interpreter_stack
 from torchopt.core.engine import Leaves
 from torchopt.core.gradient_checks import Common
 from torchopt.core.packed import Packed, Packing

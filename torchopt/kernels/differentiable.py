@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 
+from torchopt.base.torch_internals import top_saved_tensors_hooks
 from torchopt.core.packed import Packed
 from torchopt.kernels.backends.launch import SUM, launch
 from torchopt.kernels.backends.memory import Column
@@ -335,8 +335,7 @@ def _is_like(x: Tensor, h: Tensor) -> bool:
 
 def split_for_hooks(parts: list[Part]) -> list[Part]:
     """Divide further where hooks want to see what is saved: that of a bare part is kept by hand."""
-    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 does not tell
-    if top is None or top(False) is None:
+    if top_saved_tensors_hooks is None or top_saved_tensors_hooks(False) is None:
         return parts
     return [Part(own, bare) for rows, bare in parts for own in _one_by_one(rows, bare)]
 

@@ -15,18 +15,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    TransformType,
-    get_interpreter_stack,
-    peek_interpreter_stack,
-)
-from torch.autograd import forward_ad
-from torch.utils import _pytree
 
 from torchopt.base import misuse
+from torchopt.base.torch_internals import (
+    TransformType,
+    get_interpreter_stack,
+    get_tracing_state,
+    in_forward_mode,
+    len_torch_dispatch_stack,
+    peek_interpreter_stack,
+    register_constant,
+)
 from torchopt.core.engine import Call, Leaves, run_by_rules
 from torchopt.core.packed import Packed
 from torchopt.core.plan import Plan
+from torchopt.core.transform import GradientTransformation
 from torchopt.kernels import levels
 from torchopt.kernels.assignment import assign
 from torchopt.kernels.backends import availability as backends
@@ -40,9 +43,9 @@ from torchopt.kernels.places import spread
 from torchopt.kernels.repeated import group_again, remember
 
 
-if hasattr(_pytree, "register_constant"):
+if register_constant is not None:
     # before a compiler sees the first plan; compiled.py hands it plans
-    _pytree.register_constant(Plan)
+    register_constant(Plan)
 
 
 #: Returns the module that computes where a tracer is at work. It is built on this one and brings
@@ -143,23 +146,23 @@ def hindered() -> str:
     """Return why nothing can be fused here and now; the empty string if nothing is in the way."""
     if torch.compiler.is_compiling():
         return "torch.compile fuses the rules itself"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if len_torch_dispatch_stack() > 0:
         return "a dispatch mode is watching (FakeTensor, make_fx, ...)"
     return hindered_by_derivatives()
 
 
-def _traced(part: Any) -> bool:
+def _traced(part: GradientTransformation) -> bool:
     """Whether a tracer is at work, to which kernels are shown as operators where required."""
     if torch.compiler.is_compiling():
         return True
-    return bool(part.use_accelerated_op) and torch._C._len_torch_dispatch_stack() > 0
+    return bool(part.use_accelerated_op) and len_torch_dispatch_stack() > 0
 
 
 def hindered_by_derivatives() -> str:
     """Return why nothing can be fused for the derivatives that are being taken, if so."""
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return "forward-mode derivatives go through the rules"
-    if torch._C._get_tracing_state() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    if get_tracing_state() is not None:
         return "torch.jit.trace is recording"
     for interpreter in get_interpreter_stack() or ():
         if interpreter.key() not in (TransformType.Grad, TransformType.Vmap):
@@ -282,7 +285,7 @@ def answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:
             _warn_once(reason)
 
 
-def refusal(part: Any, name: str, reason: str) -> str:
+def refusal(part: GradientTransformation, name: str, reason: str) -> str:
     """Return the message for a parameter that cannot have the kernel that a part requires."""
     return (
         f"use_accelerated_op=True requires a fused kernel, but {name} cannot have one for "

@@ -28,6 +28,7 @@ from torchopt.kernels.backends.memory import narrow_mask, slot_dtype
 from torchopt.kernels.fused import hindered
 from torchopt.kernels.generate.program import GRADIENT, Program, slot_stream
 from torchopt.kernels.matching import Run, whole_run
+from torchopt.kernels.stepped import SteppedOptimizer
 
 
 MODE = "apply"
@@ -267,7 +268,7 @@ class Stepper:
         self.prepared: list[Prepared] = []
         self.separate: list[Prepared] = []  # groups known to share no memory
 
-    def step(self, optimizer: Any, grads: Sequence[Any]) -> bool:
+    def step(self, optimizer: SteppedOptimizer, grads: Sequence[Any]) -> bool:
         """Take one step in place, if kernels can take all of it; return whether they did.
 
         Nothing has changed if not. An interrupt leaves either the old values or all new ones.
@@ -310,7 +311,7 @@ class Stepper:
         _commit(work, counts)
         return True
 
-    def _states(self, optimizer: Any, count: int, counts: bool) -> list[Any] | None:
+    def _states(self, optimizer: SteppedOptimizer, count: int, counts: bool) -> list[Any] | None:
         """Return the states of all parameters, ``None`` if one must have a state and has none."""
         found = optimizer.state
         if len(found) == count:
@@ -323,7 +324,12 @@ class Stepper:
         return [found.get(p, NOTHING) for p in params]
 
     def _prepare(
-        self, k: int, plan: Plan, params: list[Tensor], states: list[Any], optimizer: Any
+        self,
+        k: int,
+        plan: Plan,
+        params: list[Tensor],
+        states: list[Any],
+        optimizer: SteppedOptimizer,
     ) -> Prepared | None:
         if k < len(self.prepared) and self.prepared[k].is_current(params, states):
             return self.prepared[k]

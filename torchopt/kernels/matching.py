@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torchopt.base.values import is_plain, same
 from torchopt.core.plan import Plan
+from torchopt.core.transform import GradientTransformation
 from torchopt.kernels.generate.learned import NUMBER, hyper_stream
 from torchopt.kernels.generate.program import Program, build, compiled, holds
 from torchopt.kernels.generate.tracing import UntraceableError
@@ -249,7 +250,7 @@ def whole_run(plan: Plan) -> Run | None:
     return runs[0] if runs and runs[0].last == len(plan.parts) else None
 
 
-def unjoined(part: Any) -> str:
+def unjoined(part: GradientTransformation) -> str:
     """Return why a part can be in no run; the empty string if it can."""
     if part.use_accelerated_op is False:
         return "use_accelerated_op is False"

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+
+from torchopt.base.torch_internals import (
+    graph_task_keeps_graph,
+    in_forward_mode,
     is_legacy_batchedtensor,
     peek_interpreter_stack,
 )
-
 from torchopt.core.packed import Packing
 from torchopt.kernels import levels
 from torchopt.kernels.differentiable import BackwardCall, Group, sources
@@ -199,7 +201,7 @@ class Kept:
                 "had saved was freed by the first .backward() or autograd.grad(). Specify "
                 "retain_graph=True there."
             )
-        taken, for_good = self._tensors, not _keeps_graph()
+        taken, for_good = self._tensors, not graph_task_keeps_graph()
         everyone = len(rows) == self._group.count
         if not everyone:
             wanted = {ALL, *rows}
@@ -221,11 +223,6 @@ class Kept:
                 kept = [None if row in self._gone else x for (_, row), x in zip(at, self._tensors)]
                 self._tensors = kept
         return taken
-
-
-def _keeps_graph() -> bool:
-    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-    return autograd._get_current_graph_task_keep_graph()
 
 
 class _NothingKept:
@@ -264,7 +261,7 @@ def _backward(
     call: BackwardCall, bars: Sequence[Tensor], saved: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     tensors = [*bars, *saved]
-    if torch.autograd.forward_ad._current_level >= 0:
+    if in_forward_mode():
         return call.rule(*tensors)
     if any(map(is_legacy_batchedtensor, bars)):
         return call.rule_by_autograd(*tensors)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from torchopt.base.torch_internals import peek_interpreter_stack
 from torchopt.base.values import same
 from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.generate.learned import NUMBER, SINGLE
@@ -73,7 +73,7 @@ class Rows:
 
     def stand_for(self, given: Sequence[dict[str, Any]]) -> bool:
         """Whether these are the rows that were read, and can be read again."""
-        if self.tensors and functorch.peek_interpreter_stack() is not None:
+        if self.tensors and peek_interpreter_stack() is not None:
             return False
         if given is self.given:
             return True
@@ -100,7 +100,7 @@ def read_rows(run: Run, given: Sequence[dict[str, Any]]) -> Rows | None:
     """Read the rows of all parameters; ``None`` if they have to be looked at one by one."""
     base = given[0]
     first = run.read(base)
-    if first.reason or (first.kinds and functorch.peek_interpreter_stack() is not None):
+    if first.reason or (first.kinds and peek_interpreter_stack() is not None):
         return None
     distinct, indices = [base], None
     if not all(map(is_, given, repeat(base))):
@@ -149,7 +149,7 @@ def unfit_hypers(
         like: The gradients of the parameters.
     """
     recorded, on_cpu = torch.is_grad_enabled(), like[0].is_cpu
-    levels = functorch.peek_interpreter_stack() is not None  # they record graphs of their own
+    levels = peek_interpreter_stack() is not None  # they record graphs of their own
     wanted: set[str] = set()
     for stream in program.hypers(mode):
         column = tensors[stream]

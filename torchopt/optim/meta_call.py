@@ -19,6 +19,7 @@ from torchopt.core import hyper, resolving
 from torchopt.core.engine import Call, initialise_packed, packs
 from torchopt.core.gather import Members, gather
 from torchopt.core.packed import Packed, PackedDict, Packing
+from torchopt.core.plan import Plan
 from torchopt.core.transform import GradientTransformation
 from torchopt.nn.parameters import ParameterSite, ParameterWalk, named_places
 from torchopt.optim.meta_state import GroupState
@@ -165,7 +166,7 @@ def new_call(
 
 
 def _without_reshaped(
-    plan: Any, states: Sequence[GroupState], entries: Sequence[Entry], params: Sequence[Tensor]
+    plan: Plan, states: Sequence[GroupState], entries: Sequence[Entry], params: Sequence[Tensor]
 ) -> Sequence[GroupState]:
     """Leave out parameters of another shape than their slots: new ones under an old name."""
     kept = list(states)
@@ -298,7 +299,7 @@ class Steady:
 
     def call(
         self,
-        tx: Any,
+        tx: GradientTransformation,
         groups: Sequence[dict[str, Any]],
         states: Sequence[GroupState],
         entries: Sequence[Entry],
@@ -347,7 +348,7 @@ class Steady:
                 slots[slot] = column.packed
         return slots
 
-    def _fresh_slots(self, tx: Any, call: Call) -> dict[str, Any] | None:
+    def _fresh_slots(self, tx: GradientTransformation, call: Call) -> dict[str, Any] | None:
         """Return the slots of a first step; the numbers that they are have no memory to share."""
         if self._known.knows(call.p):
             return {

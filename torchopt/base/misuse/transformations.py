@@ -114,7 +114,7 @@ def _is_schedule(value: Any, cls: type) -> bool:
     )
 
 
-def not_a_result(tx: Any, result: Any, slots: tuple[Any, ...]) -> str:
+def not_a_result(tx: object, result: Any, slots: tuple[Any, ...]) -> str:
     """Return the message for a rule that returns anything but an update and its slots."""
     name, number = type(tx).__name__, len(slots)
     what = given(result)
@@ -127,7 +127,7 @@ def not_a_result(tx: Any, result: Any, slots: tuple[Any, ...]) -> str:
     )
 
 
-def no_step(tx: Any) -> str:
+def no_step(tx: object) -> str:
     """Return the message for the step of a transformation that has none."""
     return (
         f"{type(tx).__name__} defines no step(leaves). To step by a loss: "
@@ -149,7 +149,7 @@ def check_declarations(cls: type) -> None:
             )
 
 
-def check_decorated(tx: Any) -> None:
+def check_decorated(tx: object) -> None:
     """Refuse a class with fields of its own that no decorator has seen.
 
     Raises:

@@ -125,8 +125,8 @@ class Library:
         call.set_sums(summed, sums)
         call.run()
 
-    def run_call(self, call: Any) -> None:
-        """Make a call."""
+    def run_call(self, call: int) -> None:
+        """Make the call whose ``struct call`` is at an address."""
         code = self._run(call)
         if code != 0:
             raise RuntimeError(f"The fused engine refused a call (code {code}); please report it.")

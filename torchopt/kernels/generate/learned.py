@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from torchopt.base.torch_internals import make_subclass, temporarily_clear_interpreter_stack
 from torchopt.kernels.generate.graph import Node, Number, input_node, number_node, topological
 from torchopt.kernels.generate.tracing import (
     BINARY,
@@ -70,7 +70,7 @@ class _Symbolic(Tensor):
     @classmethod
     def _made(cls) -> Any:
         with temporarily_clear_interpreter_stack():
-            return Tensor._make_subclass(cls, torch.zeros(()), True)
+            return make_subclass(cls, torch.zeros(()), True)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

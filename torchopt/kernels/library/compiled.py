@@ -15,13 +15,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from torchopt.base import misuse, tree
 from torchopt.base.numerics import HALF
+from torchopt.base.torch_compiler import (
+    FakeTensor,
+    FunctionalTensor,
+    allow_in_graph,
+    nonstrict_trace,
+)
 from torchopt.core.engine import Call, Leaves, run_by_rules
 from torchopt.core.plan import Plan
 from torchopt.kernels import fused
@@ -134,7 +137,7 @@ _TOO_OLD = (
 )
 
 
-@torch._dynamo.allow_in_graph
+@allow_in_graph
 def _refuse_old(_: Tensor, message: str) -> None:
     """Raise; what the compiler's frontend of these versions raises itself loses its message."""
     raise RuntimeError(message)
@@ -219,11 +222,7 @@ def _computed(
 
 
 # other tracers call it as it is, and compilers that are too old have been refused
-_operate: Any = (
-    torch._dynamo.nonstrict_trace(_run_operators)
-    if hasattr(torch._dynamo, "nonstrict_trace")
-    else _run_operators
-)
+_operate: Any = _run_operators if nonstrict_trace is None else nonstrict_trace(_run_operators)
 
 
 def _run_longest(

@@ -22,15 +22,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    is_legacy_batchedtensor,
-)
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from torchopt.base.numerics import to_compute_dtype
+from torchopt.base.torch_internals import (
+    AutoDispatchBelowAutograd,
+    SingleLevelFunction,
+    after_autograd_keyset,
+    enable_single_level_autograd_function,
+    in_forward_mode,
+    is_legacy_batchedtensor,
+)
 from torchopt.kernels.generate.written import evaluate
 from torchopt.kernels.library.operator_calls import (
     Call,
@@ -88,7 +90,7 @@ def _evaluated_backward(
 
 # Nodes of one level of torch.func. ``torch.autograd.Function`` is this class and an ``apply`` that
 # treats all levels at once; the dispatcher comes to an operator for each of them.
-class _Update(_SingleLevelFunction):
+class _Update(SingleLevelFunction):
     """``apply(call, *tensors)``; the derivative is the backward kernel."""
 
     @staticmethod
@@ -123,7 +125,7 @@ class _Update(_SingleLevelFunction):
         return (None, *(x for column in derivatives.values() for x in column))
 
 
-class _UpdateBackward(_SingleLevelFunction):
+class _UpdateBackward(SingleLevelFunction):
     """``apply(call, given, wanted, *bars, *tensors)``; the derivative is that of plain torch."""
 
     @staticmethod
@@ -159,7 +161,7 @@ def _below(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
     ``Function.forward`` runs without grad mode, in which the levels of ``torch.func`` around this
     one would record nothing: derivatives of derivatives would be zero.
     """
-    with torch.enable_grad(), _AutoDispatchBelowAutograd():
+    with torch.enable_grad(), AutoDispatchBelowAutograd():
         return tuple(operator(*arguments))
 
 
@@ -186,12 +188,12 @@ def _refuse_recorded_values(live: Tensor | None) -> None:
 def _autograd_update(keys: Any, tensors: list[Tensor], *rest: Any) -> Sequence[Tensor]:
     call = Call(*rest)
     _refuse_recorded_values(call.live)
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return list(_evaluated(call, tensors))
     if _recorded(tensors):
         return _node(_Update, call, *tensors)
-    keys = keys & torch._C._after_autograd_keyset
-    with _AutoDispatchBelowAutograd():
+    keys = keys & after_autograd_keyset
+    with AutoDispatchBelowAutograd():
         return torch.ops.torchopt.update.default.redispatch(keys, tensors, *rest)
 
 
@@ -201,14 +203,14 @@ def _autograd_update_backward(
     *arguments, wanted = rest
     call = Call(*arguments)
     _refuse_recorded_values(call.live)
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return list(_evaluated_backward(call, bars, tensors, wanted))
     if _recorded([*bars, *tensors]):
         given = [bar is not None for bar in bars]
         there = [bar for bar in bars if bar is not None]
         return _node(_UpdateBackward, call, given, wanted, *there, *tensors)
-    keys = keys & torch._C._after_autograd_keyset
-    with _AutoDispatchBelowAutograd():
+    keys = keys & after_autograd_keyset
+    with AutoDispatchBelowAutograd():
         return torch.ops.torchopt.update_backward.default.redispatch(keys, bars, tensors, *rest)
 
 
