@@ -1,4 +1,4 @@
-"""The engine under the three faces: flat lists of tensors through the parts of a transformation."""
+"""The engine under the three APIs: flat lists of tensors through the parts of a transformation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torchopt.typing import PyTree, Step
 
 @dataclasses.dataclass
 class Call:
-    """One update as a face asks for it: lists with one entry per parameter, ``None`` if absent."""
+    """One update as an API asks for it: lists with one entry per parameter, ``None`` if absent."""
 
     g: list[Any]
     p: list[Any]
@@ -34,7 +34,7 @@ class Call:
     pack_slots: bool = False  # whether new slots may come back as Packed
     known: Any = ()  # parameters that a mask may name besides; see resolving.match_by_name
     pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.core.whole
-    labels: Any = None  # of the parameters, for a partition, where the face knows them
+    labels: Any = None  # of the parameters, for a partition, where the API knows them
     packing: Packing | None = None  # where an update leaves what it found out for the next one
 
 
@@ -175,7 +175,7 @@ def advance(
     With ``apply`` the new parameters are returned instead of the updates.
     """
     if call.pack_slots and accelerates(tx.plan):
-        again = accelerator.take_again(tx.plan, call, apply)
+        again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
             return again
     index = [i for i, g in enumerate(call.g) if g is not None]
@@ -301,7 +301,7 @@ def run(
         own = leaves if position == 0 else leaves.with_tensors(g, leaves.p, None)
         fused = None
         if accelerates(plan):
-            fused = accelerator.take_run(plan, position, own, columns, apply)
+            fused = accelerator.take_segment(plan, position, own, columns, apply)
         if fused is not None:
             position, g, applied = fused
             if applied:

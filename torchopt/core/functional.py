@@ -1,4 +1,4 @@
-"""The functional face's side of the engine: trees become the flat lists of one call."""
+"""The functional API's side of the engine: trees become the flat lists of one call."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def gather_tree(
     counters: Mapping[str, Sequence[Any]] | None = None,
     extra: dict[str, Any] | None = None,
     mask_tree: PyTree = None,
-    alike: bool = False,
+    uniform: bool = False,
 ) -> Call:
     """Gather the update of a tree.
 
     ``reference`` has the order of the lists; ``mask_tree`` is what a mask given as a function sees;
-    ``counters`` are those before this update, or those of a start, and ``alike`` says whether they
-    and the steps are the same for all parameters.
+    ``counters`` are those before this update, or those of a start, and ``uniform`` says whether
+    they and the steps are the same for all parameters.
     """
     names = lambda: tree.leaf_names(reference)  # noqa: E731
     absent = [None] * len(steps)
@@ -48,7 +48,7 @@ def gather_tree(
         counters = {name: [c.start] * len(steps) for name, c in tx.plan.counters.items()}
     leaves = params if params is not None else grads
     members = Members(tx.plan.values, leaves or [], names, _count_of(steps))
-    return gather(tx, [members], call, counters, alike=alike)
+    return gather(tx, [members], call, counters, uniform=uniform)
 
 
 def _count_of(steps: Sequence[Step]) -> Step:
@@ -106,20 +106,20 @@ def _counters(state: OptState, grads: PyTree, spec: Any) -> dict[str, list[Any]]
     return columns
 
 
-def _next_counters(call: Call, old: dict[str, list[Any]], alike: bool) -> dict[str, Any]:
+def _next_counters(call: Call, old: dict[str, list[Any]], uniform: bool) -> dict[str, Any]:
     """Return the counters to remember: one number while all parameters agree."""
     found: dict[str, Any] = {}
     compiling = torch.compiler.is_compiling()
     if compiling and old:  # what has been counted once is the same: numbers are not to be compared
-        alike = alike and not tree.compiler_is_old()
-        alike = alike and all(row is call.hyper[0] for row in call.hyper)
-        alike = alike and all(g is not None or p is None for g, p in zip(call.g, call.p))
+        uniform = uniform and not tree.compiler_is_old()
+        uniform = uniform and all(row is call.hyper[0] for row in call.hyper)
+        uniform = uniform and all(g is not None or p is None for g, p in zip(call.g, call.p))
     for name, column in old.items():
         new = [x if g is None else row[name] for x, g, row in zip(column, call.g, call.hyper)]
         own = [x for x, p, g in zip(new, call.p, call.g) if p is not None or g is not None] or new
         first = own[0] if own else 0.0
         if compiling:
-            one = alike
+            one = uniform
         else:
             numbers = all(type(x) is float for x in own)
             one = all(x is first or (numbers and x == first) for x in own)
@@ -209,8 +209,8 @@ def advance_trees(
     counters = _counters(state, grads, spec) if tx.plan.counters else {}
     steps = step_count.step_list(old_steps, len(g))
     one = all(isinstance(x, (int, float, Tensor)) for x in state.counters.values())
-    alike = one and not isinstance(old_steps, list)
-    call = gather_tree(tx, grads, g, p, steps, slots, counters, extra, params, alike)
+    uniform = one and not isinstance(old_steps, list)
+    call = gather_tree(tx, grads, g, p, steps, slots, counters, extra, params, uniform)
     own, pairs = whole.split(tx.plan, state.slots) if tx.plan.whole else (state.slots, {})
     if inplace:
         if old_steps == 0:  # an anchor may lead to the parameters, which may be leaves as well
@@ -238,7 +238,7 @@ def advance_trees(
         {**slot_trees(tx, like, grads, spec, slots), **whole.end(tx.plan, call)},
         {
             name: tree.unflatten_like(like, grads, spec, x) if isinstance(x, list) else x
-            for name, x in _next_counters(call, counters, alike).items()
+            for name, x in _next_counters(call, counters, uniform).items()
         },
     )
     return results, call.p, spec, new_state

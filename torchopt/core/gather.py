@@ -40,7 +40,7 @@ def gather(
     *,
     order: Sequence[int] | None = None,
     fresh: Sequence[bool] = (),
-    alike: bool = False,
+    uniform: bool = False,
 ) -> Call:
     """Complete a call: the hyperparameters and counters of this update, and slots that are new.
 
@@ -51,7 +51,7 @@ def gather(
         counters: The counters before this update, by name, of each parameter.
         order: Where the parameters of the call stand among the members, if elsewhere.
         fresh: Which parameters get new slots.
-        alike: Whether all parameters have the same counters and have taken as many steps.
+        uniform: Whether all parameters have the same counters and have taken as many steps.
     """
     plan = tx.plan
     rows: list[dict[str, Any]] = []
@@ -59,7 +59,7 @@ def gather(
         rows += resolve(one.values, plan.hyper_specs, one.leaves, one.names, one.count, one.known)
     if order is not None:
         rows = [rows[k] for k in order]
-    call.hyper = plan.counted_rows(rows, call.t, counters, alike) if plan.counters else rows
+    call.hyper = plan.counted_rows(rows, call.t, counters, uniform) if plan.counters else rows
     if True in fresh:
         _fill_slots(tx, call, fresh)
     return call

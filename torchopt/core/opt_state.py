@@ -1,4 +1,4 @@
-"""The state of an optimizer in the functional face."""
+"""The state of an optimizer in the functional API."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 ``torch.autograd.Function.apply`` does the same for any tree of arguments, and takes it apart and
 puts it together again several times on each level, which took 5 to 8 % of a meta-step of 32 tasks
 under ``vmap``. What a level does to a tensor is torch's own; only the way there is shorter. Only
-``grad`` and ``vmap`` come here; the others go through the rules (``hindered_by_derivatives``).
+``grad`` and ``vmap`` come here; the others go through the rules (``unsupported_by_derivatives``).
 """
 
 from __future__ import annotations

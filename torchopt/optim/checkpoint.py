@@ -1,4 +1,4 @@
-"""Check and convert states saved by ``torch.optim`` or by the object-oriented face."""
+"""Check and convert states saved by ``torch.optim`` or by the object-oriented API."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchopt.base.alike import Alike
+from torchopt.base.signatures import KnownSignatures
 from torchopt.base.values import is_plain
 from torchopt.core import hyper, resolving
 from torchopt.core.engine import Call, initialise_packed, packs
@@ -268,7 +268,7 @@ class Steady:
         # what may get other entries by name; the tensors in it are read at each step
         self._trees = [(v, _entries(v)) for v in self._values if isinstance(v, Mapping)]
         self._initial: dict[str, Any] = {}  # the slots of parameters like those in known
-        self._known = Alike()
+        self._known = KnownSignatures()
 
     @classmethod
     def after(
@@ -352,7 +352,7 @@ class Steady:
         """Return the slots of a first step; the numbers that they are have no memory to share."""
         if self._known.knows(call.p):
             return {
-                slot: column.again() if type(column) is Packed else column
+                slot: column.unread() if type(column) is Packed else column
                 for slot, column in self._initial.items()
             }
         slots = initialise_packed(tx, call, self.packing)

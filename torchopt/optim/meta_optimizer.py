@@ -1,4 +1,4 @@
-"""The differentiable face: optimizers that keep a network connected to what it was."""
+"""The differentiable API: optimizers that keep a network connected to what it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The object-oriented face: any transformation as a real ``torch.optim.Optimizer``."""
+"""The object-oriented API: any transformation as a real ``torch.optim.Optimizer``."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def refuse_switches(title: str, capturable: bool, differentiable: bool) -> None:
     if differentiable:
         raise ValueError(
             f"{title} changes its parameters in place. To differentiate through its steps use "
-            f"torchopt.Meta{title}(module, ...) or the functional face with inplace=False."
+            f"torchopt.Meta{title}(module, ...) or the functional API with inplace=False."
         )
     if capturable:
         raise ValueError(f"{title} has no capturable form yet; leave capturable=False.")

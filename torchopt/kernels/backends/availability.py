@@ -55,7 +55,7 @@ def _cuda_unavailable() -> str:
         return f"{NOT_LOADED} GPUs need triton, which is not installed"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    problem = gpu.hindrance()
+    problem = gpu.reason()
     return f"{NOT_LOADED} GPUs are not loaded: {problem}" if problem else ""
 
 

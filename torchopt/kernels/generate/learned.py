@@ -51,14 +51,14 @@ _ALONE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def hyper_stream(position: int) -> str:
-    """Return the name of the stream of a hyperparameter: of its derivative, or of its entries."""
+def hyper_operand(position: int) -> str:
+    """Return the name of the operand of a hyperparameter: of its derivative, or of its entries."""
     return f"h{position}"
 
 
-def is_hyper(stream: str) -> bool:
-    """Whether a stream is that of a hyperparameter."""
-    return stream[0] == "h"
+def is_hyper(operand: str) -> bool:
+    """Whether a operand is that of a hyperparameter."""
+    return operand[0] == "h"
 
 
 class _Symbolic(Tensor):
@@ -127,7 +127,7 @@ def symbol(value: float, position: int, kind: str) -> LearnedNumber | LearnedEnt
     """Return the symbol of a hyperparameter that is a tensor."""
     if kind == SINGLE:
         return LearnedNumber.of(value, f"h[{position}]")
-    return LearnedEntries.of(input_node(hyper_stream(position)))
+    return LearnedEntries.of(input_node(hyper_operand(position)))
 
 
 def _apply(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -176,12 +176,12 @@ def _compared(sign: str, left: Any, right: Any) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def hypers_in(source: str) -> frozenset[str]:
-    """Return the streams of the hyperparameters that an expression reads."""
-    return frozenset(hyper_stream(int(k)) for k in re.findall(r"\bh\[(\d+)\]", source))
+    """Return the operands of the hyperparameters that an expression reads."""
+    return frozenset(hyper_operand(int(k)) for k in re.findall(r"\bh\[(\d+)\]", source))
 
 
 def hypers_of(outputs: Iterable[Node]) -> frozenset[str]:
-    """Return the streams of the hyperparameters that a graph reads, numbers and tensors."""
+    """Return the operands of the hyperparameters that a graph reads, numbers and tensors."""
     found: set[str] = set()
     for node in topological(outputs):
         if node.op == "number":
@@ -191,13 +191,13 @@ def hypers_of(outputs: Iterable[Node]) -> frozenset[str]:
     return frozenset(found)
 
 
-def slope(source: str, stream: str) -> str:
+def slope(source: str, operand: str) -> str:
     """Return the derivative of an expression by a hyperparameter, as an expression.
 
     Raises:
         UntraceableError: If it has none that is an expression.
     """
-    return _slope(ast.parse(source, mode="eval").body, int(stream[1:])) or "0.0"
+    return _slope(ast.parse(source, mode="eval").body, int(operand[1:])) or "0.0"
 
 
 def _slope(node: ast.expr, position: int) -> str:

@@ -5,7 +5,7 @@ Importing this module makes ``torch.ops.torchopt.update``, which computes a kern
 told by its text (``written.py``). In eager mode the engine does not use them, for a call through
 the dispatcher costs more than a small update.
 
-The tensors are a flat list, stream by stream (all gradients, then all parameters, ...), in the
+The tensors are a flat list, operand by operand (all gradients, then all parameters, ...), in the
 order in which the kernel reads them; so are the results. ``values`` are rows of hyperparameters,
 one after the other, each with a step count in ``steps``; ``live`` is a tensor that takes the place
 of ``values`` where they are not known while tracing. ``rows`` says which row each parameter has.
@@ -65,11 +65,11 @@ def _evaluated(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     numbers = call.numbers()
     results: list[dict[str, Tensor]] = []
     for k, row in enumerate(call.row_of_each(len(like))):
-        own = {stream: to_compute_dtype(column[k]) for stream, column in columns.items()}
+        own = {operand: to_compute_dtype(column[k]) for operand, column in columns.items()}
         results.append(evaluate(kernel, own, numbers[row]))
     return tuple(
-        result[stream].to(dtype_of(stream, like[0].dtype))
-        for stream in kernel.output_streams
+        result[operand].to(dtype_of(operand, like[0].dtype))
+        for operand in kernel.output_operands
         for result in results
     )
 
@@ -81,7 +81,7 @@ def _evaluated_backward(
     full = tuple(torch.zeros_like(o) if b is None else b for o, b in zip(outputs, bars))
     written = call.written
     columns = columns_of(written.forward.inputs, vjp(full))
-    found = [x for stream in written.backward.output_streams for x in columns[stream]]
+    found = [x for operand in written.backward.output_operands for x in columns[operand]]
     return tuple(x for x, needed in zip(found, wanted) if needed)
 
 
@@ -112,16 +112,16 @@ class _Update(SingleLevelFunction):
         needs = columns_of(written.forward.inputs, ctx.needs_input_grad[1:])
         count = len(next(iter(needs.values())))
         derivatives: dict[str, list[Any]] = {s: [None] * count for s in needs}
-        wanted = [need for s in written.backward.output_streams for need in needs[s]]
+        wanted = [need for s in written.backward.output_operands for need in needs[s]]
         if any(wanted) and any(bar is not None for bar in bars):
             own = list(bars), list(ctx.saved_tensors), *call.arguments(), wanted
             found = iter(torch.ops.torchopt.update_backward(*own))
-            for stream in written.backward.output_streams:
-                derivatives[stream] = [next(found) if need else None for need in needs[stream]]
-        incoming = columns_of([f"bar_{s}" for s in written.forward.output_streams], bars)
-        for stream, bar in written.passes.items():
-            pairs = zip(incoming[bar], needs[stream])
-            derivatives[stream] = [x if need else None for x, need in pairs]
+            for operand in written.backward.output_operands:
+                derivatives[operand] = [next(found) if need else None for need in needs[operand]]
+        incoming = columns_of([f"bar_{s}" for s in written.forward.output_operands], bars)
+        for operand, bar in written.passes.items():
+            pairs = zip(incoming[bar], needs[operand])
+            derivatives[operand] = [x if need else None for x, need in pairs]
         return (None, *(x for column in derivatives.values() for x in column))
 
 

@@ -18,7 +18,7 @@ from torchopt.base.torch_internals import TensorGuards as _Guards
 KINDS = 4  # first step and later ones, with and without grad
 
 
-class Alike:
+class KnownSignatures:
     """Kinds of lists of tensors: the same number, and each as the one at its place was.
 
     Of a tensor the kind is its class, dispatch keys (device type, layout, conjugate and negative
