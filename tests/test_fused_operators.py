@@ -282,11 +282,18 @@ COMPILED: dict[str, Callable[[bool], Any]] = {
         torchopt.adam(0.1, use_accelerated_op=required),
         torchopt.sgd(0.1, momentum=0.9, use_accelerated_op=required),
     ),
+    "rows-and-schedule-after-clipping": lambda required: torchopt.chain(
+        torchopt.clip_grad_norm(0.5),
+        torchopt.adam(torchopt.schedules.linear(0.1, 0.0, 40), use_accelerated_op=required),
+        torchopt.sgd({"0": 0.1, "1": 0.2, "2": 0.2}, momentum=0.9, use_accelerated_op=required),
+    ),
     # more slots than a kernel can have
     "two-kernels": lambda required: torchopt.chain(*[torchopt.trace(0.5)] * 64).with_accelerated_op(
         required
     ),
 }
+#: Compiled by ``make test-all`` only; ``make test`` has them together.
+ALONE = ("schedule", "rows", "after-clipping", "two-optimizers")
 
 
 def _required(case: Case, required: bool) -> Any:
@@ -339,7 +346,10 @@ def compiled_steps(
             pytest.param(functools.partial(_required, *row.values), id=row.id, marks=row.marks)
             for row in rows(compiles_with_kernels, each=state_kind)
         ),
-        *(pytest.param(make, id=name) for name, make in COMPILED.items()),
+        *(
+            pytest.param(make, id=name, marks=[pytest.mark.thorough] * (name in ALONE))
+            for name, make in COMPILED.items()
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
