@@ -56,6 +56,14 @@ def examples_on_path() -> Iterator[None]:
     sys.path.remove(folder)
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let examples draw nothing: seconds a run, where the figure is not what is tested."""
+    figure = pytest.importorskip("matplotlib.figure")
+    stub = lambda self, file, **_: file.write(b"\x89PNG")  # noqa: E731
+    monkeypatch.setattr(figure.Figure, "savefig", stub)
+
+
 def nonzero(
     *shape: int, dtype: torch.dtype = torch.float64, requires_grad: bool = False
 ) -> torch.Tensor:

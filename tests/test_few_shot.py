@@ -40,7 +40,7 @@ def run_here(*options: str) -> dict:
 
 
 @pytest.fixture
-def no_comparison(monkeypatch):
+def no_comparison(monkeypatch, no_figures):
     """Leave out the comparison with fine-tuning and most of the curves, which take long."""
     import few_shot
     from common.maml import Accuracy
