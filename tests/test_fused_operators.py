@@ -52,8 +52,8 @@ def arguments(
     kernel = program_of(tx).kernels[mode]
     torch.manual_seed(0)
     tensors = []
-    for stream in kernel.inputs:
-        own = dtype if stream in "gp" or dtype == torch.float64 else torch.float32
+    for operand in kernel.inputs:
+        own = dtype if operand in "gp" or dtype == torch.float64 else torch.float32
         for shape in (*SHAPES, (2, 3)):
             x = torch.rand(shape, dtype=own) + 0.1
             tensors.append((x.mT if shape == (2, 3) else x).requires_grad_(requires_grad))
@@ -82,7 +82,7 @@ def test_opcheck_of_its_backward(case: Case, dtype: torch.dtype, requires_grad: 
         for x in torch.ops.torchopt.update(*given)
     ]
     bars[1] = None
-    wanted = [True] * (len(read(given[1]).backward.output_streams) * (len(SHAPES) + 1))
+    wanted = [True] * (len(read(given[1]).backward.output_operands) * (len(SHAPES) + 1))
     wanted[2] = False
     torch.library.opcheck(torch.ops.torchopt.update_backward, (bars, *given, wanted))
 
@@ -119,10 +119,10 @@ def of_operator(make: Any) -> Callable[[Tensor], Tensor]:
 
     def function(x: Tensor) -> Tensor:
         tensors = [x * (k + 1) for k, _ in enumerate(sorted(kernel.inputs))]
-        by_stream = dict(zip(sorted(kernel.inputs), tensors))
-        given = [by_stream[stream] for stream in kernel.inputs]
+        by_operand = dict(zip(sorted(kernel.inputs), tensors))
+        given = [by_operand[operand] for operand in kernel.inputs]
         outputs = torch.ops.torchopt.update(given, text, values, None, [3], None)
-        by_name = dict(zip(kernel.output_streams, outputs))
+        by_name = dict(zip(kernel.output_operands, outputs))
         return sum((k + 1) * (by_name[s] ** 2).sum() for k, s in enumerate(sorted(by_name)))  # pyright: ignore[reportReturnType]
 
     return function
@@ -135,8 +135,8 @@ def of_rules(make: Any) -> Callable[[Tensor], Tensor]:
     names = list(tx.slot_names())
 
     def function(x: Tensor) -> Tensor:
-        streams = sorted(kernel.inputs)
-        given = {s: x * (k + 1) for k, s in enumerate(streams)}
+        operands = sorted(kernel.inputs)
+        given = {s: x * (k + 1) for k, s in enumerate(operands)}
         slots = {name: [given[f"s{k}"]] for k, name in enumerate(names) if f"s{k}" in kernel.inputs}
         state = torchopt.OptState(2, slots, tx.init([]).counters)
         (u,), new = tx.update([given["g"]], state, [given["p"]], inplace=False)

@@ -17,8 +17,8 @@ UNARY = ("exp", "log", "expm1", "log1p", "tanh", "sigmoid")
 
 
 def computed(op: str, *tensors: Tensor) -> Tensor:
-    streams = ("g", "p")[: len(tensors)]
-    kernel = make_kernel({"u": Node(op, tuple(map(input_node, streams)))})
+    operands = ("g", "p")[: len(tensors)]
+    kernel = make_kernel({"u": Node(op, tuple(map(input_node, operands)))})
     out = torch.empty_like(tensors[0])
     given = [x.data_ptr() for x in tensors]
     kind = native.DTYPES[out.dtype]

@@ -105,8 +105,8 @@ def test_programs_have_the_bits_of_compiled_kernels(dtype: torch.dtype, sets: li
         for name in sets:
             native.library().select(name)
             found = run(interpreted(kernel), kernel, inputs, row)
-            for stream, column in expected.items():
-                assert all(map(torch.equal, found[stream], column)), (kernel.text, name, stream)
+            for operand, column in expected.items():
+                assert all(map(torch.equal, found[operand], column)), (kernel.text, name, operand)
 
 
 @BOTH
@@ -170,11 +170,11 @@ def test_random_graphs(seed: int) -> None:
         for k in range(3):
             single = {s: column[k] for s, column in inputs.items()}
             expected = evaluate_kernel(kernel, single, row, exact=True)
-            for stream, column in found.items():
-                value, same = column[k].nan_to_num(7e7), in_place[stream][k].nan_to_num(7e7)
+            for operand, column in found.items():
+                value, same = column[k].nan_to_num(7e7), in_place[operand][k].nan_to_num(7e7)
                 assert torch.equal(value, same), (kernel.text, interpreted(kernel).instructions)
                 if "sign" not in kernel.text:  # torch.sign(nan) is nan or 0, by its build
-                    assert_equal(column[k], expected[stream].to(dtype), kernel)
+                    assert_equal(column[k], expected[operand].to(dtype), kernel)
 
 
 IN_PLACE: dict[str, dict[str, Node]] = {
@@ -198,8 +198,8 @@ def test_an_output_that_is_an_input_is_written_when_nothing_reads_it(graph: Any)
     found = run(interpreted(kernel), kernel, inputs, row, in_place=True)
     for k in range(len(SIZES)):
         expected = evaluate_kernel(kernel, {s: c[k] for s, c in inputs.items()}, row)
-        for stream, value in expected.items():
-            assert torch.equal(found[stream][k], value.double()), stream
+        for operand, value in expected.items():
+            assert torch.equal(found[operand][k], value.double()), operand
 
 
 def test_registers_are_used_again() -> None:
@@ -323,7 +323,7 @@ def test_programs_that_make_no_sense_are_refused_and_write_nothing() -> None:
         [mul, 1, 2, 2, 0, 0],  # a number as a block
         [mul, 1, 0, 0, 0, 0],  # a block as a number
         [mul, 1, 0, 3, 0, 0],  # a register as a number
-        [mul, 1, 0, 2, 1, 0],  # an operand that the operation does not have
+        [mul, 1, 0, 2, 1, 0],  # an argument that the operation does not have
     ]
     refused = r"refused a call \(code -2\)"
     for bad in bad_codes:

@@ -38,14 +38,14 @@ def kernel() -> Kernel:
     rows = [part.hyperparameters() for part in tx.parts]
     kinds = (NUMBER, NUMBER, NUMBER, SINGLE)
     program = build(tx.parts, rows, 1, [False], has_params=True, kinds=kinds)
-    (stream,) = program.hypers("update")
-    return program.backward("update", frozenset({stream}))[0]
+    (operand,) = program.hypers("update")
+    return program.backward("update", frozenset({operand}))[0]
 
 
 def run(gs: list[Tensor], bars: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     own = kernel()
-    *_, summed = own.output_streams
-    wanted = {stream: SUM if stream == summed else None for stream in own.output_streams}
+    *_, summed = own.output_operands
+    wanted = {operand: SUM if operand == summed else None for operand in own.output_operands}
     outputs = launch(own, {"g": gs, "bar_u": bars}, gs, wanted, [(-0.5, 1.0, -1.0)], None)  # pyright: ignore[reportArgumentType]
     return list(outputs["g"]), outputs[summed]  # pyright: ignore[reportReturnType]
 
