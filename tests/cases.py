@@ -296,7 +296,6 @@ def state_kind(case: Case) -> Any:
 every_case = every(lambda case: True)
 #: For one configuration of each kind; ``make test-all`` runs all.
 every_kind = every(lambda case: True, each=kind)
-every_state = every(lambda case: True, each=state_kind)
 #: Those that torch.optim has.
 every_torch_case = every(lambda case: case.torch_cls, beside_torch=True)
 #: Those with a differentiable face.

@@ -117,7 +117,7 @@ def assert_trajectories(actual: list[Weights], expected: list[Weights]) -> None:
     assert all(distance > 1e-2 for distance in moved.values())
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @every_torch_case
 def test_object_oriented_face(case: Case, maximize: bool) -> None:
@@ -155,7 +155,7 @@ def functional_trajectory(case: Case, maximize: bool, inplace: bool) -> list[Wei
     return trajectory
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "inplace"])
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @every_torch_case
@@ -164,7 +164,7 @@ def test_functional_face(case: Case, maximize: bool, inplace: bool) -> None:
     assert_trajectories(functional_trajectory(case, maximize, inplace), expected)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @every_torch_case
 def test_differentiable_face(case: Case, maximize: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, every, every_fused_kind, every_fused_state, named, rows, state_kind
-from fusing import SHAPES, data, needs_library
+from fusing import SHAPES, data, kernel_calls_fixture, needs_library  # noqa: F401
 from pointwise import program_of, user_optimizer, values_of
 from tolerances import assert_close
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchopt
 from torchopt.base import tree
+from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.generate import bytecode
 from torchopt.kernels.generate.written import read, write
 from torchopt.kernels.library import operators as operators  # registers them
 
@@ -282,11 +284,18 @@ COMPILED: dict[str, Callable[[bool], Any]] = {
         torchopt.adam(0.1, use_accelerated_op=required),
         torchopt.sgd(0.1, momentum=0.9, use_accelerated_op=required),
     ),
+    "rows-and-schedule-after-clipping": lambda required: torchopt.chain(
+        torchopt.clip_grad_norm(0.5),
+        torchopt.adam(torchopt.schedules.linear(0.1, 0.0, 40), use_accelerated_op=required),
+        torchopt.sgd({"0": 0.1, "1": 0.2, "2": 0.2}, momentum=0.9, use_accelerated_op=required),
+    ),
     # more slots than a kernel can have
     "two-kernels": lambda required: torchopt.chain(*[torchopt.trace(0.5)] * 64).with_accelerated_op(
         required
     ),
 }
+#: Compiled by ``make test-all`` only; ``make test`` has them together, and smaller ones.
+ALONE = ("schedule", "rows", "after-clipping", "two-optimizers", "two-kernels")
 
 
 def _required(case: Case, required: bool) -> Any:
@@ -339,7 +348,10 @@ def compiled_steps(
             pytest.param(functools.partial(_required, *row.values), id=row.id, marks=row.marks)
             for row in rows(compiles_with_kernels, each=state_kind)
         ),
-        *(pytest.param(make, id=name) for name, make in COMPILED.items()),
+        *(
+            pytest.param(make, id=name, marks=[pytest.mark.thorough] * (name in ALONE))
+            for name, make in COMPILED.items()
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -351,6 +363,24 @@ def test_compiled_calls_give_the_bits_of_eager_ones(make: Any, dtype: torch.dtyp
     _, graphs = compiled_steps(tx, dtype, "aot_eager")
     assert graphs[1:] == graphs[1:2] * 4
     assert graphs[-1] <= 3  # the compiler may begin one of them twice
+
+
+@pytest.fixture(name="two_kernels")
+def two_kernels_fixture(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An optimizer of two kernels: a kernel has three inputs at most, or else 63 parts would do."""
+    monkeypatch.setattr(bytecode, "MAX_STREAMS", 3)
+    monkeypatch.setattr(backends, "_programs", {})
+    return torchopt.chain(*[torchopt.trace(0.5)] * 3).with_accelerated_op(True)
+
+
+@compiles
+def test_compiled_calls_of_two_kernels(two_kernels: Any, kernel_calls: list[int]) -> None:
+    g = [torch.ones(3)]
+    two_kernels.update(g, two_kernels.init(g), inplace=False)
+    assert len(kernel_calls) == 2
+    _, graphs = compiled_steps(two_kernels, torch.float64, "aot_eager", steps=4)
+    assert graphs[1:] == graphs[1:2] * 3
+    assert graphs[-1] <= 3
 
 
 @compiles
@@ -423,7 +453,7 @@ def test_gradients_through_compiled_calls(case: Case, take: Any) -> None:
 
 
 @compiles
-def test_what_cannot_be_compiled_with_kernels_is_refused_by_name() -> None:
+def test_what_cannot_be_compiled_with_kernels_is_refused_by_name(two_kernels: Any) -> None:
     g = [torch.ones(3)]
     tx = torchopt.adam(0.1, use_accelerated_op=True)
     half = [torch.ones(3, dtype=torch.bfloat16)]
@@ -434,7 +464,7 @@ def test_what_cannot_be_compiled_with_kernels_is_refused_by_name() -> None:
         (torchopt.nadam(use_accelerated_op=True), g, None, "mu_product.*is a tensor"),
         (large().with_accelerated_op(True), g, None, "at most 1024"),
         (torchopt.clip_grad_norm(1.0).with_accelerated_op(True), g, None, "not elementwise"),
-        (COMPILED["two-kernels"](True), half, None, "half precision"),
+        (two_kernels, half, None, "half precision"),
     ]
     for tx, grads, state, message in cases:
         torch._dynamo.reset()

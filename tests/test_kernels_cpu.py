@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import catalogue
 import pytest
 import torch
 from conftest import nonzero
+from fusing import needs_library, sets_fixture  # noqa: F401
 from pointwise import evaluate_kernel, other_kernels, program_of
 from torch import Tensor
 
@@ -21,13 +21,10 @@ from torchopt.kernels.backends.memory import OF_PARAMETERS, slot_dtype
 from torchopt.kernels.generate.graph import Kernel
 
 
-pytestmark = pytest.mark.skipif(
-    isinstance(native.load(), native.UnavailableError), reason="the C library is not built"
-)
+pytestmark = needs_library
 DTYPES = list(native.DTYPES)
 SIZES = (0, 1, 7, 255, 256, 257, 1023, 1025)
 LARGE = (70000, 300001)  # more than one thread takes
-INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 
@@ -40,21 +37,9 @@ def all_kernels() -> list[Kernel]:
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    threads, instruction_set = torch.get_num_threads(), native.library().instruction_set
+    threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    native.library().select(instruction_set)
-
-
-def instruction_sets() -> list[str]:
-    """Those that this machine has."""
-    found = []
-    for name in INSTRUCTION_SETS:
-        with contextlib.suppress(ValueError):
-            native.library().select(name)
-            found.append(name)
-    assert "generic" in found
-    return found
 
 
 def dtype_of(operand: str, dtype: torch.dtype) -> torch.dtype:
@@ -156,8 +141,7 @@ def test_zero_and_infinite_and_nan(dtype: torch.dtype) -> None:
 
 
 @every_dtype
-def test_instruction_sets_give_the_same_bits(dtype: torch.dtype) -> None:
-    sets = instruction_sets()
+def test_instruction_sets_give_the_same_bits(dtype: torch.dtype, sets: list[str]) -> None:
     for kernel in all_kernels():
         inputs = make_inputs(kernel, dtype, (1025,))
         results = []

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import catalogue
 import pytest
 import torch
 from conftest import nonzero
-from fusing import needs_library
+from fusing import needs_library, sets_fixture  # noqa: F401
 from pointwise import (
     INEXACT,
     assert_equal,
@@ -50,19 +49,6 @@ from torchopt.kernels.generate.graph import (
 pytestmark = needs_library
 SIZES = (0, 1, 15, 16, 17, 511, 512, 513, 1300)
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@pytest.fixture(name="sets")
-def sets_fixture() -> Iterator[list[str]]:
-    """The instruction sets that this machine has."""
-    before, found = native.library().instruction_set, []
-    for name in ("generic", "avx2", "avx512"):
-        with contextlib.suppress(ValueError):
-            native.library().select(name)
-            found.append(name)
-    native.library().select(before)
-    yield found
-    native.library().select(before)
 
 
 def run(

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fusing import needs_library
-from test_kernels_cpu import instruction_sets
+from fusing import needs_library, sets_fixture  # noqa: F401
 from torch import Tensor
 
 import torchopt
@@ -28,9 +27,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    threads, before = torch.get_num_threads(), native.library().instruction_set
+    threads = torch.get_num_threads()
     yield
-    native.library().select(before)
     torch.set_num_threads(threads)
 
 
@@ -70,10 +68,10 @@ def test_sums_of_every_size(dtype: torch.dtype) -> None:
         assert torch.equal(other, (bar.to(wide) * -0.5).to(dtype))
 
 
-def test_instruction_sets_and_threads_give_the_same_bits() -> None:
+def test_instruction_sets_and_threads_give_the_same_bits(sets: list[str]) -> None:
     gs, bars = tensors(torch.float32)
     results = []
-    for name in instruction_sets():
+    for name in sets:
         native.library().select(name)
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)

@@ -172,7 +172,7 @@ def unrolled(case: Case, zero: str, steps: int = 3) -> tuple[Function, Tensor]:
 ZEROS = ("first", "last", "always", "all")
 
 
-@pytest.mark.sampled(1, each=2)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("zero", ZEROS)
 @every_entrywise_case
 def test_unrolled_first_order(case: Case, zero: str) -> None:
@@ -190,7 +190,7 @@ def test_unrolled_first_order(case: Case, zero: str) -> None:
     assert (reverse[:3] != 0).all()  # the first parameters always matter
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("zero", ZEROS)
 @every_entrywise_case
 def test_unrolled_second_order(case: Case, zero: str) -> None:
