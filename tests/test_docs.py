@@ -68,7 +68,8 @@ def visible_names():
     for module in modules:
         for name, value in vars(sys.modules[module]).items():
             home = str(getattr(value, "__module__", ""))
-            own = home == module or (module != "torchopt.schedules" and home.startswith("torchopt"))
+            within = module if module == "torchopt.schedules" else "torchopt"
+            own = home.startswith(within)
             if isinstance(value, kinds) and own and not name.startswith("_"):
                 yield f"{module}.{name}", value
 

@@ -197,6 +197,54 @@ TRANSFORMS: dict[str, tuple[Build, Values]] = {
         lambda v: torchopt.clip_grad_norm(v["max_norm"]),
         {"max_norm": 20.0},
     ),
+    "ema": (lambda v: torchopt.ema(**v), {"decay": 0.7}),
+    "ema-biased": (lambda v: torchopt.ema(**v, debias=False), {"decay": 0.7}),
+    "centralize": (lambda v: torchopt.centralize(), {}),
+    **{
+        f"clip_by_block_rms-{size}": (lambda v: torchopt.clip_by_block_rms(**v), {"threshold": x})
+        for size, x in (("active", 0.1), ("inactive", 20.0))
+    },
+    **{
+        f"adaptive_grad_clip-{name}": (
+            lambda v: torchopt.adaptive_grad_clip(**v),
+            {"clipping": clipping, "eps": eps},
+        )
+        for name, clipping, eps in (
+            ("active", 0.1, 1e-3),
+            ("eps", 0.01, 9.0),
+            ("inactive", 99.0, 1e-3),
+        )
+    },
+    "zero_nans": (lambda v: torchopt.zero_nans(), {}),
+    "keep_params_nonnegative": (
+        lambda v: torchopt.chain(torchopt.scale(**v), torchopt.keep_params_nonnegative()),
+        {"step_size": -0.7},
+    ),
+    "project": (
+        lambda v: torchopt.chain(
+            torchopt.scale(**v), torchopt.project(torchopt.projections.projection_l2_ball)
+        ),
+        {"step_size": -0.7},
+    ),
+    "project-each": (
+        lambda v: torchopt.chain(
+            torchopt.scale(v["step_size"]),
+            torchopt.project(
+                lambda x: torchopt.projections.projection_simplex(x, v["sum"]), each=True
+            ),
+        ),
+        {"step_size": -0.7, "sum": 2.0},
+    ),
+    "stateless_with_tree_map": (
+        lambda v: torchopt.stateless_with_tree_map(lambda u, p: u * v["factor"] + p.sin()),
+        {"factor": 0.7},
+    ),
+    "selective_transform": (
+        lambda v: torchopt.selective_transform(
+            torchopt.scale(**v), freeze_mask={"w": False, "b": True}
+        ),
+        {"step_size": -0.7},
+    ),
 }
 
 
@@ -222,5 +270,6 @@ def test_every_public_transform_is_checked() -> None:
     assert others - {name.split("-")[0] for name in TRANSFORMS} <= {
         "clip_by_global_norm",  # another name of clip_grad_norm
         *("muon", "scale_by_muon"),  # of matrices: test_muon.py
+        "stateless",  # a pair of functions, whose state is no slot: test_transforms_more.py
     }
     assert torchopt.clip_by_global_norm is torchopt.clip_grad_norm

@@ -3,6 +3,7 @@
 
 from torchopt import (
     kernels as kernels,
+    projections as projections,
     schedules as schedule,
     schedules as schedules,
     solvers as solvers,
@@ -112,7 +113,22 @@ from torchopt.transforms.clip import (
     clip_grad_norm as clip_grad_norm,
     clip_grad_value as clip_grad_value,
 )
-from torchopt.transforms.momentum import trace as trace
+from torchopt.transforms.constrain import (
+    keep_params_nonnegative as keep_params_nonnegative,
+    project as project,
+    zero_nans as zero_nans,
+)
+from torchopt.transforms.momentum import ema as ema, trace as trace
 from torchopt.transforms.partition import partition as partition
+from torchopt.transforms.selective import selective_transform as selective_transform
+from torchopt.transforms.stateless import (
+    stateless as stateless,
+    stateless_with_tree_map as stateless_with_tree_map,
+)
+from torchopt.transforms.units import (
+    adaptive_grad_clip as adaptive_grad_clip,
+    centralize as centralize,
+    clip_by_block_rms as clip_by_block_rms,
+)
 from torchopt.transforms.wrap import masked as masked
 from torchopt.version import __version__ as __version__

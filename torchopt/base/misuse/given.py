@@ -90,3 +90,8 @@ def is_optimizer(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a value is a plain number."""
     return isinstance(value, numbers.Real)
+
+
+def is_of_schedules(value: Any) -> bool:
+    """Whether a function or class is one of ``torchopt.schedules``."""
+    return f"{value.__module__}.".startswith("torchopt.schedules.")

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchopt.base.misuse.given import clipped, given, is_number, is_read_once, short
+from torchopt.base.misuse.given import (
+    clipped,
+    given,
+    is_number,
+    is_of_schedules,
+    is_read_once,
+    short,
+)
 
 
 def check_schedule(name: str, value: Any) -> None:
@@ -21,7 +28,7 @@ def check_schedule(name: str, value: Any) -> None:
     if torch.compiler.is_compiling():
         return
     if isinstance(value, type) or (
-        isinstance(value, types.FunctionType) and value.__module__ == "torchopt.schedules"
+        isinstance(value, types.FunctionType) and is_of_schedules(value)
     ):
         raise TypeError(
             f"{name} must be a number, a tensor or a schedule (count -> value), got "
@@ -39,7 +46,7 @@ def check_schedule(name: str, value: Any) -> None:
 
 
 def _of_class(name: str, cls: Any) -> str:
-    if cls.__module__ == "torchopt.schedules":
+    if is_of_schedules(cls):
         return f"Call it: torchopt.schedules.{cls.__name__}(...)."
     if isinstance(cls, type) and issubclass(cls, torch.optim.lr_scheduler.LRScheduler):
         return _scheduler(cls.__name__)
@@ -121,19 +128,19 @@ def check_values(**values: Any) -> None:
             raise TypeError(f"{name} must be a number or a tensor, got {given(value)}.")
 
 
-def check_joined(schedules: Any) -> None:
+def check_joined(schedules: Any, owner: str = "join") -> None:
     """Refuse anything but several schedules.
 
     Raises:
         TypeError: With what to give.
     """
     if not isinstance(schedules, (list, tuple)):
-        raise TypeError(f"join expects a list of schedules, got {given(schedules)}.")
+        raise TypeError(f"{owner} expects a list of schedules, got {given(schedules)}.")
     for schedule in schedules:
         check_schedule("An entry of schedules", schedule)
         if not callable(schedule) or isinstance(schedule, Tensor):
             raise TypeError(
-                f"join expects a list of schedules, got {given(schedule)} in it. Give "
+                f"{owner} expects a list of schedules, got {given(schedule)} in it. Give "
                 "torchopt.schedules.constant(value)."
             )
 

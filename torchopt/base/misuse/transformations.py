@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchopt.base.misuse.given import given, is_number, is_read_once
+from torchopt.base.misuse.given import given, is_number, is_of_schedules, is_read_once
 
 
 def not_a_transformation(value: Any, where: str) -> str:
@@ -109,9 +109,7 @@ def _called(value: Any) -> str:
 
 
 def _is_schedule(value: Any, cls: type) -> bool:
-    return cls.__module__ == "torchopt.schedules" or (
-        inspect.isfunction(value) and value.__module__ == "torchopt.schedules"
-    )
+    return is_of_schedules(cls) or (inspect.isfunction(value) and is_of_schedules(value))
 
 
 def not_a_result(tx: object, result: Any, slots: tuple[Any, ...]) -> str:
