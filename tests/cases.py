@@ -111,6 +111,27 @@ ALGORITHMS = (
         float64_scalars=True,
     ),
     Algorithm(
+        torchopt.adagrad,
+        torchopt.Adagrad,
+        torchopt.MetaAdagrad,
+        torch.optim.Adagrad,
+        {
+            "": {"lr": 0.1, "eps": 1e-8},
+            "rate-decay-start": {
+                "lr": 0.1,
+                "lr_decay": 0.3,
+                "weight_decay": 0.1,
+                "initial_accumulator_value": 0.2,
+                "eps": 1e-2,
+            },
+        },
+        slots=("sum",),
+        sparse=True,
+        formula=closed_forms.ADAGRAD,
+        bounds={"lr_decay": ">= 0", "initial_accumulator_value": ">= 0"},
+        of_all_groups=("initial_accumulator_value",),
+    ),
+    Algorithm(
         torchopt.adafactor,
         torchopt.Adafactor,
         torchopt.MetaAdafactor,

@@ -57,9 +57,12 @@ def convex_losses() -> Iterator[Any]:
 
 
 def own_values(case: Case) -> dict[str, float]:
-    """Return what the second group has of its own: all its numbers differ from the first's."""
+    """Return what the second group has of its own: its numbers differ from the first's."""
     found = {}
     for name in case.tunable:
+        if name in case.algorithm.of_all_groups:
+            found[name] = case.value(name)
+            continue
         smaller = 0.9 * case.value(name)
         allowed = case.specs[name.partition(".")[0]].allows(smaller)
         found[name] = smaller if allowed else 1.1 * case.value(name)
@@ -128,6 +131,9 @@ def test_object_oriented_face(case: Case, maximize: bool) -> None:
         for name, p in names.items():
             state = {k: v for k, v in theirs.state[p].items() if v is not None}
             own = ours.state[our_weights[group][name]]
+            if state.get("step") == 0:  # Adagrad's begins in the constructor, ours at a gradient
+                assert not own
+                continue
             assert own.keys() == state.keys()
             for slot, value in state.items():
                 assert_close(torch.as_tensor(own[slot], **F64), torch.as_tensor(value, **F64))

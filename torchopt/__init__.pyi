@@ -46,6 +46,14 @@ from torchopt.optimizers.adafactor import (
     adafactor as adafactor,
     MetaAdafactor as MetaAdafactor,
 )
+from torchopt.optimizers.adagrad import (
+    Adagrad as AdaGrad,
+    Adagrad as Adagrad,
+    adagrad as adagrad,
+    MetaAdagrad as MetaAdaGrad,
+    MetaAdagrad as MetaAdagrad,
+    scale_by_rss as scale_by_rss,
+)
 from torchopt.optimizers.adam import (
     Adam as Adam,
     adam as adam,

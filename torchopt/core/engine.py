@@ -144,6 +144,8 @@ def initialise_packed(
                 continue
             if torch.is_grad_enabled() and any(p.requires_grad for p in call.p):
                 return None  # what each leads to would be joined
+            if any(isinstance(value, Tensor) and value.dim() for value in own.values()):
+                return None  # a start with a value for each entry of a parameter
             if flat is None:
                 flat = to_compute_dtype(packing.pack(call.p))
             first = slot.first(flat, own)

@@ -192,6 +192,8 @@ class SymbolicTensor(Symbol):
     name in the same table.
     """
 
+    is_sparse = False  # no kernel takes one that is
+
     def __init__(self, node: Node) -> None:
         self._node = node
 
