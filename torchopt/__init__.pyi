@@ -52,6 +52,8 @@ from torchopt.optimizers.adam import (
     scale_by_adam as scale_by_adam,
 )
 from torchopt.optimizers.adamw import AdamW as AdamW, adamw as adamw, MetaAdamW as MetaAdamW
+from torchopt.optimizers.lamb import LAMB as LAMB, lamb as lamb, MetaLAMB as MetaLAMB
+from torchopt.optimizers.lars import LARS as LARS, lars as lars, MetaLARS as MetaLARS
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS
 from torchopt.optimizers.lion import (
     Lion as Lion,
@@ -114,5 +116,6 @@ from torchopt.transforms.clip import (
 )
 from torchopt.transforms.momentum import trace as trace
 from torchopt.transforms.partition import partition as partition
+from torchopt.transforms.trust_ratio import scale_by_trust_ratio as scale_by_trust_ratio
 from torchopt.transforms.wrap import masked as masked
 from torchopt.version import __version__ as __version__
