@@ -11,6 +11,7 @@ from typing import Any
 
 import closed_forms
 import pytest
+import references.adabelief
 import references.lamb
 import references.lars
 import references.lion
@@ -198,6 +199,25 @@ ALGORITHMS = (
         needs_params=True,
         reference=references.lars.lars,
         bounds={"trust_coefficient": ">= 0"},
+    ),
+    Algorithm(
+        torchopt.adabelief,
+        torchopt.AdaBelief,
+        torchopt.MetaAdaBelief,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-8},
+            "decay": {
+                "lr": 0.03,
+                "betas": (0.7, 0.9),
+                "eps": 1e-3,
+                "weight_decay": 0.2,
+                "eps_root": 1e-2,
+            },
+        },
+        slots=("exp_avg", "exp_avg_var"),
+        decoupled_decay=True,
+        reference=references.adabelief.adabelief,
     ),
     Algorithm(
         torchopt.schedule_free_sgd,

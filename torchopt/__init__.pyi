@@ -40,6 +40,12 @@ from torchopt.optim.func_optimizer import FuncOptimizer as FuncOptimizer
 from torchopt.optim.inner_loop import inner_loop as inner_loop
 from torchopt.optim.meta_optimizer import MetaOptimizer as MetaOptimizer
 from torchopt.optim.optimizer import Optimizer as Optimizer
+from torchopt.optimizers.adabelief import (
+    AdaBelief as AdaBelief,
+    adabelief as adabelief,
+    MetaAdaBelief as MetaAdaBelief,
+    scale_by_belief as scale_by_belief,
+)
 from torchopt.optimizers.adafactor import (
     Adafactor as Adafactor,
     adafactor as adafactor,
