@@ -11,6 +11,9 @@ from typing import Any
 
 import closed_forms
 import pytest
+import references.adabelief
+import references.lamb
+import references.lars
 import references.lion
 import torch
 from algorithms import F64 as F64
@@ -171,6 +174,71 @@ ALGORITHMS = (
         decoupled_decay=True,
         flat=("gradients", "betas"),
         reference=references.lion.lion,
+    ),
+    Algorithm(
+        torchopt.lamb,
+        torchopt.LAMB,
+        torchopt.MetaLAMB,
+        None,
+        {
+            "": {"lr": 0.08, "betas": (0.7, 0.9), "eps": 1e-8},
+            "amsgrad-decay-eps-root": {
+                "lr": 0.08,
+                "betas": (0.7, 0.6),
+                "eps": 1e-3,
+                "weight_decay": 0.2,
+                "amsgrad": True,
+                "eps_root": 1e-2,
+            },
+        },
+        slots=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        size="tensor",
+        fused=False,
+        needs_params=True,
+        reference=references.lamb.lamb,
+    ),
+    Algorithm(
+        torchopt.lars,
+        torchopt.LARS,
+        torchopt.MetaLARS,
+        None,
+        {
+            "": {"lr": 0.05, "momentum": 0.8, "trust_coefficient": 0.2},
+            "dampening-decay": {
+                "lr": 0.05,
+                "momentum": 0.7,
+                "dampening": 0.3,
+                "weight_decay": 0.2,
+                "trust_coefficient": 0.3,
+                "eps": 0.2,
+            },
+            "nesterov": {"lr": 0.05, "momentum": 0.6, "nesterov": True, "trust_coefficient": 0.2},
+        },
+        slots=("momentum_buffer",),
+        size="tensor",
+        fused=False,
+        needs_params=True,
+        reference=references.lars.lars,
+        bounds={"trust_coefficient": ">= 0"},
+    ),
+    Algorithm(
+        torchopt.adabelief,
+        torchopt.AdaBelief,
+        torchopt.MetaAdaBelief,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-8},
+            "decay": {
+                "lr": 0.03,
+                "betas": (0.7, 0.9),
+                "eps": 1e-3,
+                "weight_decay": 0.2,
+                "eps_root": 1e-2,
+            },
+        },
+        slots=("exp_avg", "exp_avg_var"),
+        decoupled_decay=True,
+        reference=references.adabelief.adabelief,
     ),
     Algorithm(
         torchopt.schedule_free_sgd,

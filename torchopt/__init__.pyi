@@ -41,6 +41,12 @@ from torchopt.optim.func_optimizer import FuncOptimizer as FuncOptimizer
 from torchopt.optim.inner_loop import inner_loop as inner_loop
 from torchopt.optim.meta_optimizer import MetaOptimizer as MetaOptimizer
 from torchopt.optim.optimizer import Optimizer as Optimizer
+from torchopt.optimizers.adabelief import (
+    AdaBelief as AdaBelief,
+    adabelief as adabelief,
+    MetaAdaBelief as MetaAdaBelief,
+    scale_by_belief as scale_by_belief,
+)
 from torchopt.optimizers.adafactor import (
     Adafactor as Adafactor,
     adafactor as adafactor,
@@ -61,6 +67,8 @@ from torchopt.optimizers.adam import (
     scale_by_adam as scale_by_adam,
 )
 from torchopt.optimizers.adamw import AdamW as AdamW, adamw as adamw, MetaAdamW as MetaAdamW
+from torchopt.optimizers.lamb import LAMB as LAMB, lamb as lamb, MetaLAMB as MetaLAMB
+from torchopt.optimizers.lars import LARS as LARS, lars as lars, MetaLARS as MetaLARS
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS
 from torchopt.optimizers.lion import (
     Lion as Lion,
@@ -133,6 +141,7 @@ from torchopt.transforms.stateless import (
     stateless as stateless,
     stateless_with_tree_map as stateless_with_tree_map,
 )
+from torchopt.transforms.trust_ratio import scale_by_trust_ratio as scale_by_trust_ratio
 from torchopt.transforms.units import (
     adaptive_grad_clip as adaptive_grad_clip,
     centralize as centralize,
