@@ -48,11 +48,13 @@ class Algorithm:
         fused: Whether kernels compute it.
         needs_params: Whether ``update`` needs the parameters also without weight decay.
         decoupled_decay: Whether weight decay bypasses the gradient.
+        shrinks: For decoupled decay other than AdamW's: what a step multiplies a weight that has no
+            gradient by, as a function of the numbers of a configuration.
         linear: Whether an update is linear in the gradients.
         sparse: Whether it takes sparse gradients (without weight decay).
         flat: What an update is a piecewise constant function of, names of numbers or
             ``"gradients"`` (slots with them): meta-gradients by it are zero.
-        forgets_start: Whether the first update leaves nothing of the slots as they were.
+        forgets_start: Whether the first update leaves nothing of a slot as it was.
         formula: What it does in closed form, or ``None``.
         reference: A slow copy that follows the paper, in ``references/``: the oracle of values and
             derivatives for what torch has not.
@@ -78,6 +80,7 @@ class Algorithm:
     fused: bool = True
     needs_params: bool = False
     decoupled_decay: bool = False
+    shrinks: Callable[[Mapping[str, Any]], float] | None = None
     linear: bool = False
     sparse: bool = False
     flat: tuple[str, ...] = ()

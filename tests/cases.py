@@ -12,6 +12,7 @@ from typing import Any
 import closed_forms
 import pytest
 import references.adabelief
+import references.adan
 import references.lamb
 import references.lars
 import references.lion
@@ -239,6 +240,31 @@ ALGORITHMS = (
         slots=("exp_avg", "exp_avg_var"),
         decoupled_decay=True,
         reference=references.adabelief.adabelief,
+    ),
+    Algorithm(
+        torchopt.adan,
+        torchopt.Adan,
+        torchopt.MetaAdan,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.7, 0.95), "eps": 1e-8, "weight_decay": 0.2},
+            "no-prox": {
+                "lr": 0.03,
+                "betas": (0.7, 0.8, 0.9),
+                "eps": 1e-3,
+                "weight_decay": 0.3,
+                "no_prox": True,
+            },
+        },
+        slots=("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad"),
+        decoupled_decay=True,
+        shrinks=lambda k: (
+            1 - k["lr"] * k["weight_decay"]
+            if k.get("no_prox")
+            else 1 / (1 + k["lr"] * k["weight_decay"])
+        ),
+        forgets_start=True,
+        reference=references.adan.adan,
     ),
     Algorithm(
         torchopt.schedule_free_sgd,

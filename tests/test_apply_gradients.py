@@ -72,9 +72,11 @@ def test_the_same_bits_as_in_two_calls(case: Case, dtype: torch.dtype, setting: 
 @needs_library
 @every_fused_case
 def test_one_kernel_and_one_node_of_the_graph(case: Case, kernel_calls: list[int]) -> None:
-    tx, g, p = case.tx(), [nonzero(3, requires_grad=True)], [nonzero(3)]
-    state = tx.init(p)
-    (new,), state = tx.apply_gradients(g, state, p, inplace=False)
+    """Of the second step: of the first one some slots, and some updates, do not depend."""
+    tx, p = case.tx(), [nonzero(3)]
+    _, state = tx.update([nonzero(3)], tx.init(p), p, inplace=False)
+    kernel_calls.clear()
+    (new,), state = tx.apply_gradients([nonzero(3, requires_grad=True)], state, p, inplace=False)
     assert len(kernel_calls) == 1
     assert "Fused" in new.grad_fn.name()
     assert all(slot[0].grad_fn is new.grad_fn for slot in state.slots.values())

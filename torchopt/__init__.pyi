@@ -67,6 +67,12 @@ from torchopt.optimizers.adam import (
     scale_by_adam as scale_by_adam,
 )
 from torchopt.optimizers.adamw import AdamW as AdamW, adamw as adamw, MetaAdamW as MetaAdamW
+from torchopt.optimizers.adan import (
+    Adan as Adan,
+    adan as adan,
+    MetaAdan as MetaAdan,
+    scale_by_adan as scale_by_adan,
+)
 from torchopt.optimizers.lamb import LAMB as LAMB, lamb as lamb, MetaLAMB as MetaLAMB
 from torchopt.optimizers.lars import LARS as LARS, lars as lars, MetaLARS as MetaLARS
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS

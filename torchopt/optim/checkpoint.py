@@ -139,7 +139,7 @@ def _checked_group(
         )
     for name, spec in specs.items():
         if name in group:
-            hyper.check(name, group[name], spec)
+            check_saved(name, group[name], spec)
         elif name in optimizer.former_defaults and not is_recent(saved, specs):
             group[name] = optimizer.former_defaults[name]
         elif optimizer.has_schedule(live, name) or name in optimizer.optional_hyperparameters:
@@ -158,6 +158,18 @@ def _checked_group(
     if names is None or own is None or list(names) == list(own):
         return group
     return _reordered(group, _order_by_name(index, list(names), list(own)), specs)
+
+
+def check_saved(name: str, value: Any, spec: hyper.HyperSpec) -> None:
+    """Refuse a saved hyperparameter that this optimizer cannot have: three betas for two.
+
+    Raises:
+        ValueError: Saying that the state is another optimizer's, and why.
+    """
+    try:
+        hyper.check(name, value, spec)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The state belongs to another optimizer: {error}") from error
 
 
 def is_recent(group: Mapping[str, Any], specs: Mapping[str, Any]) -> bool:

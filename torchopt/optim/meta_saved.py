@@ -14,7 +14,7 @@ from torchopt.base.values import same
 from torchopt.core import hyper
 from torchopt.core.opt_state import OptState
 from torchopt.nn.parameters import ParameterSite, parameter_sites
-from torchopt.optim.checkpoint import counter_of, is_recent, number_to_tensor
+from torchopt.optim.checkpoint import check_saved, counter_of, is_recent, number_to_tensor
 from torchopt.optim.meta_state import GroupState
 from torchopt.optim.protocols import MetaOptimizerLike
 from torchopt.optim.schedules import REPLACED
@@ -180,7 +180,7 @@ def _hyperparameters(
     group = {**{name: value for name, value in former.items() if name in specs}, **group}
     for name, spec in specs.items():
         if name in group:
-            hyper.check(name, group[name], spec)
+            check_saved(name, group[name], spec)
         elif name not in optional and not hyper.has_schedule(live[name]):  # schedules are not saved
             raise ValueError(
                 f"The state belongs to another optimizer: it lacks the hyperparameter {name!r}."
