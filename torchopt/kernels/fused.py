@@ -283,15 +283,17 @@ def answer_for(segment: Segment, leaves: Leaves, unfit: dict[int, str]) -> None:
         for part in segment.parts:
             if part.use_accelerated_op:
                 raise RuntimeError(refusal(part, leaves.name(k), reason))
-        if reason.startswith(backends.NOT_LOADED):
+        if isinstance(reason, backends.NotLoaded):
             _warn_once(reason)
 
 
-def refusal(part: GradientTransformation, name: str, reason: str) -> str:
+def refusal(
+    part: GradientTransformation, name: str, reason: str, advice: str = misuse.WITHOUT_KERNEL
+) -> str:
     """Return the message for a parameter that cannot have the kernel that a part requires."""
     return (
         f"use_accelerated_op=True requires a fused kernel, but {name} cannot have one for "
-        f"{type(part).__name__}: {reason}. {misuse.without_kernel(reason)}"
+        f"{type(part).__name__}: {reason}. {advice}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -150,25 +150,18 @@ def unknown_hyperparameter(name: str, owner: Any, known: Sequence[str]) -> str:
     return f"{name!r} is no hyperparameter of {type(owner).__name__}; those are {list(known)}."
 
 
-def no_number(row: Mapping[str, Any]) -> str:
-    """Return the reason for a kernel that cannot be: those of a compiler take numbers."""
-    for name, value in row.items():
-        for entry in value if isinstance(value, tuple) else (value,):
-            if not is_number(entry):
-                return f"the hyperparameter {name} is a tensor"
-    return "a hyperparameter is a tensor"
+#: What to type where a kernel is required and there is none.
+WITHOUT_KERNEL = (
+    "Pass use_accelerated_op=None (not fused=True) to use kernels where they are available."
+)
 
 
-def without_kernel(reason: str) -> str:
-    """Return what to type where a kernel is required and there is none."""
-    words = "Pass use_accelerated_op=None (not fused=True) to use kernels where they are available."
-    if "hyperparameter" in reason and reason.endswith("is a tensor"):
-        name = reason.split()[-4]
-        return (
-            f"Inside of a compiler kernels take numbers: pass {name}=float(...) to have one. "
-            f"{words} Learned and tensor-valued hyperparameters are then computed by the rule."
-        )
-    return words
+def without_number(name: str) -> str:
+    """Return what to type where a kernel of a compiler is required, and a number is a tensor."""
+    return (
+        f"Inside of a compiler kernels take numbers: pass {name}=float(...) to have one. "
+        f"{WITHOUT_KERNEL} Learned and tensor-valued hyperparameters are then computed by the rule."
+    )
 
 
 def refuse_switches(title: str, capturable: bool, differentiable: bool) -> None:

@@ -126,8 +126,9 @@ def _checked_row(
             own[public] = value = row[public]
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, Tensor):
-                    reason = misuse.no_number({public: value})
-                    raise RuntimeError(fused.refusal(part, name, reason))
+                    reason = f"the hyperparameter {public} is a tensor"
+                    advice = misuse.without_number(public)
+                    raise RuntimeError(fused.refusal(part, name, reason, advice))
     return own
 
 
