@@ -263,6 +263,10 @@ TRANSFORMS: dict[str, tuple[Build, Values]] = {
         ),
         {"one": 0.7, "two": 0.4},
     ),
+    "inject_hyperparams": (
+        lambda v: torchopt.inject_hyperparams(torchopt.sgd(**v)),
+        {"lr": 0.3, "momentum": 0.7},
+    ),
     "selective_transform": (
         lambda v: torchopt.selective_transform(
             torchopt.scale(**v), freeze_mask={"w": False, "b": True}

@@ -138,6 +138,10 @@ TRANSFORMS = {
         lambda: torchopt.named_chain(("a", torchopt.scale(2.0))),
         "Named(name='a', inner=Scale(step_size=2.0))",
     ),
+    "inject_hyperparams": (
+        lambda: torchopt.inject_hyperparams(torchopt.scale(2.0)),
+        "InjectHyperparams(inner=Scale(step_size=2.0))",
+    ),
     "selective_transform": (
         lambda: torchopt.selective_transform(torchopt.scale(2.0), freeze_mask=not_bias),
         f"chain(Masked(inner=Scale(step_size=2.0), mask=_Not(mask={not_bias!r})), "

@@ -19,6 +19,11 @@ from torchopt.core.hyper import (
     hyper as hyper,
     HyperSpec as HyperSpec,
 )
+from torchopt.core.named_values import (
+    tree_get as tree_get,
+    tree_get_all_with_path as tree_get_all_with_path,
+    tree_set as tree_set,
+)
 from torchopt.core.opt_state import OptState as OptState
 from torchopt.core.rules import (
     ElementwiseTransformation as ElementwiseTransformation,
@@ -127,6 +132,7 @@ from torchopt.transforms.constrain import (
     project as project,
     zero_nans as zero_nans,
 )
+from torchopt.transforms.inject import inject_hyperparams as inject_hyperparams
 from torchopt.transforms.lookahead import lookahead as lookahead
 from torchopt.transforms.momentum import ema as ema, trace as trace
 from torchopt.transforms.named import named_chain as named_chain

@@ -18,18 +18,20 @@ from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.typing import Step
 
 
-@transformation
-class Named(GradientTransformation):
-    """Call what is of ``inner`` by ``"name.of"``; see :func:`named_chain`."""
+class Delegating(GradientTransformation):
+    """A transformation that is another one, its field ``inner``, under other names."""
 
-    name: str
     inner: GradientTransformation
 
     def __post_init__(self) -> None:
         misuse.check_decorated(self)
 
+    def public(self, name: str) -> str:
+        """Return the name here of what is ``name`` inside."""
+        return name
+
     def _public(self, own: Any) -> dict[str, Any]:
-        return {f"{self.name}.{name}": value for name, value in own.items()}
+        return {self.public(name): value for name, value in own.items()}
 
     def _rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the hyperparameters by the inside's names; one object stays one object."""
@@ -37,7 +39,7 @@ class Named(GradientTransformation):
         found: dict[int, dict[str, Any]] = {}
         for row in rows:
             if id(row) not in found:
-                found[id(row)] = {name: row[f"{self.name}.{name}"] for name in names}
+                found[id(row)] = {name: row[self.public(name)] for name in names}
         return [found[id(row)] for row in rows]
 
     def _inside(self, leaves: Leaves) -> Leaves:
@@ -88,11 +90,12 @@ class Named(GradientTransformation):
 
     def renewed(self) -> GradientTransformation:
         """Return the same with such slots of its own."""
-        return Named(self.name, self.inner.renewed())
+        return dataclasses.replace(self, inner=self.inner.renewed())
 
     def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
         """Return the same with another setting of the fused kernels inside."""
-        return Named(self.name, self.inner.with_accelerated_op(use_accelerated_op))
+        inner = self.inner.with_accelerated_op(use_accelerated_op)
+        return dataclasses.replace(self, inner=inner)
 
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether all rules inside are right for sparse gradients."""
@@ -130,6 +133,18 @@ class Named(GradientTransformation):
         columns = self._columns(leaves)
         updates, _ = run(self.inner.plan, self._inside(leaves), columns)
         return updates, list(zip(*columns.values())) if columns else leaves.slots
+
+
+@transformation
+class Named(Delegating):
+    """Call what is of ``inner`` by ``"name.of"``; see :func:`named_chain`."""
+
+    name: str
+    inner: GradientTransformation
+
+    def public(self, name: str) -> str:
+        """Return the name here of what is ``name`` inside."""
+        return f"{self.name}.{name}"
 
 
 def named_chain(*transformations: tuple[str, GradientTransformation]) -> GradientTransformation:
