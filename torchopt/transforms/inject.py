@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, overload
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from torchopt.core.slots import Counter
 from torchopt.core.transform import GradientTransformation, check_transformation, transformation
 from torchopt.transforms.named import Delegating
 from torchopt.typing import Step
+
+
+P = ParamSpec("P")
 
 
 @transformation
@@ -70,9 +73,17 @@ def _at(value: Any, count: Any) -> Any:
     return float(value) if isinstance(value, int) else value
 
 
+@overload
+def inject_hyperparams(inner: GradientTransformation) -> GradientTransformation: ...
+
+
+@overload
 def inject_hyperparams(
-    inner: GradientTransformation | Callable[..., GradientTransformation],
-) -> Any:
+    inner: Callable[P, GradientTransformation],
+) -> Callable[P, GradientTransformation]: ...
+
+
+def inject_hyperparams(inner: Any) -> GradientTransformation:  # pyright: ignore[reportInconsistentOverload]
     """Keep the hyperparameters of a transformation in its state.
 
     There :func:`torchopt.tree_get` reads them and :func:`torchopt.tree_set` sets them, between two
@@ -103,7 +114,8 @@ def inject_hyperparams(
         [tensor([-0.5000])]
     """
     if callable(inner) and not isinstance(inner, (type, GradientTransformation)):
-        return lambda *args, **kwargs: inject_hyperparams(inner(*args, **kwargs))
+        recipe: Any = inner
+        return lambda *args, **kwargs: inject_hyperparams(recipe(*args, **kwargs))  # pyright: ignore[reportReturnType]
     inner = as_transformation(inner)
     check_transformation(inner, "inject_hyperparams")
     return InjectHyperparams(inner.renewed())
