@@ -19,6 +19,11 @@ from torchopt.core.hyper import (
     hyper as hyper,
     HyperSpec as HyperSpec,
 )
+from torchopt.core.named_values import (
+    tree_get as tree_get,
+    tree_get_all_with_path as tree_get_all_with_path,
+    tree_set as tree_set,
+)
 from torchopt.core.opt_state import OptState as OptState
 from torchopt.core.rules import (
     ElementwiseTransformation as ElementwiseTransformation,
@@ -118,6 +123,10 @@ from torchopt.schedules import (
     linear_schedule as linear_schedule,
     polynomial_schedule as polynomial_schedule,
 )
+from torchopt.transforms.accumulate import (
+    MultiSteps as MultiSteps,
+    skip_not_finite as skip_not_finite,
+)
 from torchopt.transforms.basic import (
     add_decayed_weights as add_decayed_weights,
     flip_sign as flip_sign,
@@ -135,12 +144,20 @@ from torchopt.transforms.clip import (
     clip_grad_norm as clip_grad_norm,
     clip_grad_value as clip_grad_value,
 )
+from torchopt.transforms.conditional import (
+    apply_if_finite as apply_if_finite,
+    conditionally_mask as conditionally_mask,
+    conditionally_transform as conditionally_transform,
+)
 from torchopt.transforms.constrain import (
     keep_params_nonnegative as keep_params_nonnegative,
     project as project,
     zero_nans as zero_nans,
 )
+from torchopt.transforms.inject import inject_hyperparams as inject_hyperparams
+from torchopt.transforms.lookahead import lookahead as lookahead
 from torchopt.transforms.momentum import ema as ema, trace as trace
+from torchopt.transforms.named import named_chain as named_chain
 from torchopt.transforms.partition import partition as partition
 from torchopt.transforms.selective import selective_transform as selective_transform
 from torchopt.transforms.stateless import (
