@@ -40,6 +40,14 @@ from torchopt.optim.func_optimizer import FuncOptimizer as FuncOptimizer
 from torchopt.optim.inner_loop import inner_loop as inner_loop
 from torchopt.optim.meta_optimizer import MetaOptimizer as MetaOptimizer
 from torchopt.optim.optimizer import Optimizer as Optimizer
+from torchopt.optimizers.adadelta import (
+    Adadelta as AdaDelta,
+    Adadelta as Adadelta,
+    adadelta as adadelta,
+    MetaAdadelta as MetaAdaDelta,
+    MetaAdadelta as MetaAdadelta,
+    scale_by_adadelta as scale_by_adadelta,
+)
 from torchopt.optimizers.adafactor import (
     Adafactor as Adafactor,
     adafactor as adafactor,
@@ -58,6 +66,14 @@ from torchopt.optimizers.adam import (
     adam as adam,
     MetaAdam as MetaAdam,
     scale_by_adam as scale_by_adam,
+)
+from torchopt.optimizers.adamax import (
+    Adamax as AdaMax,
+    Adamax as Adamax,
+    adamax as adamax,
+    MetaAdamax as MetaAdaMax,
+    MetaAdamax as MetaAdamax,
+    scale_by_adamax as scale_by_adamax,
 )
 from torchopt.optimizers.adamw import AdamW as AdamW, adamw as adamw, MetaAdamW as MetaAdamW
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS
@@ -79,6 +95,12 @@ from torchopt.optimizers.nadam import (
     NAdam as NAdam,
     nadam as nadam,
     scale_by_nadam as scale_by_nadam,
+)
+from torchopt.optimizers.radam import (
+    MetaRAdam as MetaRAdam,
+    RAdam as RAdam,
+    radam as radam,
+    scale_by_radam as scale_by_radam,
 )
 from torchopt.optimizers.rmsprop import (
     MetaRMSProp as MetaRMSProp,
