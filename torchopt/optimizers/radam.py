@@ -7,13 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.base.numerics import moving_average, moving_average_of_square, over_root, power, root
+from torchopt.base.numerics import (
+    exact,
+    moving_average,
+    moving_average_of_square,
+    over_root,
+    power,
+    root,
+)
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.hyper import hyper
 from torchopt.core.recipe import ignoring_moment_requires_grad
 from torchopt.core.rules import ElementwiseTransformation
 from torchopt.core.slots import Slot
+from torchopt.core.step_count import read_number
 from torchopt.core.transform import GradientTransformation, transformation
 from torchopt.optim.meta_optimizer import MetaOptimizer
 from torchopt.optim.named import from_recipe, meta_from_recipe
@@ -45,19 +53,23 @@ class ScaleByRAdam(ElementwiseTransformation):
         m, v = slots
         m = moving_average(m, g, b1)
         v = moving_average_of_square(v, g, b2)
+        if torch.compiler.is_compiling() and not isinstance(t, Tensor):
+            t = exact(torch.tensor(t))  # a branch by a number would be compiled by itself
         c1, c2 = 1 - power(b1, t), 1 - power(b2, t)
         limit = 2 / (1 - b2) - 1
         length = limit - 2 * t * power(b2, t) / c2
         known = length > 5
+        if type(known) is Tensor:
+            known = read_number(known)
         if not isinstance(known, Tensor):
             if not known:
                 return m / c1, (m, v)
             scale = c1 * _wider(length, limit) / c2**0.5
             return over_root(m, v, scale, scale * eps), (m, v)
         # both are computed: what is not chosen gets numbers of which every derivative is finite
-        scale = (
-            c1 * _wider(torch.where(known, length, 6.0), torch.where(known, limit, 7.0)) / c2**0.5
-        )
+        length = torch.where(known, length, 6.0)
+        limit = torch.where(known, limit, length + 1.0)
+        scale = c1 * _wider(length, limit) / c2**0.5
         return m / torch.where(known, scale * (root(v) + eps), c1), (m, v)
 
 
@@ -180,6 +192,7 @@ class RAdam(Optimizer):
     """
 
     former_defaults = {"decoupled_weight_decay": False, "maximize": False}
+    foreign_hyperparameters = frozenset({"amsgrad"})  # Adam's state has the same slots
 
     @from_recipe(radam)
     def __init__(self, params: Any) -> None:
