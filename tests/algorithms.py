@@ -62,6 +62,7 @@ class Algorithm:
         bounds: What its numbers may be where :data:`BOUNDS` does not say, by name.
         fixed: Arguments that are numbers but no hyperparameters.
         of_all_groups: Numbers that torch reads from the constructor only, whatever groups say.
+        settled: After how many steps every number matters, and the update is not linear by chance.
         float64_scalars: Whether torch keeps numbers of its own in the default dtype: then it is
             compared under float64.
     """
@@ -91,6 +92,7 @@ class Algorithm:
     bounds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: tuple[str, ...] = ()
     of_all_groups: tuple[str, ...] = ()
+    settled: int = 3
     float64_scalars: bool = False
 
     @property

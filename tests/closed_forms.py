@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -62,6 +63,16 @@ def _adagrad(g: Tensor, t: Tensor, k: Numbers) -> Tensor:
     return g / (total.sqrt() + k["eps"]) / (1 + (t - 1) * k["lr_decay"])
 
 
+def _adadelta(g: Tensor, t: Tensor, k: Numbers) -> Tensor:
+    """The second moment is a geometric series; that of the updates is followed step by step."""
+    rho, eps = k["rho"], k["eps"]
+    scales, d = [], 0 * g
+    for mass in 1 - rho**t:
+        scales.append(((d + eps) / (mass * g.square() + eps)).sqrt())
+        d = rho * d + (1 - rho) * (scales[-1] * g).square()
+    return torch.stack(scales) * g
+
+
 def _first_adam(g: Tensor, k: Numbers) -> Tensor:
     """The bias-corrected moments are ``g`` and ``g^2``, whatever the betas."""
     return g / ((g.square() + k["eps_root"]).sqrt() + k["eps"])
@@ -90,4 +101,15 @@ ADAGRAD = ClosedForm(
     constant=_adagrad,
     slope=lambda k: 1 / (k["initial_accumulator_value"] ** 0.5 + k["eps"]),
     third=lambda k: _third_under_root(k["initial_accumulator_value"], k["eps"]),
+)
+ADAMAX = ClosedForm(  # the maximum is that of the gradient, whatever the betas
+    first=lambda g, k: g / (g.abs() + k["eps"]),
+    constant=lambda g, t, k: (g / (g.abs() + k["eps"])).expand(len(t), *g.shape),
+    slope=lambda k: 1 / k["eps"],
+)
+ADADELTA = ClosedForm(
+    first=lambda g, k: g * (k["eps"] / ((1 - k["rho"]) * g.square() + k["eps"])).sqrt(),
+    constant=_adadelta,
+    slope=lambda k: 1.0,
+    third=lambda k: -3 * (1 - k["rho"]) / k["eps"],
 )

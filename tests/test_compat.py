@@ -113,6 +113,15 @@ def test_old_arguments_of_scale_by_adam() -> None:
     assert tx == torchopt.scale_by_adam((0.8, 0.99), 1e-6)
 
 
+@pytest.mark.parametrize("name", ["scale_by_adamax", "scale_by_radam"])
+def test_old_arguments_of_scalings_with_two_betas(name: str) -> None:
+    old, new = getattr(torchopt.transform, name), getattr(torchopt, name)
+    assert old() == new((0.9, 0.999), 1e-6)
+    assert old(0.8, b2=0.99, eps=1e-5) == new((0.8, 0.99), 1e-5)
+    with pytest.warns(FutureWarning, match="moment_requires_grad"):
+        old(moment_requires_grad=True)
+
+
 def test_old_utilities_of_recipes() -> None:
     utils = torchopt.alias.utils
     tx = torchopt.chain(utils.flip_sign_and_add_weight_decay(0.1, True), utils.scale_by_neg_lr(0.5))
@@ -133,11 +142,12 @@ def test_impl_is_the_old_keyword_for_the_transformation() -> None:
         torchopt.FuncOptimizer(tx=tx, impl=tx)  # pyright: ignore[reportCallIssue]
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adadelta", "adamax", "radam"])
 def test_moment_requires_grad_is_ignored_with_a_warning(name: str) -> None:
     """The warning points to the line of the script; the keyword is not in the signature."""
     recipe = getattr(torchopt, name)
-    meta = {"sgd": "MetaSGD", "adam": "MetaAdam", "adamw": "MetaAdamW"}[name]
+    titles = {"sgd": "SGD", "adamw": "AdamW", "radam": "RAdam"}
+    meta = f"Meta{titles.get(name, name.title())}"
     for make in (
         lambda: recipe(0.1, moment_requires_grad=True),
         lambda: getattr(torchopt, meta)(nn.Linear(2, 1), 0.1, moment_requires_grad=False),

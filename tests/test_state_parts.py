@@ -30,6 +30,8 @@ def params() -> dict[str, Any]:
     [
         (torchopt.adam(), "ScaleByAdamState", {"mu": "exp_avg", "nu": "exp_avg_sq"}),
         (torchopt.rmsprop(), "ScaleByRmsState", {"nu": "square_avg"}),
+        (torchopt.adamax(), "ScaleByAdamaxState", {"mu": "exp_avg", "nu": "exp_inf"}),
+        (torchopt.adadelta(), "ScaleByAdadeltaState", {"mu": "square_avg", "nu": "acc_delta"}),
         (torchopt.adagrad(), "ScaleByRssState", {"sum_of_squares": "sum"}),
         (
             torchopt.rmsprop(centered=True),

@@ -120,7 +120,7 @@ def test_linear_rules_are_linear(case: Case) -> None:
         tx = case.tx({"weight_decay": 0.0} if "weight_decay" in case.kwargs else None)
         torch.manual_seed(0)
         state = tx.init(params)
-        for _ in range(3):
+        for _ in range(case.algorithm.settled):
             grads = {"w": factor * nonzero_like(params)["w"]}
             update, state = tx.update(grads, state, params, inplace=False)
         updates.append(update["w"])

@@ -217,7 +217,7 @@ def test_differentiable_face(case: Case, zero: str) -> None:
             start[0, 1] = 0.0  # so that weight decay adds nothing
     values = case.tensors(requires_grad=True)
     optimizer = case.meta(net, **case.arguments(values))
-    for _ in range(3):
+    for _ in range(case.algorithm.settled):
         optimizer.step((net(x) - 1.0).square().mean())
     inputs = [start, *values.values()]
     gradients = torch.autograd.grad((net.weight @ weights).sum(), inputs, create_graph=True)

@@ -52,6 +52,14 @@ from torchopt.optimizers.adabelief import (
     MetaAdaBelief as MetaAdaBelief,
     scale_by_belief as scale_by_belief,
 )
+from torchopt.optimizers.adadelta import (
+    Adadelta as AdaDelta,
+    Adadelta as Adadelta,
+    adadelta as adadelta,
+    MetaAdadelta as MetaAdaDelta,
+    MetaAdadelta as MetaAdadelta,
+    scale_by_adadelta as scale_by_adadelta,
+)
 from torchopt.optimizers.adafactor import (
     Adafactor as Adafactor,
     adafactor as adafactor,
@@ -70,6 +78,14 @@ from torchopt.optimizers.adam import (
     adam as adam,
     MetaAdam as MetaAdam,
     scale_by_adam as scale_by_adam,
+)
+from torchopt.optimizers.adamax import (
+    Adamax as AdaMax,
+    Adamax as Adamax,
+    adamax as adamax,
+    MetaAdamax as MetaAdaMax,
+    MetaAdamax as MetaAdamax,
+    scale_by_adamax as scale_by_adamax,
 )
 from torchopt.optimizers.adamw import AdamW as AdamW, adamw as adamw, MetaAdamW as MetaAdamW
 from torchopt.optimizers.adan import (
@@ -99,6 +115,12 @@ from torchopt.optimizers.nadam import (
     NAdam as NAdam,
     nadam as nadam,
     scale_by_nadam as scale_by_nadam,
+)
+from torchopt.optimizers.radam import (
+    MetaRAdam as MetaRAdam,
+    RAdam as RAdam,
+    radam as radam,
+    scale_by_radam as scale_by_radam,
 )
 from torchopt.optimizers.rmsprop import (
     MetaRMSProp as MetaRMSProp,

@@ -18,10 +18,7 @@ from typing import Any, NoReturn
 #: Module of 0.7.3, module of today (``-``: not here yet), and names; ``old=new`` where they differ.
 #: Modules stand without ``torchopt.``, which is the dot.
 TABLE = """
-.                             -                    adadelta adamax radam AdaDelta Adadelta
-.                             -                    AdaMax Adamax RAdam MetaRAdam
-.                             -                    MetaAdaDelta MetaAdadelta
-.                             -                    MetaAdaMax MetaAdamax distributed linalg
+.                             -                    distributed linalg
 .                             -                    linear_solve
 accelerated_op                core.accelerated_op  is_available=accelerated_op_available
 accelerated_op                -                    AdamOp adam_op
@@ -30,10 +27,15 @@ alias                         optimizers.adamw     adamw
 alias                         optimizers.rmsprop   rmsprop
 alias                         optimizers.sgd       sgd
 alias                         optimizers.adagrad   adagrad
-alias                         -                    adadelta adamax radam
+alias                         optimizers.adadelta  adadelta
+alias                         optimizers.adamax    adamax
+alias                         optimizers.radam     radam
+alias.adadelta                optimizers.adadelta  adadelta
 alias.adagrad                 optimizers.adagrad   adagrad
 alias.adam                    optimizers.adam      adam
+alias.adamax                  optimizers.adamax    adamax
 alias.adamw                   optimizers.adamw     adamw
+alias.radam                   optimizers.radam     radam
 alias.rmsprop                 optimizers.rmsprop   rmsprop
 alias.sgd                     optimizers.sgd       sgd
 alias.utils                   compat.names         flip_sign_and_add_weight_decay
@@ -51,10 +53,13 @@ optim                         optimizers.rmsprop   RMSProp=RMSprop RMSprop
 optim                         optimizers.sgd       SGD
 optim                         optim.func_optimizer FuncOptimizer
 optim                         optimizers.adagrad   AdaGrad=Adagrad Adagrad
-optim                         -                    AdaDelta Adadelta AdaMax Adamax
-optim                         -                    RAdam adadelta adamax radam
+optim                         optimizers.adadelta  AdaDelta=Adadelta Adadelta
+optim                         optimizers.adamax    AdaMax=Adamax Adamax
+optim                         optimizers.radam     RAdam
+optim.adadelta                optimizers.adadelta  AdaDelta=Adadelta Adadelta
 optim.adagrad                 optimizers.adagrad   AdaGrad=Adagrad Adagrad
 optim.adam                    optimizers.adam      Adam
+optim.adamax                  optimizers.adamax    AdaMax=Adamax Adamax
 optim.adamw                   optimizers.adamw     AdamW
 optim.base                    optim.optimizer      Optimizer
 optim.func                    optim.func_optimizer FuncOptimizer
@@ -65,15 +70,19 @@ optim.meta                    optimizers.rmsprop   MetaRMSProp MetaRMSprop=MetaR
 optim.meta                    optimizers.sgd       MetaSGD
 optim.meta                    optim.meta_optimizer MetaOptimizer
 optim.meta                    optimizers.adagrad   MetaAdaGrad=MetaAdagrad MetaAdagrad
-optim.meta                    -                    MetaAdaDelta MetaAdadelta
-optim.meta                    -                    MetaAdaMax MetaAdamax MetaRAdam adadelta
-optim.meta                    -                    adamax radam
+optim.meta                    optimizers.adadelta  MetaAdaDelta=MetaAdadelta MetaAdadelta
+optim.meta                    optimizers.adamax    MetaAdaMax=MetaAdamax MetaAdamax
+optim.meta                    optimizers.radam     MetaRAdam
+optim.meta.adadelta           optimizers.adadelta  MetaAdaDelta=MetaAdadelta MetaAdadelta
 optim.meta.adagrad            optimizers.adagrad   MetaAdaGrad=MetaAdagrad MetaAdagrad
 optim.meta.adam               optimizers.adam      MetaAdam
+optim.meta.adamax             optimizers.adamax    MetaAdaMax=MetaAdamax MetaAdamax
 optim.meta.adamw              optimizers.adamw     MetaAdamW
 optim.meta.base               optim.meta_optimizer MetaOptimizer
+optim.meta.radam              optimizers.radam     MetaRAdam
 optim.meta.rmsprop            optimizers.rmsprop   MetaRMSProp MetaRMSprop=MetaRMSProp
 optim.meta.sgd                optimizers.sgd       MetaSGD
+optim.radam                   optimizers.radam     RAdam
 optim.rmsprop                 optimizers.rmsprop   RMSProp=RMSprop RMSprop
 optim.sgd                     optimizers.sgd       SGD
 schedule.polynomial           schedules            linear_schedule polynomial_schedule
@@ -85,14 +94,21 @@ transform                     transforms.basic     scale_by_schedule
 transform                     transforms.momentum  trace
 transform                     transforms.wrap      masked
 transform                     optimizers.adagrad   scale_by_rss
-transform                     -                    scale_by_adadelta scale_by_adamax scale_by_radam
+transform                     optimizers.adadelta  scale_by_adadelta
+transform                     compat.names         scale_by_adamax
+transform                     compat.names         scale_by_radam
 transform                     -                    utils
 transform.add_decayed_weights transforms.basic     add_decayed_weights
 transform.add_decayed_weights transforms.wrap      masked
 transform.nan_to_num          transforms.basic     nan_to_num
 transform.scale               transforms.basic     scale
+transform.scale_by_adadelta   optimizers.adadelta  scale_by_adadelta
+transform.scale_by_adadelta   core.state_parts     ScaleByAdadeltaState
 transform.scale_by_adam       compat.names         scale_by_adam scale_by_accelerated_adam
 transform.scale_by_adam       core.state_parts     ScaleByAdamState
+transform.scale_by_adamax     compat.names         scale_by_adamax
+transform.scale_by_adamax     core.state_parts     ScaleByAdamaxState
+transform.scale_by_radam      compat.names         scale_by_radam
 transform.scale_by_rms        optimizers.rmsprop   scale_by_rms
 transform.scale_by_rms        core.state_parts     ScaleByRmsState
 transform.scale_by_rss        optimizers.adagrad   scale_by_rss

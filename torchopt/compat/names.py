@@ -12,7 +12,7 @@ from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import Chain, chain
 from torchopt.core.recipe import ignoring_moment_requires_grad
 from torchopt.core.transform import GradientTransformation
-from torchopt.optimizers import adam
+from torchopt.optimizers import adam, adamax, radam
 from torchopt.transforms.basic import add_decayed_weights, flip_sign
 from torchopt.typing import Hyperparameter
 
@@ -37,6 +37,22 @@ def scale_by_accelerated_adam(
 ) -> GradientTransformation:
     """The same with a fused kernel required."""
     return accelerated(adam.scale_by_adam((b1, b2), eps, eps_root), True)
+
+
+@ignoring_moment_requires_grad
+def scale_by_adamax(
+    b1: Hyperparameter = 0.9, b2: Hyperparameter = 0.999, eps: Hyperparameter = 1e-6
+) -> GradientTransformation:
+    """:func:`torchopt.scale_by_adamax` with the arguments and defaults it had there."""
+    return adamax.scale_by_adamax((b1, b2), eps)
+
+
+@ignoring_moment_requires_grad
+def scale_by_radam(
+    b1: Hyperparameter = 0.9, b2: Hyperparameter = 0.999, eps: Hyperparameter = 1e-6
+) -> GradientTransformation:
+    """:func:`torchopt.scale_by_radam` with the arguments and defaults it had there."""
+    return radam.scale_by_radam((b1, b2), eps)
 
 
 def flip_sign_and_add_weight_decay(

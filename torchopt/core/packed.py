@@ -25,7 +25,7 @@ class Packing:
         sizes: How many entries each has.
         offsets: Where each begins, in entries.
         total: How many entries the flat tensor has.
-        memo: What an update over it found out (torchopt.kernels.cached_call), for the next one.
+        cached: What an update over it found out (torchopt.kernels.cached_call), for the next one.
     """
 
     cached: Any = None

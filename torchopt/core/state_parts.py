@@ -43,6 +43,20 @@ class ScaleByRStdDevState(NamedTuple):
     nu: TensorTree
 
 
+class ScaleByAdadeltaState(NamedTuple):
+    """The second moments of gradients and of updates of Adadelta."""
+
+    mu: TensorTree
+    nu: TensorTree
+
+
+class ScaleByAdamaxState(NamedTuple):
+    """The moments of Adamax."""
+
+    mu: TensorTree
+    nu: TensorTree
+
+
 class ScaleByRssState(NamedTuple):
     """The sum of squares of Adagrad."""
 
@@ -64,6 +78,8 @@ class ScaleByScheduleState(NamedTuple):
 #: Which slots make up which part; the first whose slots are all there is taken.
 _PARTS: tuple[tuple[Any, dict[str, str]], ...] = (
     (ScaleByAdamState, {"mu": "exp_avg", "nu": "exp_avg_sq"}),
+    (ScaleByAdamaxState, {"mu": "exp_avg", "nu": "exp_inf"}),
+    (ScaleByAdadeltaState, {"mu": "square_avg", "nu": "acc_delta"}),
     (ScaleByRStdDevState, {"mu": "grad_avg", "nu": "square_avg"}),
     (ScaleByRmsState, {"nu": "square_avg"}),
     (ScaleByRssState, {"sum_of_squares": "sum"}),

@@ -30,7 +30,7 @@ def read_tensor(value: Any) -> tuple[float, str, str]:
         return 0.0, "", f"a {type(value).__name__}, no plain tensor"
     one = value.numel() == 1
     if peek_interpreter_stack() is not None:
-        value = _bottom(value)
+        value = bottom(value)
     if value.layout != torch.strided:
         return 0.0, "", f"a tensor of layout {value.layout}"
     if not (one and value.is_cpu):  # reading it would wait for its device
@@ -38,7 +38,7 @@ def read_tensor(value: Any) -> tuple[float, str, str]:
     return float(value.item()) if value.numel() == 1 else float("nan"), SINGLE, ""
 
 
-def _bottom(value: Tensor) -> Tensor:
+def bottom(value: Tensor) -> Tensor:
     """Return the tensor under the levels of torch.func, which may be a batch of them."""
     while is_functorch_wrapped_tensor(value):
         value = get_unwrapped(value)

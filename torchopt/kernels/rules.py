@@ -10,9 +10,10 @@ from torch import Tensor
 
 from torchopt.base.numerics import to_compute_dtype
 from torchopt.core.packed import Packing
-from torchopt.kernels.generate.learned import is_hyper
+from torchopt.kernels.generate.learned import hyper_operand, is_hyper
 from torchopt.kernels.generate.program import GRADIENT, PARAMETER, UPDATE, slot_operand
 from torchopt.kernels.matching import Segment
+from torchopt.kernels.reading import bottom
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,6 +62,8 @@ class Rules:
         results = []
         for k, row in enumerate(self.rows):
             given = {s: c[k] for s, c in columns.items()}
+            if unread := self._unread(row):
+                row = self.segment.with_hypers(row, unread)
             if self.hyper_dims:
                 like = next(x for s, x in given.items() if not is_hyper(s))
                 hypers = {s: self.aligned(s, k, given.pop(s), like) for s in self.hyper_dims}
@@ -101,6 +104,19 @@ class Rules:
             packed_out=frozenset(),
             packing=None,
         )
+
+    def _unread(self, row: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what stands for the tensors that the kernel does not read, by operand.
+
+        They have no influence, but a rule may compute with them, and the level of torch.func that
+        they belong to may have ended.
+        """
+        found: dict[str, Tensor] = {}
+        for k, (name, place) in enumerate(self.segment.places(row)):
+            value = row[name] if place is None else row[name][place]
+            if isinstance(value, Tensor) and hyper_operand(k) not in self.hyper_dims:
+                found[hyper_operand(k)] = bottom(value).detach().flatten()[0]
+        return found
 
     def _one(self, given: dict[str, Tensor], rows: list[dict[str, Any]], t: int) -> dict[str, Any]:
         g = given.get(GRADIENT, given.get(PARAMETER))

@@ -137,6 +137,11 @@ def _checked_group(
             f"Parameter group {index} of the state has the label {group['label']!r}, that of "
             f"{title} {live['label']!r}."
         )
+    if foreign := sorted(optimizer.foreign_hyperparameters & saved.keys()):
+        raise ValueError(
+            f"The state belongs to another optimizer: parameter group {index} has {foreign}, which "
+            f"{title} does not take."
+        )
     for name, spec in specs.items():
         if name in group:
             check_saved(name, group[name], spec)

@@ -69,6 +69,8 @@ class Optimizer(torch.optim.Optimizer):
     optional_hyperparameters: ClassVar[frozenset[str]] = frozenset()
     #: What a hyperparameter was in states saved before ``torch.optim``'s class had it.
     former_defaults: ClassVar[dict[str, Any]] = {"maximize": False}
+    #: Hyperparameters that only a state of another optimizer has, where nothing else tells.
+    foreign_hyperparameters: ClassVar[frozenset[str]] = frozenset()
     #: Options of ``torch.optim``'s class that must have this value in a loaded state.
     fixed_options: ClassVar[dict[str, Any]] = {}
 

@@ -29,6 +29,7 @@ class OptimizerLike(HasGroups, Protocol):
     optional_hyperparameters: ClassVar[frozenset[str]]
     former_defaults: ClassVar[dict[str, Any]]
     fixed_options: ClassVar[dict[str, Any]]
+    foreign_hyperparameters: ClassVar[frozenset[str]]
     state: Any
     _schedules: LiveSchedules
     _lent: bool
