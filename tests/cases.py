@@ -15,6 +15,7 @@ import references.adabelief
 import references.lamb
 import references.lars
 import references.lion
+import references.yogi
 import torch
 from algorithms import F64 as F64
 from algorithms import Algorithm
@@ -218,6 +219,22 @@ ALGORITHMS = (
         slots=("exp_avg", "exp_avg_var"),
         decoupled_decay=True,
         reference=references.adabelief.adabelief,
+    ),
+    Algorithm(
+        torchopt.yogi,
+        torchopt.Yogi,
+        torchopt.MetaYogi,
+        None,
+        {
+            # numbers for which no gradient comes near the root of its second moment
+            "": {"lr": 0.05, "betas": (0.6, 0.8), "eps": 2e-3},
+            "decay": {"lr": 0.04, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.2},
+        },
+        slots=("exp_avg", "exp_avg_sq"),
+        starts_moving=True,
+        reference=references.yogi.yogi,
+        bounds={"initial_accumulator_value": ">= 0"},
+        fixed=("initial_accumulator_value",),
     ),
     Algorithm(
         torchopt.schedule_free_sgd,

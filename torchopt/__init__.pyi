@@ -98,6 +98,12 @@ from torchopt.optimizers.schedule_free import (
     SGDScheduleFree as SGDScheduleFree,
 )
 from torchopt.optimizers.sgd import MetaSGD as MetaSGD, SGD as SGD, sgd as sgd
+from torchopt.optimizers.yogi import (
+    MetaYogi as MetaYogi,
+    scale_by_yogi as scale_by_yogi,
+    Yogi as Yogi,
+    yogi as yogi,
+)
 from torchopt.schedules import (
     exponential_decay as exponential_decay,
     linear_schedule as linear_schedule,
