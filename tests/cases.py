@@ -15,6 +15,7 @@ import references.adabelief
 import references.lamb
 import references.lars
 import references.lion
+import references.novograd
 import references.yogi
 import torch
 from algorithms import F64 as F64
@@ -235,6 +236,22 @@ ALGORITHMS = (
         reference=references.yogi.yogi,
         bounds={"initial_accumulator_value": ">= 0"},
         fixed=("initial_accumulator_value",),
+    ),
+    Algorithm(
+        torchopt.novograd,
+        torchopt.NovoGrad,
+        torchopt.MetaNovoGrad,
+        None,
+        {
+            "": {"lr": 0.05, "betas": (0.8, 0.6), "eps": 1e-8},
+            "decay": {"lr": 0.03, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.2},
+        },
+        slots=("exp_avg", "exp_avg_sq"),
+        shapes={"exp_avg_sq": lambda shape: ()},
+        size="tensor",
+        fused=False,
+        forgets_start=True,
+        reference=references.novograd.novograd,
     ),
     Algorithm(
         torchopt.schedule_free_sgd,

@@ -80,6 +80,12 @@ from torchopt.optimizers.nadam import (
     nadam as nadam,
     scale_by_nadam as scale_by_nadam,
 )
+from torchopt.optimizers.novograd import (
+    MetaNovoGrad as MetaNovoGrad,
+    NovoGrad as NovoGrad,
+    novograd as novograd,
+    scale_by_novograd as scale_by_novograd,
+)
 from torchopt.optimizers.rmsprop import (
     MetaRMSProp as MetaRMSProp,
     MetaRMSProp as MetaRMSprop,
