@@ -16,6 +16,7 @@ import references.lamb
 import references.lars
 import references.lion
 import references.novograd
+import references.sign_sgd
 import references.yogi
 import torch
 from algorithms import F64 as F64
@@ -252,6 +253,31 @@ ALGORITHMS = (
         fused=False,
         forgets_start=True,
         reference=references.novograd.novograd,
+    ),
+    Algorithm(
+        torchopt.sign_sgd,
+        torchopt.SignSGD,
+        torchopt.MetaSignSGD,
+        None,
+        {"": {"lr": 0.03}, "decay": {"lr": 0.02, "weight_decay": 0.3}},
+        decoupled_decay=True,
+        flat=("gradients",),
+        reference=references.sign_sgd.sign_sgd,
+    ),
+    Algorithm(
+        torchopt.signum,
+        torchopt.Signum,
+        torchopt.MetaSignum,
+        None,
+        {
+            "": {"lr": 0.03, "momentum": 0.8},
+            "decay": {"lr": 0.03, "momentum": 0.6, "weight_decay": 0.2},
+        },
+        slots=("momentum_buffer",),
+        decoupled_decay=True,
+        flat=("gradients", "momentum"),
+        reference=references.sign_sgd.signum,
+        bounds={"momentum": ">= 0 and < 1"},
     ),
     Algorithm(
         torchopt.schedule_free_sgd,

@@ -104,6 +104,15 @@ from torchopt.optimizers.schedule_free import (
     SGDScheduleFree as SGDScheduleFree,
 )
 from torchopt.optimizers.sgd import MetaSGD as MetaSGD, SGD as SGD, sgd as sgd
+from torchopt.optimizers.sign_sgd import (
+    MetaSignSGD as MetaSignSGD,
+    MetaSignum as MetaSignum,
+    scale_by_sign as scale_by_sign,
+    sign_sgd as sign_sgd,
+    SignSGD as SignSGD,
+    Signum as Signum,
+    signum as signum,
+)
 from torchopt.optimizers.yogi import (
     MetaYogi as MetaYogi,
     scale_by_yogi as scale_by_yogi,
