@@ -55,6 +55,8 @@ class Algorithm:
         flat: What an update is a piecewise constant function of, names of numbers or
             ``"gradients"`` (slots with them): meta-gradients by it are zero.
         forgets_start: Whether the first update leaves nothing of a slot as it was.
+        starts_moving: Whether its momentum does not start at zero: then parameters move without
+            gradients, too.
         formula: What it does in closed form, or ``None``.
         reference: A slow copy that follows the paper, in ``references/``: the oracle of values and
             derivatives for what torch has not.
@@ -86,6 +88,7 @@ class Algorithm:
     sparse: bool = False
     flat: tuple[str, ...] = ()
     forgets_start: bool = False
+    starts_moving: bool = False
     formula: ClosedForm | None = None
     reference: Callable[..., Any] | None = None
     oracle: str = ""

@@ -16,6 +16,9 @@ import references.adan
 import references.lamb
 import references.lars
 import references.lion
+import references.novograd
+import references.sign_sgd
+import references.yogi
 import torch
 from algorithms import F64 as F64
 from algorithms import Algorithm
@@ -308,6 +311,63 @@ ALGORITHMS = (
         ),
         forgets_start=True,
         reference=references.adan.adan,
+    ),
+    Algorithm(
+        torchopt.yogi,
+        torchopt.Yogi,
+        torchopt.MetaYogi,
+        None,
+        {
+            # numbers for which no gradient comes near the root of its second moment
+            "": {"lr": 0.05, "betas": (0.6, 0.8), "eps": 2e-3},
+            "decay": {"lr": 0.04, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.2},
+        },
+        slots=("exp_avg", "exp_avg_sq"),
+        starts_moving=True,
+        reference=references.yogi.yogi,
+        bounds={"initial_accumulator_value": ">= 0"},
+        fixed=("initial_accumulator_value",),
+    ),
+    Algorithm(
+        torchopt.novograd,
+        torchopt.NovoGrad,
+        torchopt.MetaNovoGrad,
+        None,
+        {
+            "": {"lr": 0.05, "betas": (0.8, 0.6), "eps": 1e-8},
+            "decay": {"lr": 0.03, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.2},
+        },
+        slots=("exp_avg", "exp_avg_sq"),
+        shapes={"exp_avg_sq": lambda shape: ()},
+        size="tensor",
+        fused=False,
+        forgets_start=True,
+        reference=references.novograd.novograd,
+    ),
+    Algorithm(
+        torchopt.sign_sgd,
+        torchopt.SignSGD,
+        torchopt.MetaSignSGD,
+        None,
+        {"": {"lr": 0.03}, "decay": {"lr": 0.02, "weight_decay": 0.3}},
+        decoupled_decay=True,
+        flat=("gradients",),
+        reference=references.sign_sgd.sign_sgd,
+    ),
+    Algorithm(
+        torchopt.signum,
+        torchopt.Signum,
+        torchopt.MetaSignum,
+        None,
+        {
+            "": {"lr": 0.03, "momentum": 0.8},
+            "decay": {"lr": 0.03, "momentum": 0.6, "weight_decay": 0.2},
+        },
+        slots=("momentum_buffer",),
+        decoupled_decay=True,
+        flat=("gradients", "momentum"),
+        reference=references.sign_sgd.signum,
+        bounds={"momentum": ">= 0 and < 1"},
     ),
     Algorithm(
         torchopt.schedule_free_sgd,

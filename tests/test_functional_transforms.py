@@ -299,9 +299,11 @@ def test_update_compiles_in_full_graph(case: Any) -> None:
     Counters are numbers at first and tensors then, and a warm-up of three steps ends.
     """
     graphs, more = _compiled_steps(case.tx(), "aot_eager"), int(case.kind.has_counters)
-    assert graphs[0] == 1
+    # torch takes a float64 number on the CPU for one of Python's, and begins anew when it is none
+    anew = int(any(shape(torch.Size((2, 3))) == () for shape in case.algorithm.shapes.values()))
+    assert 1 <= graphs[0] <= 1 + anew
     assert graphs[2 + more :] == graphs[1 + more : 2 + more] * (4 - more)
-    assert graphs[-1] <= 2 + 2 * more
+    assert graphs[-1] <= 2 + 2 * more + anew
 
 
 def test_one_graph_with_a_tensor_for_the_step() -> None:

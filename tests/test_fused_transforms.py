@@ -49,8 +49,11 @@ class Problem:
         return [*u, *(x for slot in new.slots.values() for x in slot if x is not None)]
 
     def total(self, g: Any = None, p: Any = None, slots: Any = None) -> Tensor:
-        """A scalar that every output enters by itself, and not linearly."""
-        outputs = self.update(g, p, slots)
+        """A scalar that every output enters by itself, and not linearly.
+
+        The gradients too: there are rules of which no output depends on them smoothly.
+        """
+        outputs = [*self.update(g, p, slots), *(x.square() for x in g or self.g)]
         return sum(((k + 1) * x.sin()).sum() for k, x in enumerate(outputs))  # pyright: ignore
 
     def of_first(self, x: Tensor) -> Tensor:

@@ -116,6 +116,12 @@ from torchopt.optimizers.nadam import (
     nadam as nadam,
     scale_by_nadam as scale_by_nadam,
 )
+from torchopt.optimizers.novograd import (
+    MetaNovoGrad as MetaNovoGrad,
+    NovoGrad as NovoGrad,
+    novograd as novograd,
+    scale_by_novograd as scale_by_novograd,
+)
 from torchopt.optimizers.radam import (
     MetaRAdam as MetaRAdam,
     RAdam as RAdam,
@@ -140,6 +146,21 @@ from torchopt.optimizers.schedule_free import (
     SGDScheduleFree as SGDScheduleFree,
 )
 from torchopt.optimizers.sgd import MetaSGD as MetaSGD, SGD as SGD, sgd as sgd
+from torchopt.optimizers.sign_sgd import (
+    MetaSignSGD as MetaSignSGD,
+    MetaSignum as MetaSignum,
+    scale_by_sign as scale_by_sign,
+    sign_sgd as sign_sgd,
+    SignSGD as SignSGD,
+    Signum as Signum,
+    signum as signum,
+)
+from torchopt.optimizers.yogi import (
+    MetaYogi as MetaYogi,
+    scale_by_yogi as scale_by_yogi,
+    Yogi as Yogi,
+    yogi as yogi,
+)
 from torchopt.schedules import (
     exponential_decay as exponential_decay,
     linear_schedule as linear_schedule,

@@ -139,8 +139,7 @@ def initialise_packed(
                 continue
             if slot.is_number:
                 dtype = torch.float32 if common.dtype in HALF else common.dtype
-                start: Any = slot.start  # a number
-                columns[name] = packing.filled(float(start), dtype, common.device)
+                columns[name] = packing.filled(slot.number(dtype), dtype, common.device)
                 continue
             if torch.is_grad_enabled() and any(p.requires_grad for p in call.p):
                 return None  # what each leads to would be joined

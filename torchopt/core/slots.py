@@ -96,8 +96,13 @@ class Slot:
             return self.start(param, **hyperparameters)
         dtype = self.dtype or param.dtype
         if self.shape is None:
-            return torch.full_like(param, float(self.start), dtype=dtype)
-        return param.new_full(self.shape_for(param), float(self.start), dtype=dtype)
+            return torch.full_like(param, self.number(dtype), dtype=dtype)
+        return param.new_full(self.shape_for(param), self.number(dtype), dtype=dtype)
+
+    def number(self, dtype: torch.dtype) -> complex:
+        """Return the number that it starts as; a complex one is two real ones that start alike."""
+        start = float(self.start)  # pyright: ignore[reportArgumentType]
+        return complex(start, start) if dtype.is_complex else start
 
     def check(self, where: str, value: Any, param: Tensor) -> None:
         """Refuse what cannot be this slot of a parameter.
