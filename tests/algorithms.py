@@ -55,6 +55,7 @@ class Algorithm:
         flat: What an update is a piecewise constant function of, names of numbers or
             ``"gradients"`` (slots with them): meta-gradients by it are zero.
         forgets_start: Whether the first update leaves nothing of a slot as it was.
+        rests: How many steps at the start move nothing, and only fill slots.
         formula: What it does in closed form, or ``None``.
         reference: A slow copy that follows the paper, in ``references/``: the oracle of values and
             derivatives for what torch has not.
@@ -84,6 +85,7 @@ class Algorithm:
     sparse: bool = False
     flat: tuple[str, ...] = ()
     forgets_start: bool = False
+    rests: int = 0
     formula: ClosedForm | None = None
     reference: Callable[..., Any] | None = None
     oracle: str = ""
