@@ -12,6 +12,8 @@ from typing import Any
 import closed_forms
 import pytest
 import references.adan
+import references.ademamix
+import references.adopt
 import references.lion
 import torch
 from algorithms import F64 as F64
@@ -176,6 +178,50 @@ ALGORITHMS = (
         ),
         forgets_start=True,
         reference=references.adan.adan,
+    ),
+    Algorithm(
+        torchopt.adopt,
+        torchopt.ADOPT,
+        torchopt.MetaADOPT,
+        None,
+        {
+            # a step in which eps or a bound rules does not depend on the other numbers: see
+            # test_adopt.py
+            "": {"lr": 0.03, "betas": (0.8, 0.7)},
+            "decoupled": {
+                "lr": 0.03,
+                "betas": (0.7, 0.9),
+                "weight_decay": 0.2,
+                "decoupled_weight_decay": True,
+                "use_clipping": False,
+            },
+        },
+        slots=("exp_avg", "exp_avg_sq"),
+        rests=1,
+        bounds={"clip_exponent": ">= 0"},
+        reference=references.adopt.adopt,
+    ),
+    Algorithm(
+        torchopt.ademamix,
+        torchopt.AdEMAMix,
+        torchopt.MetaAdEMAMix,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95, 0.97), "alpha": 3.0, "eps": 1e-8},
+            "warm-up-decay": {
+                "lr": 0.03,
+                "betas": (0.6, 0.9, 0.9),
+                "alpha": 2.0,
+                "eps": 1e-3,
+                "weight_decay": 0.2,
+                "alpha_warmup": 3,
+                "beta3_warmup": 4,
+            },
+        },
+        slots=("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
+        decoupled_decay=True,
+        bounds={"alpha": ">= 0", "alpha_warmup": ">= 0", "beta3_warmup": ">= 0"},
+        reference=references.ademamix.ademamix,
     ),
     Algorithm(
         torchopt.schedule_free_sgd,

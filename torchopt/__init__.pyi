@@ -58,6 +58,18 @@ from torchopt.optimizers.adan import (
     MetaAdan as MetaAdan,
     scale_by_adan as scale_by_adan,
 )
+from torchopt.optimizers.ademamix import (
+    AdEMAMix as AdEMAMix,
+    ademamix as ademamix,
+    MetaAdEMAMix as MetaAdEMAMix,
+    scale_by_ademamix as scale_by_ademamix,
+)
+from torchopt.optimizers.adopt import (
+    ADOPT as ADOPT,
+    adopt as adopt,
+    MetaADOPT as MetaADOPT,
+    scale_by_adopt as scale_by_adopt,
+)
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS
 from torchopt.optimizers.lion import (
     Lion as Lion,
