@@ -15,6 +15,7 @@ import references.adan
 import references.ademamix
 import references.adopt
 import references.lion
+import references.optimistic_gradient_descent
 import torch
 from algorithms import F64 as F64
 from algorithms import Algorithm
@@ -222,6 +223,18 @@ ALGORITHMS = (
         decoupled_decay=True,
         bounds={"alpha": ">= 0", "alpha_warmup": ">= 0", "beta3_warmup": ">= 0"},
         reference=references.ademamix.ademamix,
+    ),
+    Algorithm(
+        torchopt.optimistic_gradient_descent,
+        torchopt.OptimisticGradientDescent,
+        torchopt.MetaOptimisticGradientDescent,
+        None,
+        {"": {"lr": 0.05, "alpha": 0.8, "beta": 0.6}},
+        slots=("previous_grad",),
+        linear=True,
+        forgets_start=True,
+        bounds={"alpha": "any number", "beta": "any number"},
+        reference=references.optimistic_gradient_descent.optimistic_gradient_descent,
     ),
     Algorithm(
         torchopt.schedule_free_sgd,

@@ -90,6 +90,12 @@ from torchopt.optimizers.nadam import (
     nadam as nadam,
     scale_by_nadam as scale_by_nadam,
 )
+from torchopt.optimizers.optimistic import (
+    MetaOptimisticGradientDescent as MetaOptimisticGradientDescent,
+    optimistic_gradient_descent as optimistic_gradient_descent,
+    OptimisticGradientDescent as OptimisticGradientDescent,
+    scale_by_optimistic_gradient as scale_by_optimistic_gradient,
+)
 from torchopt.optimizers.rmsprop import (
     MetaRMSProp as MetaRMSProp,
     MetaRMSProp as MetaRMSprop,
