@@ -322,6 +322,24 @@ MATRIX_ALGORITHMS = (
     ),
 )
 
+#: Those that need the value of the loss at each step: the laws of arguments hold for them, too.
+VALUE_ALGORITHMS = (
+    Algorithm(
+        torchopt.polyak_sgd,
+        torchopt.PolyakSGD,
+        torchopt.MetaPolyakSGD,
+        None,
+        {"": {"lr": 0.7, "max_learning_rate": 0.8, "f_min": 0.1, "eps": 0.2, "variant": "sps+"}},
+        size="all",
+        fused=False,
+        oracle="test_polyak.py",
+        bounds={"max_learning_rate": ">= 0", "f_min": "any number"},
+    ),
+)
+
+#: What the general laws do not hold of.
+SPECIAL_ALGORITHMS = MATRIX_ALGORITHMS + VALUE_ALGORITHMS
+
 CASES = tuple(case for algorithm in ALGORITHMS for case in algorithm.cases())
 
 
@@ -400,9 +418,9 @@ every_formula_case = every(lambda case: case.algorithm.formula)
 every_dense_case = every(lambda case: not case.sparse)
 every_sparse_case = every(lambda case: case.sparse)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
-#: Those too that take matrices only.
+#: Those too that take matrices only, or need the loss.
 every_row = pytest.mark.parametrize(
-    "algorithm", ALGORITHMS + MATRIX_ALGORITHMS, ids=lambda a: a.name
+    "algorithm", ALGORITHMS + SPECIAL_ALGORITHMS, ids=lambda a: a.name
 )
 #: Each algorithm with every other one; ``make test`` runs each with the next one of the table.
 every_pair = pytest.mark.parametrize(

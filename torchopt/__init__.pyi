@@ -96,6 +96,12 @@ from torchopt.optimizers.optimistic import (
     OptimisticGradientDescent as OptimisticGradientDescent,
     scale_by_optimistic_gradient as scale_by_optimistic_gradient,
 )
+from torchopt.optimizers.polyak import (
+    MetaPolyakSGD as MetaPolyakSGD,
+    polyak_sgd as polyak_sgd,
+    PolyakSGD as PolyakSGD,
+    scale_by_polyak as scale_by_polyak,
+)
 from torchopt.optimizers.rmsprop import (
     MetaRMSProp as MetaRMSProp,
     MetaRMSProp as MetaRMSprop,
