@@ -237,6 +237,17 @@ ALGORITHMS = (
         reference=references.optimistic_gradient_descent.optimistic_gradient_descent,
     ),
     Algorithm(
+        torchopt.noisy_sgd,
+        torchopt.NoisySGD,
+        torchopt.MetaNoisySGD,
+        None,
+        {"": {"lr": 0.05, "eta": 0.3, "gamma": 0.8, "seed": 5}},
+        fused=False,
+        noisy=True,
+        oracle="test_noisy_sgd.py",
+        bounds={"eta": ">= 0", "gamma": ">= 0", "seed": ">= 0 and < 4294967296"},
+    ),
+    Algorithm(
         torchopt.schedule_free_sgd,
         torchopt.SGDScheduleFree,
         torchopt.MetaSGDScheduleFree,

@@ -90,6 +90,12 @@ from torchopt.optimizers.nadam import (
     nadam as nadam,
     scale_by_nadam as scale_by_nadam,
 )
+from torchopt.optimizers.noisy_sgd import (
+    add_noise as add_noise,
+    MetaNoisySGD as MetaNoisySGD,
+    noisy_sgd as noisy_sgd,
+    NoisySGD as NoisySGD,
+)
 from torchopt.optimizers.optimistic import (
     MetaOptimisticGradientDescent as MetaOptimisticGradientDescent,
     optimistic_gradient_descent as optimistic_gradient_descent,
