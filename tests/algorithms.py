@@ -51,7 +51,6 @@ class Algorithm:
         shrinks: For decoupled decay other than AdamW's: what a step multiplies a weight that has no
             gradient by, as a function of the numbers of a configuration.
         linear: Whether an update is linear in the gradients.
-        noisy: Whether an update is there without a gradient, too.
         sparse: Whether it takes sparse gradients (without weight decay).
         flat: What an update is a piecewise constant function of, names of numbers or
             ``"gradients"`` (slots with them): meta-gradients by it are zero.
@@ -83,7 +82,6 @@ class Algorithm:
     decoupled_decay: bool = False
     shrinks: Callable[[Mapping[str, Any]], float] | None = None
     linear: bool = False
-    noisy: bool = False
     sparse: bool = False
     flat: tuple[str, ...] = ()
     forgets_start: bool = False
@@ -222,8 +220,7 @@ class Case:
     def scale_free(self) -> bool:
         """Whether updates have the same size whatever the size of the gradients (above 1e-4) is."""
         numbers = [self.value(name) for name in self.tunable if name in ("eps", "eps_root")]
-        bound = self.algorithm.linear or self.algorithm.noisy
-        return not bound and max(numbers, default=0.0) <= 1e-3
+        return not self.algorithm.linear and max(numbers, default=0.0) <= 1e-3
 
     @cached_property
     def kind(self) -> Kind:

@@ -237,17 +237,6 @@ ALGORITHMS = (
         reference=references.optimistic_gradient_descent.optimistic_gradient_descent,
     ),
     Algorithm(
-        torchopt.noisy_sgd,
-        torchopt.NoisySGD,
-        torchopt.MetaNoisySGD,
-        None,
-        {"": {"lr": 0.05, "eta": 0.3, "gamma": 0.8, "seed": 5}},
-        fused=False,
-        noisy=True,
-        oracle="test_noisy_sgd.py",
-        bounds={"eta": ">= 0", "gamma": ">= 0", "seed": ">= 0 and < 4294967296"},
-    ),
-    Algorithm(
         torchopt.schedule_free_sgd,
         torchopt.SGDScheduleFree,
         torchopt.MetaSGDScheduleFree,
@@ -348,8 +337,22 @@ VALUE_ALGORITHMS = (
     ),
 )
 
+#: Those that move a parameter by its name, too: two parameters that are alike move apart.
+NOISY_ALGORITHMS = (
+    Algorithm(
+        torchopt.noisy_sgd,
+        torchopt.NoisySGD,
+        torchopt.MetaNoisySGD,
+        None,
+        {"": {"lr": 0.05, "eta": 0.3, "gamma": 0.8, "seed": 5}},
+        fused=False,
+        oracle="test_noisy_sgd.py",
+        bounds={"eta": ">= 0", "gamma": ">= 0", "seed": ">= 0 and < 4294967296"},
+    ),
+)
+
 #: What the general laws do not hold of.
-SPECIAL_ALGORITHMS = MATRIX_ALGORITHMS + VALUE_ALGORITHMS
+SPECIAL_ALGORITHMS = MATRIX_ALGORITHMS + VALUE_ALGORITHMS + NOISY_ALGORITHMS
 
 CASES = tuple(case for algorithm in ALGORITHMS for case in algorithm.cases())
 
@@ -429,7 +432,7 @@ every_formula_case = every(lambda case: case.algorithm.formula)
 every_dense_case = every(lambda case: not case.sparse)
 every_sparse_case = every(lambda case: case.sparse)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
-#: Those too that take matrices only, or need the loss.
+#: Those too that the general laws do not hold of.
 every_row = pytest.mark.parametrize(
     "algorithm", ALGORITHMS + SPECIAL_ALGORITHMS, ids=lambda a: a.name
 )

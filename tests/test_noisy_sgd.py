@@ -7,7 +7,10 @@ import math
 from typing import Any
 
 import pytest
+import test_conformance as grid
+import test_dtypes as dtypes
 import torch
+from cases import NOISY_ALGORITHMS
 from conftest import nonzero
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ import torchopt
 from torchopt.optimizers.noisy_sgd import normal
 
 
+(CASE,) = NOISY_ALGORITHMS[0].cases()
 N = 40_000
 WIDE = torch.zeros(N, dtype=torch.float64)
 
@@ -23,7 +27,7 @@ WIDE = torch.zeros(N, dtype=torch.float64)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_noise_is_standard_normal(dtype: torch.dtype) -> None:
     """Its moments, its distribution function, and neighbours within five standard errors."""
-    x = normal(WIDE.to(dtype), 3, 1, 0)
+    x = normal(WIDE.to(dtype), 3, 1, "w")
     assert x.dtype == dtype
     x = x.double()
     error = 5 / math.sqrt(N)
@@ -38,8 +42,9 @@ def test_the_noise_is_standard_normal(dtype: torch.dtype) -> None:
         assert (x[shift:] * x[:-shift]).mean().abs() < 1.05 * error
 
 
-def test_noise_of_other_seeds_steps_and_positions_is_other_noise() -> None:
-    keys = [(3, 1, 0), (4, 1, 0), (3, 2, 0), (3, 1, 1), (0, 3, 1), (1, 0, 3), (2**32 - 1, 1, 0)]
+def test_noise_of_other_seeds_steps_and_names_is_other_noise() -> None:
+    keys = [(3, 1, "a"), (4, 1, "a"), (3, 2, "a"), (3, 1, "b"), (3, 1, ""), (3, 1, "ab")]
+    keys += [(3, 1, "ba"), (2**32 - 1, 1, "a")]
     for one, other in itertools.combinations([normal(WIDE, *key) for key in keys], 2):
         assert (one * other).mean().abs() < 5 / math.sqrt(N)
 
@@ -62,11 +67,56 @@ def test_derivatives_are_those_of_constant_noise() -> None:
     now, other, state = p, p, tx.init(p)
     for t, g in enumerate(grads, start=1):
         now, state = tx.apply_gradients(g, state, now, inplace=False)
-        other = other - lr * (g + (eta / t**gamma).sqrt() * normal(g.detach(), 9, t, 0))
+        other = other - lr * (g + (eta / t**gamma).sqrt() * normal(g.detach(), 9, t, ""))
     weights, inputs = nonzero(5), [p, *grads, lr, eta, gamma]
     assert_close(now.detach(), other.detach())
     found = torch.autograd.grad((weights * now).sum(), inputs)
     assert_close(found, torch.autograd.grad((weights * other).sum(), inputs))
+
+
+@pytest.mark.parametrize("wrt", ["parameters", "hyperparameters"])
+def test_meta_gradients(wrt: str) -> None:
+    """The conformance grid, but for the names of the differentiable API, which are others."""
+    for face in ("functional", "forward"):
+        grid.test_meta_gradient(CASE, "polynomial", 3, wrt, face)
+
+
+def test_meta_gradients_through_a_network() -> None:
+    lr, eta = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.1, 0.3))
+    net = nn.ParameterDict({"w": nonzero(3)})
+    w = net["w"]
+    inner = torchopt.MetaNoisySGD(net, lr, eta, 0.8, 9)
+    other = w
+    for t in (1, 2):
+        inner.step(net["w"].pow(4).sum())
+        noise = normal(w.detach(), 9, t, "w")
+        other = other - lr * (4 * other**3 + (eta / t**0.8).sqrt() * noise)
+    inputs = [w, lr, eta]
+    found = torch.autograd.grad(net["w"].square().sum(), inputs)
+    assert_close(found, torch.autograd.grad(other.square().sum(), inputs), times=100)
+
+
+def test_purity_dtypes_and_checks() -> None:
+    """Laws of the table that hold of noise as well."""
+    for record in (False, True):
+        dtypes.test_pure_algorithms(CASE, record)
+    for dtype in (torch.float32, torch.bfloat16):
+        dtypes.test_no_dtype_drifts(CASE, dtype, None)
+
+
+def test_an_update_is_compiled_once_for_all_steps() -> None:
+    torch._dynamo.reset()
+    tx, g = torchopt.noisy_sgd(0.5, seed=3), {"w": nonzero(4)}
+    compiled = torch.compile(
+        lambda state: tx.update(g, state, inplace=False), backend="eager", fullgraph=True
+    )
+    state = other = tx.init(g)
+    for _ in range(2):
+        updates, state = compiled(state)
+        expected, other = tx.update(g, other, inplace=False)
+        assert_close(updates, expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(state)
 
 
 def test_without_variance_it_is_sgd_with_finite_derivatives() -> None:
@@ -84,7 +134,7 @@ def ends(grads: list[dict[str, Tensor]], start: dict[str, Tensor], **k: Any) -> 
     tx, now = torchopt.noisy_sgd(**k), start
     state = tx.init(now)
     own = {n: nn.Parameter(w.clone()) for n, w in start.items()}
-    optimizer = torchopt.NoisySGD(own.values(), **k)
+    optimizer = torchopt.NoisySGD(own.items(), **k)
     net = nn.ParameterDict({n: w.clone() for n, w in start.items()})
     inner = torchopt.MetaNoisySGD(net, **k)
     for g in grads:
@@ -97,7 +147,7 @@ def ends(grads: list[dict[str, Tensor]], start: dict[str, Tensor], **k: Any) -> 
 
 
 def test_noise_is_the_same_in_all_apis_and_leaves_generators_alone() -> None:
-    start = {"b": nonzero(2), "s": nonzero(), "w": nonzero(3, 2)}  # ParameterDict sorts
+    start = {"w": nonzero(3, 2), "b": nonzero(2), "s": nonzero()}
     grads = [{n: nonzero(*w.shape) for n, w in start.items()} for _ in range(3)]
     before = torch.get_rng_state()
     one, *others = ends(grads, start, lr=0.1, seed=4)

@@ -35,23 +35,26 @@ class AddNoise(GradientTransformation):
     uses_step = True
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
-        """Add to each gradient the noise of its position and step."""
-        updates = []
+        """Add to each gradient the noise of its parameter's name and of the step."""
+        updates, names = [], leaves.call.names()
         for g, t, h, position in zip(leaves.g, leaves.t, leaves.hyper, leaves.index):
             variance = h["eta"] / power(t, h["gamma"])
             size = root(variance) if isinstance(variance, Tensor) else variance**0.5
-            updates.append(g + normal(g, h["seed"], t, position) * size)
+            updates.append(g + normal(g, h["seed"], t, names[position]) * size)
         return updates, leaves.slots
 
 
-def normal(like: Tensor, seed: int, t: Step, position: int) -> Tensor:
-    """Return standard normal numbers that depend on seed, step, position and place alone.
+def normal(like: Tensor, seed: int, t: Step, name: str) -> Tensor:
+    """Return standard normal numbers that depend on seed, step, name and place alone.
 
     They are hashed from their place, not drawn from a generator: so they are those of the step,
     not of the call, on every device, and to ``vmap`` and a compiler they are arithmetic.
     """
     place = torch.arange(like.numel(), device=like.device).view(like.shape)
-    key = _mixed(_mixed(_mixed(seed + 0x9E3779B9) ^ (position + 1)) ^ (t & _MASK))
+    key = _mixed(seed + 0x9E3779B9)
+    for letter in name:
+        key = _mixed(key ^ ord(letter)) + 1
+    key = _mixed(key ^ (t & _MASK))
     first = _mixed(_mixed(2 * place) ^ key)
     second = _mixed(_mixed(2 * place + 1) ^ key)
     # strictly between 0 and 1, also when rounded
@@ -82,10 +85,12 @@ def add_noise(
         gamma: :math:`\gamma \ge 0`.
         seed: Which noise: a whole number in [0, 2^32).
 
-    The noise is a function of the seed, the step, the position of the parameter among all, and the
-    place of the entry in it. So steps that are taken again, from a saved state or in another API,
-    have the same noise; nothing is drawn from PyTorch's generators. Two such transformations in a
-    chain need two seeds. Under :func:`torch.func.vmap` all of a batch have the same.
+    The noise is a function of the seed, the step, the name of the parameter, and the place of the
+    entry in it. So steps that are taken again, from a saved state or in another API, have the same
+    noise, whatever other parameters there are; nothing is drawn from PyTorch's generators. (Names
+    are those of errors: keys of a tree, and ``param_groups[0]['params'][1]`` for parameters that
+    come without.) Two such transformations in a chain need two seeds. Under
+    :func:`torch.func.vmap` all of a batch have the same.
 
     No slots, but the step count. Differentiable in gradients, ``eta`` and ``gamma``; the standard
     normal numbers are constants.
