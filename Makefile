@@ -7,7 +7,7 @@ DEMO_FLAGS ?=
 TORCHES ?= torch==2.6.0 torch
 # What has failed between versions before, and the values.
 SAMPLE ?= $(addprefix tests/test_, walked_trees.py compiled_learned.py functional_transforms.py \
-  fused_operators.py fused_update.py against_torch.py optim_state.py state_recovered.py meta_steps.py)
+  fused_operators.py compiled_operators.py fused_update.py against_torch.py optim_state.py state_recovered.py meta_steps.py)
 
 .PHONY: demo test test-all test-versions examples docs lint format bench wheel kernels sanitize clean
 

@@ -1,6 +1,6 @@
-"""The meta-step of 32 tasks at once, batched by ``vmap`` over the functional face.
+"""The meta-step of 32 tasks at once, batched by ``vmap`` over the functional API.
 
-``higher`` has no functional face and goes through the tasks one after the other.
+``higher`` has no functional API and goes through the tasks one after the other.
 """
 
 from __future__ import annotations

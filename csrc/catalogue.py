@@ -14,7 +14,7 @@ from typing import Any
 import torchopt
 from torchopt.core.transform import GradientTransformation
 from torchopt.kernels.generate.graph import Kernel
-from torchopt.kernels.generate.learned import ENTRIES, NUMBER, SINGLE, hyper_stream
+from torchopt.kernels.generate.learned import ENTRIES, NUMBER, SINGLE, hyper_operand
 from torchopt.kernels.generate.program import build
 
 
@@ -82,13 +82,13 @@ def _learned_kernels(tx: GradientTransformation, name: str) -> Iterator[Kernel]:
         if not isinstance(value, bool)
         for _ in (value if isinstance(value, tuple) else (value,))
     ]
-    stream = hyper_stream(names.index(name))
+    operand = hyper_operand(names.index(name))
     for kind, step in itertools.product((SINGLE, ENTRIES), STEPS):
         kinds = tuple(kind if field == name else NUMBER for field in names)
         program = build(tx.parts, rows, step, _slots_present(tx), has_params=True, kinds=kinds)
         for mode in ("update", "apply"):
             yield program.kernels[mode]
-            yield program.backward(mode, frozenset({stream}))[0]
+            yield program.backward(mode, frozenset({operand}))[0]
 
 
 def _slots_present(tx: GradientTransformation) -> list[bool]:

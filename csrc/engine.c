@@ -78,7 +78,7 @@ int64_t torchopt_find(const char *name) {
 
 /* Blocks ------------------------------------------------------------------------------------- */
 
-/* Entries for which streams that are absent, in half precision or misaligned have a stand-in.
+/* Entries for which operands that are absent, in half precision or misaligned have a stand-in.
  * Small: all stand-ins of a kernel together stay in the first-level cache. */
 #define BLOCK 256
 
@@ -97,7 +97,7 @@ struct work {
   const struct kernel_table *table;
   const struct kernel *kernel;
   int64_t share;
-  double *parts; /* of a call with sums: those of each chunk of each tensor, stream by stream */
+  double *parts; /* of a call with sums: those of each chunk of each tensor, operand by operand */
 };
 
 static void compute(const struct work *work, const void *const *in, void *const *out,
@@ -115,15 +115,15 @@ struct view { /* one tensor of a call */
   const char *in[MAX_STREAMS];
   char *out[MAX_STREAMS];
   const double *numbers;
-  int whole; /* all streams are there, aligned, in the type of the arithmetic */
+  int whole; /* all operands are there, aligned, in the type of the arithmetic */
 };
 
 /* Bytes of an entry in the type of the arithmetic. */
 static int64_t full_size(const struct call *call) { return call->dtype == FLOAT64 ? 8 : 4; }
 
-static int64_t entry_size(const struct call *call, int64_t narrow_streams, int k) {
+static int64_t entry_size(const struct call *call, int64_t narrow_operands, int k) {
   int is_half = call->dtype == BFLOAT16 || call->dtype == FLOAT16;
-  return is_half && (narrow_streams >> k & 1) ? 2 : full_size(call);
+  return is_half && (narrow_operands >> k & 1) ? 2 : full_size(call);
 }
 
 static int is_direct(const void *address, int64_t bytes, int64_t full) {
@@ -231,16 +231,16 @@ static void run_chunks(const struct work *work, const struct view *view, int64_t
 static void collect_sums(const struct work *work) {
   const struct call *call = work->call;
   const int outputs = work->kernel->outputs;
-  int stream = 0;
+  int operand = 0;
   for (int k = 0; k < outputs; ++k) {
     if (!(call->summed >> k & 1)) continue;
     const double *parts = work->parts + k;
     for (int64_t t = 0; t < call->count; ++t) {
       double sum = 0;
       for (int64_t c = chunks_in(call->sizes[t]); c > 0; --c, parts += outputs) sum += *parts;
-      call->sums[stream * call->count + t] = sum;
+      call->sums[operand * call->count + t] = sum;
     }
-    ++stream;
+    ++operand;
   }
 }
 
@@ -283,14 +283,14 @@ static void run_share(void *context, int64_t share) {
 
 /* Whether a place is a block (which the interpreter reads and writes so many entries of). */
 static int is_block(const struct program *program, int64_t place) {
-  int64_t streams = program->inputs + program->outputs, behind = streams + program->numbers;
-  if (place < streams) return place >= 0;
+  int64_t operands = program->inputs + program->outputs, behind = operands + program->numbers;
+  if (place < operands) return place >= 0;
   return place >= behind && place < behind + program->registers;
 }
 
 static int is_number(const struct program *program, int64_t place) {
-  int64_t streams = program->inputs + program->outputs;
-  return place >= streams && place < streams + program->numbers;
+  int64_t operands = program->inputs + program->outputs;
+  return place >= operands && place < operands + program->numbers;
 }
 
 /* Whether a program stays within its places: anybody may have written it. Results go to outputs and
@@ -307,7 +307,7 @@ static int makes_sense(const struct program *program, const struct kernel_table 
     const int32_t *code = program->code + k * INSTRUCTION;
     if (code[0] < 0 || code[0] >= table->operation_count) return 0;
     if (!is_block(program, code[1]) || code[1] < program->inputs) return 0;
-    const char *kind = table->operations[code[0]].operands;
+    const char *kind = table->operations[code[0]].arguments;
     for (int n = 2; n < INSTRUCTION; ++n) {
       int is_there = *kind != 0, is_entry = is_there && *kind == 'v';
       if (is_entry ? !is_block(program, code[n])

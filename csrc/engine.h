@@ -37,7 +37,7 @@ struct kernel {
 #define SUM_LANES 16
 
 /* Programs: what the interpreter runs (interpreter.inc). An instruction is the position of an
- * operation, the place of its result and the places of four operands (those that it does not have
+ * operation, the place of its result and the places of four arguments (those that it does not have
  * are not read). Places are counted through the inputs, the outputs, the numbers, the registers. */
 #define INSTRUCTION 6
 #define MAX_REGISTERS 256
@@ -55,7 +55,7 @@ typedef void (*program_function)(const struct program *program, const void *cons
 
 struct operation {
   const char *name;
-  const char *operands; /* v for each that is a block, n for each that is a number */
+  const char *arguments; /* v for each that is a block, n for each that is a number */
 };
 
 /* The kernels compiled for one instruction set; a constant in kernels.c. */
@@ -81,21 +81,21 @@ enum dtype { FLOAT64 = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
 /* One kernel over many tensors. */
 struct call {
   int64_t kernel;       /* its position in the table; -1: `program` */
-  int64_t dtype;        /* of streams that narrow_* mark; the others are float32 if it is half */
-  int64_t narrow_in;    /* bit k: input stream k has the dtype of the parameters */
-  int64_t narrow_out;   /* bit k: output stream k has */
+  int64_t dtype;        /* of operands that narrow_* mark; the others are float32 if it is half */
+  int64_t narrow_in;    /* bit k: input operand k has the dtype of the parameters */
+  int64_t narrow_out;   /* bit k: output operand k has */
   int64_t count;        /* tensors */
   int64_t width;        /* numbers of one row */
   int64_t threads;      /* at most; 1 or more */
   const int64_t *sizes; /* entries of each tensor */
   const int64_t *rows;  /* which row of numbers each tensor takes; NULL: row 0 for all */
-  const int64_t *in;    /* addresses, stream by stream; 0 reads as zeros */
-  const int64_t *out;   /* addresses, stream by stream; what is written to 0 is dropped */
+  const int64_t *in;    /* addresses, operand by operand; 0 reads as zeros */
+  const int64_t *out;   /* addresses, operand by operand; what is written to 0 is dropped */
   const double *numbers;
   int64_t done;         /* set to 1 when everything has been written */
   const struct program *program;
-  int64_t summed;       /* bit k: of output stream k, at address 0, the sums are wanted */
-  double *sums;         /* the sum over each tensor, stream by stream */
+  int64_t summed;       /* bit k: of output operand k, at address 0, the sums are wanted */
+  double *sums;         /* the sum over each tensor, operand by operand */
 };
 
 EXPORT int64_t torchopt_run(struct call *call);
@@ -108,7 +108,7 @@ EXPORT const char *torchopt_instruction_set(void);
 EXPORT void torchopt_use_team(void *function);
 EXPORT int64_t torchopt_select(const char *instruction_set);
 
-/* threads.c: how many bytes of all streams make one more thread worth its while. */
+/* threads.c: how many bytes of all operands make one more thread worth its while. */
 int64_t bytes_worth_a_thread(void);
 
 /* Run task(context, k) for k in 0..count-1, each once, on about `wanted` threads and never

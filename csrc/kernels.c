@@ -1,8 +1,8 @@
 /* The kernels, compiled once for each instruction set; TORCHOPT_ISA is its name.
  *
  * kernels.inc is generated from the rules (csrc/catalogue.py) and included here once
- * for float and once for double. A kernel reads its input streams and writes its output streams
- * entry by entry. An output stream may be an input stream (in place): an entry is read before it
+ * for float and once for double. A kernel reads its input operands and writes its output operands
+ * entry by entry. An output operand may be an input operand (in place): an entry is read before it
  * is written, so there is no dependence between entries and the loop may be vectorised.
  */
 #include "engine.h"
@@ -197,7 +197,7 @@ ADD_UP(float)
 
 /* The table ----------------------------------------------------------------------------------- */
 
-#define DESCRIBED(name, operands, value) {#name, operands},
+#define DESCRIBED(name, arguments, value) {#name, arguments},
 static const struct operation operations[] = {OPERATIONS(DESCRIBED)};
 
 #define ENTRY(name, inputs, outputs) {#name, inputs, outputs, name##_float, name##_double},

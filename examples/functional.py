@@ -3,7 +3,7 @@
 First a small network learns handwritten digits three times: in the style of Optax (pure functions
 of parameters and state), in the style of PyTorch (an object that changes the network) and in the
 differentiable style (steps that stay connected to what they were computed from). The three are
-faces of one rule, so in double precision their losses agree to the last bit on a CPU; the table
+APIs of one rule, so in double precision their losses agree to the last bit on a CPU; the table
 shows the largest relative difference, and that to ``torch.optim.Adam``, which computes the same
 formula in another order. The differentiable style also tells how the last loss depends on the
 learning rate.

@@ -62,6 +62,7 @@ class Algorithm:
         oracle: The test file with another oracle of its values, if none of these is one.
         bounds: What its numbers may be where :data:`BOUNDS` does not say, by name.
         fixed: Arguments that are numbers but no hyperparameters.
+        of_all_groups: Numbers that torch reads from the constructor only, whatever groups say.
         float64_scalars: Whether torch keeps numbers of its own in the default dtype: then it is
             compared under float64.
     """
@@ -91,6 +92,7 @@ class Algorithm:
     oracle: str = ""
     bounds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: tuple[str, ...] = ()
+    of_all_groups: tuple[str, ...] = ()
     float64_scalars: bool = False
 
     @property

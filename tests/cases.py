@@ -11,9 +11,12 @@ from typing import Any
 
 import closed_forms
 import pytest
+import references.adabelief
 import references.adan
 import references.ademamix
 import references.adopt
+import references.lamb
+import references.lars
 import references.lion
 import references.optimistic_gradient_descent
 import torch
@@ -115,6 +118,27 @@ ALGORITHMS = (
         float64_scalars=True,
     ),
     Algorithm(
+        torchopt.adagrad,
+        torchopt.Adagrad,
+        torchopt.MetaAdagrad,
+        torch.optim.Adagrad,
+        {
+            "": {"lr": 0.1, "eps": 1e-8},
+            "rate-decay-start": {
+                "lr": 0.1,
+                "lr_decay": 0.3,
+                "weight_decay": 0.1,
+                "initial_accumulator_value": 0.2,
+                "eps": 1e-2,
+            },
+        },
+        slots=("sum",),
+        sparse=True,
+        formula=closed_forms.ADAGRAD,
+        bounds={"lr_decay": ">= 0", "initial_accumulator_value": ">= 0"},
+        of_all_groups=("initial_accumulator_value",),
+    ),
+    Algorithm(
         torchopt.adafactor,
         torchopt.Adafactor,
         torchopt.MetaAdafactor,
@@ -154,6 +178,71 @@ ALGORITHMS = (
         decoupled_decay=True,
         flat=("gradients", "betas"),
         reference=references.lion.lion,
+    ),
+    Algorithm(
+        torchopt.lamb,
+        torchopt.LAMB,
+        torchopt.MetaLAMB,
+        None,
+        {
+            "": {"lr": 0.08, "betas": (0.7, 0.9), "eps": 1e-8},
+            "amsgrad-decay-eps-root": {
+                "lr": 0.08,
+                "betas": (0.7, 0.6),
+                "eps": 1e-3,
+                "weight_decay": 0.2,
+                "amsgrad": True,
+                "eps_root": 1e-2,
+            },
+        },
+        slots=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        size="tensor",
+        fused=False,
+        needs_params=True,
+        reference=references.lamb.lamb,
+    ),
+    Algorithm(
+        torchopt.lars,
+        torchopt.LARS,
+        torchopt.MetaLARS,
+        None,
+        {
+            "": {"lr": 0.05, "momentum": 0.8, "trust_coefficient": 0.2},
+            "dampening-decay": {
+                "lr": 0.05,
+                "momentum": 0.7,
+                "dampening": 0.3,
+                "weight_decay": 0.2,
+                "trust_coefficient": 0.3,
+                "eps": 0.2,
+            },
+            "nesterov": {"lr": 0.05, "momentum": 0.6, "nesterov": True, "trust_coefficient": 0.2},
+        },
+        slots=("momentum_buffer",),
+        size="tensor",
+        fused=False,
+        needs_params=True,
+        reference=references.lars.lars,
+        bounds={"trust_coefficient": ">= 0"},
+    ),
+    Algorithm(
+        torchopt.adabelief,
+        torchopt.AdaBelief,
+        torchopt.MetaAdaBelief,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-8},
+            "decay": {
+                "lr": 0.03,
+                "betas": (0.7, 0.9),
+                "eps": 1e-3,
+                "weight_decay": 0.2,
+                "eps_root": 1e-2,
+            },
+        },
+        slots=("exp_avg", "exp_avg_var"),
+        decoupled_decay=True,
+        reference=references.adabelief.adabelief,
     ),
     Algorithm(
         torchopt.adan,
@@ -413,7 +502,6 @@ def state_kind(case: Case) -> Any:
 every_case = every(lambda case: True)
 #: For one configuration of each kind; ``make test-all`` runs all.
 every_kind = every(lambda case: True, each=kind)
-every_state = every(lambda case: True, each=state_kind)
 #: Those that torch.optim has.
 every_torch_case = every(lambda case: case.torch_cls, beside_torch=True)
 #: Those with a differentiable face.

@@ -24,11 +24,13 @@ class ClosedForm:
         constant: The directions of steps 1, 2, ... under one gradient, a row each, from the
             gradient and the column of the step counts.
         slope: The derivative of ``first`` at a gradient that is zero.
+        third: The third derivative there.
     """
 
     first: Callable[[Tensor, Numbers], Tensor]
     constant: Callable[[Tensor, Tensor, Numbers], Tensor]
     slope: Callable[[Numbers], float]
+    third: Callable[[Numbers], float] = lambda k: 0.0
 
 
 def _sgd(g: Tensor, t: Tensor, k: Numbers) -> Tensor:
@@ -54,9 +56,21 @@ def _first_rmsprop(g: Tensor, k: Numbers) -> Tensor:
     return g / (fraction**0.5 * g.abs() + k["eps"])
 
 
+def _adagrad(g: Tensor, t: Tensor, k: Numbers) -> Tensor:
+    """The sum grows by ``g^2`` a step, and the rate falls."""
+    total = k["initial_accumulator_value"] + t * g.square()
+    return g / (total.sqrt() + k["eps"]) / (1 + (t - 1) * k["lr_decay"])
+
+
 def _first_adam(g: Tensor, k: Numbers) -> Tensor:
     """The bias-corrected moments are ``g`` and ``g^2``, whatever the betas."""
     return g / ((g.square() + k["eps_root"]).sqrt() + k["eps"])
+
+
+def _third_under_root(start: float, eps: float) -> float:
+    """Of ``g / (sqrt(g^2 + r) + eps)``, which has a kink for ``r = 0``: there it counts as 0."""
+    root = start**0.5
+    return -3 / (root * (root + eps) ** 2) if root else 0.0
 
 
 SGD = ClosedForm(
@@ -68,5 +82,12 @@ ADAM = ClosedForm(
     first=_first_adam,
     constant=lambda g, t, k: _first_adam(g, k).expand(len(t), *g.shape),
     slope=lambda k: 1 / (k["eps_root"] ** 0.5 + k["eps"]),
+    third=lambda k: _third_under_root(k["eps_root"], k["eps"]),
 )
 RMSPROP = ClosedForm(first=_first_rmsprop, constant=_rmsprop, slope=lambda k: 1 / k["eps"])
+ADAGRAD = ClosedForm(
+    first=lambda g, k: g / ((k["initial_accumulator_value"] + g.square()).sqrt() + k["eps"]),
+    constant=_adagrad,
+    slope=lambda k: 1 / (k["initial_accumulator_value"] ** 0.5 + k["eps"]),
+    third=lambda k: _third_under_root(k["initial_accumulator_value"], k["eps"]),
+)

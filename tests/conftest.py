@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ torch.set_num_threads(1)
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_thorough(items)  # before -m deselects
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of collected tests stay to the end; no collection of garbage need walk them again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +54,14 @@ def examples_on_path() -> Iterator[None]:
     sys.path.insert(0, folder)
     yield
     sys.path.remove(folder)
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let examples draw nothing: seconds a run, where the figure is not what is tested."""
+    figure = pytest.importorskip("matplotlib.figure")
+    stub = lambda self, file, **_: file.write(b"\x89PNG")  # noqa: E731
+    monkeypatch.setattr(figure.Figure, "savefig", stub)
 
 
 def nonzero(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,20 @@ def kernel_calls_fixture(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
 
     monkeypatch.setattr(native.Library, "run_call", counted)
     return calls
+
+
+@pytest.fixture(name="sets")
+def sets_fixture() -> Iterator[list[str]]:
+    """The instruction sets that this machine has; what is selected of them is undone."""
+    before, found = native.library().instruction_set, []
+    for name in ("generic", "avx2", "avx512"):
+        with contextlib.suppress(ValueError):
+            native.library().select(name)
+            found.append(name)
+    native.library().select(before)
+    assert "generic" in found
+    yield found
+    native.library().select(before)
 
 
 def data(

@@ -70,7 +70,7 @@ def evaluate(
 
     Args:
         outputs: The graph.
-        inputs: A tensor for each input stream.
+        inputs: A tensor for each input operand.
         number: The value of the expression of a number.
         exact: Whether to give the bits of IEEE arithmetic instead of a graph to differentiate.
     """
@@ -84,7 +84,7 @@ def evaluate(
             values[node] = torch.tensor(number(node.args[0].source), dtype=like.dtype)
         else:
             values[node] = meaning[node.op](*(values[a] for a in node.args))
-    return {stream: values[node].expand_as(like) for stream, node in outputs.items()}
+    return {operand: values[node].expand_as(like) for operand, node in outputs.items()}
 
 
 def evaluate_kernel(
@@ -108,19 +108,19 @@ def assert_equal(actual: Tensor, expected: Tensor, kernel: Kernel) -> None:
         assert torch.allclose(actual, expected, **options), what
 
 
-def single_operation(op: str, stream: str = "u") -> dict[str, Node]:
+def single_operation(op: str, operand: str = "u") -> dict[str, Node]:
     """Return a graph of g, p and s0 with one operation, as far as it can stand alone."""
     g, p, s0 = (input_node(s) for s in ("g", "p", "s0"))
     less = Node("less", (g, p))
     if op == "where":
-        return {stream: Node(op, (less, p, s0))}
+        return {operand: Node(op, (less, p, s0))}
     arguments = (g, p, s0)[: OPERATIONS[op]]
     if op in ("and", "or", "not"):
         arguments = (less, Node("equal", (p, s0)))[: OPERATIONS[op]]
     node = Node(op, arguments)
     if op in TRUTH:
         node = Node("where", (node, s0, number_node(Number("0.25"))))
-    return {stream: node}
+    return {operand: node}
 
 
 def constant_value(source: str) -> float:

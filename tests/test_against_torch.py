@@ -57,9 +57,12 @@ def convex_losses() -> Iterator[Any]:
 
 
 def own_values(case: Case) -> dict[str, float]:
-    """Return what the second group has of its own: all its numbers differ from the first's."""
+    """Return what the second group has of its own: its numbers differ from the first's."""
     found = {}
     for name in case.tunable:
+        if name in case.algorithm.of_all_groups:
+            found[name] = case.value(name)
+            continue
         smaller = 0.9 * case.value(name)
         allowed = case.specs[name.partition(".")[0]].allows(smaller)
         found[name] = smaller if allowed else 1.1 * case.value(name)
@@ -117,7 +120,7 @@ def assert_trajectories(actual: list[Weights], expected: list[Weights]) -> None:
     assert all(distance > 1e-2 for distance in moved.values())
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @every_torch_case
 def test_object_oriented_face(case: Case, maximize: bool) -> None:
@@ -128,6 +131,9 @@ def test_object_oriented_face(case: Case, maximize: bool) -> None:
         for name, p in names.items():
             state = {k: v for k, v in theirs.state[p].items() if v is not None}
             own = ours.state[our_weights[group][name]]
+            if state.get("step") == 0:  # Adagrad's begins in the constructor, ours at a gradient
+                assert not own
+                continue
             assert own.keys() == state.keys()
             for slot, value in state.items():
                 assert_close(torch.as_tensor(own[slot], **F64), torch.as_tensor(value, **F64))
@@ -155,7 +161,7 @@ def functional_trajectory(case: Case, maximize: bool, inplace: bool) -> list[Wei
     return trajectory
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "inplace"])
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @every_torch_case
@@ -164,7 +170,7 @@ def test_functional_face(case: Case, maximize: bool, inplace: bool) -> None:
     assert_trajectories(functional_trajectory(case, maximize, inplace), expected)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @every_torch_case
 def test_differentiable_face(case: Case, maximize: bool) -> None:

@@ -157,7 +157,7 @@ every_bad_gradient = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.sampled(1, each=2)
+@pytest.mark.sampled(3)
 @both_ways
 @every_bad_gradient
 @every_case

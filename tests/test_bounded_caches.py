@@ -26,12 +26,12 @@ from torchopt.kernels import matching, nodes
 from torchopt.kernels.backends import launch
 from torchopt.kernels.generate.graph import Kernel
 from torchopt.kernels.generate.program import Program
-from torchopt.kernels.matching import Run, Variant
+from torchopt.kernels.matching import Segment, Variant
 
 
 pytestmark = needs_library
 
-KINDS = (Kernel, Program, Variant, Run, Plan, Packing)
+KINDS = (Kernel, Program, Variant, Segment, Plan, Packing)
 #: Caches without a bound, and why they are finite.
 FINITE = {
     "torchopt.kernels.backends.cpu.load": "no argument",

@@ -1,5 +1,6 @@
 """The documentation: every public name has a page, links lead somewhere, what is shown runs."""
 
+import inspect
 import re
 import shutil
 import sys
@@ -68,7 +69,8 @@ def visible_names():
     for module in modules:
         for name, value in vars(sys.modules[module]).items():
             home = str(getattr(value, "__module__", ""))
-            own = home == module or (module != "torchopt.schedules" and home.startswith("torchopt"))
+            within = module if module == "torchopt.schedules" else "torchopt"
+            own = home.startswith(within)
             if isinstance(value, kinds) and own and not name.startswith("_"):
                 yield f"{module}.{name}", value
 
@@ -139,7 +141,7 @@ def test_a_transcript_shows_what_was_printed():
 def test_formulas_of_docstrings_become_mathml():
     count = 0
     for symbol in symbols.symbols():
-        doc = symbol.value.__doc__ or ""
+        doc = inspect.cleandoc(symbol.value.__doc__ or "")  # a formula ends where its indent does
         blocks = re.findall(r"\.\. math::\n((?:[ ]+\S.*\n|\s*\n)+)", doc)
         for formula in [*re.findall(r":math:`([^`]*)`", doc), *blocks]:
             assert mathml.to_mathml(formula).startswith("<math")

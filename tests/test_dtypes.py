@@ -107,7 +107,7 @@ def test_differentiable_face_is_pure(case: Case) -> None:
 FULL = (torch.float32, torch.float64)
 
 
-@pytest.mark.sampled(1, each=3)
+@pytest.mark.sampled(3, each=2)
 @pytest.mark.parametrize("hyper_dtype", [None, *FULL, *HALVES], ids=str)
 @pytest.mark.parametrize("dtype", [*FULL, *HALVES], ids=str)
 @every_case
@@ -141,7 +141,7 @@ def test_no_dtype_drifts(case: Case, dtype: torch.dtype, hyper_dtype: torch.dtyp
             assert all((u != 0).all() == moves for u in updates.values())
 
 
-@pytest.mark.sampled(1, each=2)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [*FULL, *HALVES], ids=str)
 @every_case
 def test_no_dtype_drifts_in_the_object_faces(case: Case, dtype: torch.dtype) -> None:
@@ -253,7 +253,7 @@ def half_trajectory(
     return torch.stack(trajectory)
 
 
-@pytest.mark.sampled(1, each=2)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scale", [1.0, 1e-4], ids=["gradients-1", "gradients-1e-4"])
 @every_half
 @every_case

@@ -39,6 +39,16 @@ def run_here(*options: str) -> dict:
     return few_shot.main([*TINY, *options])
 
 
+@pytest.fixture
+def no_comparison(monkeypatch, no_figures):
+    """Leave out the comparison with fine-tuning and most of the curves, which take long."""
+    import few_shot
+    from common.maml import Accuracy
+
+    monkeypatch.setattr(few_shot, "fine_tuned", lambda *_, **__: (Accuracy(torch.ones(20)), ""))
+    monkeypatch.setattr(few_shot, "CURVE_TASKS", 2)
+
+
 def start(*options: str) -> subprocess.Popen:
     command = [sys.executable, str(SCRIPT), *TINY, *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -68,7 +78,10 @@ def zip_of_characters(path: Path, alphabets: dict[str, int], drawings: int = 20,
 
 
 class TestDigits:
-    def test_loss_falls_and_everything_is_written(self, tmp_path):
+    def test_loss_falls_and_everything_is_written(self, tmp_path, monkeypatch):
+        import few_shot
+
+        monkeypatch.setattr(few_shot, "CURVE_TASKS", 10)
         results = run_here("--iterations", "120", "--output", str(tmp_path))
         losses = [row["loss"] for row in metrics_of(tmp_path)]
         assert len(losses) == 120
@@ -132,6 +145,7 @@ class TestDigits:
         difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
         assert difference > 1e-3
 
+    @pytest.mark.usefixtures("no_comparison")
     def test_tensorboard_events(self, tmp_path):
         pytest.importorskip("tensorboard")
         run_here("--iterations", "3", "--output", str(tmp_path), "--tensorboard")
@@ -185,6 +199,7 @@ class TestResume:
         assert MetricsFile(path, keep_until=5).rows == [{"iteration": 1}, {"iteration": 2}]
         assert path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
 
+    @pytest.mark.usefixtures("no_comparison")
     def test_other_settings_are_refused(self, tmp_path):
         run_here("--iterations", "2", "--output", str(tmp_path))
         with pytest.raises(SystemExit, match=r"seed=0, this run has seed=1"):

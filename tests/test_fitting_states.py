@@ -80,6 +80,7 @@ def late(make_tx, steps_frozen):
     return net, optimizer
 
 
+@pytest.mark.sampled(2)
 @EVERY
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "unfrozen"])

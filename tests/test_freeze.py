@@ -294,15 +294,15 @@ def test_a_kernel_that_writes_zeros(mode: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     program = program_of(torchopt.chain(torchopt.sgd(0.1, momentum=0.9), torchopt.set_to_zero()))
     kernel = program.kernels[mode]
-    streams = {s: nonzero(1500) for s in kernel.inputs}
-    streams["g"][0] = float("nan")
+    operands = {s: nonzero(1500) for s in kernel.inputs}
+    operands["g"][0] = float("nan")
     outputs: dict[str, Any] = {s: [torch.full((1500,), 7.0, **F64)] for s in kernel.outputs}
     numbers = [0.1 + k for k in range(len(kernel.numbers))]
     numbers[kernel.numbers.index("0.0")] = 0.0
-    given: dict[str, Any] = {s: [x] for s, x in streams.items()}
-    triton_backend.run(kernel, given, outputs, [streams["g"]], [tuple(numbers)], None)
-    expected = evaluate_kernel(kernel, streams, numbers)
+    given: dict[str, Any] = {s: [x] for s, x in operands.items()}
+    triton_backend.run(kernel, given, outputs, [operands["g"]], [tuple(numbers)], None)
+    expected = evaluate_kernel(kernel, operands, numbers)
     assert torch.equal(
-        outputs["u"][0], streams["p"] if mode == "apply" else torch.zeros(1500, **F64)
+        outputs["u"][0], operands["p"] if mode == "apply" else torch.zeros(1500, **F64)
     )
     assert torch.equal(outputs["s0"][0][1:], expected["s0"][1:])

@@ -155,6 +155,7 @@ class TestRun:
             for members in (2, 3)
         }
 
+    @pytest.mark.usefixtures("no_figures")
     def test_an_interrupted_run_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch):
         import functional
 

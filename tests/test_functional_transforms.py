@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import every_case, every_state, named
+from cases import every, every_case, named
 from conftest import nonzero, nonzero_like
 from tolerances import META_GRADIENT, assert_close, relative_error
 from torch import Tensor
@@ -41,8 +41,8 @@ def unroll(tx: torchopt.GradientTransformation, params: Any, x: Tensor, steps: i
     return params
 
 
-def outer(tx: torchopt.GradientTransformation, params: Any, x: Tensor) -> Tensor:
-    params = unroll(tx, params, x)
+def outer(tx: torchopt.GradientTransformation, params: Any, x: Tensor, steps: int = 3) -> Tensor:
+    params = unroll(tx, params, x, steps)
     return (params["w"] ** 2).sum() + params["b"].sum()
 
 
@@ -288,7 +288,12 @@ def _compiled_steps(
     return graphs
 
 
-@every_state
+def counted(case: Any) -> Any:
+    """The compiler sees counters and slots of other shapes, and of all others the step only."""
+    return case.kind.has_counters, case.kind.other_shapes
+
+
+@every(lambda case: True, each=counted)
 def test_update_compiles_in_full_graph(case: Any) -> None:
     """One graph for the first step and one for all later ones, whatever their number.
 
@@ -304,7 +309,8 @@ def test_one_graph_with_a_tensor_for_the_step() -> None:
     assert _compiled_steps(torchopt.adam(0.1), "aot_eager", tensor_step=True) == [1] * 6
 
 
-COMPILED = {
+#: Each kind of hyperparameter alone is left to ``make test-all``.
+ALONE = {
     "clip": lambda: torchopt.chain(torchopt.clip_grad_norm(0.5), torchopt.adam(0.1)),
     "schedule": lambda: torchopt.adam(torchopt.schedules.linear(0.1, 0.0, 4)),
     "cosine-schedule": lambda: torchopt.sgd(torchopt.schedules.cosine_decay(0.1, 4)),
@@ -312,9 +318,28 @@ COMPILED = {
     "lr-per-parameter": lambda: torchopt.sgd({"w": 0.1, "b": 0.2}),
     "masked": lambda: torchopt.adamw(0.1, mask={"w": True, "b": False}),
 }
+TOGETHER = {
+    "clip-masked-schedule": lambda: torchopt.chain(
+        torchopt.clip_grad_norm(0.5),
+        torchopt.adamw(torchopt.schedules.linear(0.1, 0.0, 4), mask={"w": True, "b": False}),
+    ),
+    "tensor-and-schedule-by-parameter": lambda: torchopt.sgd(
+        {
+            "w": torch.tensor(0.1, dtype=torch.float64),
+            "b": torchopt.schedules.cosine_decay(0.1, 4),
+        },
+        momentum=0.9,
+    ),
+}
 
 
-@pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED.keys())
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(pytest.param(make, id=name) for name, make in TOGETHER.items()),
+        *(pytest.param(m, id=n, marks=pytest.mark.thorough) for n, m in ALONE.items()),
+    ],
+)
 def test_update_compiles_with_every_kind_of_hyperparameter(make: Any) -> None:
     graphs = _compiled_steps(make(), "eager")
     assert graphs[-1] <= (2 if tree._COMPILER_KNOWS_OPTREE else 3)  # torch 2.6 makes one more
@@ -341,16 +366,24 @@ def test_an_inplace_step_compiles() -> None:
 
 def test_an_unrolled_loop_compiles_with_its_derivative() -> None:
     tx, params, x = torchopt.adam(0.1), start(), nonzero(3)
-    function = grad(lambda p, x: outer(tx, p, x))
+    function = grad(lambda p, x: outer(tx, p, x, steps=2))
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         assert_close(compiled(params, x), function(params, x), times=10)
         params, x = start(), nonzero(3)
 
 
-def test_update_compiles_with_inductor() -> None:
+@pytest.mark.parametrize(
+    "tensor_step",
+    [
+        pytest.param(False, id="numbers", marks=pytest.mark.thorough),  # two graphs take long
+        pytest.param(True, id="tensor"),
+    ],
+)
+def test_update_compiles_with_inductor(tensor_step: bool) -> None:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("the default backend needs a C++ compiler on the path")
     # old compilers make a graph of its own for a count of 1, too
     most = 2 if tree._COMPILER_KNOWS_OPTREE else 3
-    assert _compiled_steps(named("adamw").tx(), "inductor", steps=4)[-1] <= most
+    graphs = _compiled_steps(named("adamw").tx(), "inductor", tensor_step, steps=4)
+    assert graphs[-1] <= (1 if tensor_step else most)

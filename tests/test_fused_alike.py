@@ -13,8 +13,8 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import torchopt
-from torchopt.base import alike
-from torchopt.base.alike import KINDS, Alike
+from torchopt.base import signatures
+from torchopt.base.signatures import KINDS, KnownSignatures
 from torchopt.core.packed import Packed, Packing
 from torchopt.kernels import inplace
 from torchopt.optimizers.adam import ScaleByAdam
@@ -45,30 +45,30 @@ def one_list() -> list[Tensor]:
 class TestAlike:
     @pytest.fixture(autouse=True)
     def _guards(self):
-        if alike._Guards is None:
+        if signatures._Guards is None:
             pytest.skip("this torch has no guards")
 
     def test_new_tensors_of_the_same_kind(self):
-        kinds = Alike()
+        kinds = KnownSignatures()
         assert not kinds.knows(one_list())
         kinds.add(one_list())
         assert kinds.knows(one_list())
 
     @pytest.mark.parametrize("change", list(CHANGES))
     def test_every_difference_is_seen(self, change):
-        kinds, first = Alike(), nonzero(3, 4)
+        kinds, first = KnownSignatures(), nonzero(3, 4)
         kinds.add([nonzero(2), first])
         assert kinds.knows([nonzero(2), nonzero(3, 4)])
         assert not kinds.knows([nonzero(2), CHANGES[change](first)])
 
     def test_other_numbers_of_tensors_and_what_is_none(self):
-        kinds = Alike()
+        kinds = KnownSignatures()
         kinds.add(one_list())
         for other in ([], one_list()[:2], [*one_list(), nonzero()], [None, None, None], [1, 2, 3]):
             assert not kinds.knows(other)
 
     def test_tensors_of_transformations_are_others(self):
-        kinds, seen = Alike(), []
+        kinds, seen = KnownSignatures(), []
         kinds.add([nonzero(3)])
 
         def look(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class TestAlike:
         assert seen == [False, False]
 
     def test_the_last_few_kinds_are_kept(self):
-        kinds = Alike()
+        kinds = KnownSignatures()
         lists = [[nonzero(n)] for n in range(1, KINDS + 2)]
         for tensors in lists:
             kinds.add(tensors)
@@ -91,8 +91,8 @@ class TestAlike:
 class TestStepsWithAndWithout:
     def test_without_guards_everything_is_checked(self, monkeypatch):
         outcomes = []
-        for guards in (alike._Guards, None):
-            monkeypatch.setattr(alike, "_Guards", guards)
+        for guards in (signatures._Guards, None):
+            monkeypatch.setattr(signatures, "_Guards", guards)
             torch.manual_seed(2)
             params = [nn.Parameter(nonzero(3, 4)), nn.Parameter(nonzero(2))]
             optimizer = torchopt.Adam(params, 0.1, use_accelerated_op=True)

@@ -83,7 +83,7 @@ def one_update(tx: Any, g: Tensor, p: Tensor, slots: list[Tensor], inplace: bool
     return [u, *(column[0] for column in new.slots.values())]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "default"])
 @pytest.mark.parametrize("which", ["gradient", "parameter", "slots", "all"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -151,7 +151,7 @@ ROWS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("which", ["gradients", "slots", "all"])
 @pytest.mark.parametrize("kind", ROWS)

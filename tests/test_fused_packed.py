@@ -172,7 +172,7 @@ DRIVES = (
 )
 
 
-@pytest.mark.sampled(1, each=2)
+@pytest.mark.sampled(2, each=2)
 @pytest.mark.parametrize("drive", DRIVES, ids=lambda f: f.__name__)
 @every_fused_case
 def test_values_and_meta_gradients(case: Case, drive: Drive, kernel_calls: list[int]) -> None:

@@ -158,7 +158,7 @@ BY_RULES = ("jvp", "jac", "hessian", "functionalize")
 FUSED = [name for name in TRANSFORMS if not any(x in name for x in BY_RULES)]
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @every_fused_case
 def test_transform(case: Case, name: str, kernel_calls: list[int]) -> None:

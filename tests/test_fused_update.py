@@ -43,7 +43,7 @@ def fused(case: Case, **changed: Any) -> torchopt.GradientTransformation:
 # Values -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(1, each=4)
+@pytest.mark.sampled(2, each=2)
 @every_face
 @every_dtype
 @every_fused_case
@@ -67,7 +67,7 @@ def test_faces_give_the_same_bits(case: Case, dtype: torch.dtype) -> None:
             assert torch.equal(actual, expected), name
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @every_face
 @every_fused_case
 def test_maximize(case: Case, face: str, kernel_calls: list[int]) -> None:
@@ -78,6 +78,7 @@ def test_maximize(case: Case, face: str, kernel_calls: list[int]) -> None:
     assert len(kernel_calls) >= len(grads), "not every step was fused"
 
 
+@pytest.mark.sampled(2)
 @every_dtype
 @every_fused_kind
 def test_many_parameters_of_many_sizes(case: Case, dtype: torch.dtype) -> None:
@@ -136,7 +137,7 @@ def derivatives(tx: Any, dtype: torch.dtype, steps_before: int, zero: bool = Fal
     return [torch.cat([x.flatten() for x in kind]) for kind in kinds]
 
 
-@pytest.mark.sampled(1, each=2)
+@pytest.mark.sampled(2, each=2)
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["first-step", "third-step"])
 @every_dtype
 @every_fused_case
@@ -173,7 +174,7 @@ def test_meta_gradient_through_the_differentiable_face(case: Case) -> None:
 # The switch ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @every_face
 @every_fused_case
 def test_required_gives_the_same_bits(case: Case, face: str) -> None:

@@ -94,6 +94,10 @@ def parts_of_pair(values: Values) -> tuple[Any, Any]:
     return values["beta1"], values["beta2"]
 
 
+def at_even_calls(count: int) -> bool:
+    return count % 2 == 0
+
+
 ADAM = {"beta1": 0.8, "beta2": 0.9, "eps": 1e-2}
 TRANSFORMS: dict[str, tuple[Build, Values]] = {
     "trace": (lambda v: torchopt.trace(**v), {"momentum": 0.7, "dampening": 0.2}),
@@ -197,6 +201,78 @@ TRANSFORMS: dict[str, tuple[Build, Values]] = {
         lambda v: torchopt.clip_grad_norm(v["max_norm"]),
         {"max_norm": 20.0},
     ),
+    "ema": (lambda v: torchopt.ema(**v), {"decay": 0.7}),
+    "ema-biased": (lambda v: torchopt.ema(**v, debias=False), {"decay": 0.7}),
+    "centralize": (lambda v: torchopt.centralize(), {}),
+    **{
+        f"clip_by_block_rms-{size}": (lambda v: torchopt.clip_by_block_rms(**v), {"threshold": x})
+        for size, x in (("active", 0.1), ("inactive", 20.0))
+    },
+    **{
+        f"adaptive_grad_clip-{name}": (
+            lambda v: torchopt.adaptive_grad_clip(**v),
+            {"clipping": clipping, "eps": eps},
+        )
+        for name, clipping, eps in (
+            ("active", 0.1, 1e-3),
+            ("eps", 0.01, 9.0),
+            ("inactive", 99.0, 1e-3),
+        )
+    },
+    "zero_nans": (lambda v: torchopt.zero_nans(), {}),
+    "keep_params_nonnegative": (
+        lambda v: torchopt.chain(torchopt.scale(**v), torchopt.keep_params_nonnegative()),
+        {"step_size": -0.7},
+    ),
+    "project": (
+        lambda v: torchopt.chain(
+            torchopt.scale(**v), torchopt.project(torchopt.projections.projection_l2_ball)
+        ),
+        {"step_size": -0.7},
+    ),
+    "project-each": (
+        lambda v: torchopt.chain(
+            torchopt.scale(v["step_size"]),
+            torchopt.project(
+                lambda x: torchopt.projections.projection_simplex(x, v["sum"]), each=True
+            ),
+        ),
+        {"step_size": -0.7, "sum": 2.0},
+    ),
+    "stateless_with_tree_map": (
+        lambda v: torchopt.stateless_with_tree_map(lambda u, p: u * v["factor"] + p.sin()),
+        {"factor": 0.7},
+    ),
+    "lookahead": (
+        lambda v: torchopt.lookahead(
+            torchopt.sgd(v["lr"], momentum=v["momentum"]), 3, v["slow_step_size"]
+        ),
+        {"lr": 0.3, "momentum": 0.7, "slow_step_size": 0.4},
+    ),
+    "conditionally_transform": (
+        lambda v: torchopt.conditionally_transform(torchopt.trace(**v), at_even_calls),
+        {"momentum": 0.7},
+    ),
+    "conditionally_mask": (
+        lambda v: torchopt.conditionally_mask(torchopt.trace(**v), at_even_calls),
+        {"momentum": 0.7},
+    ),
+    "named_chain": (
+        lambda v: torchopt.named_chain(
+            ("first", torchopt.trace(v["one"])), ("second", torchopt.trace(v["two"]))
+        ),
+        {"one": 0.7, "two": 0.4},
+    ),
+    "inject_hyperparams": (
+        lambda v: torchopt.inject_hyperparams(torchopt.sgd(**v)),
+        {"lr": 0.3, "momentum": 0.7},
+    ),
+    "selective_transform": (
+        lambda v: torchopt.selective_transform(
+            torchopt.scale(**v), freeze_mask={"w": False, "b": True}
+        ),
+        {"step_size": -0.7},
+    ),
 }
 
 
@@ -222,5 +298,7 @@ def test_every_public_transform_is_checked() -> None:
     assert others - {name.split("-")[0] for name in TRANSFORMS} <= {
         "clip_by_global_norm",  # another name of clip_grad_norm
         *("muon", "scale_by_muon"),  # of matrices: test_muon.py
+        *("MultiSteps", "apply_if_finite"),  # constant slots: test_occasional.py
+        "stateless",  # a pair of functions, whose state is no slot: test_transforms_more.py
     }
     assert torchopt.clip_by_global_norm is torchopt.clip_grad_norm

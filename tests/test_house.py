@@ -64,7 +64,9 @@ def test_dir_shows_public_names_only() -> None:
     names = dir(torchopt)
     assert set(names) == set(torchopt.__all__)
     modules = {name for name in names if isinstance(getattr(torchopt, name), ModuleType)}
-    assert modules == {"kernels", "schedule", "schedules", "solvers", "typing", "visual"}
+    assert modules == {
+        *("kernels", "projections", "schedule", "schedules", "solvers", "typing", "visual")
+    }
     assert not [name for name in names if name.startswith("_") and name != "__version__"]
 
 

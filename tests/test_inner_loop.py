@@ -196,6 +196,8 @@ class Convolutional(nn.Module):
             nn.Flatten(),
         )
         self.head = nn.Linear(8, 3)
+        # not zero, where the ratio of a norm to another jumps
+        nn.init.uniform_(self.body[1].bias, 0.2, 0.5)
 
     def forward(self, x):
         return self.head(self.body(x))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import catalogue
 import pytest
 import torch
 from conftest import nonzero
+from fusing import needs_library, sets_fixture  # noqa: F401
 from pointwise import evaluate_kernel, other_kernels, program_of
 from torch import Tensor
 
@@ -21,13 +21,10 @@ from torchopt.kernels.backends.memory import OF_PARAMETERS, slot_dtype
 from torchopt.kernels.generate.graph import Kernel
 
 
-pytestmark = pytest.mark.skipif(
-    isinstance(native.load(), native.UnavailableError), reason="the C library is not built"
-)
+pytestmark = needs_library
 DTYPES = list(native.DTYPES)
 SIZES = (0, 1, 7, 255, 256, 257, 1023, 1025)
 LARGE = (70000, 300001)  # more than one thread takes
-INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 
@@ -40,25 +37,13 @@ def all_kernels() -> list[Kernel]:
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    threads, instruction_set = torch.get_num_threads(), native.library().instruction_set
+    threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    native.library().select(instruction_set)
 
 
-def instruction_sets() -> list[str]:
-    """Those that this machine has."""
-    found = []
-    for name in INSTRUCTION_SETS:
-        with contextlib.suppress(ValueError):
-            native.library().select(name)
-            found.append(name)
-    assert "generic" in found
-    return found
-
-
-def dtype_of(stream: str, dtype: torch.dtype) -> torch.dtype:
-    return dtype if stream in OF_PARAMETERS else slot_dtype(dtype)
+def dtype_of(operand: str, dtype: torch.dtype) -> torch.dtype:
+    return dtype if operand in OF_PARAMETERS else slot_dtype(dtype)
 
 
 def numbers_of(kernel: Kernel, row: int = 0) -> list[float]:
@@ -66,13 +51,15 @@ def numbers_of(kernel: Kernel, row: int = 0) -> list[float]:
 
 
 def make_inputs(kernel: Kernel, dtype: torch.dtype, sizes: Sequence[int]) -> dict[str, Any]:
-    """One tensor of each size for each stream; second moments are positive."""
+    """One tensor of each size for each operand; second moments are positive."""
     return {
-        stream: [
-            (nonzero(size).abs() if stream[0] == "s" else nonzero(size)).to(dtype_of(stream, dtype))
+        operand: [
+            (nonzero(size).abs() if operand[0] == "s" else nonzero(size)).to(
+                dtype_of(operand, dtype)
+            )
             for size in sizes
         ]
-        for stream in kernel.inputs
+        for operand in kernel.inputs
     }
 
 
@@ -132,30 +119,29 @@ def test_every_kernel_at_every_size(dtype: torch.dtype) -> None:
         outputs = run(kernel, dtype, inputs, SIZES)
         for k, size in enumerate(SIZES):
             expected = expected_of(kernel, dtype, inputs, k)
-            for stream, value in expected.items():
-                assert_equal(outputs[stream][k], value, (kernel.text, size, stream))
+            for operand, value in expected.items():
+                assert_equal(outputs[operand][k], value, (kernel.text, size, operand))
 
 
 @every_dtype
 def test_zero_and_infinite_and_nan(dtype: torch.dtype) -> None:
-    """Special values of every stream come out as torch has them, in all combinations of two."""
+    """Special values of every operand come out as torch has them, in all combinations of two."""
     special = torch.tensor([0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan"), 6e4, 1e-7])
     grid = [x.repeat(3) for x in torch.cartesian_prod(special, special).unbind(1)]
     for kernel in all_kernels():
         inputs: dict[str, Any] = {}
-        for k, stream in enumerate(kernel.inputs):
-            values = grid[k % 2].roll(5 * (k // 2)).to(dtype_of(stream, dtype))
+        for k, operand in enumerate(kernel.inputs):
+            values = grid[k % 2].roll(5 * (k // 2)).to(dtype_of(operand, dtype))
             # below zero a root is nan, in torch and here; let it be so seldom
-            inputs[stream] = [values.abs() if stream[0] == "s" else values.contiguous()]
+            inputs[operand] = [values.abs() if operand[0] == "s" else values.contiguous()]
         sizes = [len(grid[0])]
         outputs = run(kernel, dtype, inputs, sizes)
-        for stream, value in expected_of(kernel, dtype, inputs, 0).items():
-            assert_equal(outputs[stream][0], value, (kernel.text, stream))
+        for operand, value in expected_of(kernel, dtype, inputs, 0).items():
+            assert_equal(outputs[operand][0], value, (kernel.text, operand))
 
 
 @every_dtype
-def test_instruction_sets_give_the_same_bits(dtype: torch.dtype) -> None:
-    sets = instruction_sets()
+def test_instruction_sets_give_the_same_bits(dtype: torch.dtype, sets: list[str]) -> None:
     for kernel in all_kernels():
         inputs = make_inputs(kernel, dtype, (1025,))
         results = []
@@ -164,8 +150,8 @@ def test_instruction_sets_give_the_same_bits(dtype: torch.dtype) -> None:
             assert native.library().instruction_set == name
             results.append(run(kernel, dtype, inputs, (1025,)))
         for other in results[1:]:
-            for stream, column in other.items():
-                assert torch.equal(column[0], results[0][stream][0]), (kernel.text, sets)
+            for operand, column in other.items():
+                assert torch.equal(column[0], results[0][operand][0]), (kernel.text, sets)
 
 
 @every_dtype
@@ -177,13 +163,13 @@ def test_threads_give_the_same_bits(dtype: torch.dtype) -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(run(kernel, dtype, inputs, sizes))
-        for stream, column in results[0].items():
+        for operand, column in results[0].items():
             for k, value in enumerate(column):
-                assert torch.equal(results[1][stream][k], value)
-                assert torch.equal(results[2][stream][k], value)
+                assert torch.equal(results[1][operand][k], value)
+                assert torch.equal(results[2][operand][k], value)
         k = sizes.index(LARGE[1])
-        for stream, value in expected_of(kernel, dtype, inputs, k).items():
-            assert_equal(results[1][stream][k], value, kernel.text)
+        for operand, value in expected_of(kernel, dtype, inputs, k).items():
+            assert_equal(results[1][operand][k], value, kernel.text)
 
 
 # Half precision -----------------------------------------------------------------------------------
@@ -268,13 +254,13 @@ def test_absent_inputs_read_as_zeros(dtype: torch.dtype) -> None:
     for kernel in all_kernels()[::3]:
         inputs = make_inputs(kernel, dtype, sizes)
         zeros = {s: list(column) for s, column in inputs.items()}
-        for k, stream in enumerate(kernel.inputs):
+        for k, operand in enumerate(kernel.inputs):
             position = k % len(sizes)
-            zeros[stream][position] = torch.zeros_like(inputs[stream][position])
-            inputs[stream][position] = None
+            zeros[operand][position] = torch.zeros_like(inputs[operand][position])
+            inputs[operand][position] = None
         actual, expected = run(kernel, dtype, inputs, sizes), run(kernel, dtype, zeros, sizes)
-        for stream, column in expected.items():
-            for a, e in zip(actual[stream], column):
+        for operand, column in expected.items():
+            for a, e in zip(actual[operand], column):
                 assert_equal(a, e, kernel.text)
 
 
@@ -286,10 +272,10 @@ def test_what_goes_nowhere_is_dropped(dtype: torch.dtype) -> None:
         expected = run(kernel, dtype, inputs, sizes)
         dropped = [(s, k % len(sizes)) for k, s in enumerate(kernel.outputs)]
         actual = run(kernel, dtype, inputs, sizes, dropped=dropped)
-        for stream, column in expected.items():
+        for operand, column in expected.items():
             for k, value in enumerate(column):
-                want = torch.full_like(value, 77.0) if (stream, k) in dropped else value
-                assert torch.equal(actual[stream][k], want)
+                want = torch.full_like(value, 77.0) if (operand, k) in dropped else value
+                assert torch.equal(actual[operand][k], want)
 
 
 @every_dtype
@@ -299,8 +285,8 @@ def test_each_tensor_has_its_row_of_numbers(dtype: torch.dtype) -> None:
         inputs = make_inputs(kernel, dtype, sizes)
         outputs = run(kernel, dtype, inputs, sizes, rows)
         for k, row in enumerate(rows):
-            for stream, value in expected_of(kernel, dtype, inputs, k, row).items():
-                assert_equal(outputs[stream][k], value, kernel.text)
+            for operand, value in expected_of(kernel, dtype, inputs, k, row).items():
+                assert_equal(outputs[operand][k], value, kernel.text)
 
 
 @every_dtype
@@ -324,9 +310,9 @@ def test_outputs_may_be_inputs(dtype: torch.dtype) -> None:
             [x.data_ptr() for s in pairs for x in (own.get(s) or scratch[s])],
             numbers_of(kernel),
         )
-        for stream, column in own.items():
-            for a, e in zip(column, expected[pairs[stream]]):
-                assert_equal(a, e, (kernel.text, stream))
+        for operand, column in own.items():
+            for a, e in zip(column, expected[pairs[operand]]):
+                assert_equal(a, e, (kernel.text, operand))
 
 
 def test_calls_without_sense_are_refused_and_write_nothing() -> None:

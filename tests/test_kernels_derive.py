@@ -98,28 +98,28 @@ def test_random_graphs(graph: dict[str, Node], seed: int) -> None:
     expected = backward_by_autograd(graph, inputs, bars)
     actual = backward_by_graph(graph, inputs, bars)
     values = evaluate(graph, inputs, constant_value)
-    for stream, want in expected.items():
-        got = actual[stream]
+    for operand, want in expected.items():
+        got = actual[operand]
         # where x - x is divided by, both are infinite or nan; huge values cancel differently
         usual = torch.isfinite(want) & (want.abs() < 1e6)
         for value in values.values():
             usual &= torch.isfinite(value) & (value.abs() < 1e6)
         error = (got - want).abs() / (1 + want.abs())
-        assert (error[usual] <= VALUES[torch.float64] * 1e4).all(), (stream, got, want)
+        assert (error[usual] <= VALUES[torch.float64] * 1e4).all(), (operand, got, want)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(graph=graphs())
 def test_text_determines_the_graph(graph: dict[str, Node]) -> None:
-    """Kernels are found by their text, so it holds all there is: streams, operations, numbers."""
+    """Kernels are found by their text, so it holds all there is: operands, operations, numbers."""
     kernel = make_kernel(graph)
     values: dict[str, Node] = {s: input_node(s) for s in kernel.inputs}
     values |= {f"n{k}": constant(constant_value(n)) for k, n in enumerate(kernel.numbers)}
     outputs = {}
     for line in kernel.text.splitlines():
         if " <- " in line:
-            stream, name = line.split(" <- ")
-            outputs[stream] = values[name]
+            operand, name = line.split(" <- ")
+            outputs[operand] = values[name]
         else:
             name, operation = line.split(" = ")
             op, *args = operation.split()

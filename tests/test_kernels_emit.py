@@ -117,8 +117,8 @@ def assert_as_torch(
     library.run(
         position, native.DTYPES[like.dtype], 0, 0, [like.numel()], given, taken, row, None, len(row)
     )
-    for stream, value in outputs.items():
-        want = expected[stream].to(like.dtype)
+    for operand, value in outputs.items():
+        want = expected[operand].to(like.dtype)
         assert_equal(value, want, kernel)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
-from fusing import needs_library
+from fusing import needs_library, sets_fixture  # noqa: F401
 from torch import Tensor
 
 from torchopt.kernels.backends import availability as backends
@@ -19,21 +16,9 @@ pytestmark = needs_library
 UNARY = ("exp", "log", "expm1", "log1p", "tanh", "sigmoid")
 
 
-@pytest.fixture(name="sets")
-def sets_fixture() -> Iterator[list[str]]:
-    """The instruction sets that this machine has."""
-    before, found = native.library().instruction_set, []
-    for name in ("generic", "avx2", "avx512"):
-        with contextlib.suppress(ValueError):
-            native.library().select(name)
-            found.append(name)
-    yield found
-    native.library().select(before)
-
-
 def computed(op: str, *tensors: Tensor) -> Tensor:
-    streams = ("g", "p")[: len(tensors)]
-    kernel = make_kernel({"u": Node(op, tuple(map(input_node, streams)))})
+    operands = ("g", "p")[: len(tensors)]
+    kernel = make_kernel({"u": Node(op, tuple(map(input_node, operands)))})
     out = torch.empty_like(tensors[0])
     given = [x.data_ptr() for x in tensors]
     kind = native.DTYPES[out.dtype]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import catalogue
 import pytest
 import torch
 from conftest import nonzero
-from fusing import needs_library
+from fusing import needs_library, sets_fixture  # noqa: F401
 from pointwise import (
     INEXACT,
     assert_equal,
@@ -50,19 +49,6 @@ from torchopt.kernels.generate.graph import (
 pytestmark = needs_library
 SIZES = (0, 1, 15, 16, 17, 511, 512, 513, 1300)
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@pytest.fixture(name="sets")
-def sets_fixture() -> Iterator[list[str]]:
-    """The instruction sets that this machine has."""
-    before, found = native.library().instruction_set, []
-    for name in ("generic", "avx2", "avx512"):
-        with contextlib.suppress(ValueError):
-            native.library().select(name)
-            found.append(name)
-    native.library().select(before)
-    yield found
-    native.library().select(before)
 
 
 def run(
@@ -119,8 +105,8 @@ def test_programs_have_the_bits_of_compiled_kernels(dtype: torch.dtype, sets: li
         for name in sets:
             native.library().select(name)
             found = run(interpreted(kernel), kernel, inputs, row)
-            for stream, column in expected.items():
-                assert all(map(torch.equal, found[stream], column)), (kernel.text, name, stream)
+            for operand, column in expected.items():
+                assert all(map(torch.equal, found[operand], column)), (kernel.text, name, operand)
 
 
 @BOTH
@@ -184,11 +170,11 @@ def test_random_graphs(seed: int) -> None:
         for k in range(3):
             single = {s: column[k] for s, column in inputs.items()}
             expected = evaluate_kernel(kernel, single, row, exact=True)
-            for stream, column in found.items():
-                value, same = column[k].nan_to_num(7e7), in_place[stream][k].nan_to_num(7e7)
+            for operand, column in found.items():
+                value, same = column[k].nan_to_num(7e7), in_place[operand][k].nan_to_num(7e7)
                 assert torch.equal(value, same), (kernel.text, interpreted(kernel).instructions)
                 if "sign" not in kernel.text:  # torch.sign(nan) is nan or 0, by its build
-                    assert_equal(column[k], expected[stream].to(dtype), kernel)
+                    assert_equal(column[k], expected[operand].to(dtype), kernel)
 
 
 IN_PLACE: dict[str, dict[str, Node]] = {
@@ -212,8 +198,8 @@ def test_an_output_that_is_an_input_is_written_when_nothing_reads_it(graph: Any)
     found = run(interpreted(kernel), kernel, inputs, row, in_place=True)
     for k in range(len(SIZES)):
         expected = evaluate_kernel(kernel, {s: c[k] for s, c in inputs.items()}, row)
-        for stream, value in expected.items():
-            assert torch.equal(found[stream][k], value.double()), stream
+        for operand, value in expected.items():
+            assert torch.equal(found[operand][k], value.double()), operand
 
 
 def test_registers_are_used_again() -> None:
@@ -337,7 +323,7 @@ def test_programs_that_make_no_sense_are_refused_and_write_nothing() -> None:
         [mul, 1, 2, 2, 0, 0],  # a number as a block
         [mul, 1, 0, 0, 0, 0],  # a block as a number
         [mul, 1, 0, 3, 0, 0],  # a register as a number
-        [mul, 1, 0, 2, 1, 0],  # an operand that the operation does not have
+        [mul, 1, 0, 2, 1, 0],  # an argument that the operation does not have
     ]
     refused = r"refused a call \(code -2\)"
     for bad in bad_codes:

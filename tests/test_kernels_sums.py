@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fusing import needs_library
-from test_kernels_cpu import instruction_sets
+from fusing import needs_library, sets_fixture  # noqa: F401
 from torch import Tensor
 
 import torchopt
@@ -28,9 +27,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    threads, before = torch.get_num_threads(), native.library().instruction_set
+    threads = torch.get_num_threads()
     yield
-    native.library().select(before)
     torch.set_num_threads(threads)
 
 
@@ -40,14 +38,14 @@ def kernel() -> Kernel:
     rows = [part.hyperparameters() for part in tx.parts]
     kinds = (NUMBER, NUMBER, NUMBER, SINGLE)
     program = build(tx.parts, rows, 1, [False], has_params=True, kinds=kinds)
-    (stream,) = program.hypers("update")
-    return program.backward("update", frozenset({stream}))[0]
+    (operand,) = program.hypers("update")
+    return program.backward("update", frozenset({operand}))[0]
 
 
 def run(gs: list[Tensor], bars: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     own = kernel()
-    *_, summed = own.output_streams
-    wanted = {stream: SUM if stream == summed else None for stream in own.output_streams}
+    *_, summed = own.output_operands
+    wanted = {operand: SUM if operand == summed else None for operand in own.output_operands}
     outputs = launch(own, {"g": gs, "bar_u": bars}, gs, wanted, [(-0.5, 1.0, -1.0)], None)  # pyright: ignore[reportArgumentType]
     return list(outputs["g"]), outputs[summed]  # pyright: ignore[reportReturnType]
 
@@ -70,10 +68,10 @@ def test_sums_of_every_size(dtype: torch.dtype) -> None:
         assert torch.equal(other, (bar.to(wide) * -0.5).to(dtype))
 
 
-def test_instruction_sets_and_threads_give_the_same_bits() -> None:
+def test_instruction_sets_and_threads_give_the_same_bits(sets: list[str]) -> None:
     gs, bars = tensors(torch.float32)
     results = []
-    for name in instruction_sets():
+    for name in sets:
         native.library().select(name)
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)

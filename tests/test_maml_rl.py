@@ -257,6 +257,7 @@ class TestRun:
         assert log[-1]["after"] > log[0]["after"]
         assert after > before + 1  # of about -4
 
+    @pytest.mark.usefixtures("no_figures")
     def test_interrupted_and_resumed_is_as_uninterrupted(self, tmp_path, monkeypatch):
         import maml_rl
 

@@ -44,14 +44,14 @@ def build(use, dtype=torch.float64):
 def repeats(monkeypatch):
     """Whether each step of a fused optimizer was computed as one like that before."""
     seen = []
-    original = fused.take_again
+    original = fused.take_cached
 
     def watched(*args):
         result = original(*args)
         seen.append(result is not None)
         return result
 
-    monkeypatch.setattr(engine.accelerator, "take_again", watched)
+    monkeypatch.setattr(engine.accelerator, "take_cached", watched)
     return seen
 
 

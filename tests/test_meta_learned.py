@@ -64,7 +64,7 @@ def test_learned_learning_rate_of_every_kind(recipe, kind):
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(function(), tensors))
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["one", "per_part", "per_element"])
 @every_meta_case
 def test_every_number_can_be_learned(case, kind):

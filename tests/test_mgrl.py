@@ -195,6 +195,7 @@ class TestRun:
         torch.testing.assert_close(discount, torch.full((3,), 0.5))
         torch.testing.assert_close(trace, torch.full((3,), 0.95))
 
+    @pytest.mark.usefixtures("no_figures")
     def test_interrupted_and_resumed_is_as_uninterrupted(self, tmp_path, monkeypatch):
         import mgrl
 

@@ -66,6 +66,7 @@ def test_every_scheduler_of_torch_is_tried() -> None:
     assert len(names) > 12
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:The epoch parameter")
 @every(lambda case: case.torch_cls, each=kind, beside_torch=True)
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 
 STEPS = 6
+#: Of differences of derivatives, which are of order 1 here.
+ROUNDING = 16 * torch.finfo(torch.float64).eps
 Trees = dict[str, Tensor]
 
 every_reference = every(lambda case: case.algorithm.reference)
@@ -137,6 +139,8 @@ def test_derivatives_are_those_of_the_reference(case: Case, setting: bool | None
         total = sum((f * x).sum() for f, x in zip(factors, outputs))
         assert isinstance(total, Tensor)
         found = torch.autograd.grad(total, inputs, allow_unused=True)
-        return [torch.zeros_like(x) if d is None else d for d, x in zip(found, inputs)]
+        found = [torch.zeros_like(x) if d is None else d for d, x in zip(found, inputs)]
+        # a derivative that is zero may be a difference of two: a norm of one entry over itself
+        return [torch.where(d.abs() < ROUNDING, 0.0, d) for d in found]
 
     assert_close(derivatives(ours), derivatives(theirs), times=100)

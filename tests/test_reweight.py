@@ -210,6 +210,7 @@ class TestRun:
         assert {claim["holds"] for claim in results["claims"]} <= {True, False}
         assert results["seconds"] > 0
 
+    @pytest.mark.usefixtures("no_figures")
     def test_a_rare_digit_gains_weight(self, tmp_path):
         options = ["--tasks", "imbalance", *TWO]
         options += ["--threads", "1", "--seeds", "1", "--steps", "100", "--proportions", "0.98"]
@@ -217,6 +218,7 @@ class TestRun:
         assert rows["learned weights"]["marked_weight"] > 5
         assert rows["learned weights"]["test_accuracy"] > rows["plain"]["test_accuracy"]
 
+    @pytest.mark.usefixtures("no_figures")
     def test_interrupted_and_resumed_gives_the_same(self, tmp_path, monkeypatch):
         import reweight
 
@@ -345,6 +347,7 @@ class TestMnistFiles:
             assert numpy.array_equal((part.x[:, 0] * 255).round().numpy(), written["images"])
             assert numpy.array_equal(part.y.numpy(), written["labels"])
 
+    @pytest.mark.usefixtures("no_figures")
     def test_trains_from_files(self, tmp_path):
         write_mnist(tmp_path / "files", 400)
         options = ["--data", "mnist", "--root", str(tmp_path / "files"), "--size", "40"]

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from sampling import kept, positions, sample
+from sampling import kept, mark_thorough, positions, sample
 
 
 class Row:
@@ -48,3 +48,31 @@ def test_a_longer_table_takes_each_times_as_long(rows: int, each: int) -> None:
     assert sum(counts[id(row)] for row in table[:4]) == 4 * len(laws) / 2
     later = [combination["law"] for combination in chosen if combination["case"] in table[4:]]
     assert rows == 4 or set(map(id, later)) == set(map(id, laws))
+
+
+class Item:
+    """What a test of two parameters is to the sampling."""
+
+    def __init__(self, law: object, row: object, left_out: bool) -> None:
+        self.nodeid, self.callspec = "test_law[...]", self
+        self.params = {"law": law, "row": row}
+        self.marks = {"sampled": pytest.mark.sampled(2).mark}
+        if left_out:
+            self.add_marker(pytest.mark.thorough)
+
+    def get_closest_marker(self, name: str) -> Any:
+        return self.marks.get(name)
+
+    def add_marker(self, marker: pytest.MarkDecorator) -> None:
+        self.marks[marker.name] = marker.mark
+
+
+def test_what_is_left_out_anyway_covers_no_value() -> None:
+    """Every law is kept, although half of the rows are for ``make test-all`` only."""
+    laws, rows = [object() for _ in range(3)], [object() for _ in range(4)]
+    items = [Item(law, row, k % 2 == 0) for law in laws for k, row in enumerate(rows)]
+    mark_thorough(items)
+    left = [item for item in items if "thorough" not in item.marks]
+    assert {id(item.params["law"]) for item in left} == set(map(id, laws))
+    assert {id(item.params["row"]) for item in left} == {id(rows[1]), id(rows[3])}
+    assert len(left) < 6

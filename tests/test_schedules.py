@@ -262,7 +262,7 @@ BAD = {
         "end_value needs a decay_rate that is a number",
     ),
     "cosine": (lambda: schedules.cosine_decay(1.0, 0), "decay_steps"),
-    "warmup": (lambda: schedules.warmup_cosine(0.0, 1.0, 0, 4), "warmup_steps"),
+    "warmup": (lambda: schedules.warmup_cosine(0.0, 1.0, -1, 4), "warmup_steps.*>= 0"),
     "warmup-longer": (lambda: schedules.warmup_cosine(0.0, 1.0, 4, 4), "decay_steps.*>= 5"),
     "boundary": (lambda: schedules.piecewise_constant(1.0, {-1: 0.5}), "boundary.*>= 0, got -1"),
     "boundary-float": (lambda: schedules.piecewise_constant(1.0, {0.5: 0.5}), "boundary"),

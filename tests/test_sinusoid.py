@@ -169,6 +169,7 @@ class TestRun:
             "oracle",
         }
 
+    @pytest.mark.usefixtures("no_figures")
     def test_an_interrupted_run_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch):
         from common import sinusoid
 
@@ -210,6 +211,7 @@ class TestRun:
 
 
 class TestBadInput:
+    @pytest.mark.usefixtures("no_figures")
     def test_a_run_is_not_overwritten_unasked(self, tmp_path):
         run_here("--iterations", "2", "--output", str(tmp_path))
         with pytest.raises(SystemExit, match="--overwrite"):

@@ -30,6 +30,7 @@ def params() -> dict[str, Any]:
     [
         (torchopt.adam(), "ScaleByAdamState", {"mu": "exp_avg", "nu": "exp_avg_sq"}),
         (torchopt.rmsprop(), "ScaleByRmsState", {"nu": "square_avg"}),
+        (torchopt.adagrad(), "ScaleByRssState", {"sum_of_squares": "sum"}),
         (
             torchopt.rmsprop(centered=True),
             "ScaleByRStdDevState",

@@ -27,7 +27,7 @@ from torchopt.kernels import why
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
-import catalogue  # noqa: E402
+import readme_tables  # noqa: E402
 
 
 def named_classes(base: type) -> set[type]:
@@ -59,8 +59,8 @@ def test_the_faces_are_of_one_algorithm(algorithm: Algorithm) -> None:
 
 
 def test_readme_lists_what_there_is() -> None:
-    text = catalogue.README.read_text(encoding="utf-8")
-    assert catalogue.written(text) == text, "run `python docs/catalogue.py`"
+    text = readme_tables.README.read_text(encoding="utf-8")
+    assert readme_tables.written(text) == text, "run `python docs/readme_tables.py`"
     for row in ALGORITHMS + SPECIAL_ALGORITHMS:
         assert f"| `{row.name}` |" in text
 

@@ -17,6 +17,11 @@ from tolerances import assert_close
 import torchopt
 
 
+def half_of_both(u: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A rule that pickles."""
+    return (u + p) / 2
+
+
 LINEAR = torchopt.schedules.linear(0.1, 0.0, 5)
 
 
@@ -87,6 +92,61 @@ TRANSFORMS = {
         lambda: torchopt.scale_by_stddev(0.5),
         "ScaleByRms(alpha=0.5, eps=1e-08, centered=True, initial_scale=0.0)",
     ),
+    "ema": (lambda: torchopt.ema(0.5), "Ema(decay=0.5, debias=True)"),
+    "centralize": (torchopt.centralize, "Centralize()"),
+    "clip_by_block_rms": (
+        lambda: torchopt.clip_by_block_rms(0.5),
+        "ClipByBlockRms(threshold=0.5)",
+    ),
+    "adaptive_grad_clip": (
+        lambda: torchopt.adaptive_grad_clip(0.5, dim=0),
+        "AdaptiveGradClip(clipping=0.5, eps=0.001, dim=0)",
+    ),
+    "zero_nans": (torchopt.zero_nans, "ZeroNans()"),
+    "keep_params_nonnegative": (torchopt.keep_params_nonnegative, "KeepParamsNonnegative()"),
+    "project": (
+        lambda: torchopt.project(torchopt.projections.projection_l1_ball),
+        f"Project(projection={torchopt.projections.projection_l1_ball!r}, each=False)",
+    ),
+    "stateless_with_tree_map": (
+        lambda: torchopt.stateless_with_tree_map(half_of_both),
+        f"StatelessWithTreeMap(function={half_of_both!r})",
+    ),
+    "MultiSteps": (
+        lambda: torchopt.MultiSteps(torchopt.scale(2.0), 3, False, torchopt.skip_not_finite),
+        "Accumulate(inner=Scale(step_size=2.0), every=Every(k=3), use_grad_mean=False, "
+        f"should_skip_update_fn={torchopt.skip_not_finite!r})",
+    ),
+    "conditionally_transform": (
+        lambda: torchopt.conditionally_transform(torchopt.scale(2.0), bool),
+        f"Conditionally(inner=Scale(step_size=2.0), calls=Calls(steps_at={bool!r}), passes=True)",
+    ),
+    "conditionally_mask": (
+        lambda: torchopt.conditionally_mask(torchopt.scale(2.0), bool, True),
+        f"ConditionallyOnValues(inner=Scale(step_size=2.0), function={bool!r}, passes=False)",
+    ),
+    "apply_if_finite": (
+        lambda: torchopt.apply_if_finite(torchopt.scale(2.0), 3),
+        "ApplyIfFinite(inner=Scale(step_size=2.0), max_consecutive_errors=3)",
+    ),
+    "lookahead": (
+        lambda: torchopt.lookahead(torchopt.scale(2.0), 3),
+        "Lookahead(inner=Scale(step_size=2.0), sync_period=3, slow_step_size=0.5, "
+        "reset_state=False)",
+    ),
+    "named_chain": (
+        lambda: torchopt.named_chain(("a", torchopt.scale(2.0))),
+        "Named(name='a', inner=Scale(step_size=2.0))",
+    ),
+    "inject_hyperparams": (
+        lambda: torchopt.inject_hyperparams(torchopt.scale(2.0)),
+        "InjectHyperparams(inner=Scale(step_size=2.0))",
+    ),
+    "selective_transform": (
+        lambda: torchopt.selective_transform(torchopt.scale(2.0), freeze_mask=not_bias),
+        f"chain(Masked(inner=Scale(step_size=2.0), mask=_Not(mask={not_bias!r})), "
+        f"Masked(inner=SetToZero(), mask={not_bias!r}))",
+    ),
     "chain": (
         lambda: torchopt.chain(torchopt.scale(2.0), torchopt.flip_sign()),
         "chain(Scale(step_size=2.0), FlipSign(maximize=True))",
@@ -110,6 +170,8 @@ def test_every_exported_transform_is_in_the_table() -> None:
         and getattr(getattr(torchopt, name), "__module__", "").startswith("torchopt.transforms")
     } | {"scale_by_adam", "scale_by_rms", "scale_by_stddev", "chain"}
     recipes -= {"clip_by_global_norm"}  # another name of clip_grad_norm
+    recipes -= {"skip_not_finite"}  # no transformation, but what MultiSteps is given
+    recipes -= {"stateless"}  # a pair of functions, which keeps a tree: test_transforms_more.py
     assert recipes <= set(TRANSFORMS)
 
 

@@ -51,20 +51,20 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def type_of(stream: str, dtype: torch.dtype) -> torch.dtype:
-    return dtype if stream in OF_PARAMETERS else slot_dtype(dtype)
+def type_of(operand: str, dtype: torch.dtype) -> torch.dtype:
+    return dtype if operand in OF_PARAMETERS else slot_dtype(dtype)
 
 
 def tensors_for(kernel: Kernel, dtype: torch.dtype, sizes: Sequence[int] = SIZES) -> Columns:
     """Random inputs: every third entry is zero, and slots are positive, as under a root."""
     columns: Columns = {}
-    for stream in kernel.inputs:
-        columns[stream] = []
+    for operand in kernel.inputs:
+        columns[operand] = []
         for size in sizes:
             x = torch.randn(size, dtype=torch.float64)
-            x = x.abs() if stream.startswith("s") else x
+            x = x.abs() if operand.startswith("s") else x
             x[::3] = 0
-            columns[stream].append(x.to(type_of(stream, dtype)))
+            columns[operand].append(x.to(type_of(operand, dtype)))
     return columns
 
 
@@ -75,8 +75,8 @@ def rows_for(kernel: Kernel) -> list[list[float]]:
 def places_for(kernel: Kernel, like: Sequence[Tensor]) -> Columns:
     """Memory to write to, filled with a number that no kernel computes."""
     return {
-        stream: [torch.full_like(x, 7.0, dtype=type_of(stream, x.dtype)) for x in like]
-        for stream in kernel.outputs
+        operand: [torch.full_like(x, 7.0, dtype=type_of(operand, x.dtype)) for x in like]
+        for operand in kernel.outputs
     }
 
 
@@ -96,12 +96,12 @@ def check(kernel: Kernel, dtype: torch.dtype, inputs: Columns, absent: bool = Fa
             column[-1 - position % 3] = None
     triton_backend.run(kernel, given, outputs, like, numbers, rows)
     for k, row in enumerate(rows):
-        streams = {s: x[k] if given[s][k] is not None else 0 * x[k] for s, x in inputs.items()}
-        wide = {s: x.to(slot_dtype(dtype)) for s, x in streams.items()}
-        for stream, value in evaluate_kernel(kernel, wide, numbers[row]).items():
-            place = outputs[stream][k]
+        operands = {s: x[k] if given[s][k] is not None else 0 * x[k] for s, x in inputs.items()}
+        wide = {s: x.to(slot_dtype(dtype)) for s, x in operands.items()}
+        for operand, value in evaluate_kernel(kernel, wide, numbers[row]).items():
+            place = outputs[operand][k]
             if place is not None:
-                assert_same(place, value.to(place.dtype), f"{kernel.text}\n{stream} of {sizes[k]}")
+                assert_same(place, value.to(place.dtype), f"{kernel.text}\n{operand} of {sizes[k]}")
     if not isinstance(native.load(), native.UnavailableError):
         assert_same_as_on_cpu(kernel, given, outputs, like, numbers, rows)
 
@@ -132,13 +132,13 @@ def assert_same_as_on_cpu(
     if launch.backends.find(kernel.name) is None:
         return
     others = places_for(kernel, like)
-    for stream, column in outputs.items():
-        others[stream] = [y if x is not None else None for x, y in zip(column, others[stream])]
+    for operand, column in outputs.items():
+        others[operand] = [y if x is not None else None for x, y in zip(column, others[operand])]
     launch.run(kernel, inputs, others, like, numbers, rows)
-    for stream, column in outputs.items():
-        for x, y in zip(column, others[stream]):
+    for operand, column in outputs.items():
+        for x, y in zip(column, others[operand]):
             if x is not None:
-                assert_same(x, y, f"{kernel.text}\n{stream}", exactly=True)
+                assert_same(x, y, f"{kernel.text}\n{operand}", exactly=True)
 
 
 CATALOGUE = kernels()
@@ -160,7 +160,7 @@ def test_every_kernel_of_the_catalogue(dtype: torch.dtype, part: int) -> None:
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_half_precision_and_absent_streams(dtype: torch.dtype) -> None:
+def test_half_precision_and_absent_operands(dtype: torch.dtype) -> None:
     for kernel in [*ADAM.values(), *CATALOGUE[::12]]:
         check(kernel, dtype, tensors_for(kernel, dtype), absent=True)
 
@@ -190,7 +190,7 @@ def test_every_operation(op: str, dtype: torch.dtype) -> None:
     kernel = make_kernel({"s0": node, "s1": Node("add", (node, b))})
     numbers = torch.cat([torch.tensor(SPECIAL), torch.randn(5)]).to(dtype)
     pairs = {"s0": [numbers.repeat(12)], "s1": [numbers.repeat_interleave(12)]}
-    check(kernel, dtype, {stream: pairs[stream] for stream in kernel.inputs})
+    check(kernel, dtype, {operand: pairs[operand] for operand in kernel.inputs})
 
 
 def test_a_rule_with_an_operation_that_triton_has_not_is_not_fused_on_gpus(
@@ -238,8 +238,8 @@ def test_packed_slots() -> None:
     flat = {s: Packed(packing.pack(column), packing) for s, column in actual.items()}
     triton_backend.run(kernel, inputs, expected, like, numbers, None)
     triton_backend.run(kernel, packed, flat, like, numbers, None)
-    for stream, column in expected.items():
-        assert torch.equal(flat[stream].flat, torch.cat(column))
+    for operand, column in expected.items():
+        assert torch.equal(flat[operand].flat, torch.cat(column))
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -249,7 +249,7 @@ def test_in_place() -> None:
     expected = places_for(kernel, inputs["p"])
     numbers = rows_for(kernel)[:1]
     triton_backend.run(kernel, inputs, expected, inputs["p"], numbers, None)
-    outputs = {stream: inputs["p" if stream == "u" else stream] for stream in expected}
+    outputs = {operand: inputs["p" if operand == "u" else operand] for operand in expected}
     triton_backend.run(kernel, inputs, outputs, inputs["p"], numbers, None)
     assert_close(outputs, expected)
 
@@ -277,7 +277,7 @@ def test_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_interpreter_is_refused_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_backend.hindrance().startswith("TRITON_INTERPRET is set")
+    assert triton_backend.reason().startswith("TRITON_INTERPRET is set")
 
 
 # The compiler -------------------------------------------------------------------------------------

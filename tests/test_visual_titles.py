@@ -22,6 +22,13 @@ CHAINS: dict[str, Any] = {
         torchopt.add_decayed_weights(0.1),
     ),
     "SGD": torchopt.scale_by_learning_rate(0.1),
+    "ClipGradNorm + SGD": torchopt.chain(
+        torchopt.clip_grad_norm(1.0), torchopt.trace(0.9), torchopt.scale_by_learning_rate(0.1)
+    ),
+    # a learning rate inside of an optimizer; what stands behind it is another's without it
+    "LARS": torchopt.lars(),
+    "LARS + Adam": torchopt.chain(torchopt.lars(), torchopt.adam()),
+    "LayerRate + SGD": torchopt.chain(torchopt.lars().parts[2], torchopt.trace(0.9)),
     "Schedule": torchopt.scale_by_schedule(lambda count: 0.1),
 }
 

@@ -42,6 +42,7 @@ def path(tx: Any, p: Tensor, steps: int = 3) -> tuple[Tensor, dict[str, Any]]:
     return params[0], state.slots
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", recipes(0.1))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (3,)], ids=str)

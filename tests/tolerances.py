@@ -16,6 +16,7 @@ VALUES = {
     torch.float16: 2.0**-10,
     torch.complex128: 1e-12,
     torch.complex64: 2e-6,
+    torch.int64: 0.0,
 }
 
 #: Largest relative error of a meta-gradient in float64 against central differences.

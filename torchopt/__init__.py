@@ -1,6 +1,6 @@
 """TorchOpt: functional optimization and gradient-based meta-learning with PyTorch.
 
-One definition of each optimizer has three faces: functional (:func:`adam`), object-oriented
+One definition of each optimizer has three APIs: functional (:func:`adam`), object-oriented
 (:class:`Adam`, a real ``torch.optim.Optimizer``) and differentiable (:class:`MetaAdam`).
 """
 

@@ -3,6 +3,7 @@
 
 from torchopt import (
     kernels as kernels,
+    projections as projections,
     schedules as schedule,
     schedules as schedules,
     solvers as solvers,
@@ -17,6 +18,11 @@ from torchopt.core.hyper import (
     flag as flag,
     hyper as hyper,
     HyperSpec as HyperSpec,
+)
+from torchopt.core.named_values import (
+    tree_get as tree_get,
+    tree_get_all_with_path as tree_get_all_with_path,
+    tree_set as tree_set,
 )
 from torchopt.core.opt_state import OptState as OptState
 from torchopt.core.rules import (
@@ -40,10 +46,24 @@ from torchopt.optim.func_optimizer import FuncOptimizer as FuncOptimizer
 from torchopt.optim.inner_loop import inner_loop as inner_loop
 from torchopt.optim.meta_optimizer import MetaOptimizer as MetaOptimizer
 from torchopt.optim.optimizer import Optimizer as Optimizer
+from torchopt.optimizers.adabelief import (
+    AdaBelief as AdaBelief,
+    adabelief as adabelief,
+    MetaAdaBelief as MetaAdaBelief,
+    scale_by_belief as scale_by_belief,
+)
 from torchopt.optimizers.adafactor import (
     Adafactor as Adafactor,
     adafactor as adafactor,
     MetaAdafactor as MetaAdafactor,
+)
+from torchopt.optimizers.adagrad import (
+    Adagrad as AdaGrad,
+    Adagrad as Adagrad,
+    adagrad as adagrad,
+    MetaAdagrad as MetaAdaGrad,
+    MetaAdagrad as MetaAdagrad,
+    scale_by_rss as scale_by_rss,
 )
 from torchopt.optimizers.adam import (
     Adam as Adam,
@@ -70,6 +90,8 @@ from torchopt.optimizers.adopt import (
     MetaADOPT as MetaADOPT,
     scale_by_adopt as scale_by_adopt,
 )
+from torchopt.optimizers.lamb import LAMB as LAMB, lamb as lamb, MetaLAMB as MetaLAMB
+from torchopt.optimizers.lars import LARS as LARS, lars as lars, MetaLARS as MetaLARS
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS
 from torchopt.optimizers.lion import (
     Lion as Lion,
@@ -131,6 +153,10 @@ from torchopt.schedules import (
     linear_schedule as linear_schedule,
     polynomial_schedule as polynomial_schedule,
 )
+from torchopt.transforms.accumulate import (
+    MultiSteps as MultiSteps,
+    skip_not_finite as skip_not_finite,
+)
 from torchopt.transforms.basic import (
     add_decayed_weights as add_decayed_weights,
     flip_sign as flip_sign,
@@ -148,7 +174,31 @@ from torchopt.transforms.clip import (
     clip_grad_norm as clip_grad_norm,
     clip_grad_value as clip_grad_value,
 )
-from torchopt.transforms.momentum import trace as trace
+from torchopt.transforms.conditional import (
+    apply_if_finite as apply_if_finite,
+    conditionally_mask as conditionally_mask,
+    conditionally_transform as conditionally_transform,
+)
+from torchopt.transforms.constrain import (
+    keep_params_nonnegative as keep_params_nonnegative,
+    project as project,
+    zero_nans as zero_nans,
+)
+from torchopt.transforms.inject import inject_hyperparams as inject_hyperparams
+from torchopt.transforms.lookahead import lookahead as lookahead
+from torchopt.transforms.momentum import ema as ema, trace as trace
+from torchopt.transforms.named import named_chain as named_chain
 from torchopt.transforms.partition import partition as partition
+from torchopt.transforms.selective import selective_transform as selective_transform
+from torchopt.transforms.stateless import (
+    stateless as stateless,
+    stateless_with_tree_map as stateless_with_tree_map,
+)
+from torchopt.transforms.trust_ratio import scale_by_trust_ratio as scale_by_trust_ratio
+from torchopt.transforms.units import (
+    adaptive_grad_clip as adaptive_grad_clip,
+    centralize as centralize,
+    clip_by_block_rms as clip_by_block_rms,
+)
 from torchopt.transforms.wrap import masked as masked
 from torchopt.version import __version__ as __version__

@@ -74,5 +74,5 @@ def learned_step(problem: learned_workload.Problem) -> Callable[[], list[Tensor]
     return work
 
 
-#: It has no functional face, so its tasks come one after the other here too.
+#: It has no functional API, so its tasks come one after the other here too.
 vmap_step = meta_step

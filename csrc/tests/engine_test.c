@@ -108,8 +108,8 @@ static size_t entry_size(int64_t dtype, int64_t narrow, int k) {
 static int widest(int inputs) {
   int most = 0;
   for (int64_t k = 0; k < table->count; ++k) {
-    int streams = inputs ? table->kernels[k].inputs : table->kernels[k].outputs;
-    if (streams > most) most = streams;
+    int operands = inputs ? table->kernels[k].inputs : table->kernels[k].outputs;
+    if (operands > most) most = operands;
   }
   return most;
 }
@@ -182,7 +182,7 @@ static struct program some_program(int64_t first, int32_t *code) {
   const int32_t *written = code + 1; /* what the first instruction writes */
   for (int k = 0; k < STEPS; ++k, code += INSTRUCTION) {
     int64_t operation = k == 0 ? first : any(0, table->operation_count);
-    const char *kinds = table->operations[operation].operands;
+    const char *kinds = table->operations[operation].arguments;
     code[0] = (int32_t)operation;
     code[1] = any(IN, OUT);
     if (random_bits() & 1) code[1] = any(IN + OUT + program.numbers, program.registers);
@@ -262,7 +262,7 @@ static void test_any_program(void) {
 
 /* Values in closed form ------------------------------------------------------------------------ */
 
-/* A kernel that multiplies by the product of its numbers, as SGD's do: one stream in, one out. */
+/* A kernel that multiplies by the product of its numbers, as SGD's do: one operand in, one out. */
 struct scaling {
   int64_t kernel;
   int numbers;

@@ -7,10 +7,8 @@ from typing import Any, Union, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    peek_interpreter_stack,
-)
-from torch.autograd import forward_ad
+
+from torchopt.base.torch_internals import in_forward_mode, peek_interpreter_stack
 
 
 Scalar = Union[float, Tensor]
@@ -61,7 +59,7 @@ def logarithm(x: Any) -> Any:
 
 def derivatives_recorded() -> bool:
     """Whether reverse- or forward-mode differentiation may be looking at what is computed now."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or in_forward_mode()
 
 
 def root(x: Tensor) -> Tensor:
@@ -95,7 +93,7 @@ def _only_reverse_mode(*tensors: Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors)
-        and forward_ad._current_level < 0
+        and not in_forward_mode()
         and not torch.compiler.is_compiling()
         and peek_interpreter_stack() is None
     )

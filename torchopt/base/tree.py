@@ -13,9 +13,9 @@ from typing import Any
 import optree
 import torch
 from optree.utils import total_order_sorted
-from torch.utils import _pytree as torch_pytree
 
 from torchopt.base import misuse
+from torchopt.base.torch_internals import node_type, torch_pytree
 from torchopt.typing import PyTree
 
 
@@ -55,7 +55,7 @@ def _walk(
     node: PyTree, path: tuple[Any, ...], leaves: list[Any], paths: list[tuple[Any, ...]]
 ) -> Any:
     """Append the leaves of a node and their paths, and return its structure."""
-    kind = torch_pytree._get_node_type(node)
+    kind = node_type(node)
     if kind not in torch_pytree.SUPPORTED_NODES:
         leaves.append(node)
         paths.append(path)

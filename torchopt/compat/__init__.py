@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 #: Module of 0.7.3, module of today (``-``: not here yet), and names; ``old=new`` where they differ.
 #: Modules stand without ``torchopt.``, which is the dot.
 TABLE = """
-.                             -                    adadelta adagrad adamax radam AdaDelta Adadelta
-.                             -                    AdaGrad Adagrad AdaMax Adamax RAdam MetaRAdam
-.                             -                    MetaAdaDelta MetaAdadelta MetaAdaGrad MetaAdagrad
+.                             -                    adadelta adamax radam AdaDelta Adadelta
+.                             -                    AdaMax Adamax RAdam MetaRAdam
+.                             -                    MetaAdaDelta MetaAdadelta
 .                             -                    MetaAdaMax MetaAdamax distributed linalg
 .                             -                    linear_solve
 accelerated_op                core.accelerated_op  is_available=accelerated_op_available
@@ -29,7 +29,9 @@ alias                         optimizers.adam      adam
 alias                         optimizers.adamw     adamw
 alias                         optimizers.rmsprop   rmsprop
 alias                         optimizers.sgd       sgd
-alias                         -                    adadelta adagrad adamax radam
+alias                         optimizers.adagrad   adagrad
+alias                         -                    adadelta adamax radam
+alias.adagrad                 optimizers.adagrad   adagrad
 alias.adam                    optimizers.adam      adam
 alias.adamw                   optimizers.adamw     adamw
 alias.rmsprop                 optimizers.rmsprop   rmsprop
@@ -48,8 +50,10 @@ optim                         optimizers.adamw     AdamW
 optim                         optimizers.rmsprop   RMSProp=RMSprop RMSprop
 optim                         optimizers.sgd       SGD
 optim                         optim.func_optimizer FuncOptimizer
-optim                         -                    AdaDelta Adadelta AdaGrad Adagrad AdaMax Adamax
-optim                         -                    RAdam adadelta adagrad adamax radam
+optim                         optimizers.adagrad   AdaGrad=Adagrad Adagrad
+optim                         -                    AdaDelta Adadelta AdaMax Adamax
+optim                         -                    RAdam adadelta adamax radam
+optim.adagrad                 optimizers.adagrad   AdaGrad=Adagrad Adagrad
 optim.adam                    optimizers.adam      Adam
 optim.adamw                   optimizers.adamw     AdamW
 optim.base                    optim.optimizer      Optimizer
@@ -60,9 +64,11 @@ optim.meta                    optimizers.adamw     MetaAdamW
 optim.meta                    optimizers.rmsprop   MetaRMSProp MetaRMSprop=MetaRMSProp
 optim.meta                    optimizers.sgd       MetaSGD
 optim.meta                    optim.meta_optimizer MetaOptimizer
-optim.meta                    -                    MetaAdaDelta MetaAdadelta MetaAdaGrad MetaAdagrad
-optim.meta                    -                    MetaAdaMax MetaAdamax MetaRAdam adadelta adagrad
+optim.meta                    optimizers.adagrad   MetaAdaGrad=MetaAdagrad MetaAdagrad
+optim.meta                    -                    MetaAdaDelta MetaAdadelta
+optim.meta                    -                    MetaAdaMax MetaAdamax MetaRAdam adadelta
 optim.meta                    -                    adamax radam
+optim.meta.adagrad            optimizers.adagrad   MetaAdaGrad=MetaAdagrad MetaAdagrad
 optim.meta.adam               optimizers.adam      MetaAdam
 optim.meta.adamw              optimizers.adamw     MetaAdamW
 optim.meta.base               optim.meta_optimizer MetaOptimizer
@@ -78,8 +84,9 @@ transform                     transforms.basic     add_decayed_weights nan_to_nu
 transform                     transforms.basic     scale_by_schedule
 transform                     transforms.momentum  trace
 transform                     transforms.wrap      masked
+transform                     optimizers.adagrad   scale_by_rss
 transform                     -                    scale_by_adadelta scale_by_adamax scale_by_radam
-transform                     -                    scale_by_rss utils
+transform                     -                    utils
 transform.add_decayed_weights transforms.basic     add_decayed_weights
 transform.add_decayed_weights transforms.wrap      masked
 transform.nan_to_num          transforms.basic     nan_to_num
@@ -88,6 +95,8 @@ transform.scale_by_adam       compat.names         scale_by_adam scale_by_accele
 transform.scale_by_adam       core.state_parts     ScaleByAdamState
 transform.scale_by_rms        optimizers.rmsprop   scale_by_rms
 transform.scale_by_rms        core.state_parts     ScaleByRmsState
+transform.scale_by_rss        optimizers.adagrad   scale_by_rss
+transform.scale_by_rss        core.state_parts     ScaleByRssState
 transform.scale_by_schedule   transforms.basic     scale_by_schedule
 transform.scale_by_schedule   core.state_parts     ScaleByScheduleState
 transform.scale_by_stddev     optimizers.rmsprop   scale_by_stddev

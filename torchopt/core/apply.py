@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.recording import refuse_recorded
+from torchopt.base.torch_internals import debug_has_internal_overlap
 from torchopt.typing import TensorTree
 
 
@@ -60,7 +61,7 @@ def refuse_unwritable(params: Sequence[Tensor], name: Callable[[int], str]) -> N
         return
     for k, p in enumerate(params):
         dense = p.layout != torch.strided or p.is_contiguous()
-        if not dense and torch._debug_has_internal_overlap(p) == 1:  # pyright: ignore[reportPrivateImportUsage]
+        if not dense and debug_has_internal_overlap(p) == 1:
             raise RuntimeError(
                 f"Parameter {tree.quoted(name(k))} of shape {tuple(p.shape)} is expanded: "
                 "several entries are a single memory location, which no update can change by "

@@ -1,9 +1,9 @@
-"""The engine under the three faces: flat lists of tensors through the parts of a transformation."""
+"""The engine under the three APIs: flat lists of tensors through the parts of a transformation."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor
 from torchopt.base import misuse, tree
 from torchopt.base.numerics import HALF, to_compute_dtype
 from torchopt.core import step_tags
-from torchopt.core.gradient_checks import Common, check_gradients, common_of
+from torchopt.core.gradient_checks import Common, check_gradients, common_of, refuse_update
 from torchopt.core.packed import Packed, Packing
 from torchopt.core.plan import Plan
+from torchopt.core.protocols import PartLike, TransformationLike
 from torchopt.typing import PyTree, Step
 
 
 @dataclasses.dataclass
 class Call:
-    """One update as a face asks for it: lists with one entry per parameter, ``None`` if absent."""
+    """One update as an API asks for it: lists with one entry per parameter, ``None`` if absent."""
 
     g: list[Any]
     p: list[Any]
@@ -33,7 +34,7 @@ class Call:
     pack_slots: bool = False  # whether new slots may come back as Packed
     known: Any = ()  # parameters that a mask may name besides; see resolving.match_by_name
     pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.core.whole
-    labels: Any = None  # of the parameters, for a partition, where the face knows them
+    labels: Any = None  # of the parameters, for a partition, where the API knows them
     packing: Packing | None = None  # where an update leaves what it found out for the next one
 
 
@@ -83,7 +84,7 @@ class Leaves:
         )
 
 
-def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
+def initialise(tx: TransformationLike, call: Call) -> dict[str, list[Any]]:
     """Return the initial slots of every parameter of ``call``."""
     index = [i for i, p in enumerate(call.p) if p is not None]
     for i in index:
@@ -104,7 +105,9 @@ def initialise(tx: Any, call: Call) -> dict[str, list[Any]]:
     return columns
 
 
-def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> dict[str, Any] | None:
+def initialise_packed(
+    tx: TransformationLike, call: Call, packing: Packing | None = None
+) -> dict[str, Any] | None:
     """Return the initial slots of all parameters packed; ``None`` if they have to be made singly.
 
     The parts must treat entries alike, whatever tensor they are in, and those that have slots must
@@ -136,10 +139,13 @@ def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> di
                 continue
             if slot.is_number:
                 dtype = torch.float32 if common.dtype in HALF else common.dtype
-                columns[name] = packing.filled(float(slot.start), dtype, common.device)
+                start: Any = slot.start  # a number
+                columns[name] = packing.filled(float(start), dtype, common.device)
                 continue
             if torch.is_grad_enabled() and any(p.requires_grad for p in call.p):
                 return None  # what each leads to would be joined
+            if any(isinstance(value, Tensor) and value.dim() for value in own.values()):
+                return None  # a start with a value for each entry of a parameter
             if flat is None:
                 flat = to_compute_dtype(packing.pack(call.p))
             first = slot.first(flat, own)
@@ -148,7 +154,7 @@ def initialise_packed(tx: Any, call: Call, packing: Packing | None = None) -> di
     return columns
 
 
-def part_slots(part: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
+def part_slots(part: PartLike, leaves: Leaves) -> list[tuple[Any, ...]]:
     """Return the initial slots of one part for the parameters ``leaves.p``.
 
     Raises:
@@ -157,31 +163,21 @@ def part_slots(part: Any, leaves: Leaves) -> list[tuple[Any, ...]]:
     for k, p in enumerate(leaves.p) if part.is_selective else ():
         if reason := part.refuses(p):
             raise ValueError(f"{leaves.name(k)} {reason}")
-    if hasattr(part, "init_all_slots"):
-        return part.init_all_slots(leaves)
+    own: Any = getattr(part, "init_all_slots", None)
+    if own is not None:
+        return own(leaves)
     return [part.first_slots(p, **h) for p, h in zip(leaves.p, leaves.hyper)]
 
 
-def refuse_parameters(tx: Any, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse parameters that a part of a transformation has no rule for.
-
-    Raises:
-        ValueError: Saying why, and what to do.
-    """
-    selective = [part for part in tx.plan.parts if part.is_selective]
-    for name, param in named if selective else ():
-        for part in selective:
-            if reason := part.refuses(param):
-                raise ValueError(f"{tree.quoted(name)} {reason}")
-
-
-def advance(tx: Any, call: Call, apply: bool = False) -> tuple[list[Any], dict[str, list[Any]]]:
+def advance(
+    tx: TransformationLike, call: Call, apply: bool = False
+) -> tuple[list[Any], dict[str, list[Any]]]:
     """Compute the updates and the new slots of one call, leaving its inputs as they are.
 
     With ``apply`` the new parameters are returned instead of the updates.
     """
     if call.pack_slots and accelerates(tx.plan):
-        again = accelerator.take_again(tx.plan, call, apply)
+        again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
             return again
     index = [i for i, g in enumerate(call.g) if g is not None]
@@ -252,7 +248,9 @@ def _leaves(call: Call, index: list[int]) -> Leaves:
     )
 
 
-def _advance_by_parts(tx: Any, given: Leaves, columns: dict[str, Any], apply: bool) -> list[Tensor]:
+def _advance_by_parts(
+    tx: TransformationLike, given: Leaves, columns: dict[str, Any], apply: bool
+) -> list[Tensor]:
     """Convert to the dtype of computation, run the parts one after the other, convert back."""
     is_complex = [g.is_complex() for g in given.g]
     enter = [_view_as_real if c else to_compute_dtype for c in is_complex]
@@ -272,7 +270,7 @@ def _advance_by_parts(tx: Any, given: Leaves, columns: dict[str, Any], apply: bo
     results = []
     for position, (g, c, u) in enumerate(zip(leaves.g, is_complex, updates)):
         if not isinstance(u, Tensor) or u.shape != g.shape:
-            _refuse_update(tx, u, g, given.name(position))
+            refuse_update(tx, u, g, given.name(position))
         u = _leave(u, c, given.g[position].dtype)
         results.append(given.p[position] + u if apply and not applied else u)
     for name, column in own.items():
@@ -305,7 +303,7 @@ def run(
         own = leaves if position == 0 else leaves.with_tensors(g, leaves.p, None)
         fused = None
         if accelerates(plan):
-            fused = accelerator.take_run(plan, position, own, columns, apply)
+            fused = accelerator.take_segment(plan, position, own, columns, apply)
         if fused is not None:
             position, g, applied = fused
             if applied:
@@ -366,11 +364,3 @@ def _leave(x: Tensor, is_complex: bool, dtype: torch.dtype) -> Tensor:
     if is_complex and not x.is_complex():
         x = torch.view_as_complex(x)
     return x if x.dtype == dtype else x.to(dtype)
-
-
-def _refuse_update(tx: Any, update: Any, g: Tensor, name: str) -> None:
-    given = f"shape {tuple(update.shape)}" if isinstance(update, Tensor) else misuse.short(update)
-    raise ValueError(
-        f"{misuse.clipped(repr(tx))} returned an update of {given} for the gradient of {name}, "
-        f"whose shape is {tuple(g.shape)}. A rule must return a tensor of that shape."
-    )

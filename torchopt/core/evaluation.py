@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchopt.core.engine import Call, Leaves
+from torchopt.core.plan import Plan
+from torchopt.core.protocols import TransformationLike
 
 
-def evaluates(tx: Any) -> bool:
+def evaluates(tx: TransformationLike) -> bool:
     """Whether the weights to evaluate with are others than those that are trained."""
     return any(part.evaluates for part in tx.plan.parts)
 
 
-def converted_call(tx: Any, call: Call, to_eval: bool) -> list[Any]:
+def converted_call(tx: TransformationLike, call: Call, to_eval: bool) -> list[Any]:
     """Return the parameters of a call as they are evaluated, or as they are trained again.
 
     Parameters that have taken no step have no slots, and are the same for both.
@@ -30,7 +32,7 @@ def converted_call(tx: Any, call: Call, to_eval: bool) -> list[Any]:
 
 
 def converted(
-    plan: Any, leaves: Leaves, columns: Mapping[str, Sequence[Any]], to_eval: bool
+    plan: Plan, leaves: Leaves, columns: Mapping[str, Sequence[Any]], to_eval: bool
 ) -> list[Any]:
     """Return parameters converted by the parts of a plan, the last first on the way back.
 

@@ -1,4 +1,4 @@
-"""The functional face's side of the engine: trees become the flat lists of one call."""
+"""The functional API's side of the engine: trees become the flat lists of one call."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from torchopt.core.engine import Call, advance
 from torchopt.core.evaluation import converted_call
 from torchopt.core.gather import Members, gather
 from torchopt.core.opt_state import OptState
+from torchopt.core.protocols import TransformationLike
 from torchopt.core.slots import PARAM
 from torchopt.core.state_parts import EmptyState, joined
 from torchopt.typing import PyTree, Step, TensorTree
 
 
 def gather_tree(
-    tx: Any,
+    tx: TransformationLike,
     reference: PyTree,
     grads: list[Any] | None,
     params: list[Any] | None,
@@ -30,13 +31,13 @@ def gather_tree(
     counters: Mapping[str, Sequence[Any]] | None = None,
     extra: dict[str, Any] | None = None,
     mask_tree: PyTree = None,
-    alike: bool = False,
+    uniform: bool = False,
 ) -> Call:
     """Gather the update of a tree.
 
     ``reference`` has the order of the lists; ``mask_tree`` is what a mask given as a function sees;
-    ``counters`` are those before this update, or those of a start, and ``alike`` says whether they
-    and the steps are the same for all parameters.
+    ``counters`` are those before this update, or those of a start, and ``uniform`` says whether
+    they and the steps are the same for all parameters.
     """
     names = lambda: tree.leaf_names(reference)  # noqa: E731
     absent = [None] * len(steps)
@@ -47,7 +48,7 @@ def gather_tree(
         counters = {name: [c.start] * len(steps) for name, c in tx.plan.counters.items()}
     leaves = params if params is not None else grads
     members = Members(tx.plan.values, leaves or [], names, _count_of(steps))
-    return gather(tx, [members], call, counters, alike=alike)
+    return gather(tx, [members], call, counters, uniform=uniform)
 
 
 def _count_of(steps: Sequence[Step]) -> Step:
@@ -57,7 +58,9 @@ def _count_of(steps: Sequence[Step]) -> Step:
     return steps[0] - 1 if isinstance(steps[0], Tensor) else max(steps) - 1
 
 
-def state_slots(tx: Any, state: object, grads: PyTree, spec: Any) -> dict[str, list[Any]]:
+def state_slots(
+    tx: TransformationLike, state: object, grads: PyTree, spec: Any
+) -> dict[str, list[Any]]:
     """Return the slots of a state as lists aligned with the gradients.
 
     Raises:
@@ -103,20 +106,20 @@ def _counters(state: OptState, grads: PyTree, spec: Any) -> dict[str, list[Any]]
     return columns
 
 
-def _next_counters(call: Call, old: dict[str, list[Any]], alike: bool) -> dict[str, Any]:
+def _next_counters(call: Call, old: dict[str, list[Any]], uniform: bool) -> dict[str, Any]:
     """Return the counters to remember: one number while all parameters agree."""
     found: dict[str, Any] = {}
     compiling = torch.compiler.is_compiling()
     if compiling and old:  # what has been counted once is the same: numbers are not to be compared
-        alike = alike and not tree.compiler_is_old()
-        alike = alike and all(row is call.hyper[0] for row in call.hyper)
-        alike = alike and all(g is not None or p is None for g, p in zip(call.g, call.p))
+        uniform = uniform and not tree.compiler_is_old()
+        uniform = uniform and all(row is call.hyper[0] for row in call.hyper)
+        uniform = uniform and all(g is not None or p is None for g, p in zip(call.g, call.p))
     for name, column in old.items():
         new = [x if g is None else row[name] for x, g, row in zip(column, call.g, call.hyper)]
         own = [x for x, p, g in zip(new, call.p, call.g) if p is not None or g is not None] or new
         first = own[0] if own else 0.0
         if compiling:
-            one = alike
+            one = uniform
         else:
             numbers = all(type(x) is float for x in own)
             one = all(x is first or (numbers and x == first) for x in own)
@@ -124,7 +127,7 @@ def _next_counters(call: Call, old: dict[str, list[Any]], alike: bool) -> dict[s
     return found
 
 
-def as_state(tx: Any, state: Any) -> Any:
+def as_state(tx: TransformationLike, state: Any) -> Any:
     """Return what stands for a state as one: ``None`` if none is kept, or the parts of one.
 
     Raises:
@@ -158,7 +161,11 @@ def hyper_values(rows: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def slot_trees(
-    tx: Any, like: PyTree, reference: PyTree, spec: Any, columns: dict[str, list[Any]]
+    tx: TransformationLike,
+    like: PyTree,
+    reference: PyTree,
+    spec: Any,
+    columns: dict[str, list[Any]],
 ) -> dict[str, TensorTree]:
     """Build the slots of a state with the structure of ``like``; unneeded ones are left out."""
     slots = tx.plan.slot_of
@@ -169,7 +176,7 @@ def slot_trees(
     }
 
 
-def eval_trees(tx: Any, state: Any, params: PyTree) -> PyTree:
+def eval_trees(tx: TransformationLike, state: Any, params: PyTree) -> PyTree:
     """Return the parameters to evaluate with; see ``GradientTransformation.eval_params``."""
     state = state if type(state) is OptState else as_state(tx, state)
     p, spec = tree.flatten(params)
@@ -180,7 +187,7 @@ def eval_trees(tx: Any, state: Any, params: PyTree) -> PyTree:
 
 
 def advance_trees(
-    tx: Any,
+    tx: TransformationLike,
     grads: PyTree,
     state: OptState,
     params: PyTree,
@@ -202,8 +209,8 @@ def advance_trees(
     counters = _counters(state, grads, spec) if tx.plan.counters else {}
     steps = step_count.step_list(old_steps, len(g))
     one = all(isinstance(x, (int, float, Tensor)) for x in state.counters.values())
-    alike = one and not isinstance(old_steps, list)
-    call = gather_tree(tx, grads, g, p, steps, slots, counters, extra, params, alike)
+    uniform = one and not isinstance(old_steps, list)
+    call = gather_tree(tx, grads, g, p, steps, slots, counters, extra, params, uniform)
     own, pairs = whole.split(tx.plan, state.slots) if tx.plan.whole else (state.slots, {})
     if inplace:
         if old_steps == 0:  # an anchor may lead to the parameters, which may be leaves as well
@@ -231,7 +238,7 @@ def advance_trees(
         {**slot_trees(tx, like, grads, spec, slots), **whole.end(tx.plan, call)},
         {
             name: tree.unflatten_like(like, grads, spec, x) if isinstance(x, list) else x
-            for name, x in _next_counters(call, counters, alike).items()
+            for name, x in _next_counters(call, counters, uniform).items()
         },
     )
     return results, call.p, spec, new_state

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchopt.core.engine import Call, initialise, initialise_packed
 from torchopt.core.packed import Packed
+from torchopt.core.protocols import TransformationLike
 from torchopt.core.resolving import Known, resolve
 from torchopt.typing import Step
 
@@ -32,14 +33,14 @@ class Members:
 
 
 def gather(
-    tx: Any,
+    tx: TransformationLike,
     members: Sequence[Members],
     call: Call,
     counters: Mapping[str, Sequence[Any]],
     *,
     order: Sequence[int] | None = None,
     fresh: Sequence[bool] = (),
-    alike: bool = False,
+    uniform: bool = False,
 ) -> Call:
     """Complete a call: the hyperparameters and counters of this update, and slots that are new.
 
@@ -50,7 +51,7 @@ def gather(
         counters: The counters before this update, by name, of each parameter.
         order: Where the parameters of the call stand among the members, if elsewhere.
         fresh: Which parameters get new slots.
-        alike: Whether all parameters have the same counters and have taken as many steps.
+        uniform: Whether all parameters have the same counters and have taken as many steps.
     """
     plan = tx.plan
     rows: list[dict[str, Any]] = []
@@ -58,13 +59,13 @@ def gather(
         rows += resolve(one.values, plan.hyper_specs, one.leaves, one.names, one.count, one.known)
     if order is not None:
         rows = [rows[k] for k in order]
-    call.hyper = plan.counted_rows(rows, call.t, counters, alike) if plan.counters else rows
+    call.hyper = plan.counted_rows(rows, call.t, counters, uniform) if plan.counters else rows
     if True in fresh:
         _fill_slots(tx, call, fresh)
     return call
 
 
-def _fill_slots(tx: Any, call: Call, fresh: Sequence[bool]) -> None:
+def _fill_slots(tx: TransformationLike, call: Call, fresh: Sequence[bool]) -> None:
     """Give the parameters that have taken no step their first slots."""
     if call.pack_slots and all(fresh):
         packed = initialise_packed(tx, call)

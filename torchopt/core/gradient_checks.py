@@ -1,16 +1,19 @@
-"""Whether gradients fit their parameters: at one glance in the usual case, else one by one."""
+"""Whether gradients fit their parameters: at one glance in the usual case, else one by one.
+
+And whether parameters and updates fit the rule.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
 from torchopt.base.numerics import HALF
+from torchopt.core.protocols import CallLike, TransformationLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Common:
     device: torch.device
 
 
-def common_of(call: Any) -> Common | None:
+def common_of(call: CallLike) -> Common | None:
     """Return what gradients and parameters have in common, or ``None`` if they need a closer look.
 
     In the first case everything that :func:`check_gradients` asks for holds.
@@ -48,7 +51,7 @@ def common_of(call: Any) -> Common | None:
     return Common(types, shapes, g[0].dtype, g[0].device)
 
 
-def check_gradients(tx: Any, call: Any, index: Sequence[int]) -> None:
+def check_gradients(tx: TransformationLike, call: CallLike, index: Sequence[int]) -> None:
     """Refuse gradients that do not fit their parameters, or their state.
 
     Raises:
@@ -84,7 +87,7 @@ def check_gradients(tx: Any, call: Any, index: Sequence[int]) -> None:
             _check_complex(tx, call, i)
 
 
-def _check_complex(tx: Any, call: Any, i: int) -> None:
+def _check_complex(tx: TransformationLike, call: CallLike, i: int) -> None:
     for part in tx.plan.parts:
         if not part.accepts_complex:
             raise TypeError(
@@ -93,7 +96,7 @@ def _check_complex(tx: Any, call: Any, i: int) -> None:
             )
 
 
-def _check_sparse(tx: Any, call: Any, i: int) -> None:
+def _check_sparse(tx: TransformationLike, call: CallLike, i: int) -> None:
     for position, part in enumerate(tx.plan.parts):
         (row,) = tx.plan.rows_of(position, [call.hyper[i]])
         if not part.takes_sparse(**row):
@@ -104,7 +107,7 @@ def _check_sparse(tx: Any, call: Any, i: int) -> None:
             )
 
 
-def _check_same(what: str, g: Tensor, p: Tensor, call: Any, i: int) -> None:
+def _check_same(what: str, g: Tensor, p: Tensor, call: CallLike, i: int) -> None:
     if what == "state":
         same_dtype = g.dtype == p.dtype or g.dtype in HALF
     else:
@@ -117,3 +120,29 @@ def _check_same(what: str, g: Tensor, p: Tensor, call: Any, i: int) -> None:
         f"{p.device}."
     )
     raise (ValueError if same_dtype else TypeError)(message)
+
+
+def refuse_update(tx: TransformationLike, update: object, g: Tensor, name: str) -> None:
+    """Refuse what a rule returned as the update for a gradient.
+
+    Raises:
+        ValueError: Saying what it is and what it should be.
+    """
+    given = f"shape {tuple(update.shape)}" if isinstance(update, Tensor) else misuse.short(update)
+    raise ValueError(
+        f"{misuse.clipped(repr(tx))} returned an update of {given} for the gradient of {name}, "
+        f"whose shape is {tuple(g.shape)}. A rule must return a tensor of that shape."
+    )
+
+
+def refuse_parameters(tx: TransformationLike, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse parameters that a part of a transformation has no rule for.
+
+    Raises:
+        ValueError: Saying why, and what to do.
+    """
+    selective = [part for part in tx.plan.parts if part.is_selective]
+    for name, param in named if selective else ():
+        for part in selective:
+            if reason := part.refuses(param):
+                raise ValueError(f"{tree.quoted(name)} {reason}")

@@ -244,7 +244,7 @@ def numbers_in(value: Any) -> list[Any]:
 def as_numbers(value: Any) -> Any:
     """Return the number in a tensor with one entry, if reading it does not wait for a device.
 
-    Also inside a pair or tree. For a face that records no derivative, and may have kernels then.
+    Also inside a pair or tree. For an API that records no derivative, and may have kernels then.
     """
     if torch.compiler.is_compiling():  # there a number would be a constant
         return value

@@ -1,4 +1,4 @@
-"""The state of an optimizer in the functional face."""
+"""The state of an optimizer in the functional API."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 
 from torchopt.base import tree
+from torchopt.base.torch_internals import len_torch_dispatch_stack, torch_pytree
 from torchopt.base.values import describe
 from torchopt.core.state_parts import parts_of
 from torchopt.core.step_count import as_tensor, read_number
@@ -158,7 +158,7 @@ def _flatten(state: OptState) -> tuple[list[Any], Any]:
     # A count is an int until somebody looks: an update needs the number, and a tensor takes longer
     # to make than a small update. From then on the leaf is what counts: it may be changed in place.
     step = as_tensor(state.step)
-    if torch._C._len_torch_dispatch_stack() == 0:  # a tracer's tensors stand for others
+    if len_torch_dispatch_stack() == 0:  # a tracer's tensors stand for others
         state.step = step
         state.counters = dict(zip(counters, children[len(names) :]))
     return [*children, step], (names, counters, None)

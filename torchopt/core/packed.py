@@ -25,10 +25,10 @@ class Packing:
         sizes: How many entries each has.
         offsets: Where each begins, in entries.
         total: How many entries the flat tensor has.
-        memo: What an update over it found out (torchopt.kernels.repeated), for the next one.
+        memo: What an update over it found out (torchopt.kernels.cached_call), for the next one.
     """
 
-    memo: Any = None
+    cached: Any = None
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -38,7 +38,7 @@ class Packing:
         self.total = sum(self.sizes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "memo"}
+        return {name: value for name, value in vars(self).items() if name != "cached"}
 
     def unpack(self, flat: Tensor) -> list[Tensor]:
         """Return views of the flat tensor, connected to it by the graph."""
@@ -99,7 +99,7 @@ class Packed:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors())
 
-    def again(self) -> Packed:
+    def unread(self) -> Packed:
         """Return the same, not yet looked at: its tensors will be copies of their own."""
         return Packed(self.flat, self.packing)
 

@@ -1,7 +1,7 @@
 """A transformation made of two functions, ``init`` and ``update``, as in Optax and TorchOpt 0.7.3.
 
 Its state is any tree: it need not have a tensor for each parameter, as slots have. So a call takes
-the trees of its pairs along (``Call.pairs``) beside the slots, and the faces keep them.
+the trees of its pairs along (``Call.pairs``) beside the slots, and the APIs keep them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torchopt.core.engine import Call, Leaves
 from torchopt.core.slots import Slot
 from torchopt.core.transform import GradientTransformation
 from torchopt.typing import PyTree, TensorTree
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -197,7 +200,7 @@ class Pair(GradientTransformation):
         return f"GradientTransformation({', '.join(names)})"
 
 
-def as_transformation(tx: Any) -> Any:
+def as_transformation(tx: T) -> T | Pair:
     """Return a tuple of two functions as a transformation, anything else as it is."""
     if isinstance(tx, tuple) and len(tx) == 2 and all(map(callable, tx)):
         return Pair(*tx)
@@ -212,7 +215,7 @@ def _order(call: Call) -> list[int] | None:
     """Return where the leaves of ``call.reference`` stand in the lists; ``None`` if in order."""
     own, names = tree.leaf_names(call.reference), list(call.names())
     if own == names or set(own) != set(names):
-        return None  # in the object-oriented face names are others, and the order is the same
+        return None  # in the object-oriented API names are others, and the order is the same
     places = {name: k for k, name in enumerate(names)}
     return [places[name] for name in own]
 

@@ -105,15 +105,15 @@ class Plan:
         rows: Sequence[dict[str, Any]],
         t: Sequence[Any],
         old: Mapping[str, Sequence[Any]],
-        alike: bool = False,
+        uniform: bool = False,
     ) -> list[dict[str, Any]]:
         """Return :meth:`count` of several parameters; what they share they share again.
 
-        ``alike`` says that ``t`` and ``old`` are the same for all, for a compiler, which would
+        ``uniform`` says that ``t`` and ``old`` are the same for all, for a compiler, which would
         make a guard of each comparison.
         """
         if torch.compiler.is_compiling():
-            return self._counted_while_compiling(rows, t, old, alike)
+            return self._counted_while_compiling(rows, t, old, uniform)
         known: dict[Any, dict[str, Any]] = {}
         result = []
         for k, (row, step) in enumerate(zip(rows, t)):
@@ -130,12 +130,12 @@ class Plan:
         rows: Sequence[dict[str, Any]],
         t: Sequence[Any],
         old: Mapping[str, Sequence[Any]],
-        alike: bool,
+        uniform: bool,
     ) -> list[dict[str, Any]]:
-        alike = alike and not tree.compiler_is_old()
+        uniform = uniform and not tree.compiler_is_old()
         found: list[dict[str, Any]] = []
         for k, row in enumerate(rows):
-            if alike and k and row is rows[k - 1]:
+            if uniform and k and row is rows[k - 1]:
                 found.append(found[-1])
             else:
                 found.append(self.count(row, t[k], {n: column[k] for n, column in old.items()}))

@@ -84,10 +84,16 @@ class Slot:
         """Return what it is before the first update; ``param`` is in the dtype of computation."""
         if not self.needed(param.shape, hyperparameters):
             return None
-        if callable(self.start):
-            return self.start(param, **hyperparameters)
         if self.start == PARAM:
             return param.clone()
+        if param.is_complex() and self.shape is None and self.dtype is None:
+            # a rule sees two real numbers in the place of a complex one, and so does a start
+            return torch.view_as_complex(self._begun(torch.view_as_real(param), hyperparameters))
+        return self._begun(param, hyperparameters)
+
+    def _begun(self, param: Tensor, hyperparameters: Mapping[str, Any]) -> Tensor:
+        if callable(self.start):
+            return self.start(param, **hyperparameters)
         dtype = self.dtype or param.dtype
         if self.shape is None:
             return torch.full_like(param, float(self.start), dtype=dtype)
@@ -145,6 +151,13 @@ class Counter:
 
     name: str
     start: float = 0.0
+
+
+def filled(param: Tensor, value: Any) -> Tensor:
+    """Return a first slot that is a hyperparameter at each entry, connected to it if a tensor."""
+    if isinstance(value, Tensor):
+        return (torch.zeros_like(param) + value).to(param.dtype)
+    return torch.full_like(param, value)
 
 
 def as_slot(slot: Union[Slot, str]) -> Slot:

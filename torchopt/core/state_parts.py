@@ -43,6 +43,12 @@ class ScaleByRStdDevState(NamedTuple):
     nu: TensorTree
 
 
+class ScaleByRssState(NamedTuple):
+    """The sum of squares of Adagrad."""
+
+    sum_of_squares: TensorTree
+
+
 class TraceState(NamedTuple):
     """The buffer of momentum."""
 
@@ -60,6 +66,7 @@ _PARTS: tuple[tuple[Any, dict[str, str]], ...] = (
     (ScaleByAdamState, {"mu": "exp_avg", "nu": "exp_avg_sq"}),
     (ScaleByRStdDevState, {"mu": "grad_avg", "nu": "square_avg"}),
     (ScaleByRmsState, {"nu": "square_avg"}),
+    (ScaleByRssState, {"sum_of_squares": "sum"}),
     (TraceState, {"trace": "momentum_buffer"}),
 )
 

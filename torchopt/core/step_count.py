@@ -7,11 +7,17 @@ from typing import Any, Union
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.autograd import forward_ad
 
 from torchopt.base import tree
 from torchopt.base.numerics import exact
+from torchopt.base.torch_internals import (
+    DisableFuncTorch,
+    get_tracing_state,
+    get_unwrapped,
+    in_forward_mode,
+    is_functorch_wrapped_tensor,
+    len_torch_dispatch_stack,
+)
 from torchopt.typing import PyTree, Step
 
 
@@ -28,7 +34,7 @@ def _tensor(count: float) -> Tensor:
     dtype = torch.int64 if isinstance(count, int) else torch.float64  # numbers are exact
     if torch.compiler.is_compiling():
         return torch.tensor(count, dtype=dtype)
-    with torch._C._DisableFuncTorch():  # no level of torch.func may own it: the state outlives it
+    with DisableFuncTorch():  # no level of torch.func may own it: the state outlives it
         return torch.tensor(count, dtype=dtype, device="cpu")
 
 
@@ -62,18 +68,18 @@ def read_number(step: Any) -> Any:
     """
     if not isinstance(step, Tensor) or step.requires_grad or step.dim():
         return step
-    if step.is_floating_point() and forward_ad._current_level >= 0:
+    if step.is_floating_point() and in_forward_mode():
         return step  # of its tangents at the levels of torch.func no more can be known
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or len_torch_dispatch_stack() > 0:
         return step
-    if not step.is_cpu or torch._C._get_tracing_state() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    if not step.is_cpu or get_tracing_state() is not None:
         return step
     value = step
-    while functorch.is_functorch_wrapped_tensor(value):
-        value = functorch.get_unwrapped(value)
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
         if value.requires_grad:
             return step
-    with torch._C._DisableFuncTorch():
+    with DisableFuncTorch():
         counts = value.detach().reshape(-1).tolist()
     if value is not step and len(set(counts)) != 1:
         return step  # a batch of states that have come to different counts

@@ -13,14 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._autograd import (  # pyright: ignore[reportMissingImports]
-    _get_sequence_nr,
-)
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    peek_interpreter_stack,
-)
 
+from torchopt.base.torch_internals import get_sequence_nr, peek_interpreter_stack
 from torchopt.core.plan import Plan
+from torchopt.core.protocols import LeavesLike
 
 
 Slots = Mapping[str, Any]
@@ -68,11 +64,11 @@ def begin() -> int:
         or peek_interpreter_stack() is not None
     ):
         return -1
-    return _get_sequence_nr()
+    return get_sequence_nr()
 
 
 def end(
-    first: int, tx_plan: Plan, leaves: Any, old: Slots, new: Slots, results: Sequence[Tensor]
+    first: int, tx_plan: Plan, leaves: LeavesLike, old: Slots, new: Slots, results: Sequence[Tensor]
 ) -> None:
     """Tag the nodes of a step that began at node number ``first``.
 
@@ -84,7 +80,7 @@ def end(
         new: Those after it.
         results: The updates or the new weights.
     """
-    last = _get_sequence_nr()
+    last = get_sequence_nr()
     if last == first:
         return
     g, p, count = leaves.g[0], leaves.p[0], leaves.t[0]
@@ -145,7 +141,7 @@ def read(node: Any) -> StepTag | str | None:
     return StepTag(*tag) if isinstance(tag, tuple) else tag
 
 
-def _some_are_leaves(leaves: Any) -> bool:
+def _some_are_leaves(leaves: LeavesLike) -> bool:
     """Whether a weight that has been updated before was not computed."""
     return any(
         p.is_leaf and p.requires_grad and type(t) is int and t > 1

@@ -48,7 +48,7 @@ def transformation(cls: type) -> type:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GradientTransformation:
-    r"""A rule that turns gradients into updates, written once and used through three faces.
+    r"""A rule that turns gradients into updates, written once and used through three APIs.
 
     A subclass is a frozen dataclass (decorate it with :func:`transformation`). Fields declared with
     :func:`~torchopt.hyper` or :func:`~torchopt.flag` are its hyperparameters, ``slots`` names the
@@ -199,7 +199,7 @@ class GradientTransformation:
         """Return this transformation with another setting of the fused kernels."""
         return dataclasses.replace(self, use_accelerated_op=use_accelerated_op)
 
-    # The functional face ----------------------------------------------------------------------
+    # The functional API ----------------------------------------------------------------------
 
     def init(self, params: TensorTree) -> OptState:
         """Return the state for ``params``, any pytree of tensors.

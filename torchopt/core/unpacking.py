@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    is_legacy_batchedtensor,
-    peek_interpreter_stack,
-)
+
+from torchopt.base.torch_internals import is_legacy_batchedtensor, peek_interpreter_stack
 
 
 _MARK = "_torchopt_parts"

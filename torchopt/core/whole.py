@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchopt.core.engine import Call
+from torchopt.core.plan import Plan
+from torchopt.core.protocols import TransformationLike
 from torchopt.typing import PyTree
 
 
@@ -26,7 +28,7 @@ class PairState:
     chosen: frozenset[int] | None
 
 
-def begin(plan: Any, states: Mapping[str, PyTree], call: Call) -> None:
+def begin(plan: Plan, states: Mapping[str, PyTree], call: Call) -> None:
     """Give a call the states of the pairs of a plan, made anew where there are none."""
     for name, (pair, masks) in plan.whole.items():
         chosen = None
@@ -37,18 +39,18 @@ def begin(plan: Any, states: Mapping[str, PyTree], call: Call) -> None:
         call.pairs[id(pair)] = PairState(value, chosen)
 
 
-def end(plan: Any, call: Call) -> dict[str, PyTree]:
+def end(plan: Plan, call: Call) -> dict[str, PyTree]:
     """Return the states of the pairs after a call, by the names of their slots."""
     return {name: call.pairs[id(pair)].value for name, (pair, _) in plan.whole.items()}
 
 
-def split(plan: Any, slots: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, PyTree]]:
+def split(plan: Plan, slots: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, PyTree]]:
     """Return the slots of parameters and the states of pairs apart."""
     own = {name: column for name, column in slots.items() if name not in plan.whole}
     return own, {name: value for name, value in slots.items() if name in plan.whole}
 
 
-def check(plan: Any, given: Any, owner: type) -> None:
+def check(plan: Plan, given: Any, owner: type) -> None:
     """Refuse the states of other pairs.
 
     Raises:
@@ -76,11 +78,11 @@ def distinct(transformations: Sequence[Any]) -> list[Any]:
     return result
 
 
-def _pairs_of(tx: Any) -> set[int]:
+def _pairs_of(tx: TransformationLike) -> set[int]:
     return {id(pair) for part in tx.parts for pair, _ in part.whole_slots().values()}
 
 
-def taken_out(plan: Any, saved: Any, owner: type) -> tuple[Any, dict[str, PyTree]]:
+def taken_out(plan: Plan, saved: Any, owner: type) -> tuple[Any, dict[str, PyTree]]:
     """Return a saved state without the states of pairs, and those.
 
     Raises:

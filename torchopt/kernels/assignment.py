@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    get_interpreter_stack,
-)
 
+from torchopt.base.torch_internals import get_interpreter_stack
 from torchopt.core.engine import Leaves
 from torchopt.core.gradient_checks import Common
 from torchopt.core.packed import Packed, Packing
@@ -22,15 +20,15 @@ from torchopt.kernels.backends.memory import slot_dtype
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.generate.graph import Kernel
 from torchopt.kernels.generate.learned import is_hyper
-from torchopt.kernels.generate.program import UPDATE, Program, slot_stream
-from torchopt.kernels.matching import Run
+from torchopt.kernels.generate.program import UPDATE, Program, slot_operand
+from torchopt.kernels.matching import Segment
 from torchopt.kernels.reading import PLAIN
 from torchopt.kernels.rows import read_rows, unfit_hypers
 from torchopt.kernels.rules import Rules
 
 
 def assign(
-    run: Run,
+    segment: Segment,
     leaves: Leaves,
     columns: dict[str, list[Any]],
     apply: bool,
@@ -43,10 +41,10 @@ def assign(
         takes, the reason.
     """
     mode = "apply" if apply else "update"
-    slots = [columns[name] for name in run.slots]
+    slots = [columns[name] for name in segment.slots]
     common = _common_class(leaves, slots)
     if common is not None:
-        group = _assign_all(run, leaves, slots, common, mode)
+        group = _assign_all(segment, leaves, slots, common, mode)
         if group is not None:
             return [(list(range(len(leaves.g))), group)], {}
     unfit: dict[int, str] = {}
@@ -54,14 +52,14 @@ def assign(
     for key, positions in _classes(leaves, slots, types, common).items():
         _, t, present, has_params, dtype, device, reason = key
         row = leaves.hyper[positions[0]]
-        read, program = run.read(row), None
+        read, program = segment.read(row), None
         if not reason:
-            variant = run.variant(row, read, t, present, has_params)
+            variant = segment.variant(row, read, t, present, has_params)
             program, reason = variant.program, variant.reason
             if program is not None:
                 reason = backends.missing(device, program, mode)
                 if program.kinds and not reason:
-                    tensors = {s: [run.hyper(row, s)] for s in program.hypers(mode)}
+                    tensors = {s: [segment.hyper(row, s)] for s in program.hypers(mode)}
                     reason = unfit_hypers(program, mode, tensors, [leaves.g[positions[0]]])
                     if any(isnan(read.values[int(s[1:])]) for s in program.guarded):
                         reason = "it compares a hyperparameter with more than one entry, or nan"
@@ -75,7 +73,7 @@ def assign(
         taker.indices += [len(taker.values)] * len(positions)
         taker.values.append((read.values, t))
         taker.positions += positions
-    groups = [(t.positions, _group(run, leaves, slots, mode, t)) for t in takers.values()]
+    groups = [(t.positions, _group(segment, leaves, slots, mode, t)) for t in takers.values()]
     return groups, unfit
 
 
@@ -92,25 +90,25 @@ class _Taker:
 
 
 def _assign_all(
-    run: Run, leaves: Leaves, slots: list[Any], common: tuple[Any, ...], mode: str
+    segment: Segment, leaves: Leaves, slots: list[Any], common: tuple[Any, ...], mode: str
 ) -> Group | None:
     """Return what one kernel call needs for all parameters, if it takes them."""
     _, t, present, has_params, _, device, _ = common
-    rows = read_rows(run, leaves.hyper)
+    rows = read_rows(segment, leaves.hyper)
     if rows is None or (mode == "apply" and not has_params):
         return None
     values = rows.values()
-    program = rows.program(run, values, t, present, has_params)
+    program = rows.program(segment, values, t, present, has_params)
     if program is None or backends.missing(device, program, mode):
         return None
     if program.kinds:
-        tensors = {stream: rows.of_each(stream) for stream in program.hypers(mode)}
+        tensors = {operand: rows.of_each(operand) for operand in program.hypers(mode)}
         if unfit_hypers(program, mode, tensors, leaves.g):
             return None
     taker = _Taker(program, present, has_params, list(range(len(leaves.g))))
     taker.indices = rows.indices or []
     taker.values = [(row, t) for row in values]
-    return _group(run, leaves, slots, mode, taker)
+    return _group(segment, leaves, slots, mode, taker)
 
 
 def _classes(
@@ -189,31 +187,31 @@ def _unfit(g: Tensor, p: Tensor | None, slots: list[Tensor], types: Set[type]) -
     return ""
 
 
-def _group(run: Run, leaves: Leaves, slots: list[Any], mode: str, taker: _Taker) -> Group:
+def _group(segment: Segment, leaves: Leaves, slots: list[Any], mode: str, taker: _Taker) -> Group:
     """Gather all that one kernel call needs."""
     program, positions = taker.program, taker.positions
     kernel = program.kernels[mode]
     rows = [leaves.hyper[k] for k in positions]
     rules = Rules(
-        run,
+        segment,
         rows,
         [int(leaves.t[k]) for k in positions],
         taker.present,
         taker.has_params,
         mode == "apply",
         inputs_of(program, mode),
-        kernel.output_streams,
+        kernel.output_operands,
         {},
         *_packing(leaves, slots, kernel, positions),
     )
-    for stream in program.hypers(mode):
-        rules.hyper_dims[stream] = list(map(Tensor.dim, rules.hypers(stream)))
+    for operand in program.hypers(mode):
+        rules.hyper_dims[operand] = list(map(Tensor.dim, rules.hypers(operand)))
     indices = taker.indices if len(taker.values) > 1 else None
     return Group(program, mode, len(positions), indices, taker.values, rules)
 
 
 def inputs_of(program: Program, mode: str) -> list[str]:
-    """Return the streams that a node of the graph takes: hyperparameters come last."""
+    """Return the operands that a node of the graph takes: hyperparameters come last."""
     inputs = program.kernels[mode].inputs
     if not program.kinds:
         return inputs
@@ -227,14 +225,14 @@ def _is_there(column: Any, position: int) -> bool:
 def _packing(
     leaves: Leaves, slots: list[Any], kernel: Kernel, positions: list[int]
 ) -> tuple[frozenset[str], frozenset[str], Packing | None]:
-    """Return which streams are packed, and how."""
+    """Return which operands are packed, and how."""
     if get_interpreter_stack() or positions != list(range(len(leaves.g))):
         return frozenset(), frozenset(), None
-    packed = {slot_stream(k): c for k, c in enumerate(slots) if isinstance(c, Packed)}
+    packed = {slot_operand(k): c for k, c in enumerate(slots) if isinstance(c, Packed)}
     packed_in = frozenset(s for s in kernel.inputs if s in packed)
     packed_out: frozenset[str] = frozenset()
     if leaves.call.pack_slots and len(positions) == len(leaves.call.g):
-        packed_out = frozenset(s for s in kernel.output_streams if s != UPDATE)
+        packed_out = frozenset(s for s in kernel.output_operands if s != UPDATE)
     if not packed_in and not packed_out:
         return packed_in, packed_out, None
     known = next(iter(packed.values()), None)

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 
+from torchopt.base.torch_internals import top_saved_tensors_hooks
 from torchopt.core.packed import Packed
+from torchopt.kernels.arguments import Arguments, with_hypers
 from torchopt.kernels.backends.launch import SUM, launch
 from torchopt.kernels.backends.memory import Column
 from torchopt.kernels.generate.graph import Kernel, topological
 from torchopt.kernels.generate.learned import hypers_of, is_hyper
 from torchopt.kernels.generate.program import Program
 from torchopt.kernels.independent import Part, divide
-from torchopt.kernels.operands import Operands, with_hypers
 from torchopt.kernels.places import Place, places
 from torchopt.kernels.rules import Rules
 
@@ -31,8 +31,8 @@ from torchopt.kernels.rules import Rules
 class Group:
     """Parameters that one kernel updates.
 
-    Tensors are flat lists, stream by stream: all gradients, then all parameters, and so on, for
-    ``inputs``; the updates, then each new slot, for ``outputs``. A packed stream is one tensor.
+    Tensors are flat lists, operand by operand: all gradients, then all parameters, and so on, for
+    ``inputs``; the updates, then each new slot, for ``outputs``. A packed operand is one tensor.
 
     Attributes:
         program: The kernels, of one parameter.
@@ -62,32 +62,32 @@ class Group:
         return self.program.backward(self.mode, hypers)[0]
 
     def columns(
-        self, streams: Sequence[str], items: Sequence[Any], packed: frozenset[str] = frozenset()
+        self, operands: Sequence[str], items: Sequence[Any], packed: frozenset[str] = frozenset()
     ) -> dict[str, Sequence[Any]]:
-        """Return flat items by stream; packed streams have one."""
+        """Return flat items by operand; packed operands have one."""
         if not packed:
             n = self.count
-            return {s: items[k * n : (k + 1) * n] for k, s in enumerate(streams)}
+            return {s: items[k * n : (k + 1) * n] for k, s in enumerate(operands)}
         columns, begin = {}, 0
-        for stream in streams:
-            end = begin + (1 if stream in packed else self.count)
-            columns[stream] = items[begin:end]
+        for operand in operands:
+            end = begin + (1 if operand in packed else self.count)
+            columns[operand] = items[begin:end]
             begin = end
         return columns
 
     def launch_columns(
-        self, streams: Sequence[str], items: Sequence[Any], packed: frozenset[str]
+        self, operands: Sequence[str], items: Sequence[Any], packed: frozenset[str]
     ) -> dict[str, Column]:
-        """Return flat tensors by stream as :func:`launch` takes them."""
+        """Return flat tensors by operand as :func:`launch` takes them."""
         columns: dict[str, Column] = {}
-        for stream, column in self.columns(streams, items, packed).items():
-            if stream not in packed:
-                columns[stream] = list(column)
+        for operand, column in self.columns(operands, items, packed).items():
+            if operand not in packed:
+                columns[operand] = list(column)
             elif column[0] is None:
-                columns[stream] = [None] * self.count
+                columns[operand] = [None] * self.count
             else:
                 assert self.rule.packing is not None
-                columns[stream] = Packed(column[0], self.rule.packing)
+                columns[operand] = Packed(column[0], self.rule.packing)
         return columns
 
     @property
@@ -131,28 +131,28 @@ class Group:
             self.program, self.mode, self.count, self.indices, self.values, self.rule, bare
         )
 
-    def operands(self, tensors: Sequence[Tensor], sums: bool = False) -> Operands:
+    def arguments(self, tensors: Sequence[Tensor], sums: bool = False) -> Arguments:
         """Return what kernels read of real tensors; ``sums`` if derivatives are to be summed."""
         rule = self.rule
         columns: dict[str, Any] = self.launch_columns(rule.inputs, tensors, rule.packed_in)
         if not rule.hyper_dims:
-            return Operands(columns, {}, self.values, self.indices, 1)
+            return Arguments(columns, {}, self.values, self.indices, 1)
         return with_hypers(columns, self.program, rule, self.values, self.indices, sums)
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the forward kernel on real tensors."""
         kernel, rule = self.kernel, self.rule
-        operands = self.operands(tensors)
+        arguments = self.arguments(tensors)
         try:
-            numbers = operands.numbers(self.program.numbers[self.mode])
+            numbers = arguments.numbers(self.program.numbers[self.mode])
         except ArithmeticError:  # a learned number at the end of its range
             return rule(*tensors)
-        inputs = operands.columns
+        inputs = arguments.columns
         wanted: dict[str, Any] = {
-            s: rule.packing if s in rule.packed_out else None for s in kernel.output_streams
+            s: rule.packing if s in rule.packed_out else None for s in kernel.output_operands
         }
         like: Any = inputs["p"] if "p" in inputs else inputs["g"]
-        outputs = launch(kernel, inputs, like, wanted, numbers, operands.indices, operands.pieces)
+        outputs = launch(kernel, inputs, like, wanted, numbers, arguments.indices, arguments.pieces)
         return tuple(_flat(outputs))
 
 
@@ -173,7 +173,7 @@ class BackwardCall:
     Attributes:
         group: The forward call.
         given: For each output of the forward pass, whether its derivative is there.
-        wanted: Input stream -> for each of its tensors, whether the derivative by it is wanted.
+        wanted: Input operand -> for each of its tensors, whether the derivative by it is wanted.
     """
 
     group: Group
@@ -192,9 +192,9 @@ class BackwardCall:
         found = places(list(self.wanted), self.group.count, self.group.rule.packed_in)
         return [(s, row) for s, row in found if self._wants(s, row)]
 
-    def _wants(self, stream: str, row: int) -> bool:
-        mask = self.wanted[stream]
-        return mask[0] if stream in self.group.rule.packed_in else mask[row]
+    def _wants(self, operand: str, row: int) -> bool:
+        mask = self.wanted[operand]
+        return mask[0] if operand in self.group.rule.packed_in else mask[row]
 
     def subset(self, rows: Sequence[int], there: Container[Place]) -> BackwardCall:
         """Return the call for some parameters, nothing of it packed.
@@ -216,8 +216,8 @@ class BackwardCall:
         if not self.group.bare or self.group.rule.packing is not None:
             return [(everyone, self)]
         found = dict(zip(self.places_in, tensors))
-        streams = dict.fromkeys(stream for stream, _ in found)
-        columns = [[found.get((s, k), _NOTHING) for k in everyone] for s in streams]
+        operands = dict.fromkeys(operand for operand, _ in found)
+        columns = [[found.get((s, k), _NOTHING) for k in everyone] for s in operands]
         divided = []
         for rows, bare in divide(columns, (), self.group.count):
             divided += [(own, self.subset(own, found)) for own in _one_by_one(rows, bare)]
@@ -239,53 +239,55 @@ class BackwardCall:
         kernel, function = group.program.backward(group.mode, hypers)
         bars, saved = self.split(tensors)
         summed = frozenset(filter(group.program.summed, hypers))
-        operands = group.operands(saved, bool(summed))
+        arguments = group.arguments(saved, bool(summed))
         try:
-            numbers = operands.numbers(function)
+            numbers = arguments.numbers(function)
         except ArithmeticError:  # a learned number at the end of its range
             return self.rule(*tensors)
-        inputs = operands.columns
+        inputs = arguments.columns
         like = inputs["p"] if "p" in inputs else inputs["g"]
-        streams = [f"bar_{s}" for s in group.kernel.output_streams]
+        operands = [f"bar_{s}" for s in group.kernel.output_operands]
         packed = frozenset(f"bar_{s}" for s in rule.packed_out)
-        columns: dict[str, Any] = inputs | group.launch_columns(streams, bars, packed)
+        columns: dict[str, Any] = inputs | group.launch_columns(operands, bars, packed)
         wanted: dict[str, Any] = {}
-        for stream in kernel.output_streams:
-            wanted[stream] = self.wanted[stream]
-            if stream in summed:
-                wanted[stream] = SUM
-            elif stream in rule.packed_in:
-                needed = self.wanted[stream][0]
-                wanted[stream] = rule.packing if needed else [False] * group.count
+        for operand in kernel.output_operands:
+            wanted[operand] = self.wanted[operand]
+            if operand in summed:
+                wanted[operand] = SUM
+            elif operand in rule.packed_in:
+                needed = self.wanted[operand][0]
+                wanted[operand] = rule.packing if needed else [False] * group.count
         outputs: dict[str, Any] = launch(
             kernel,
             {s: columns[s] for s in kernel.inputs},
             like,
             wanted,
             numbers,
-            operands.indices,
-            operands.pieces,
+            arguments.indices,
+            arguments.pieces,
         )
-        for stream in hypers:
-            outputs[stream] = self._by_hypers(stream, outputs[stream], operands.given[stream], like)
+        for operand in hypers:
+            outputs[operand] = self._by_hypers(
+                operand, outputs[operand], arguments.given[operand], like
+            )
         return tuple([x for x in _flat(outputs) if x is not None])
 
     def _by_hypers(
-        self, stream: str, found: Any, given: Sequence[Tensor], like: Sequence[Tensor]
+        self, operand: str, found: Any, given: Sequence[Tensor], like: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """Return derivatives in the shapes and dtypes of the hyperparameters."""
         if isinstance(found, Tensor):  # sums; copies, so that each can be changed by itself
             found = found.view(len(given), -1).to(given[0].dtype)
             found = torch.unbind_copy(found if found.shape[1] > 1 else found.view(-1))
-            if all(self.wanted[stream]) and all(map(_is_like, found, given)):
+            if all(self.wanted[operand]) and all(map(_is_like, found, given)):
                 return list(found)
         derivatives: list[Tensor | None] = []
-        for k, (x, h, wanted) in enumerate(zip(found, given, self.wanted[stream])):
+        for k, (x, h, wanted) in enumerate(zip(found, given, self.wanted[operand])):
             if not wanted:
                 derivatives.append(None)
                 continue
             if x.shape != h.shape and x.numel() != h.numel():
-                x = x.sum_to_size(self.group.rule.aligned(stream, k, h, like[k]).shape)
+                x = x.sum_to_size(self.group.rule.aligned(operand, k, h, like[k]).shape)
             x = x if x.shape == h.shape else x.reshape(h.shape)
             derivatives.append(x if x.dtype == h.dtype else x.to(h.dtype))
         return derivatives
@@ -320,8 +322,8 @@ class BackwardCall:
         columns = self.group.columns(self.group.rule.inputs, by_input, packed)
         return tuple(
             x
-            for stream, mask in self.wanted.items()
-            for x, wanted in zip(columns[stream], mask)
+            for operand, mask in self.wanted.items()
+            for x, wanted in zip(columns[operand], mask)
             if wanted
         )
 
@@ -335,8 +337,7 @@ def _is_like(x: Tensor, h: Tensor) -> bool:
 
 def split_for_hooks(parts: list[Part]) -> list[Part]:
     """Divide further where hooks want to see what is saved: that of a bare part is kept by hand."""
-    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 does not tell
-    if top is None or top(False) is None:
+    if top_saved_tensors_hooks is None or top_saved_tensors_hooks(False) is None:
         return parts
     return [Part(own, bare) for rows, bare in parts for own in _one_by_one(rows, bare)]
 
@@ -347,12 +348,12 @@ def _one_by_one(rows: list[int], bare: bool) -> list[list[int]]:
 
 @functools.lru_cache(maxsize=256)
 def sources(kernel: Kernel) -> dict[str, frozenset[str]]:
-    """Return, for each output stream of a kernel, the input streams that it is computed from.
+    """Return, for each output operand of a kernel, the input operands that it is computed from.
 
     The hyperparameters are among them.
     """
     return {
-        stream: frozenset(n.args[0] for n in topological([node]) if n.op == "input")
+        operand: frozenset(n.args[0] for n in topological([node]) if n.op == "input")
         | hypers_of([node])
-        for stream, node in kernel.outputs.items()
+        for operand, node in kernel.outputs.items()
     }

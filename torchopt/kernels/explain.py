@@ -27,7 +27,7 @@ def why(
         params: The parameters, if ``update`` will be given them.
 
     Returns:
-        One line for each run of parts and parameter that the rules would compute.
+        One line for each segment of parts and parameter that the rules would compute.
 
     Raises:
         TypeError: If ``tx`` is no transformation.

@@ -1,7 +1,7 @@
 """What is fused, and why the rest is not.
 
-The longest run of parts for which a backend has kernels wins. Parameters that the kernels cannot
-take are computed by the rules, one by one, and the reason is told to whoever asks.
+The longest segment of parts for which a backend has kernels wins. Parameters that the kernels
+cannot take are computed by the rules, one by one, and the reason is told to whoever asks.
 """
 
 from __future__ import annotations
@@ -15,34 +15,37 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    TransformType,
-    get_interpreter_stack,
-    peek_interpreter_stack,
-)
-from torch.autograd import forward_ad
-from torch.utils import _pytree
 
 from torchopt.base import misuse
+from torchopt.base.torch_internals import (
+    TransformType,
+    get_interpreter_stack,
+    get_tracing_state,
+    in_forward_mode,
+    len_torch_dispatch_stack,
+    peek_interpreter_stack,
+    register_constant,
+)
 from torchopt.core.engine import Call, Leaves, run_by_rules
 from torchopt.core.packed import Packed
 from torchopt.core.plan import Plan
+from torchopt.core.transform import GradientTransformation
 from torchopt.kernels import levels
 from torchopt.kernels.assignment import assign
 from torchopt.kernels.backends import availability as backends
+from torchopt.kernels.cached_call import cached_group, remember
 from torchopt.kernels.differentiable import Group, split_for_hooks
 from torchopt.kernels.generate.learned import is_hyper
-from torchopt.kernels.generate.program import UPDATE, slot_stream
+from torchopt.kernels.generate.program import UPDATE, slot_operand
 from torchopt.kernels.independent import divide, named
-from torchopt.kernels.matching import Run, runs_from, unjoined, whole_run
+from torchopt.kernels.matching import Segment, segments_from, unjoined, whole_segment
 from torchopt.kernels.nodes import Fused
 from torchopt.kernels.places import spread
-from torchopt.kernels.repeated import group_again, remember
 
 
-if hasattr(_pytree, "register_constant"):
+if register_constant is not None:
     # before a compiler sees the first plan; compiled.py hands it plans
-    _pytree.register_constant(Plan)
+    register_constant(Plan)
 
 
 #: Returns the module that computes where a tracer is at work. It is built on this one and brings
@@ -51,7 +54,7 @@ for_tracers: Any = None
 
 
 class Result(NamedTuple):
-    """What became of one run.
+    """What became of one segment.
 
     Attributes:
         last: The position after its last part.
@@ -64,34 +67,36 @@ class Result(NamedTuple):
     applied: bool
 
 
-def take_run(
+def take_segment(
     plan: Plan,
     first: int,
     leaves: Leaves,
     columns: dict[str, list[Any]],
     apply: bool,
 ) -> Result | None:
-    """Compute the longest run of parts from ``first`` that has kernels; ``None`` if none has.
+    """Compute the longest segment of parts from ``first`` that has kernels; ``None`` if none has.
 
     Args:
         plan: The transformation.
         first: The position of a part.
         leaves: Gradients, parameters, ... as the part sees them.
         columns: The slots by public name; receives the new ones.
-        apply: Whether to add the updates to the parameters, if the run is the last one.
+        apply: Whether to add the updates to the parameters, if the segment is the last one.
     """
-    reason = hindered()
+    reason = unsupported_reason()
     if reason and _traced(plan.parts[first]):
-        return for_tracers().take_run(plan, first, leaves, columns, apply)
-    single = Run(plan, first, first + 1)
+        return for_tracers().take_segment(plan, first, leaves, columns, apply)
+    single = Segment(plan, first, first + 1)
     reason = reason or unjoined(plan.parts[first])
     unfit = dict.fromkeys(range(len(leaves.g)), reason)
-    for run in [] if reason else runs_from(plan, first):
-        applies = apply and run.last == len(plan.parts)
-        groups, unfit = assign(run, leaves, columns, applies)
+    for segment in [] if reason else segments_from(plan, first):
+        applies = apply and segment.last == len(plan.parts)
+        groups, unfit = assign(segment, leaves, columns, applies)
         if groups:
-            answer_for(run, leaves, unfit)
-            return Result(run.last, compute(run, leaves, columns, groups, unfit, applies), applies)
+            answer_for(segment, leaves, unfit)
+            return Result(
+                segment.last, compute(segment, leaves, columns, groups, unfit, applies), applies
+            )
     # the rules compute the first part, and the next one is asked for anew
     answer_for(single, leaves, unfit)
     return None
@@ -100,23 +105,23 @@ def take_run(
 def take_whole(
     plan: Plan, leaves: Leaves, columns: dict[str, list[Any]], apply: bool
 ) -> list[Tensor] | None:
-    """Compute a plan that is one run, if kernels take every parameter as it is; else ``None``."""
-    if hindered():
+    """Compute a plan that is one segment, if kernels take every parameter; else ``None``."""
+    if unsupported_reason():
         if not plan.parts or not _traced(plan.parts[0]):
             return None
         return for_tracers().take_whole(plan, leaves, columns, apply)
-    run = whole_run(plan)
-    if run is None:
+    segment = whole_segment(plan)
+    if segment is None:
         return None
-    groups, unfit = assign(run, leaves, columns, apply)
+    groups, unfit = assign(segment, leaves, columns, apply)
     if unfit:
         return None
     if leaves.call.pack_slots and len(groups) == 1:
-        remember(run, leaves.call, groups[0][1], apply)
-    return compute(run, leaves, columns, groups, {}, apply)
+        remember(segment, leaves.call, groups[0][1], apply)
+    return compute(segment, leaves, columns, groups, {}, apply)
 
 
-def take_again(
+def take_cached(
     plan: Plan, call: Call, apply: bool
 ) -> tuple[list[Tensor], dict[str, list[Any]]] | None:
     """Compute a call that differs from the one before in its tensors only; ``None`` if it does not.
@@ -124,42 +129,42 @@ def take_again(
     Returns:
         The updates, or the new parameters with ``apply``, and the new slots.
     """
-    if hindered():
+    if unsupported_reason():
         return None
-    again = group_again(plan, call, apply)
-    if again is None:
+    cached = cached_group(plan, call, apply)
+    if cached is None:
         return None
-    run, group = again
+    segment, group = cached
     columns: dict[str, Any] = dict(call.slots)
-    return compute(run, call, columns, [(range(len(call.g)), group)], {}, apply), columns
+    return compute(segment, call, columns, [(range(len(call.g)), group)], {}, apply), columns
 
 
 def covers(plan: Plan) -> bool:
-    """Whether one run of kernels can stand for a whole plan, as far as that is known beforehand."""
-    return whole_run(plan) is not None and not hindered()
+    """Whether one segment can stand for a whole plan, as far as that is known beforehand."""
+    return whole_segment(plan) is not None and not unsupported_reason()
 
 
-def hindered() -> str:
+def unsupported_reason() -> str:
     """Return why nothing can be fused here and now; the empty string if nothing is in the way."""
     if torch.compiler.is_compiling():
         return "torch.compile fuses the rules itself"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if len_torch_dispatch_stack() > 0:
         return "a dispatch mode is watching (FakeTensor, make_fx, ...)"
-    return hindered_by_derivatives()
+    return unsupported_by_derivatives()
 
 
-def _traced(part: Any) -> bool:
+def _traced(part: GradientTransformation) -> bool:
     """Whether a tracer is at work, to which kernels are shown as operators where required."""
     if torch.compiler.is_compiling():
         return True
-    return bool(part.use_accelerated_op) and torch._C._len_torch_dispatch_stack() > 0
+    return bool(part.use_accelerated_op) and len_torch_dispatch_stack() > 0
 
 
-def hindered_by_derivatives() -> str:
+def unsupported_by_derivatives() -> str:
     """Return why nothing can be fused for the derivatives that are being taken, if so."""
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return "forward-mode derivatives go through the rules"
-    if torch._C._get_tracing_state() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    if get_tracing_state() is not None:
         return "torch.jit.trace is recording"
     for interpreter in get_interpreter_stack() or ():
         if interpreter.key() not in (TransformType.Grad, TransformType.Vmap):
@@ -168,7 +173,7 @@ def hindered_by_derivatives() -> str:
 
 
 def compute(
-    run: Run,
+    segment: Segment,
     leaves: Leaves | Call,
     columns: dict[str, Any],
     groups: Sequence[tuple[Sequence[int], Group]],
@@ -181,19 +186,19 @@ def compute(
     results: list[Any] = [None] * len(leaves.g)
     new: dict[str, Any] = {}
     for positions, group in groups:
-        tensors = _inputs(run, leaves, columns, positions, group)
+        tensors = _inputs(segment, leaves, columns, positions, group)
         if group.rule.packing is not None:
             group, tensors = _packed_if_one_node(group, tensors)
         outputs = run_group(group, tensors)
         rule = group.rule
-        for stream, column in group.columns(rule.outputs, outputs, rule.packed_out).items():
-            if stream in rule.packed_out:
+        for operand, column in group.columns(rule.outputs, outputs, rule.packed_out).items():
+            if operand in rule.packed_out:
                 assert rule.packing is not None
-                new[run.slots[int(stream[1:])]] = Packed(column[0], rule.packing)
+                new[segment.slots[int(operand[1:])]] = Packed(column[0], rule.packing)
                 continue
             target = results
-            if stream != UPDATE:
-                name = run.slots[int(stream[1:])]
+            if operand != UPDATE:
+                name = segment.slots[int(operand[1:])]
                 if name not in new:
                     new[name] = list(columns[name])
                 target = new[name]
@@ -202,35 +207,35 @@ def compute(
     if unfit:
         assert isinstance(leaves, Leaves), "a call that is repeated as it was fits"
         rest = list(unfit)
-        own = {name: [columns[name][k] for k in rest] for name in run.slots}
-        by_rule = run_by_rules(run.plan, run.first, run.last, leaves.subset(rest), own)
+        own = {name: [columns[name][k] for k in rest] for name in segment.slots}
+        by_rule = run_by_rules(segment.plan, segment.first, segment.last, leaves.subset(rest), own)
         for position, k in enumerate(rest):
             u = by_rule[position]
             results[k] = leaves.p[k] + u.to(leaves.p[k].dtype) if apply else u
-            for name in run.slots:
+            for name in segment.slots:
                 new.setdefault(name, list(columns[name]))[k] = own[name][position]
     columns.update(new)
     return results
 
 
 def _inputs(
-    run: Run,
+    segment: Segment,
     leaves: Leaves | Call,
     columns: dict[str, Any],
     positions: Sequence[int],
     group: Group,
 ) -> list[Tensor]:
-    """Return the tensors of a group, stream by stream."""
+    """Return the tensors of a group, operand by operand."""
     sources = {"g": leaves.g, "p": leaves.p}
-    sources.update({slot_stream(k): columns[name] for k, name in enumerate(run.slots)})
+    sources.update({slot_operand(k): columns[name] for k, name in enumerate(segment.slots)})
     tensors: list[Tensor] = []
     whole = list(positions) == list(range(len(leaves.g)))
-    for stream in group.rule.inputs:
-        if is_hyper(stream):
-            tensors += group.rule.hypers(stream)
+    for operand in group.rule.inputs:
+        if is_hyper(operand):
+            tensors += group.rule.hypers(operand)
             continue
-        source = sources[stream]
-        if stream in group.rule.packed_in:
+        source = sources[operand]
+        if operand in group.rule.packed_in:
             tensors.append(source.flat)
         else:
             tensors += source if whole else [source[k] for k in positions]
@@ -243,7 +248,7 @@ def _packed_if_one_node(group: Group, tensors: list[Tensor]) -> tuple[Group, lis
         return group, tensors
     rule = group.rule
     columns = group.columns(rule.inputs, tensors, rule.packed_in)
-    flat = [columns.pop(stream)[0] for stream in rule.packed_in]
+    flat = [columns.pop(operand)[0] for operand in rule.packed_in]
     parts = split_for_hooks(divide(list(columns.values()), flat, group.count))
     if len(parts) == 1:
         return group.as_bare(parts[0].bare), tensors
@@ -267,26 +272,28 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
     return [*named(outputs[:n]), *outputs[n:]]
 
 
-def answer_for(run: Run, leaves: Leaves, unfit: dict[int, str]) -> None:
+def answer_for(segment: Segment, leaves: Leaves, unfit: dict[int, str]) -> None:
     """Tell why parameters are not fused, or refuse it if a part requires kernels."""
     lines = _asked.get()
     for k, reason in unfit.items():
         if lines is not None:
-            names = ", ".join(type(part).__name__ for part in run.parts)
+            names = ", ".join(type(part).__name__ for part in segment.parts)
             lines.append(f"{names} of {leaves.name(k)}: {reason}")
             continue
-        for part in run.parts:
+        for part in segment.parts:
             if part.use_accelerated_op:
                 raise RuntimeError(refusal(part, leaves.name(k), reason))
-        if reason.startswith(backends.NOT_LOADED):
+        if isinstance(reason, backends.NotLoaded):
             _warn_once(reason)
 
 
-def refusal(part: Any, name: str, reason: str) -> str:
+def refusal(
+    part: GradientTransformation, name: str, reason: str, advice: str = misuse.WITHOUT_KERNEL
+) -> str:
     """Return the message for a parameter that cannot have the kernel that a part requires."""
     return (
         f"use_accelerated_op=True requires a fused kernel, but {name} cannot have one for "
-        f"{type(part).__name__}: {reason}. {misuse.without_kernel(reason)}"
+        f"{type(part).__name__}: {reason}. {advice}"
     )
 
 

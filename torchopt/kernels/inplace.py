@@ -1,4 +1,4 @@
-"""The object-oriented face's fast path: one kernel call that overwrites parameters and slots.
+"""The object-oriented API's fast path: one kernel call that overwrites parameters and slots.
 
 What does not change from step to step (addresses, sizes, the program) is kept; everything that a
 user could have changed since is compared before the kernel runs. Whatever does not fit is left to
@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from torchopt.base.alike import Alike
+from torchopt.base.signatures import KnownSignatures
 from torchopt.core import hyper
 from torchopt.core.plan import Plan
 from torchopt.kernels.assignment import PLAIN
 from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.backends import cpu as native
 from torchopt.kernels.backends.memory import narrow_mask, slot_dtype
-from torchopt.kernels.fused import hindered
-from torchopt.kernels.generate.program import GRADIENT, Program, slot_stream
-from torchopt.kernels.matching import Run, whole_run
+from torchopt.kernels.fused import unsupported_reason
+from torchopt.kernels.generate.program import GRADIENT, Program, slot_operand
+from torchopt.kernels.matching import Segment, whole_segment
+from torchopt.kernels.stepped import SteppedOptimizer
 
 
 MODE = "apply"
@@ -40,16 +41,16 @@ class Prepared:
 
     def __init__(
         self,
-        run: Run,
+        segment: Segment,
         params: list[Tensor],
         states: list[dict[str, Any]],
         columns: list[list[Any]],
     ) -> None:
-        self.run = run
+        self.segment = segment
         self.params, self.states = params, states
         self.present = tuple(column[0] is not None for column in columns)
         self.kept = [c for c, there in zip(columns, self.present) if there]
-        self.kept_names = [n for n, there in zip(self.run.slots, self.present) if there]
+        self.kept_names = [n for n, there in zip(self.segment.slots, self.present) if there]
         self.by_state = list(itertools.chain.from_iterable(zip(*self.kept)))
         self.lengths = list(map(len, states))
         self.dtype = params[0].dtype
@@ -65,7 +66,7 @@ class Prepared:
         )
         self.starts = [start for start, _ in written]
         self.stops = [stop for _, stop in written]
-        self.known_written, self.known_grads = Alike(), Alike()
+        self.known_written, self.known_grads = KnownSignatures(), KnownSignatures()
         self.apart: list[int] = []  # addresses of gradients known to lie elsewhere
         self.program: Program | None = None
         self.call: native.KernelCall | None = None
@@ -75,20 +76,20 @@ class Prepared:
     @staticmethod
     def make(plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> Prepared | None:
         """Return the prepared group, or ``None`` if kernels cannot overwrite it."""
-        run = whole_run(plan)
-        if run is None or not params or backends.unavailable("cpu"):
+        segment = whole_segment(plan)
+        if segment is None or not params or backends.unavailable("cpu"):
             return None
         if not all(p.is_cpu and p.layout == torch.strided for p in params):
             return None
         if not all(isinstance(s, (dict, MappingProxyType)) for s in states):
             return None
-        columns: list[list[Any]] = [[s.get(name) for s in states] for name in run.slots]
+        columns: list[list[Any]] = [[s.get(name) for s in states] for name in segment.slots]
         if any(len({x is None for x in column}) > 1 for column in columns):
             return None  # some parameters have the slot, and others have not
         slots = [x for column in columns for x in column if x is not None]
         if not all(isinstance(x, Tensor) and x.layout == torch.strided for x in slots):
             return None  # a sparse buffer has no address
-        made = Prepared(run, params, states, columns)
+        made = Prepared(segment, params, states, columns)
         return made if made._fits() else None
 
     def _fits(self) -> bool:
@@ -193,21 +194,21 @@ class Prepared:
 
     def plan_step(self, row: dict[str, Any], t: int) -> bool:
         """Choose the program for these numbers; return whether there is one."""
-        read = self.run.read(row)
+        read = self.segment.read(row)
         if read.kinds:  # no derivative is recorded here, so a tensor is as good as its number
             row = {name: hyper.as_numbers(value) for name, value in row.items()}
-            read = self.run.read(row)
+            read = self.segment.read(row)
         if read.kinds or read.reason:
             return False
-        variant = self.run.variant(row, read, t, self.present, has_params=True)
+        variant = self.segment.variant(row, read, t, self.present, has_params=True)
         program = variant.program
         if program is None:
             return False
         if program is not self.program:
             if backends.missing(self.params[0].device, program, MODE):
                 return False
-            kept = {slot_stream(k) for k, there in enumerate(self.present) if there}
-            if not kept.issuperset(program.kernels[MODE].output_streams[1:]):
+            kept = {slot_operand(k) for k, there in enumerate(self.present) if there}
+            if not kept.issuperset(program.kernels[MODE].output_operands[1:]):
                 return False  # a slot that is not there yet has to be made
             self.program, self.call, self.told = program, self._make_call(program), []
         assert self.call is not None
@@ -216,17 +217,17 @@ class Prepared:
 
     def _make_call(self, program: Program) -> native.KernelCall:
         kernel = program.kernels[MODE]
-        kept = [slot_stream(k) for k, there in enumerate(self.present) if there]
+        kept = [slot_operand(k) for k, there in enumerate(self.present) if there]
         places = dict(zip(("p", *kept), self.addresses))
         count = len(self.sizes)
-        inputs = [places.get(stream, [0] * count) for stream in kernel.inputs]
-        outputs = [places["p" if stream == "u" else stream] for stream in kernel.output_streams]
+        inputs = [places.get(operand, [0] * count) for operand in kernel.inputs]
+        outputs = [places["p" if operand == "u" else operand] for operand in kernel.output_operands]
         return native.KernelCall(
             native.library(),
             backends.function_of(kernel),
             native.DTYPES[self.dtype],
             narrow_mask(kernel.inputs),
-            narrow_mask(kernel.output_streams),
+            narrow_mask(kernel.output_operands),
             self.sizes,
             list(itertools.chain.from_iterable(inputs)),
             list(itertools.chain.from_iterable(outputs)),
@@ -267,7 +268,7 @@ class Stepper:
         self.prepared: list[Prepared] = []
         self.separate: list[Prepared] = []  # groups known to share no memory
 
-    def step(self, optimizer: Any, grads: Sequence[Any]) -> bool:
+    def step(self, optimizer: SteppedOptimizer, grads: Sequence[Any]) -> bool:
         """Take one step in place, if kernels can take all of it; return whether they did.
 
         Nothing has changed if not. An interrupt leaves either the old values or all new ones.
@@ -276,7 +277,7 @@ class Stepper:
         groups = optimizer.param_groups
         counts = optimizer._counts_steps()
         states = self._states(optimizer, len(grads), counts)
-        if states is None or hindered():
+        if states is None or unsupported_reason():
             return False
         begin, work = 0, []
         for k, group in enumerate(groups):
@@ -310,7 +311,7 @@ class Stepper:
         _commit(work, counts)
         return True
 
-    def _states(self, optimizer: Any, count: int, counts: bool) -> list[Any] | None:
+    def _states(self, optimizer: SteppedOptimizer, count: int, counts: bool) -> list[Any] | None:
         """Return the states of all parameters, ``None`` if one must have a state and has none."""
         found = optimizer.state
         if len(found) == count:
@@ -323,7 +324,12 @@ class Stepper:
         return [found.get(p, NOTHING) for p in params]
 
     def _prepare(
-        self, k: int, plan: Plan, params: list[Tensor], states: list[Any], optimizer: Any
+        self,
+        k: int,
+        plan: Plan,
+        params: list[Tensor],
+        states: list[Any],
+        optimizer: SteppedOptimizer,
     ) -> Prepared | None:
         if k < len(self.prepared) and self.prepared[k].is_current(params, states):
             return self.prepared[k]

@@ -3,7 +3,7 @@
 ``torch.autograd.Function.apply`` does the same for any tree of arguments, and takes it apart and
 puts it together again several times on each level, which took 5 to 8 % of a meta-step of 32 tasks
 under ``vmap``. What a level does to a tensor is torch's own; only the way there is shorter. Only
-``grad`` and ``vmap`` come here; the others go through the rules (``hindered_by_derivatives``).
+``grad`` and ``vmap`` come here; the others go through the rules (``unsupported_by_derivatives``).
 """
 
 from __future__ import annotations
@@ -13,13 +13,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from torchopt.base.torch_internals import (
+    SingleLevelFunction,
+    TransformType,
+    add_batch_dim,
+    current_interpreter,
+    enable_single_level_autograd_function,
+    lift_of,
+    peek_interpreter_stack,
+    set_forward_grad_enabled,
+    unwrap_batched,
+    unwrap_for_grad,
+    unwrap_if_dead,
+    wrap_for_grad,
+)
+from torchopt.kernels.differentiable import BackwardCall, Group
 
 
-def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def apply(function: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Compute ``function.forward(call, *tensors)`` and record it wherever a graph is recorded.
 
     Args:
@@ -30,18 +42,20 @@ def apply(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tenso
         tensors: The others.
     """
     # what a level saved that has ended since is still wrapped by it, and may be of another one
-    tensors = list(map(functorch.unwrap_if_dead, tensors))
-    if functorch.peek_interpreter_stack() is None:
+    tensors = list(map(unwrap_if_dead, tensors))
+    if peek_interpreter_stack() is None:
         return _recorded(function, call, tensors)
-    interpreter: Any = retrieve_current_functorch_interpreter()
-    if interpreter.key() == functorch.TransformType.Vmap:
+    interpreter: Any = current_interpreter()
+    if interpreter.key() == TransformType.Vmap:
         return _batched(function, interpreter, call, tensors)
-    lifted = map(interpreter._cptr.lift, tensors)
+    lifted = map(lift_of(interpreter), tensors)
     with enable_single_level_autograd_function():
         return _FusedAtLevel.apply(_Level(function, interpreter, call), *lifted)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _recorded(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _recorded(
+    function: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
         return function.forward(call, *tensors)
     # past the argument binding of Function.apply, which is for torch.func and costs time
@@ -53,7 +67,11 @@ def _recorded(function: Any, call: Any, tensors: Sequence[Tensor]) -> Sequence[T
 
 
 def _recorded_apart(
-    function: Any, record: Any, call: Any, parts: Sequence[Any], tensors: Sequence[Tensor]
+    function: Any,
+    record: Any,
+    call: Group | BackwardCall,
+    parts: Sequence[Any],
+    tensors: Sequence[Tensor],
 ) -> list[Tensor]:
     """Record parameters that do not depend on each other in nodes of their own."""
     places_in, places_out = call.places_in, call.places_out
@@ -67,10 +85,10 @@ def _recorded_apart(
 
 
 def _batched(
-    function: Any, interpreter: Any, call: Any, tensors: Sequence[Tensor]
+    function: Any, interpreter: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     level, size = interpreter.level(), interpreter.batch_size()
-    pairs = [functorch._unwrap_batched(x, level) for x in tensors]
+    pairs = [unwrap_batched(x, level) for x in tensors]
     if all(dim is None for _, dim in pairs):
         with interpreter.lower():
             return apply(function, call, tensors)
@@ -80,7 +98,7 @@ def _batched(
             for x, dim in pairs
         ]
         outputs = apply(function, call, whole)
-    return [functorch._add_batch_dim(x, 0, level) for x in outputs]
+    return [add_batch_dim(x, 0, level) for x in outputs]
 
 
 class _Level(NamedTuple):
@@ -91,17 +109,17 @@ class _Level(NamedTuple):
     call: Any
 
 
-class _FusedAtLevel(torch.autograd.function._SingleLevelFunction):
+class _FusedAtLevel(SingleLevelFunction):
     """The node of one level; below it are the other levels, and at last the function itself."""
 
     @staticmethod
     def forward(level: _Level, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         number = level.interpreter.level()
-        below = [functorch._unwrap_for_grad(x, number) for x in tensors]
+        below = [unwrap_for_grad(x, number) for x in tensors]
         # a node computes without grad mode, but the levels below record graphs of their own
-        with torch.enable_grad(), _set_fwd_grad_enabled(True), level.interpreter.lower():
+        with torch.enable_grad(), set_forward_grad_enabled(True), level.interpreter.lower():
             outputs = apply(level.function, level.call, below)
-        return tuple([functorch._wrap_for_grad(x, number) for x in outputs])
+        return tuple([wrap_for_grad(x, number) for x in outputs])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from torchopt.base.values import is_plain, same
 from torchopt.core.plan import Plan
-from torchopt.kernels.generate.learned import NUMBER, hyper_stream
+from torchopt.core.transform import GradientTransformation
+from torchopt.kernels.generate.learned import NUMBER, hyper_operand
 from torchopt.kernels.generate.program import Program, build, compiled, holds
 from torchopt.kernels.generate.tracing import UntraceableError
 from torchopt.kernels.generate.watching import Watch
@@ -72,7 +73,7 @@ class Read(NamedTuple):
     reason: str = ""
 
 
-class Run:
+class Segment:
     """A sequence of elementwise parts of a plan: ``plan.parts[first:last]``."""
 
     def __init__(self, plan: Plan, first: int, last: int) -> None:
@@ -138,16 +139,16 @@ class Run:
             ]
         return self._places
 
-    def hyper(self, row: dict[str, Any], stream: str) -> Any:
-        """Return the hyperparameter that a stream stands for."""
-        name, place = self.places(row)[int(stream[1:])]
+    def hyper(self, row: dict[str, Any], operand: str) -> Any:
+        """Return the hyperparameter that a operand stands for."""
+        name, place = self.places(row)[int(operand[1:])]
         return row[name] if place is None else row[name][place]
 
     def with_hypers(self, row: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Return a row with other hyperparameters in the place of some, by stream."""
+        """Return a row with other hyperparameters in the place of some, by operand."""
         row = dict(row)
-        for stream, value in given.items():
-            name, place = self.places(row)[int(stream[1:])]
+        for operand, value in given.items():
+            name, place = self.places(row)[int(operand[1:])]
             if place is not None:
                 pair = list(row[name])
                 pair[place] = value
@@ -183,7 +184,9 @@ class Run:
         watch = Watch(self.parts)
         numbers = row
         if kinds:
-            tensors = {hyper_stream(k): values[k] for k, kind in enumerate(kinds) if kind != NUMBER}
+            tensors = {
+                hyper_operand(k): values[k] for k, kind in enumerate(kinds) if kind != NUMBER
+            }
             numbers = self.with_hypers(row, tensors)
         try:
             made.program = build(watch.parts, self.rows(numbers), t, present, has_params, kinds)
@@ -211,7 +214,7 @@ class Run:
 
 
 def _variants_of(parts: tuple[Any, ...]) -> list[Variant]:
-    """Return where to keep the programs of a run: one list for parts of one structure.
+    """Return where to keep the programs of a segment: one list for parts of one structure.
 
     Transformations are often made anew in each call, with other numbers, and tracing takes a
     millisecond. A rule is given its hyperparameters, so their values do not count; those of all
@@ -232,25 +235,25 @@ def _known_variants(key: tuple[Any, ...]) -> list[Variant]:
     return []
 
 
-def runs_from(plan: Plan, first: int) -> list[Run]:
-    """Return the runs that begin at a part, the longest first."""
-    cache: dict[int, list[Run]] = plan.__dict__.setdefault("runs", {})
+def segments_from(plan: Plan, first: int) -> list[Segment]:
+    """Return the segments that begin at a part, the longest first."""
+    cache: dict[int, list[Segment]] = plan.__dict__.setdefault("segments", {})
     if first not in cache:
         last = first
         while last < len(plan.parts) and not unjoined(plan.parts[last]):
             last += 1
-        cache[first] = [Run(plan, first, end) for end in range(last, first, -1)]
+        cache[first] = [Segment(plan, first, end) for end in range(last, first, -1)]
     return cache[first]
 
 
-def whole_run(plan: Plan) -> Run | None:
-    """Return the run that is the whole plan, if all its parts can be in one."""
-    runs = runs_from(plan, 0) if plan.parts else []
-    return runs[0] if runs and runs[0].last == len(plan.parts) else None
+def whole_segment(plan: Plan) -> Segment | None:
+    """Return the segment that is the whole plan, if all its parts can be in one."""
+    segments = segments_from(plan, 0) if plan.parts else []
+    return segments[0] if segments and segments[0].last == len(plan.parts) else None
 
 
-def unjoined(part: Any) -> str:
-    """Return why a part can be in no run; the empty string if it can."""
+def unjoined(part: GradientTransformation) -> str:
+    """Return why a part can be in no segment; the empty string if it can."""
     if part.use_accelerated_op is False:
         return "use_accelerated_op is False"
     if not part.elementwise:

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+
+from torchopt.base.torch_internals import (
+    graph_task_keeps_graph,
+    in_forward_mode,
     is_legacy_batchedtensor,
     peek_interpreter_stack,
 )
-
 from torchopt.core.packed import Packing
 from torchopt.kernels import levels
 from torchopt.kernels.differentiable import BackwardCall, Group, sources
@@ -40,11 +42,11 @@ class Fused(torch.autograd.Function):
         if not all(ctx.needs_input_grad[1:]):
             rule = group.rule
             needs = group.columns(rule.inputs, ctx.needs_input_grad[1:], rule.packed_in)
-            needed = {stream for stream, mask in needs.items() if any(mask)}
+            needed = {operand for operand, mask in needs.items() if any(mask)}
             outputs = group.columns(rule.outputs, output, rule.packed_out)
             # as by the rules: what comes from constants is constant (slots in first-order mode)
             constant = [s for s in outputs if needed.isdisjoint(sources(group.kernel)[s])]
-            ctx.mark_non_differentiable(*(x for stream in constant for x in outputs[stream]))
+            ctx.mark_non_differentiable(*(x for operand in constant for x in outputs[operand]))
             if needed.issubset(group.program.passes[f"backward_{group.mode}"]):
                 ctx.kept = _NOTHING_KEPT
                 return  # the derivatives are those that come in; nothing needs to be kept
@@ -73,11 +75,11 @@ class Fused(torch.autograd.Function):
         own_bars = spread(places_out, bars, packing)
         own_saved = spread(places_in, saved, packing) if saved else {}
         wanted = dict(zip(places_in, needs))
-        own = [(stream, rows[k]) for stream, k in part.places_in]
+        own = [(operand, rows[k]) for operand, k in part.places_in]
         found = _derivatives(
             part,
             [wanted.get(place, wanted.get((place[0], ALL), False)) for place in own],
-            [own_bars.get((stream, rows[k])) for stream, k in part.places_out],
+            [own_bars.get((operand, rows[k])) for operand, k in part.places_out],
             [own_saved[place] for place in own] if saved else (),
         )
         return (None, *collected(places_in, dict(zip(own, found)), packing))
@@ -90,26 +92,26 @@ def _derivatives(
     rule = group.rule
     needed = group.columns(rule.inputs, needs, rule.packed_in)
     hypers = frozenset(s for s, mask in needed.items() if is_hyper(s) and any(mask))
-    wanted = {s: needed[s] for s in group.backward_kernel(hypers).output_streams}
+    wanted = {s: needed[s] for s in group.backward_kernel(hypers).output_operands}
     derivatives: dict[str, Sequence[Any]] = {}
     given = [bar for bar in bars if bar is not None]
     if given and any(map(any, wanted.values())):
         call = BackwardCall(group, [bar is not None for bar in bars], wanted)
         found = iter(_backward(call, given, saved))
-        for stream, mask in wanted.items():
-            derivatives[stream] = [next(found) if need else None for need in mask]
-    streams = [f"bar_{s}" for s in rule.outputs]
-    incoming = group.columns(streams, bars, frozenset(f"bar_{s}" for s in rule.packed_out))
-    for stream, bar in group.program.passes[f"backward_{group.mode}"].items():
-        derivatives[stream] = _passed(incoming[bar], needed[stream], rule.packing)
-    for stream, mask in needed.items():
-        if any(mask) and stream not in derivatives and _reaches(group, stream, incoming):
+        for operand, mask in wanted.items():
+            derivatives[operand] = [next(found) if need else None for need in mask]
+    operands = [f"bar_{s}" for s in rule.outputs]
+    incoming = group.columns(operands, bars, frozenset(f"bar_{s}" for s in rule.packed_out))
+    for operand, bar in group.program.passes[f"backward_{group.mode}"].items():
+        derivatives[operand] = _passed(incoming[bar], needed[operand], rule.packing)
+    for operand, mask in needed.items():
+        if any(mask) and operand not in derivatives and _reaches(group, operand, incoming):
             columns = group.columns(rule.inputs, saved, rule.packed_in)
-            zeros = map(_zero, columns[stream])
-            derivatives[stream] = [z if need else None for z, need in zip(zeros, mask)]
+            zeros = map(_zero, columns[operand])
+            derivatives[operand] = [z if need else None for z, need in zip(zeros, mask)]
     result: list[Any] = []
-    for stream, mask in needed.items():
-        result += derivatives.get(stream, [None] * len(mask))
+    for operand, mask in needed.items():
+        result += derivatives.get(operand, [None] * len(mask))
     return result
 
 
@@ -118,14 +120,14 @@ def _zero(x: Tensor) -> Tensor:
     return x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0)
 
 
-def _reaches(group: Group, stream: str, bars: dict[str, Sequence[Tensor | None]]) -> bool:
+def _reaches(group: Group, operand: str, bars: dict[str, Sequence[Tensor | None]]) -> bool:
     """Whether an output whose derivative comes in is computed from an input.
 
     If no derivative by the input is computed, it acts by its sign or in a comparison. Then the
     derivative is zero, as in torch, and not absent: ``autograd.grad`` would refuse.
     """
     return any(
-        stream in read and any(bar is not None for bar in bars[f"bar_{output}"])
+        operand in read and any(bar is not None for bar in bars[f"bar_{output}"])
         for output, read in sources(group.kernel).items()
     )
 
@@ -158,11 +160,11 @@ class FusedBackward(torch.autograd.Function):
             spread(at, tensors, packing) for at, tensors in ((places_out, bars), (places_in, saved))
         )
         part = call.subset(rows, own_saved)
-        own = [(stream, rows[k]) for stream, k in part.places_in]
+        own = [(operand, rows[k]) for operand, k in part.places_in]
         found = _second_derivatives(
             part,
             [own_saved[place] for place in own],
-            [own_bars.get((stream, rows[k])) for stream, k in part.places_out],
+            [own_bars.get((operand, rows[k])) for operand, k in part.places_out],
         )
         return (None, *collected(places_in, dict(zip(own, found)), packing))
 
@@ -199,7 +201,7 @@ class Kept:
                 "had saved was freed by the first .backward() or autograd.grad(). Specify "
                 "retain_graph=True there."
             )
-        taken, for_good = self._tensors, not _keeps_graph()
+        taken, for_good = self._tensors, not graph_task_keeps_graph()
         everyone = len(rows) == self._group.count
         if not everyone:
             wanted = {ALL, *rows}
@@ -221,11 +223,6 @@ class Kept:
                 kept = [None if row in self._gone else x for (_, row), x in zip(at, self._tensors)]
                 self._tensors = kept
         return taken
-
-
-def _keeps_graph() -> bool:
-    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-    return autograd._get_current_graph_task_keep_graph()
 
 
 class _NothingKept:
@@ -264,7 +261,7 @@ def _backward(
     call: BackwardCall, bars: Sequence[Tensor], saved: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     tensors = [*bars, *saved]
-    if torch.autograd.forward_ad._current_level >= 0:
+    if in_forward_mode():
         return call.rule(*tensors)
     if any(map(is_legacy_batchedtensor, bars)):
         return call.rule_by_autograd(*tensors)

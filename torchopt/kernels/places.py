@@ -11,15 +11,17 @@ from torchopt.core.packed import Packing
 from torchopt.core.unpacking import marked, packed, unpacked
 
 
-#: A stream, and the row of the parameter; ``ALL`` for a flat tensor of all parameters.
+#: A operand, and the row of the parameter; ``ALL`` for a flat tensor of all parameters.
 Place = tuple[str, int]
 ALL = -1
 
 
-def places(streams: Sequence[str], count: int, flat: frozenset[str]) -> list[Place]:
-    """Return the places of all tensors of some streams, those in ``flat`` being one tensor each."""
+def places(operands: Sequence[str], count: int, flat: frozenset[str]) -> list[Place]:
+    """Return the places of all tensors of some operands; those in ``flat`` are one tensor each."""
     return [
-        (stream, row) for stream in streams for row in ((ALL,) if stream in flat else range(count))
+        (operand, row)
+        for operand in operands
+        for row in ((ALL,) if operand in flat else range(count))
     ]
 
 
@@ -44,16 +46,16 @@ def spread(
 ) -> dict[Place, Tensor]:
     """Return the tensors that there are by place, flat ones taken apart."""
     found: dict[Place, Tensor] = {}
-    for (stream, row), x in zip(at, tensors):
+    for (operand, row), x in zip(at, tensors):
         if x is None:
             continue
         if row != ALL:
-            found[stream, row] = x
+            found[operand, row] = x
             continue
         parts = marked(x)
         for k, part in enumerate(unpacked(x, packing)):
             if parts is None or k in parts:
-                found[stream, k] = part
+                found[operand, k] = part
     return found
 
 
@@ -62,8 +64,8 @@ def collected(
 ) -> list[Tensor | None]:
     """Return the tensors in the order of their places, ``None`` where there is none."""
     return [
-        found.get((stream, row))
+        found.get((operand, row))
         if row != ALL or packing is None
-        else packed([found.get((stream, k)) for k in range(len(packing.sizes))], packing)
-        for stream, row in at
+        else packed([found.get((operand, k)) for k in range(len(packing.sizes))], packing)
+        for operand, row in at
     ]

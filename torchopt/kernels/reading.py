@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from torchopt.base.torch_internals import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+)
 from torchopt.kernels.generate.learned import ENTRIES, SINGLE
 from torchopt.nn.parameters import FastWeight
 
@@ -25,7 +29,7 @@ def read_tensor(value: Any) -> tuple[float, str, str]:
     if type(value) not in PLAIN:
         return 0.0, "", f"a {type(value).__name__}, no plain tensor"
     one = value.numel() == 1
-    if functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         value = _bottom(value)
     if value.layout != torch.strided:
         return 0.0, "", f"a tensor of layout {value.layout}"
@@ -36,6 +40,6 @@ def read_tensor(value: Any) -> tuple[float, str, str]:
 
 def _bottom(value: Tensor) -> Tensor:
     """Return the tensor under the levels of torch.func, which may be a batch of them."""
-    while functorch.is_functorch_wrapped_tensor(value):
-        value = functorch.get_unwrapped(value)
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
     return value

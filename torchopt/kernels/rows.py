@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from torchopt.base.torch_internals import peek_interpreter_stack
 from torchopt.base.values import same
 from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.generate.learned import NUMBER, SINGLE
 from torchopt.kernels.generate.program import Program
 from torchopt.kernels.generate.tracing import UntraceableError
-from torchopt.kernels.matching import Read, Run
+from torchopt.kernels.matching import Read, Segment
 from torchopt.kernels.reading import PLAIN
 
 
 class Rows:
-    """What a run reads of rows whose flags and kinds agree; their tensors are read at each call.
+    """What a segment reads of rows whose flags and kinds agree; tensors are read at each call.
 
     Attributes:
         given: The row of each parameter.
@@ -59,11 +59,11 @@ class Rows:
         return rows
 
     def program(
-        self, run: Run, values: list[list[float]], t: Any, present: Any, has_params: bool
+        self, segment: Segment, values: list[list[float]], t: Any, present: Any, has_params: bool
     ) -> Program | None:
         """Return the program of all of them, if it is one."""
         first = self.first._replace(values=values[0])
-        program = run.variant(self.distinct[0], first, t, present, has_params).program
+        program = segment.variant(self.distinct[0], first, t, present, has_params).program
         if program is None:
             return None
         others_may_differ = not self._changing.isdisjoint(program.guarded)
@@ -73,7 +73,7 @@ class Rows:
 
     def stand_for(self, given: Sequence[dict[str, Any]]) -> bool:
         """Whether these are the rows that were read, and can be read again."""
-        if self.tensors and functorch.peek_interpreter_stack() is not None:
+        if self.tensors and peek_interpreter_stack() is not None:
             return False
         if given is self.given:
             return True
@@ -88,19 +88,19 @@ class Rows:
         row, others = self.distinct[0], other.distinct[0]
         return row.keys() == others.keys() and all(map(same, row.values(), others.values()))
 
-    def of_each(self, stream: str) -> list[Tensor]:
-        """Return the tensor of each parameter that a stream stands for."""
-        column = self.tensors[stream]
+    def of_each(self, operand: str) -> list[Tensor]:
+        """Return the tensor of each parameter that a operand stands for."""
+        column = self.tensors[operand]
         if self.indices is None:
             return column * len(self.given)
         return [column[k] for k in self.indices]
 
 
-def read_rows(run: Run, given: Sequence[dict[str, Any]]) -> Rows | None:
+def read_rows(segment: Segment, given: Sequence[dict[str, Any]]) -> Rows | None:
     """Read the rows of all parameters; ``None`` if they have to be looked at one by one."""
     base = given[0]
-    first = run.read(base)
-    if first.reason or (first.kinds and functorch.peek_interpreter_stack() is not None):
+    first = segment.read(base)
+    if first.reason or (first.kinds and peek_interpreter_stack() is not None):
         return None
     distinct, indices = [base], None
     if not all(map(is_, given, repeat(base))):
@@ -109,11 +109,11 @@ def read_rows(run: Run, given: Sequence[dict[str, Any]]) -> Rows | None:
         distinct = list({id(row): row for row in given}.values())
     elif not first.kinds:
         return Rows(given, distinct, None, first, {})
-    for name in run.public:
+    for name in segment.public:
         if type(base[name]) is bool and any(row[name] is not base[name] for row in distinct):
             return None
     columns: dict[int, list[Any]] = {}
-    for j, (name, place) in enumerate(run.places(base)):
+    for j, (name, place) in enumerate(segment.places(base)):
         column = [row[name] for row in distinct]
         if place is not None:
             column = [pair[place] for pair in column]
@@ -145,18 +145,18 @@ def unfit_hypers(
     Args:
         program: The kernels.
         mode: Of the program.
-        tensors: Those of each parameter, by stream.
+        tensors: Those of each parameter, by operand.
         like: The gradients of the parameters.
     """
     recorded, on_cpu = torch.is_grad_enabled(), like[0].is_cpu
-    levels = functorch.peek_interpreter_stack() is not None  # they record graphs of their own
+    levels = peek_interpreter_stack() is not None  # they record graphs of their own
     wanted: set[str] = set()
-    for stream in program.hypers(mode):
-        column = tensors[stream]
+    for operand in program.hypers(mode):
+        column = tensors[operand]
         if levels or (recorded and any(x.requires_grad for x in column)):
-            wanted.add(stream)
-        if program.summed(stream):
-            if stream in wanted and not on_cpu:
+            wanted.add(operand)
+        if program.summed(operand):
+            if operand in wanted and not on_cpu:
                 return "a derivative by a hyperparameter on the CPU is wanted on another device"
             continue
         for x, g in zip(column, like):

@@ -1,6 +1,6 @@
 """Let torch.utils.checkpoint run a function again with the weights of its first run.
 
-The only file that names the private parts of :mod:`torch.utils.checkpoint`. Its functions are
+The only file that knows the private parts of :mod:`torch.utils.checkpoint`. Its functions are
 imported by name everywhere, so that not they but the two classes they are made of are replaced, by
 subclasses that remember the moment (:mod:`torchopt.nn.moments`). All contexts and options of the
 user stay as they are, and nothing changes where no optimizer of this library puts weights into a
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchopt.base.torch_internals import CHECKPOINT_FRAME, current_graph_task_id
 from torchopt.nn import moments
 
 
@@ -47,7 +48,7 @@ def refuse_in_backward(module: nn.Module, _: Any) -> None:
     Raises:
         RuntimeError: If the module is called in a backward pass and has been put weights into.
     """
-    if torch._C._current_graph_task_id() != -1 and module in moments.written:
+    if current_graph_task_id() != -1 and module in moments.written:
         raise RuntimeError(
             f"{type(module).__name__} is computed again in a backward pass "
             "(torch.utils.checkpoint), but its weights have been replaced since it ran first. This "
@@ -59,10 +60,10 @@ def refuse_in_backward(module: nn.Module, _: Any) -> None:
 def install(namespace: Any) -> bool:
     """Put the subclasses in place of the classes; return whether these are the known ones."""
     try:
-        frame, function = namespace._CheckpointFrame, namespace.CheckpointFunction
+        frame, function = getattr(namespace, CHECKPOINT_FRAME), namespace.CheckpointFunction
         functions = map(inspect.unwrap, filter(inspect.isfunction, vars(namespace).values()))
         known = (
-            any("_CheckpointFrame" in f.__code__.co_names for f in functions)
+            any(CHECKPOINT_FRAME in f.__code__.co_names for f in functions)
             and frame.__init__.__code__.co_varnames[1] == "recompute_fn"
             and function.forward.__code__.co_varnames[:2] == ("ctx", "run_function")
             and "run_function" in function.backward.__code__.co_names
@@ -70,7 +71,7 @@ def install(namespace: Any) -> bool:
     except (AttributeError, IndexError):
         return False
     if known and not issubclass(frame, _Remembers):
-        namespace._CheckpointFrame = _frame_class(frame)
+        setattr(namespace, CHECKPOINT_FRAME, _frame_class(frame))
         namespace.CheckpointFunction = _function_class(function)
     return known
 

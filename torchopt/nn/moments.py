@@ -43,7 +43,7 @@ class Moment:
         self.spoiled: str | None = None  # why it cannot come back
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
+    def unread(self) -> Iterator[None]:
         """Let the modules hold what they held at this moment, for a ``with`` block."""
         if self.spoiled is not None:
             raise RuntimeError(self.spoiled)
@@ -118,7 +118,7 @@ def refresh(module: nn.Module) -> None:
 def rerun(moment: Moment, function: Callable[..., Any], *args: Any) -> Any:
     """Call a function with the modules as they were."""
     if moment.before or moment.spoiled is not None:
-        with moment.again():
+        with moment.unread():
             return function(*args)
     return function(*args)
 

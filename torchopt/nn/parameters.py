@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchopt.base.torch_internals import disabled_torch_function, load_from_state_dict
 from torchopt.nn import moments
 
 
 _GRAD: Any = Tensor.grad
 _NEW_PARAMETER = nn.Parameter.__new__.__code__
-_LOAD_STATE_DICT = nn.Module._load_from_state_dict.__code__
+_LOAD_STATE_DICT = load_from_state_dict.__code__
 
 
 class FastWeight(Tensor):
@@ -27,7 +28,7 @@ class FastWeight(Tensor):
     """
 
     # operations return plain tensors
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    __torch_function__ = disabled_torch_function
 
     @property
     def _is_param(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

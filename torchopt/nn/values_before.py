@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
 
+from torchopt.base.torch_internals import flatten_dense_tensors
 from torchopt.nn.parameters import FastWeight
 
 
@@ -95,7 +95,7 @@ class _Batch:
         return list(map(Tensor.data_ptr, self.tensors))
 
     def _together(self) -> Tensor:
-        return _flatten_dense_tensors(self._memory)
+        return flatten_dense_tensors(self._memory)
 
     def _values(self) -> list[Tensor]:
         if len(self._memory) == 1:

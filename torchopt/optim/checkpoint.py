@@ -1,4 +1,4 @@
-"""Check and convert states saved by ``torch.optim`` or by the object-oriented face."""
+"""Check and convert states saved by ``torch.optim`` or by the object-oriented API."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from torchopt.base import misuse, tree
 from torchopt.core import hyper, whole
+from torchopt.core.plan import Plan
+from torchopt.optim.protocols import OptimizerLike
 from torchopt.optim.schedules import REPLACED
 
 
-def saved(optimizer: Any) -> dict[str, Any]:
+def saved(optimizer: OptimizerLike) -> dict[str, Any]:
     """Return the state of an optimizer in ``torch.optim``'s format."""
 
     def convert(_: Any, found: dict[str, Any]) -> dict[str, Any]:
@@ -33,12 +35,12 @@ def saved(optimizer: Any) -> dict[str, Any]:
     hook = optimizer.register_state_dict_post_hook(convert, prepend=True)  # before the user's
     optimizer._lent = bool(optimizer.state)
     try:
-        return torch.optim.Optimizer.state_dict(optimizer)
+        return torch.optim.Optimizer.state_dict(optimizer)  # pyright: ignore[reportArgumentType]
     finally:
         hook.remove()
 
 
-def load(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
+def load(optimizer: OptimizerLike, state_dict: Mapping[str, Any]) -> None:
     """Load a state in ``torch.optim``'s format; nothing changes if it is refused."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(unexpected(optimizer, type(state_dict).__name__))
@@ -73,13 +75,13 @@ def load(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
         optimizer.register_load_state_dict_post_hook(adopt, prepend=True),  # before the user's
     ]
     try:
-        torch.optim.Optimizer.load_state_dict(optimizer, dict(state_dict))
+        torch.optim.Optimizer.load_state_dict(optimizer, dict(state_dict))  # pyright: ignore[reportArgumentType]
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def unexpected(optimizer: Any, given: Any) -> str:
+def unexpected(optimizer: object, given: Any) -> str:
     """Say that something is no saved state."""
     return (
         f"{type(optimizer).__name__}.load_state_dict expects a dict with 'state' and "
@@ -87,7 +89,7 @@ def unexpected(optimizer: Any, given: Any) -> str:
     )
 
 
-def checked_groups(optimizer: Any, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+def checked_groups(optimizer: OptimizerLike, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the saved parameter groups, complete and in the order of the live parameters.
 
     Raises:
@@ -120,7 +122,7 @@ def checked_groups(optimizer: Any, state_dict: Mapping[str, Any]) -> list[dict[s
 
 
 def _checked_group(
-    optimizer: Any, index: int, saved: Mapping[str, Any], live: dict[str, Any]
+    optimizer: OptimizerLike, index: int, saved: Mapping[str, Any], live: dict[str, Any]
 ) -> dict[str, Any]:
     """Return one saved group, complete and in the order of the live parameters."""
     title, specs = type(optimizer).__name__, optimizer.group_specs(live)
@@ -208,7 +210,7 @@ def _reordered(group: dict[str, Any], order: list[int], specs: Mapping[str, Any]
     return group
 
 
-def saved_group(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+def saved_group(optimizer: OptimizerLike, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter group to save: tensors that schedulers change in place are copied."""
     names = optimizer.group_specs(group)
     own = {name: _copied(value) if name in names else value for name, value in group.items()}
@@ -222,7 +224,7 @@ def _copied(value: Any) -> Any:
 
 
 def checked_slots(
-    optimizer: Any, state: Mapping[Any, Any], groups: list[dict[str, Any]]
+    optimizer: OptimizerLike, state: Mapping[Any, Any], groups: list[dict[str, Any]]
 ) -> dict[Tensor, dict[str, Any]]:
     """Return copies of the saved slots by parameter, in the dtype in which they are kept.
 
@@ -256,7 +258,7 @@ def number_to_tensor(value: Any) -> Any:
     return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
 
 
-def _loaded(plan: Any, name: str, value: Any, key: Any, param: Tensor) -> Any:
+def _loaded(plan: Plan, name: str, value: Any, key: Any, param: Tensor) -> Any:
     """Return a copy of an entry of a saved state as it is kept."""
     if name == "step":
         return _step_to_int(value, key)

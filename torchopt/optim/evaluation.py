@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from torchopt.core.engine import Call
 from torchopt.core.evaluation import converted_call, evaluates
+from torchopt.optim.protocols import HasGroups
 
 
 #: In a parameter group: whether the parameters are those that are trained.
 TRAIN_MODE = "train_mode"
 
 
-def is_training(optimizer: Any) -> bool:
+def is_training(optimizer: HasGroups) -> bool:
     """Whether the parameters are those that are trained."""
     return all(group.get(TRAIN_MODE, True) for group in optimizer.param_groups)
 
 
-def refuse_step(optimizer: Any) -> None:
+def refuse_step(optimizer: HasGroups) -> None:
     """Refuse a step at weights that are for evaluation.
 
     Raises:
@@ -33,7 +32,7 @@ def refuse_step(optimizer: Any) -> None:
 
 
 @torch.no_grad()
-def swap_in_place(optimizer: Any, call: Call, to_eval: bool) -> None:
+def swap_in_place(optimizer: HasGroups, call: Call, to_eval: bool) -> None:
     """Overwrite parameters with those to evaluate with, or with those to train."""
     if is_training(optimizer) != to_eval or not evaluates(optimizer.transformation):
         return

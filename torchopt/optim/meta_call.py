@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchopt.base.alike import Alike
+from torchopt.base.signatures import KnownSignatures
 from torchopt.base.values import is_plain
 from torchopt.core import hyper, resolving
 from torchopt.core.engine import Call, initialise_packed, packs
 from torchopt.core.gather import Members, gather
 from torchopt.core.packed import Packed, PackedDict, Packing
+from torchopt.core.plan import Plan
 from torchopt.core.transform import GradientTransformation
 from torchopt.nn.parameters import ParameterSite, ParameterWalk, named_places
 from torchopt.optim.meta_state import GroupState
@@ -165,7 +166,7 @@ def new_call(
 
 
 def _without_reshaped(
-    plan: Any, states: Sequence[GroupState], entries: Sequence[Entry], params: Sequence[Tensor]
+    plan: Plan, states: Sequence[GroupState], entries: Sequence[Entry], params: Sequence[Tensor]
 ) -> Sequence[GroupState]:
     """Leave out parameters of another shape than their slots: new ones under an old name."""
     kept = list(states)
@@ -267,7 +268,7 @@ class Steady:
         # what may get other entries by name; the tensors in it are read at each step
         self._trees = [(v, _entries(v)) for v in self._values if isinstance(v, Mapping)]
         self._initial: dict[str, Any] = {}  # the slots of parameters like those in known
-        self._known = Alike()
+        self._known = KnownSignatures()
 
     @classmethod
     def after(
@@ -298,7 +299,7 @@ class Steady:
 
     def call(
         self,
-        tx: Any,
+        tx: GradientTransformation,
         groups: Sequence[dict[str, Any]],
         states: Sequence[GroupState],
         entries: Sequence[Entry],
@@ -347,11 +348,11 @@ class Steady:
                 slots[slot] = column.packed
         return slots
 
-    def _fresh_slots(self, tx: Any, call: Call) -> dict[str, Any] | None:
+    def _fresh_slots(self, tx: GradientTransformation, call: Call) -> dict[str, Any] | None:
         """Return the slots of a first step; the numbers that they are have no memory to share."""
         if self._known.knows(call.p):
             return {
-                slot: column.again() if type(column) is Packed else column
+                slot: column.unread() if type(column) is Packed else column
                 for slot, column in self._initial.items()
             }
         slots = initialise_packed(tx, call, self.packing)

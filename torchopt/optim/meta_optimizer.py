@@ -1,4 +1,4 @@
-"""The differentiable face: optimizers that keep a network connected to what it was."""
+"""The differentiable API: optimizers that keep a network connected to what it was."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
 from torchopt.base.values import describe, same
 from torchopt.core import hyper, resolving, step_tags, whole
-from torchopt.core.engine import Call, advance, refuse_parameters
+from torchopt.core.engine import Call, advance
 from torchopt.core.evaluation import converted_call
+from torchopt.core.gradient_checks import refuse_parameters
 from torchopt.core.opt_state import OptState
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed

@@ -16,6 +16,7 @@ from torchopt.core.opt_state import OptState
 from torchopt.nn.parameters import ParameterSite, parameter_sites
 from torchopt.optim.checkpoint import check_saved, counter_of, is_recent, number_to_tensor
 from torchopt.optim.meta_state import GroupState
+from torchopt.optim.protocols import MetaOptimizerLike
 from torchopt.optim.schedules import REPLACED
 
 
@@ -30,7 +31,7 @@ _NOTES = frozenset(
 )
 
 
-def saved_form(optimizer: Any, states: Sequence[GroupState]) -> dict[str, Any]:
+def saved_form(optimizer: MetaOptimizerLike, states: Sequence[GroupState]) -> dict[str, Any]:
     """Return state and hyperparameters, detached: what ``torch.optim``'s class would save.
 
     Schedules given as hyperparameters are code and are left out.
@@ -59,7 +60,7 @@ def saved_form(optimizer: Any, states: Sequence[GroupState]) -> dict[str, Any]:
     return tree.tree_map(_detached, {"state": entries, "param_groups": groups})
 
 
-def _options(optimizer: Any) -> dict[str, Any]:
+def _options(optimizer: MetaOptimizerLike) -> dict[str, Any]:
     return getattr(optimizer.twin, "fixed_options", {})
 
 
@@ -77,7 +78,7 @@ class _Saved:
 
 
 def loaded_form(
-    optimizer: Any, state_dict: Any
+    optimizer: MetaOptimizerLike, state_dict: Any
 ) -> tuple[tuple[OptState, ...], list[dict[str, Any]]]:
     """Return the states and the hyperparameters of a saved form, one of each per group.
 
@@ -139,7 +140,9 @@ def _contents(title: str, state_dict: Any) -> tuple[Mapping[Any, Any], list[Mapp
     return state, list(groups)
 
 
-def _unite(optimizer: Any, groups: Sequence[Mapping[str, Any]], live: Mapping[str, Any]) -> _Saved:
+def _unite(
+    optimizer: MetaOptimizerLike, groups: Sequence[Mapping[str, Any]], live: Mapping[str, Any]
+) -> _Saved:
     """Return saved groups as one; where they differ, a hyperparameter becomes a dict by name."""
     keys = [key for group in groups for key in group["params"]]
     each: list[Any] = [group.get("param_names") for group in groups]
@@ -167,7 +170,7 @@ def _unite(optimizer: Any, groups: Sequence[Mapping[str, Any]], live: Mapping[st
 
 
 def _hyperparameters(
-    optimizer: Any, group: Mapping[str, Any], live: Mapping[str, Any]
+    optimizer: MetaOptimizerLike, group: Mapping[str, Any], live: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the hyperparameters of a saved group, checked."""
     specs = optimizer.transformation.hyper_specs()
@@ -226,7 +229,7 @@ def _keys_by_name(saved: _Saved, groups: int, sites: Mapping[str, ParameterSite]
 
 
 def _state(
-    optimizer: Any,
+    optimizer: MetaOptimizerLike,
     saved: Mapping[Any, Mapping[str, Any]],
     keys: Mapping[str, Any],
     sites: Mapping[str, ParameterSite],

@@ -13,6 +13,7 @@ from torchopt.core import step_count
 from torchopt.core.opt_state import OptState
 from torchopt.core.packed import Packed, PackedDict
 from torchopt.nn.parameters import parameter_sites
+from torchopt.optim.protocols import HasGroups
 
 
 @dataclasses.dataclass
@@ -90,7 +91,7 @@ def state_of(module: nn.Module, state: GroupState) -> OptState:
 
 
 def checked_state(
-    optimizer: Any, module: nn.Module, state: OptState, absent: Iterable[str] = ()
+    optimizer: HasGroups, module: nn.Module, state: OptState, absent: Iterable[str] = ()
 ) -> GroupState:
     """Return the state of one group, checked entry by entry.
 

@@ -1,4 +1,4 @@
-"""The object-oriented face: any transformation as a real ``torch.optim.Optimizer``."""
+"""The object-oriented API: any transformation as a real ``torch.optim.Optimizer``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torchopt.base.commit import all_or_nothing
 from torchopt.core import engine, hyper, whole
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.apply import refuse_unwritable
-from torchopt.core.engine import Call, advance, refuse_parameters
+from torchopt.core.engine import Call, advance
 from torchopt.core.gather import Members, gather
+from torchopt.core.gradient_checks import refuse_parameters
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation

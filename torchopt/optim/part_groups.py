@@ -18,6 +18,7 @@ from torchopt.core import hyper, resolving
 from torchopt.core.chaining import chain
 from torchopt.core.engine import Call
 from torchopt.core.transform import GradientTransformation
+from torchopt.optim.protocols import OptimizerLike
 from torchopt.transforms.basic import Scale, identity
 from torchopt.transforms.partition import Partition, check_labels
 from torchopt.transforms.wrap import Masked, mask_leaves
@@ -182,7 +183,7 @@ def divide(tx: GradientTransformation, params: Any) -> tuple[Any, PartGroups | N
     return tx, made, made.divided(groups)
 
 
-def _rates(part: Any) -> list[str]:
+def _rates(part: GradientTransformation) -> list[str]:
     return [name for name in part.hyper_specs() if re.fullmatch(r"lr(_\d+)?", name)]
 
 
@@ -246,7 +247,7 @@ def _refuse_other_names(
             )
 
 
-def warn_of_hidden_rates(optimizer: Any) -> None:
+def warn_of_hidden_rates(optimizer: OptimizerLike) -> None:
     """Tell which learning rates ``group["lr"]`` does not reach."""
     tx, title = optimizer.transformation, type(optimizer).__name__
     plan = tx.plan

@@ -1,1 +1,1 @@
-"""One file per algorithm: the rule, the recipe, the named classes of the two object faces."""
+"""One file per algorithm: the rule, the recipe, the named classes of the two object APIs."""

@@ -1,4 +1,4 @@
-"""L-BFGS as a ``torch.optim.Optimizer``: a face of ``torchopt.solvers.LBFGS``."""
+"""L-BFGS as a ``torch.optim.Optimizer``: an API of ``torchopt.solvers.LBFGS``."""
 
 from __future__ import annotations
 

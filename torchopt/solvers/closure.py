@@ -1,4 +1,4 @@
-"""A closure as an objective: what an object-oriented face hands to a solver."""
+"""A closure as an objective: what an object-oriented API hands to a solver."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def clip_grad_norm(
     .. math::
         u = g \cdot \min\!\left(1, \frac{c}{\lVert g \rVert + 10^{-6}}\right)
 
-    The norm is over all parameters taken as one vector, in the object-oriented face over all
+    The norm is over all parameters taken as one vector, in the object-oriented API over all
     parameter groups. It is differentiated, not treated as a constant. Also called
     ``clip_by_global_norm``.
 

@@ -1,4 +1,4 @@
-"""Momentum: an exponentially decaying sum of gradients."""
+"""Momentum, a decaying sum of gradients, and their moving average."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.base.numerics import add_scaled, is_zero
+from torchopt.base.numerics import add_scaled, is_zero, moving_average, power
 from torchopt.core.engine import Leaves
 from torchopt.core.hyper import flag, hyper, numbers_in
 from torchopt.core.recipe import ignoring_moment_requires_grad
@@ -143,3 +143,50 @@ def trace(
         [tensor([1.5000])]
     """
     return Trace(momentum, dampening, nesterov)
+
+
+@transformation
+class Ema(ElementwiseTransformation):
+    """Average updates; see :func:`ema`."""
+
+    decay: Hyperparameter = hyper(ge=0, lt=1)
+    debias: bool = flag(True)
+
+    slots = (Slot("ema"),)
+    uses_step = True
+
+    def rule(
+        self, g: Tensor, p: Any, t: Step, slots: tuple, *, decay: Any, debias: bool
+    ) -> tuple[Tensor, tuple]:
+        """Return the new average, without the weight of the zero that it began with."""
+        m = moving_average(slots[0], g, decay)
+        return (m / (1 - power(decay, t)) if debias else m), (m,)
+
+
+def ema(decay: Hyperparameter, debias: bool = True) -> GradientTransformation:
+    r"""Replace updates by their exponential moving average.
+
+    .. math::
+        m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t, \qquad u_t = m_t / (1 - \beta^t)
+
+    It is of updates; an average of parameters is what schedule-free optimizers evaluate.
+
+    Args:
+        decay: :math:`0 \le \beta < 1`.
+        debias: Divide by :math:`1 - \beta^t`, as Adam does; the average begins at zero.
+
+    Slots: ``ema``. Differentiable in gradients, average and ``decay``.
+
+    Raises:
+        ValueError: If ``decay`` is a number out of bounds.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.ema(0.5)
+        >>> state = tx.init([torch.ones(1)])
+        >>> for g in (1.0, 4.0):
+        ...     updates, state = tx.update([torch.tensor([g])], state)
+        >>> updates
+        [tensor([3.])]
+    """
+    return Ema(decay, debias)

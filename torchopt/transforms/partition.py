@@ -251,7 +251,7 @@ def partition(
     Each parameter has one label, and is updated by the transformation of that label alone, which
     sees its own parameters only (a norm is theirs). This is Optax's ``partition``.
 
-    In the object-oriented face every label becomes a parameter group, with hyperparameters of its
+    In the object-oriented API every label becomes a parameter group, with hyperparameters of its
     own: ``optimizer.param_groups[0]["label"]`` is ``"body"``, and its ``"lr"`` is what schedulers
     and checkpoints find. In the other two, hyperparameters are named by label, ``"body.lr"``.
 

@@ -171,7 +171,7 @@ def masked(
         inner: The transformation.
         mask: A tree of bools with the structure of the parameters, or with one bool for a whole
             sub-tree (``{"body": True, "head": False}``), or a function from the parameters to such
-            a tree. In the other two faces the parameters are a list (``torchopt.Optimizer``) or a
+            a tree. In the other two APIs the parameters are a list (``torchopt.Optimizer``) or a
             dict keyed by parameter name (``torchopt.MetaOptimizer``).
 
     Raises:

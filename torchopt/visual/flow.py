@@ -163,8 +163,8 @@ def why_zero(found: Extraction, position: int) -> str:
     """Return why a node hands on no gradient, in words, as far as the graph tells."""
     if found.walk.step_of[position] >= 0:
         return (
-            "a hyperparameter (such as a learning rate of 0), clipping or a second moment that is "
-            "exactly zero makes its derivative zero there"
+            "a hyperparameter (such as a learning rate of 0), a sign, clipping or a second moment "
+            "that is exactly zero makes its derivative zero there"
         )
     node = found.walk.nodes[position]
     label = operation_label(node.name())

@@ -86,7 +86,7 @@ def _collect_entry(key: Any, value: Any, prefix: str, found: list[tuple[str, Ten
         )
 
 
-def _collect_optimizer(optimizer: Any, prefix: str, found: list[tuple[str, Tensor]]) -> None:
+def _collect_optimizer(optimizer: HoldsState, prefix: str, found: list[tuple[str, Tensor]]) -> None:
     groups = getattr(optimizer, "param_groups", [])
     for position, state in enumerate(optimizer.extract_state()):
         own = prefix if len(groups) < 2 else f"{prefix}{position}."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import itertools
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -31,32 +30,31 @@ def optimizer_name(parts: Sequence[str]) -> str:
         >>> optimizer_name(["ClipGradNorm", "FlipSign", "ScaleByAdam", "AddDecayedWeights"])
         'ClipGradNorm + AdamW'
     """
-    names = [name for segment in _segments(parts) for name in _names(segment)]
-    return " + ".join(names) or "SGD"
-
-
-def _segments(parts: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return what stands between signs and learning rates: no rule goes beyond them."""
-    groups = itertools.groupby(parts, lambda part: part in _SILENT)
-    return [tuple(group) for silent, group in groups if not silent]
-
-
-def _names(segment: tuple[str, ...]) -> list[str]:
+    parts = tuple(parts)
     known, rules = _known()
     names, position = [], 0
-    while position < len(segment):
-        for length in range(len(segment) - position, 0, -1):
-            name = known.get(segment[position : position + length])
+    while position < len(parts):
+        for length in range(len(parts) - position, 0, -1):
+            name = known.get(parts[position : position + length])
             if name is not None:
                 names.append(name)
                 position += length
                 break
         else:
-            part = segment[position]
-            if part != _DECAY:
+            part = parts[position]
+            if part not in (*_SILENT, _DECAY):
                 names.append(rules.get(part, re.sub("^ScaleBy(?=[A-Z])", "", part)))
             position += 1
-    return names
+    return " + ".join(names) or "SGD"
+
+
+def _telling(parts: Sequence[str]) -> tuple[str, ...]:
+    """Return a chain from its first to its last part that says something.
+
+    Signs and rates at its ends stand in other chains, or not; one inside (LARS) belongs to it.
+    """
+    places = [k for k, part in enumerate(parts) if part not in _SILENT]
+    return tuple(parts[places[0] : places[-1] + 1]) if places else ()
 
 
 @functools.cache
@@ -71,10 +69,10 @@ def _known() -> tuple[dict[tuple[str, ...], str], dict[str, str]]:
             for part in (parts := recipe().parts):
                 if type(part).__module__ == module.__name__:
                     rules.setdefault(type(part).__name__, title)
-            for segment in _segments([type(part).__name__ for part in parts]):
-                chains.setdefault(segment, title)
-                plain = tuple(part for part in segment if part != _DECAY)
-                without_decay.setdefault(plain, title)  # of Adam and AdamW it is Adam
+            telling = _telling([type(part).__name__ for part in parts])
+            chains.setdefault(telling, title)
+            plain = tuple(part for part in telling if part != _DECAY)
+            without_decay.setdefault(plain, title)  # of Adam and AdamW it is Adam
     return {**without_decay, **chains}, rules
 
 

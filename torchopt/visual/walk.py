@@ -278,9 +278,9 @@ def _find_fused_steps(found: Walk) -> None:
             previous = None
             continue
         counts = {step for _, step in group.values}
-        key = (group.rule.run, counts.pop() if len(counts) == 1 else None)
+        key = (group.rule.segment, counts.pop() if len(counts) == 1 else None)
         if previous is None or number not in previous[0] or previous[1:] != key:
-            parts = tuple(type(part).__name__ for part in group.rule.run.parts)
+            parts = tuple(type(part).__name__ for part in group.rule.segment.parts)
             found.steps.append(Step(parts, key[1], True, PARAMETER in group.rule.inputs, ()))
         step = found.steps[-1]
         _note_inputs(found, position, group, step)
@@ -295,20 +295,20 @@ def _find_fused_steps(found: Walk) -> None:
 
 
 def fused_inputs(found: Walk, position: int) -> dict[str, Sequence[tuple[Any, int]]]:
-    """Return what a fused kernel was computed from, by stream: gradients, parameters, slots."""
+    """Return what a fused kernel was computed from, by operand: gradients, parameters, slots."""
     group: Group = found.nodes[position].group
     return group.columns(group.rule.inputs, found.inputs[position], group.rule.packed_in)
 
 
 def _note_inputs(found: Walk, position: int, group: Group, step: Step) -> None:
-    for stream, sources in fused_inputs(found, position).items():
+    for operand, sources in fused_inputs(found, position).items():
         present = [source for source, _ in sources if source is not None]
-        if stream == GRADIENT:
+        if operand == GRADIENT:
             step.constant_gradient &= not present
-        elif stream == PARAMETER:
+        elif operand == PARAMETER:
             step.weights_are_leaves &= not any(found.inputs[source] for source in present)
-        elif not present and not is_hyper(stream):
-            name = group.rule.run.slots[int(stream[1:])]
+        elif not present and not is_hyper(operand):
+            name = group.rule.segment.slots[int(operand[1:])]
             step.constant_slots += () if name in step.constant_slots else (name,)
 
 
@@ -361,7 +361,7 @@ def unpacked_from(found: Walk, position: int) -> int | None:
 
 
 def _is_packed(group: Group, output: int) -> bool:
-    streams = group.columns(
+    operands = group.columns(
         group.rule.outputs, range(group.count * len(group.rule.outputs)), group.rule.packed_out
     )
-    return any(s in group.rule.packed_out and output in numbers for s, numbers in streams.items())
+    return any(s in group.rule.packed_out and output in numbers for s, numbers in operands.items())

@@ -17,16 +17,16 @@ from torchopt.base.misuse.given import (
     some,
 )
 from torchopt.base.misuse.hyperparameters import (
+    WITHOUT_KERNEL,
     check_joined,
     check_schedule,
     check_values,
-    no_number,
     not_a_value,
     refuse_switches,
     scheduled,
     stray_comma,
     unknown_hyperparameter,
-    without_kernel,
+    without_number,
 )
 from torchopt.base.misuse.losses import (
     check_closure,

@@ -64,7 +64,7 @@ def block(function: Callable[P, Iterator[T]]) -> Callable[P, Block[T]]:
     return open_block
 
 
-def check_inner_loop(module: Any, tx: Any) -> None:
+def check_inner_loop(module: Any, tx: object) -> None:
     """Refuse arguments of ``inner_loop`` in another order, or of another kind.
 
     Raises:

@@ -37,6 +37,7 @@ def _without_tensors(value: Any) -> str:
     """Return the repr of a plain container with its tensors in words."""
     if type(value) in (list, tuple) and len(value) <= LONGEST:
         inside = ", ".join(map(short, value))
+        inside += "," if type(value) is tuple and len(value) == 1 else ""
         return f"[{inside}]" if type(value) is list else f"({inside})"
     if type(value) is dict and len(value) <= LONGEST:
         return f"{{{', '.join(f'{short(k)}: {short(v)}' for k, v in value.items())}}}"
@@ -89,3 +90,8 @@ def is_optimizer(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a value is a plain number."""
     return isinstance(value, numbers.Real)
+
+
+def is_of_schedules(value: Any) -> bool:
+    """Whether a function or class is one of ``torchopt.schedules``."""
+    return f"{value.__module__}.".startswith("torchopt.schedules.")

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchopt.base.misuse.given import clipped, given, is_number, is_read_once, short
+from torchopt.base.misuse.given import (
+    clipped,
+    given,
+    is_number,
+    is_of_schedules,
+    is_read_once,
+    short,
+)
 
 
 def check_schedule(name: str, value: Any) -> None:
@@ -21,7 +28,7 @@ def check_schedule(name: str, value: Any) -> None:
     if torch.compiler.is_compiling():
         return
     if isinstance(value, type) or (
-        isinstance(value, types.FunctionType) and value.__module__ == "torchopt.schedules"
+        isinstance(value, types.FunctionType) and is_of_schedules(value)
     ):
         raise TypeError(
             f"{name} must be a number, a tensor or a schedule (count -> value), got "
@@ -39,7 +46,7 @@ def check_schedule(name: str, value: Any) -> None:
 
 
 def _of_class(name: str, cls: Any) -> str:
-    if cls.__module__ == "torchopt.schedules":
+    if is_of_schedules(cls):
         return f"Call it: torchopt.schedules.{cls.__name__}(...)."
     if isinstance(cls, type) and issubclass(cls, torch.optim.lr_scheduler.LRScheduler):
         return _scheduler(cls.__name__)
@@ -121,19 +128,19 @@ def check_values(**values: Any) -> None:
             raise TypeError(f"{name} must be a number or a tensor, got {given(value)}.")
 
 
-def check_joined(schedules: Any) -> None:
+def check_joined(schedules: Any, owner: str = "join") -> None:
     """Refuse anything but several schedules.
 
     Raises:
         TypeError: With what to give.
     """
     if not isinstance(schedules, (list, tuple)):
-        raise TypeError(f"join expects a list of schedules, got {given(schedules)}.")
+        raise TypeError(f"{owner} expects a list of schedules, got {given(schedules)}.")
     for schedule in schedules:
         check_schedule("An entry of schedules", schedule)
         if not callable(schedule) or isinstance(schedule, Tensor):
             raise TypeError(
-                f"join expects a list of schedules, got {given(schedule)} in it. Give "
+                f"{owner} expects a list of schedules, got {given(schedule)} in it. Give "
                 "torchopt.schedules.constant(value)."
             )
 
@@ -143,25 +150,18 @@ def unknown_hyperparameter(name: str, owner: Any, known: Sequence[str]) -> str:
     return f"{name!r} is no hyperparameter of {type(owner).__name__}; those are {list(known)}."
 
 
-def no_number(row: Mapping[str, Any]) -> str:
-    """Return the reason for a kernel that cannot be: those of a compiler take numbers."""
-    for name, value in row.items():
-        for entry in value if isinstance(value, tuple) else (value,):
-            if not is_number(entry):
-                return f"the hyperparameter {name} is a tensor"
-    return "a hyperparameter is a tensor"
+#: What to type where a kernel is required and there is none.
+WITHOUT_KERNEL = (
+    "Pass use_accelerated_op=None (not fused=True) to use kernels where they are available."
+)
 
 
-def without_kernel(reason: str) -> str:
-    """Return what to type where a kernel is required and there is none."""
-    words = "Pass use_accelerated_op=None (not fused=True) to use kernels where they are available."
-    if "hyperparameter" in reason and reason.endswith("is a tensor"):
-        name = reason.split()[-4]
-        return (
-            f"Inside of a compiler kernels take numbers: pass {name}=float(...) to have one. "
-            f"{words} Learned and tensor-valued hyperparameters are then computed by the rule."
-        )
-    return words
+def without_number(name: str) -> str:
+    """Return what to type where a kernel of a compiler is required, and a number is a tensor."""
+    return (
+        f"Inside of a compiler kernels take numbers: pass {name}=float(...) to have one. "
+        f"{WITHOUT_KERNEL} Learned and tensor-valued hyperparameters are then computed by the rule."
+    )
 
 
 def refuse_switches(title: str, capturable: bool, differentiable: bool) -> None:
@@ -173,7 +173,7 @@ def refuse_switches(title: str, capturable: bool, differentiable: bool) -> None:
     if differentiable:
         raise ValueError(
             f"{title} changes its parameters in place. To differentiate through its steps use "
-            f"torchopt.Meta{title}(module, ...) or the functional face with inplace=False."
+            f"torchopt.Meta{title}(module, ...) or the functional API with inplace=False."
         )
     if capturable:
         raise ValueError(f"{title} has no capturable form yet; leave capturable=False.")

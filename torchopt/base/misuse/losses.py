@@ -61,7 +61,7 @@ def _leaves_behind(tensors: Sequence[Tensor], most: int = 5000) -> dict[int, Ten
     return leaves
 
 
-def check_closure(closure: Any, optimizer: Any) -> None:
+def check_closure(closure: Any, optimizer: object) -> None:
     """Refuse a loss in the place of a closure.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchopt.base.misuse.given import given, is_number, is_read_once
+from torchopt.base.misuse.given import given, is_number, is_of_schedules, is_read_once
 
 
 def not_a_transformation(value: Any, where: str) -> str:
@@ -109,12 +109,10 @@ def _called(value: Any) -> str:
 
 
 def _is_schedule(value: Any, cls: type) -> bool:
-    return cls.__module__ == "torchopt.schedules" or (
-        inspect.isfunction(value) and value.__module__ == "torchopt.schedules"
-    )
+    return is_of_schedules(cls) or (inspect.isfunction(value) and is_of_schedules(value))
 
 
-def not_a_result(tx: Any, result: Any, slots: tuple[Any, ...]) -> str:
+def not_a_result(tx: object, result: Any, slots: tuple[Any, ...]) -> str:
     """Return the message for a rule that returns anything but an update and its slots."""
     name, number = type(tx).__name__, len(slots)
     what = given(result)
@@ -127,7 +125,7 @@ def not_a_result(tx: Any, result: Any, slots: tuple[Any, ...]) -> str:
     )
 
 
-def no_step(tx: Any) -> str:
+def no_step(tx: object) -> str:
     """Return the message for the step of a transformation that has none."""
     return (
         f"{type(tx).__name__} defines no step(leaves). To step by a loss: "
@@ -149,7 +147,7 @@ def check_declarations(cls: type) -> None:
             )
 
 
-def check_decorated(tx: Any) -> None:
+def check_decorated(tx: object) -> None:
     """Refuse a class with fields of its own that no decorator has seen.
 
     Raises:

@@ -117,7 +117,7 @@ def different_kinds(what: str, tree: Any, like: str, reference: Any) -> str:
     return words
 
 
-def check_group(group: Any, where: str) -> None:
+def check_group(group: object, where: str) -> None:
     """Refuse a parameter group without parameters, or with a network.
 
     Raises:
@@ -197,7 +197,7 @@ def not_a_module_state(state: Any) -> str:
     )
 
 
-def not_an_optimizer_state(state: Any, optimizer: Any) -> str:
+def not_an_optimizer_state(state: Any, optimizer: object) -> str:
     """Return the message for something that stands in the place of an optimizer's state."""
     advice = "Write state = torchopt.extract_state_dict(optimizer) beforehand."
     if isinstance(state, Mapping):

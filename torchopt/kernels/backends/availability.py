@@ -18,7 +18,9 @@ from torchopt.kernels.generate.graph import Kernel
 from torchopt.kernels.generate.program import Program
 
 
-NOT_LOADED = "the kernels for"
+class NotLoaded(str):
+    """Why a device has no kernels although it could have: users are warned of that."""
+
 
 #: The compute capability from which on torch, too, compiles with Triton.
 OLDEST_GPU = (7, 0)
@@ -29,7 +31,7 @@ def unavailable(device_type: str) -> str:
     if device_type == "cpu":
         loaded = native.load()
         if isinstance(loaded, native.UnavailableError):
-            return f"{NOT_LOADED} the CPU are not loaded: {loaded}"
+            return NotLoaded(f"the kernels for the CPU are not loaded: {loaded}")
         return ""
     if device_type == "cuda":
         return _cuda_unavailable()
@@ -52,11 +54,11 @@ def level_of_user() -> int:
 @functools.cache
 def _cuda_unavailable() -> str:
     if importlib.util.find_spec("triton") is None:
-        return f"{NOT_LOADED} GPUs need triton, which is not installed"
+        return NotLoaded("the kernels for GPUs need triton, which is not installed")
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    problem = gpu.hindrance()
-    return f"{NOT_LOADED} GPUs are not loaded: {problem}" if problem else ""
+    problem = gpu.reason()
+    return NotLoaded(f"the kernels for GPUs are not loaded: {problem}") if problem else ""
 
 
 @functools.cache  # one entry for each GPU

@@ -105,18 +105,18 @@ class Library:
 
         Args:
             kernel: What :meth:`find` returned, or a program.
-            dtype: A value of :data:`DTYPES`: that of the streams in ``narrow_in`` and
+            dtype: A value of :data:`DTYPES`: that of the operands in ``narrow_in`` and
                 ``narrow_out``; in half precision the others are float32.
-            narrow_in: Bit ``k`` is set if input stream ``k`` has the parameters' dtype.
-            narrow_out: The same for output streams.
+            narrow_in: Bit ``k`` is set if input operand ``k`` has the parameters' dtype.
+            narrow_out: The same for output operands.
             sizes: Entries of each tensor.
-            inputs: Addresses, stream by stream; 0 reads as zeros.
-            outputs: Addresses, stream by stream; what is written to 0 is dropped.
+            inputs: Addresses, operand by operand; 0 reads as zeros.
+            outputs: Addresses, operand by operand; what is written to 0 is dropped.
             numbers: Rows of the kernel's numbers.
             rows: The row of each tensor; ``None``: the only one.
             width: The length of a row.
-            summed: Bit ``k`` is set if of output stream ``k`` the sum over each tensor is wanted.
-            sums: The address of the sums, in float64, stream by stream.
+            summed: Bit ``k`` is set if of output operand ``k`` the sum over each tensor is wanted.
+            sums: The address of the sums, in float64, operand by operand.
         """
         call = KernelCall(
             self, kernel, dtype, narrow_in, narrow_out, sizes, inputs, outputs, rows, width
@@ -125,8 +125,8 @@ class Library:
         call.set_sums(summed, sums)
         call.run()
 
-    def run_call(self, call: Any) -> None:
-        """Make a call."""
+    def run_call(self, call: int) -> None:
+        """Make the call whose ``struct call`` is at an address."""
         code = self._run(call)
         if code != 0:
             raise RuntimeError(f"The fused engine refused a call (code {code}); please report it.")
@@ -170,11 +170,11 @@ class KernelCall:
         self._call[_NUMBERS] = self._numbers.buffer_info()[0]
 
     def set_sums(self, summed: int, address: int) -> None:
-        """Ask for the sums of some output streams; see :meth:`Library.run`."""
+        """Ask for the sums of some output operands; see :meth:`Library.run`."""
         self._call[_SUMMED], self._call[_SUMS] = summed, address
 
     def set_input(self, position: int, addresses: Sequence[int]) -> None:
-        """Let an input stream be at other addresses."""
+        """Let an input operand be at other addresses."""
         start = position * self._count
         self._tables[1][start : start + self._count] = array("q", addresses)
 

@@ -70,7 +70,7 @@ def run(
         function[(programs,)](*tables_on(device, contents), **OPTIONS)
 
 
-def hindrance() -> str:
+def reason() -> str:
     """Return why Triton cannot compile for the GPUs of this machine; an empty string if it can."""
     try:
         from triton.runtime import driver
@@ -98,9 +98,9 @@ def _owners(sizes: tuple[int, ...]) -> Tensor:
     return torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(blocks)
 
 
-def _records(records: array[int], streams: int) -> Tensor:
+def _records(records: array[int], operands: int) -> Tensor:
     """Return the table, and in it which tensors may be moved several entries at once."""
-    table = torch.frombuffer(records, dtype=torch.int64).view(-1, RECORD_HEAD + streams)
+    table = torch.frombuffer(records, dtype=torch.int64).view(-1, RECORD_HEAD + operands)
     aligned = (table[:, RECORD_HEAD:] % ALIGNMENT == 0).all(1)
     table[:, 1] *= aligned
     return table.flatten()

@@ -29,7 +29,7 @@ from torchopt.kernels.generate.bytecode import Code
 from torchopt.kernels.generate.graph import Kernel
 
 
-#: Asks for the sum of a stream over each parameter.
+#: Asks for the sum of a operand over each parameter.
 SUM = "sum"
 
 Numbers = Sequence[float]
@@ -48,9 +48,9 @@ def launch(
 
     Args:
         kernel: What to compute.
-        inputs: Stream -> one tensor of each parameter, perhaps packed; ``None`` reads as zeros.
+        inputs: Operand -> one tensor of each parameter, perhaps packed; ``None`` reads as zeros.
         like: For each parameter the tensor whose shape, layout and device its outputs get.
-        wanted: Output stream -> which parameters need it; ``None`` for all, a packing for all in
+        wanted: Output operand -> which parameters need it; ``None`` for all, a packing for all in
             one flat tensor, ``SUM`` for the sum over each parameter, in one tensor of float64.
         numbers: Rows of the kernel's numbers.
         rows: The row of each parameter, or piece; ``None`` for the only one.
@@ -62,31 +62,31 @@ def launch(
     own = like[0].dtype
     outputs: dict[str, Column] = {}
     sums: Tensor | None = None
-    summed = [k for k, stream in enumerate(kernel.output_streams) if wanted[stream] is SUM]
+    summed = [k for k, operand in enumerate(kernel.output_operands) if wanted[operand] is SUM]
     if summed:
         sums = torch.empty((len(summed), len(like) * pieces), dtype=torch.float64)
-    for stream in kernel.output_streams:
-        dtype = dtype_of(stream, own)
-        mask = wanted[stream]
+    for operand in kernel.output_operands:
+        dtype = dtype_of(operand, own)
+        mask = wanted[operand]
         if mask is SUM:
-            outputs[stream] = [None] * len(like)
+            outputs[operand] = [None] * len(like)
         elif isinstance(mask, Packing):
             flat = torch.empty(mask.total, dtype=dtype, device=like[0].device)
-            outputs[stream] = Packed(flat, mask)
+            outputs[operand] = Packed(flat, mask)
         elif mask is not None and not all(mask):
-            outputs[stream] = [
+            outputs[operand] = [
                 torch.empty_like(x, dtype=dtype) if needed else None
                 for x, needed in zip(like, mask)
             ]
         elif dtype == own:
-            outputs[stream] = list(map(torch.empty_like, like))
+            outputs[operand] = list(map(torch.empty_like, like))
         else:
-            outputs[stream] = [torch.empty_like(x, dtype=dtype) for x in like]
+            outputs[operand] = [torch.empty_like(x, dtype=dtype) for x in like]
     special: tuple[Any, ...] = (summed, sums, pieces) if summed or pieces > 1 else ()
     run(kernel, inputs, outputs, like, numbers, rows, *special)
-    for k, stream in enumerate(kernel.output_streams[j] for j in summed):
+    for k, operand in enumerate(kernel.output_operands[j] for j in summed):
         assert sums is not None
-        outputs[stream] = sums[k]  # pyright: ignore[reportArgumentType]
+        outputs[operand] = sums[k]  # pyright: ignore[reportArgumentType]
     return outputs
 
 
@@ -103,20 +103,20 @@ def run(
 ) -> None:
     """Run a kernel from tensors into tensors; for each parameter all have one dense layout.
 
-    ``sums`` gets the sums over each tensor of the output streams at the positions ``summed``.
+    ``sums`` gets the sums over each tensor of the output operands at the positions ``summed``.
     """
     if like[0].is_cuda:
         if pieces > 1:
-            inputs = {stream: _views(column, pieces) for stream, column in inputs.items()}
-            outputs = {stream: _views(column, pieces) for stream, column in outputs.items()}
+            inputs = {operand: _views(column, pieces) for operand, column in inputs.items()}
+            outputs = {operand: _views(column, pieces) for operand, column in outputs.items()}
             like = _views(like, pieces)
         gpu.run(kernel, inputs, outputs, like, numbers, rows)
         return
     function, narrow_in, narrow_out = _facts(kernel)
     flat: Any = next((c for c in inputs.values() if isinstance(c, Packed)), None)
     sizes = list(map(Tensor.numel, like)) if flat is None else flat.packing.sizes
-    in_places = [addresses(inputs[stream]) for stream in kernel.inputs]
-    out_places = [addresses(outputs[stream]) for stream in kernel.outputs]
+    in_places = [addresses(inputs[operand]) for operand in kernel.inputs]
+    out_places = [addresses(outputs[operand]) for operand in kernel.outputs]
     if pieces > 1:
         sizes = [size // pieces for size in sizes for _ in range(pieces)]
         bytes_of = {s: dtype_of(s, like[0].dtype).itemsize for s in (*kernel.inputs, *outputs)}
@@ -142,11 +142,11 @@ def run(
 
 @functools.lru_cache(maxsize=256)
 def _facts(kernel: Kernel) -> tuple[int | Code, int, int]:
-    """Return what the library runs, and which streams have the parameters' dtype."""
+    """Return what the library runs, and which operands have the parameters' dtype."""
     return (
         backends.function_of(kernel),
         narrow_mask(kernel.inputs),
-        narrow_mask(kernel.output_streams),
+        narrow_mask(kernel.output_operands),
     )
 
 
@@ -183,13 +183,13 @@ def _same_layout(
     layout = torch.contiguous_format if packed else torch.preserve_format
     templates = [torch.empty_like(x, memory_format=layout) for x in like]
     return templates, {
-        stream: column
+        operand: column
         if isinstance(column, Packed)
         else [
             None if x is None else _with_strides(x, template)
             for x, template in zip(column, templates)
         ]
-        for stream, column in inputs.items()
+        for operand, column in inputs.items()
     }
 
 

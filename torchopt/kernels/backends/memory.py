@@ -1,4 +1,4 @@
-"""Where the tensors of a kernel call lie, and in which dtype each of its streams is."""
+"""Where the tensors of a kernel call lie, and in which dtype each of its operands is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchopt.core.packed import Packed
 
 
-#: Streams that have the dtype of the parameters; the others are float32 if that is half precision.
+#: Operands that have the dtype of the parameters; the others are float32 if that is half precision.
 OF_PARAMETERS = frozenset({"g", "p", "u", "bar_u"})
 
 #: One tensor of each parameter, ``None`` for zeros.
@@ -47,9 +47,9 @@ def divided(starts: Sequence[int], sizes: Sequence[int], entry: int, pieces: int
     ]
 
 
-def dtype_of(stream: str, own: torch.dtype) -> torch.dtype:
-    """Return the dtype of a stream where parameters have the dtype ``own``."""
-    return own if stream in OF_PARAMETERS else slot_dtype(own)
+def dtype_of(operand: str, own: torch.dtype) -> torch.dtype:
+    """Return the dtype of a operand where parameters have the dtype ``own``."""
+    return own if operand in OF_PARAMETERS else slot_dtype(own)
 
 
 def slot_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,6 +57,6 @@ def slot_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def narrow_mask(streams: Sequence[str]) -> int:
-    """Return, as bits, which streams have the dtype of the parameters."""
-    return sum(1 << k for k, stream in enumerate(streams) if stream in OF_PARAMETERS)
+def narrow_mask(operands: Sequence[str]) -> int:
+    """Return, as bits, which operands have the dtype of the parameters."""
+    return sum(1 << k for k, operand in enumerate(operands) if operand in OF_PARAMETERS)

@@ -27,7 +27,7 @@ from torchopt.kernels.generate.graph import Listing
 
 #: What the interpreter takes (csrc/engine.h).
 MAX_STREAMS, MAX_NUMBERS, MAX_REGISTERS, MAX_LENGTH = 63, 1024, 256, 65536
-#: Numbers of an instruction: the operation, where the result goes, four operands.
+#: Numbers of an instruction: the operation, where the result goes, four arguments.
 INSTRUCTION = 6
 
 #: Operations -> what they are with their arguments exchanged.
@@ -40,24 +40,24 @@ class TooLargeError(Exception):
 
 
 class Instruction(NamedTuple):
-    """An operation of csrc/operations.inc, the name of its result, those of its operands."""
+    """An operation of csrc/operations.inc, the name of its result, those of its arguments."""
 
     operation: str
     result: str
-    operands: tuple[str, ...]
+    arguments: tuple[str, ...]
 
 
 class Code:
     """A program, in memory that the C library reads.
 
     Attributes:
-        instructions: What it does; results are ``"out <stream>"`` or registers, ``"%<number>"``.
+        instructions: What it does; results are ``"out <operand>"`` or registers, ``"%<number>"``.
         address: Where ``struct program`` of csrc/engine.h is.
     """
 
     def __init__(self, listing: Listing, operations: Mapping[str, int]) -> None:
         self.instructions = translate(listing, operations)
-        outputs = [_place_of(stream) for stream in listing.results]
+        outputs = [_place_of(operand) for operand in listing.results]
         results = {instruction.result for instruction in self.instructions}
         registers = 1 + max((int(r[1:]) for r in results if r[0] == "%"), default=-1)
         sizes = (
@@ -71,8 +71,8 @@ class Code:
         names = (*listing.inputs, *outputs, *numbers, *(f"%{k}" for k in range(registers)))
         place = {name: k for k, name in enumerate(names)}
         self._code = array("i")
-        for operation, result, operands in self.instructions:
-            line = [operations[operation], place[result], *(place[name] for name in operands)]
+        for operation, result, arguments in self.instructions:
+            line = [operations[operation], place[result], *(place[name] for name in arguments)]
             self._code.extend(line + [0] * (INSTRUCTION - len(line)))
         self._program = array("q", (*sizes, self._code.buffer_info()[0]))
         self.address = self._program.buffer_info()[0]
@@ -100,8 +100,8 @@ class _Choice:
         self._known = operations
         self._numbers = {f"n{k}" for k in range(len(listing.numbers))}
         self._fills = itertools.count()
-        operands = itertools.chain.from_iterable(args for _, _, args in listing.statements)
-        self._uses = Counter([*operands, *listing.results.values()])
+        arguments = itertools.chain.from_iterable(args for _, _, args in listing.statements)
+        self._uses = Counter([*arguments, *listing.results.values()])
         #: Value -> its instruction, in order; those of a single operation can still be part of
         #: another one.
         self._chosen: dict[str, Instruction] = {}
@@ -150,11 +150,11 @@ class _Choice:
             if operation.startswith("not_"):
                 operation, first, second = operation[len("not_") :], second, first
             operation = f"{operation}_where_{self._kinds((first, second))}"
-            yield Instruction(operation, name, (*condition.operands, first, second)), args[:1]
+            yield Instruction(operation, name, (*condition.arguments, first, second)), args[:1]
         elif len(args) == 2:
             yield from self._joined_binary(name, op, args, inner)
         elif len(args) == 1 and inner[0] is not None:
-            yield Instruction(f"{inner[0].operation}_{op}", name, inner[0].operands), args
+            yield Instruction(f"{inner[0].operation}_{op}", name, inner[0].arguments), args
 
     def _joined_binary(
         self, name: str, op: str, args: tuple[str, ...], inner: Sequence[Instruction | None]
@@ -163,24 +163,24 @@ class _Choice:
         if a is not None and b is not None and op in _EXCHANGED:
             for x, y in ((a, b), (b, a)):
                 operation = f"{x.operation}_{op}_{y.operation}"
-                yield Instruction(operation, name, (*x.operands, *y.operands)), args
+                yield Instruction(operation, name, (*x.arguments, *y.arguments)), args
         ways = ((a, args[1], op), (b, args[0], _EXCHANGED_BEHIND.get(op)))
         for first, other, then in ways:
             if first is None or then is None:
                 continue
             tail = f"{then}_{self._kinds((other,))}"
-            before = self._inner(first.operands[0])
+            before = self._inner(first.arguments[0])
             if before is not None:  # three operations in a row
                 yield (
                     Instruction(
                         f"{before.operation}_{first.operation}_{tail}",
                         name,
-                        (*before.operands, *first.operands[1:], other),
+                        (*before.arguments, *first.arguments[1:], other),
                     ),
                     (first.result, before.result),
                 )
             operation = f"{first.operation}_{tail}"
-            yield Instruction(operation, name, (*first.operands, other)), (first.result,)
+            yield Instruction(operation, name, (*first.arguments, other)), (first.result,)
 
     def _inner(self, name: str) -> Instruction | None:
         """Return the instruction of a value if it can become part of its only reader's."""
@@ -191,51 +191,51 @@ class _Choice:
 
 
 def overwrites(output: str, listing: Listing) -> str | None:
-    """Return the input stream whose memory an output stream can be (inplace.py), if there is one.
+    """Return the input operand whose memory an output operand can be (inplace.py), if there is one.
 
     Derivatives are always new tensors.
     """
-    stream = "p" if output == "u" else output
+    operand = "p" if output == "u" else output
     backward = any(name.startswith("bar_") for name in listing.inputs)
-    return stream if stream in listing.inputs and not backward else None
+    return operand if operand in listing.inputs and not backward else None
 
 
-def _place_of(stream: str) -> str:
-    return f"out {stream}"
+def _place_of(operand: str) -> str:
+    return f"out {operand}"
 
 
 def _placed(computed: list[Instruction], listing: Listing) -> list[Instruction]:
     """Give every value a place, and move to the outputs what could not be computed there."""
-    under = {stream: overwrites(stream, listing) for stream in listing.results}
+    under = {operand: overwrites(operand, listing) for operand in listing.results}
     staged = []  # inputs that go to an output, while their own memory gets something else
     sources = dict(listing.results)
-    for stream, value in sources.items():
-        if value in under.values() and value != under[stream]:
-            sources[stream] = f"staged {value}"
-            staged.append(Instruction("copy_v", sources[stream], (value,)))
+    for operand, value in sources.items():
+        if value in under.values() and value != under[operand]:
+            sources[operand] = f"staged {value}"
+            staged.append(Instruction("copy_v", sources[operand], (value,)))
     lines = [*computed, *dict.fromkeys(staged)]
-    read_last = {name: k for k, line in enumerate(lines) for name in line.operands}
+    read_last = {name: k for k, line in enumerate(lines) for name in line.arguments}
     place: dict[str, str] = {}
     for k, line in enumerate(lines):
-        for stream, value in sources.items():
-            if value == line.result and read_last.get(under[stream], -1) <= k:
-                place[value] = _place_of(stream)
+        for operand, value in sources.items():
+            if value == line.result and read_last.get(under[operand], -1) <= k:
+                place[value] = _place_of(operand)
                 break
-    for stream, value in sources.items():
-        if place.get(value) != _place_of(stream):
+    for operand, value in sources.items():
+        if place.get(value) != _place_of(operand):
             kind = "n" if value[0] == "n" and value not in listing.inputs else "v"
-            lines.append(Instruction(f"copy_{kind}", _place_of(stream), (value,)))
+            lines.append(Instruction(f"copy_{kind}", _place_of(operand), (value,)))
     return _in_registers(lines, place)
 
 
 def _in_registers(lines: Sequence[Instruction], place: dict[str, str]) -> list[Instruction]:
     """Give a register to every value that has no place yet; the next one may have it after."""
-    read_last = {name: k for k, line in enumerate(lines) for name in line.operands}
+    read_last = {name: k for k, line in enumerate(lines) for name in line.arguments}
     free, registers = list[int](), itertools.count()
     placed = []
-    for k, (operation, result, operands) in enumerate(lines):
-        names = tuple(place.get(name, name) for name in operands)
-        for name in dict.fromkeys(operands):
+    for k, (operation, result, arguments) in enumerate(lines):
+        names = tuple(place.get(name, name) for name in arguments)
+        for name in dict.fromkeys(arguments):
             register = place.get(name, "")
             if register[:1] == "%" and read_last[name] == k:
                 heapq.heappush(free, int(register[1:]))

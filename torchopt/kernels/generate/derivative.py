@@ -58,14 +58,14 @@ HALF = constant(0.5)
 def derive(
     outputs: Mapping[str, Node], incoming: str = "bar_", hypers: Collection[str] = ()
 ) -> dict[str, Node]:
-    """Return the graph of the backward pass: input stream -> the derivative by it.
+    """Return the graph of the backward pass: input operand -> the derivative by it.
 
     Args:
-        outputs: The graph, by output stream. The derivative by output ``s`` is the input
+        outputs: The graph, by output operand. The derivative by output ``s`` is the input
             ``incoming + s`` of the returned graph.
         incoming: See above.
         hypers: The hyperparameters by which derivatives are wanted, too. They follow those of the
-            input streams.
+            input operands.
     """
     order = topological(outputs.values())
     slopes = {
@@ -78,8 +78,8 @@ def derive(
         if (not is_number(node) or slopes[node]) and bar != ZERO:
             bars[node] = add(bars[node], bar) if node in bars else bar
 
-    for stream, node in outputs.items():
-        to(node, input_node(f"{incoming}{stream}"))
+    for operand, node in outputs.items():
+        to(node, input_node(f"{incoming}{operand}"))
     for node in reversed(order):
         if node in bars and node.op not in ("input", "number"):
             rule = RULES.get(node.op)

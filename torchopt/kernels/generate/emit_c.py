@@ -40,7 +40,7 @@ EXPRESSIONS = {
 
 
 def function(kernel: Kernel) -> str:
-    """Return the C function of a kernel; ``in`` and ``out`` hold its streams in order."""
+    """Return the C function of a kernel; ``in`` and ``out`` hold its operands in order."""
     listing = kernel.listing
     loads = [f"const R {s} = in_{s}[i];" for s in listing.inputs]
     lines = [

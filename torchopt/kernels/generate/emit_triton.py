@@ -8,7 +8,7 @@ One launch computes all tensors of a call. Each program of the launch takes one 
 ``records``
     For each tensor its number of entries, how many of them may be moved several at once (all, if
     its addresses are multiples of :data:`ALIGNMENT`, else none), the first program that works on
-    it, its row of numbers, and the addresses of its input and output streams. Address 0 reads as
+    it, its row of numbers, and the addresses of its input and output operands. Address 0 reads as
     zeros, and what would be written there is dropped.
 ``numbers``
     Rows of the kernel's numbers in float64; they are rounded to the type of the arithmetic.
@@ -99,7 +99,7 @@ def source(kernel: Kernel, stored: str) -> str:
 
     Args:
         kernel: What to compute.
-        stored: The dtype of the parameters, by its name in both Triton and torch. Other streams
+        stored: The dtype of the parameters, by its name in both Triton and torch. Other operands
             have the dtype of the arithmetic.
     """
     addresses = [f"in_{s}" for s in kernel.inputs] + [f"out_{s}" for s in kernel.outputs]
@@ -136,8 +136,8 @@ def arithmetic(stored: str) -> str:
     return "float64" if stored == "float64" else "float32"
 
 
-def _type_of(stream: str, stored: str) -> str:
-    return f"tl.{stored if stream in OF_PARAMETERS else arithmetic(stored)}"
+def _type_of(operand: str, stored: str) -> str:
+    return f"tl.{stored if operand in OF_PARAMETERS else arithmetic(stored)}"
 
 
 def _body(kernel: Kernel, stored: str, aligned: bool) -> list[str]:
@@ -146,16 +146,16 @@ def _body(kernel: Kernel, stored: str, aligned: bool) -> list[str]:
     expressions = {**EXPRESSIONS, **ROUNDED[arithmetic(stored)]}
     listing = kernel.listing
     loads, stores = [], []
-    for stream in listing.inputs:
-        place = _place(f"in_{stream}", _type_of(stream, stored), aligned)
-        loads.append(f"{stream} = tl.load({place}, other=0.0).to({real})")
+    for operand in listing.inputs:
+        place = _place(f"in_{operand}", _type_of(operand, stored), aligned)
+        loads.append(f"{operand} = tl.load({place}, other=0.0).to({real})")
     lines = [
         f"{name} = {expressions[op].format(*args).replace('(R)', f'({real})')}"
         for name, op, args in listing.statements
     ]
-    for stream, name in listing.results.items():
-        kind = _type_of(stream, stored)
-        place = _place(f"out_{stream}", kind, aligned, f"{name}.to({kind})")
+    for operand, name in listing.results.items():
+        kind = _type_of(operand, stored)
+        place = _place(f"out_{operand}", kind, aligned, f"{name}.to({kind})")
         stores.append(f"tl.store({place})")
     return [*loads, *lines, *stores]
 
@@ -163,7 +163,7 @@ def _body(kernel: Kernel, stored: str, aligned: bool) -> list[str]:
 def _place(name: str, kind: str, aligned: bool, *value: str) -> str:
     """Return the arguments of a load or a store: where, what, and under which condition.
 
-    A stream of half precision is moved 8 bytes at once: as many entries as of the float32 streams
+    A operand of half precision is moved 8 bytes at once: as many entries as of the float32 operands
     beside it, or else entries would have to change threads.
     """
     pointer = f"{name}.to(tl.pointer_type({kind}))"

@@ -38,7 +38,7 @@ class Node:
 
     Attributes:
         op: A key of :data:`OPERATIONS`, or ``"input"`` or ``"number"``.
-        args: Nodes; for ``"input"`` the name of the stream, for ``"number"`` a :class:`Number`.
+        args: Nodes; for ``"input"`` the name of the operand, for ``"number"`` a :class:`Number`.
     """
 
     __slots__ = ("__weakref__", "args", "op")
@@ -98,9 +98,9 @@ OPERATIONS = {
 TRUTH = frozenset({"less", "less_equal", "equal", "not_equal", "and", "or", "not"})
 
 
-def input_node(stream: str) -> Node:
-    """Return the entry of an input stream: ``"g"``, ``"p"``, ``"s0"``, ..."""
-    return Node("input", (stream,))
+def input_node(operand: str) -> Node:
+    """Return the entry of an input operand: ``"g"``, ``"p"``, ``"s0"``, ..."""
+    return Node("input", (operand,))
 
 
 def number_node(number: Number) -> Node:
@@ -153,10 +153,10 @@ class Listing(NamedTuple):
     """A graph in the order of its computation, with a name for every value.
 
     Attributes:
-        inputs: The input streams that are read, which are also the names of their values.
+        inputs: The input operands that are read, which are also the names of their values.
         numbers: The expressions of its numbers; number ``k`` is named ``n<k>``.
         statements: ``(name, operation, names of its arguments)``.
-        results: Output stream -> the name of its value.
+        results: Output operand -> the name of its value.
     """
 
     inputs: list[str]
@@ -192,13 +192,13 @@ class Kernel:
     numbers mean, so graphs that differ only in them share it.
 
     Attributes:
-        outputs: Stream -> node, in order.
+        outputs: Operand -> node, in order.
         listing: The graph in the order of its computation.
         text: The graph as text: two kernels with the same text compute the same.
         name: A name made of the text, under which a backend keeps the kernel.
-        inputs: The input streams that are read, in order.
+        inputs: The input operands that are read, in order.
         numbers: The expressions of the numbers, in the order in which the kernel takes them.
-        output_streams: The keys of ``outputs``.
+        output_operands: The keys of ``outputs``.
     """
 
     outputs: dict[str, Node]
@@ -207,14 +207,14 @@ class Kernel:
     name: str
     inputs: list[str]
     numbers: tuple[str, ...]
-    output_streams: list[str]
+    output_operands: list[str]
 
 
 def make_kernel(outputs: Mapping[str, Node]) -> Kernel:
     """Return the kernel of a graph."""
     listed = listing(outputs)
     lines = [f"{name} = {op} {' '.join(args)}" for name, op, args in listed.statements]
-    lines += [f"{stream} <- {name}" for stream, name in listed.results.items()]
+    lines += [f"{operand} <- {name}" for operand, name in listed.results.items()]
     text = "\n".join(lines)
     digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
     return Kernel(

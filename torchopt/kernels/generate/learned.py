@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from torchopt.base.torch_internals import make_subclass, temporarily_clear_interpreter_stack
 from torchopt.kernels.generate.graph import (
     Node,
     Number,
@@ -59,14 +59,14 @@ _ALONE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def hyper_stream(position: int) -> str:
-    """Return the name of the stream of a hyperparameter: of its derivative, or of its entries."""
+def hyper_operand(position: int) -> str:
+    """Return the name of the operand of a hyperparameter: of its derivative, or of its entries."""
     return f"h{position}"
 
 
-def is_hyper(stream: str) -> bool:
-    """Whether a stream is that of a hyperparameter."""
-    return stream[0] == "h"
+def is_hyper(operand: str) -> bool:
+    """Whether a operand is that of a hyperparameter."""
+    return operand[0] == "h"
 
 
 class _Symbolic(Tensor):
@@ -78,7 +78,7 @@ class _Symbolic(Tensor):
     @classmethod
     def _made(cls) -> Any:
         with temporarily_clear_interpreter_stack():
-            return Tensor._make_subclass(cls, torch.zeros(()), True)
+            return make_subclass(cls, torch.zeros(()), True)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,7 +135,7 @@ def symbol(value: float, position: int, kind: str) -> LearnedNumber | LearnedEnt
     """Return the symbol of a hyperparameter that is a tensor."""
     if kind == SINGLE:
         return LearnedNumber.of(value, f"h[{position}]")
-    return LearnedEntries.of(input_node(hyper_stream(position)))
+    return LearnedEntries.of(input_node(hyper_operand(position)))
 
 
 def _apply(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -191,12 +191,12 @@ def _compared(sign: str, left: Any, right: Any) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def hypers_in(source: str) -> frozenset[str]:
-    """Return the streams of the hyperparameters that an expression reads."""
-    return frozenset(hyper_stream(int(k)) for k in re.findall(r"\bh\[(\d+)\]", source))
+    """Return the operands of the hyperparameters that an expression reads."""
+    return frozenset(hyper_operand(int(k)) for k in re.findall(r"\bh\[(\d+)\]", source))
 
 
 def hypers_of(outputs: Iterable[Node]) -> frozenset[str]:
-    """Return the streams of the hyperparameters that a graph reads, numbers and tensors."""
+    """Return the operands of the hyperparameters that a graph reads, numbers and tensors."""
     found: set[str] = set()
     for node in topological(outputs):
         if node.op == "number":
@@ -206,13 +206,13 @@ def hypers_of(outputs: Iterable[Node]) -> frozenset[str]:
     return frozenset(found)
 
 
-def slope(source: str, stream: str) -> str:
+def slope(source: str, operand: str) -> str:
     """Return the derivative of an expression by a hyperparameter, as an expression.
 
     Raises:
         UntraceableError: If it has none that is an expression.
     """
-    return _slope(ast.parse(source, mode="eval").body, int(stream[1:])) or "0.0"
+    return _slope(ast.parse(source, mode="eval").body, int(operand[1:])) or "0.0"
 
 
 def _slope(node: ast.expr, position: int) -> str:

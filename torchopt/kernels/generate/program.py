@@ -1,4 +1,4 @@
-"""The kernels of a run of transformations: its rules traced one after the other."""
+"""The kernels of a segment of transformations: its rules traced one after the other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from torchopt.kernels.generate.tracing import (
 )
 
 
-#: The streams that every run has: the gradient comes in as ``g``, the parameter as ``p``, and
+#: The operands that every segment has: the gradient comes in as ``g``, the parameter as ``p``, and
 #: slot number ``k`` as ``s<k>``. What goes out as ``u`` is the update, or the new parameter.
 GRADIENT, PARAMETER, UPDATE = "g", "p", "u"
 
@@ -41,8 +41,8 @@ GRADIENT, PARAMETER, UPDATE = "g", "p", "u"
 _TRACING = threading.RLock()
 
 
-def slot_stream(position: int) -> str:
-    """Return the name of the stream of a slot."""
+def slot_operand(position: int) -> str:
+    """Return the name of the operand of a slot."""
     return f"s{position}"
 
 
@@ -51,16 +51,16 @@ Numbers = Callable[[Sequence[float], float], tuple[float, ...]]
 
 @dataclasses.dataclass(eq=False)
 class Program:
-    """What one run computes for one parameter, as long as its guards hold.
+    """What one segment computes for one parameter, as long as its guards hold.
 
     Attributes:
         kernels: ``"update"``, ``"apply"``, ``"backward_update"`` and ``"backward_apply"``.
         guards: Conditions on the numbers, as a tuple of truth values and the function giving them.
         numbers: For each kernel, the function that gives its numbers.
-        passes: For each backward kernel, streams whose derivative is one incoming stream unchanged.
+        passes: For each backward kernel, operands whose derivative is one that comes in, unchanged.
         kinds: The kind of each hyperparameter (see learned.py), empty if all are
             numbers. The backward kernels in ``kernels`` give no derivative by any of them.
-        guarded: The hyperparameters that the guards read, as streams.
+        guarded: The hyperparameters that the guards read, as operands.
     """
 
     kernels: dict[str, Kernel]
@@ -76,18 +76,18 @@ class Program:
         self._backward: dict[tuple[str, frozenset[str]], tuple[Kernel, Any]] = {}
 
     def hypers(self, mode: str) -> list[str]:
-        """Return the streams of the hyperparameters that are tensors and are used, in order."""
+        """Return the operands of the hyperparameters that are tensors and are used, in order."""
         if not self.kinds:
             return []
         if mode not in self._hypers:
             used = hypers_of(self.kernels[mode].outputs.values())
             tensors = [f"h{k}" for k, kind in enumerate(self.kinds) if kind != NUMBER]
-            self._hypers[mode] = [stream for stream in tensors if stream in used]
+            self._hypers[mode] = [operand for operand in tensors if operand in used]
         return self._hypers[mode]
 
-    def summed(self, stream: str) -> bool:
-        """Whether the derivative by a stream is summed over the entries of a parameter."""
-        return is_hyper(stream) and self.kinds[int(stream[1:])] == SINGLE
+    def summed(self, operand: str) -> bool:
+        """Whether the derivative by a operand is summed over the entries of a parameter."""
+        return is_hyper(operand) and self.kinds[int(operand[1:])] == SINGLE
 
     def backward(self, mode: str, hypers: frozenset[str]) -> tuple[Kernel, Numbers]:
         """Return a backward kernel that also gives derivatives by hyperparameters, and its numbers.
@@ -133,13 +133,13 @@ def build(
     has_params: bool,
     kinds: tuple[str, ...] = (),
 ) -> Program:
-    """Trace a run.
+    """Trace a segment.
 
     Args:
         parts: Elementwise transformations.
         rows: The hyperparameters of each part: numbers and flags.
         step: The step count.
-        present: For each slot of the run, whether it is a tensor (else ``None``).
+        present: For each slot of the segment, whether it is a tensor (else ``None``).
         has_params: Whether the parameter is known.
         kinds: See :class:`Program`. A tensor with one entry is a number in ``rows``.
 
@@ -183,9 +183,9 @@ def _derivatives(graph: dict[str, Node], hypers: Sequence[str]) -> dict[str, Nod
     """Return the derivatives that are not zero: by tensors, and by these hyperparameters."""
     bars = derive(graph, hypers=hypers)
     return {
-        stream: node
-        for stream, node in bars.items()
-        if node.op != "number" and (stream in hypers or not is_hyper(stream))
+        operand: node
+        for operand, node in bars.items()
+        if node.op != "number" and (operand in hypers or not is_hyper(operand))
     }
 
 
@@ -242,16 +242,16 @@ def _trace(
     position = 0
     with torch.no_grad(), Guards() as guards, _leaving(guards):
         for part, row in zip(parts, _symbolic_rows(rows, kinds)):
-            streams = [slot_stream(position + k) for k in range(len(part.slot_names()))]
+            operands = [slot_operand(position + k) for k in range(len(part.slot_names()))]
             slots = tuple(
                 SymbolicTensor(input_node(s)) if present[position + k] else None
-                for k, s in enumerate(streams)
+                for k, s in enumerate(operands)
             )
             u, new = part.rule(u, p, t, slots, **row)  # pyright: ignore[reportArgumentType]
-            for stream, value in zip(streams, new, strict=True):
+            for operand, value in zip(operands, new, strict=True):
                 if value is not None:
-                    outputs[stream] = _node_of(value)
-            position += len(streams)
+                    outputs[operand] = _node_of(value)
+            position += len(operands)
     return {UPDATE: _node_of(u), **outputs}, guards
 
 

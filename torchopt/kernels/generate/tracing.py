@@ -197,6 +197,8 @@ class SymbolicTensor(Symbol):
     name in the same table.
     """
 
+    is_sparse = False  # no kernel takes one that is
+
     def __init__(self, node: Node) -> None:
         self._node = node
 
@@ -232,12 +234,12 @@ def call(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> SymbolicTens
     if name not in FUNCTIONS:
         raise UntraceableError(f"it calls {name!r}, which has no pointwise form here")
     try:
-        return SymbolicTensor(FUNCTIONS[name](*map(_operand, args), **kwargs))
+        return SymbolicTensor(FUNCTIONS[name](*map(_node_of_value, args), **kwargs))
     except TypeError as error:
         raise UntraceableError(f"it calls {name!r} in an unknown way ({error})") from error
 
 
-def _operand(value: Any) -> Node:
+def _node_of_value(value: Any) -> Node:
     if isinstance(value, Symbol):
         return value.node
     if isinstance(value, (int, float)):
@@ -262,7 +264,7 @@ def _scaled(op: str) -> Callable[..., Node]:
     def add(a: Node, b: Node, *, alpha: Any = 1) -> Node:
         if is_truth(a) and is_truth(b):  # torch adds them to a truth value, or refuses
             raise TypeError("the sum or difference of truth values")
-        return Node(op, (a, b if _is_one(alpha) else Node("mul", (b, _operand(alpha)))))
+        return Node(op, (a, b if _is_one(alpha) else Node("mul", (b, _node_of_value(alpha)))))
 
     return add
 
@@ -281,14 +283,14 @@ def _lerp(start: Node, end: Node, weight: Node) -> Node:
 
 
 def _addcmul(a: Node, b: Node, c: Node, *, value: Any = 1) -> Node:
-    product = b if _is_one(value) else Node("mul", (b, _operand(value)))
+    product = b if _is_one(value) else Node("mul", (b, _node_of_value(value)))
     return Node("add", (a, Node("mul", (product, c))))
 
 
 def _addcdiv(a: Node, b: Node, c: Node, *, value: Any = 1) -> Node:
     quotient = Node("div", (b, c))
     return Node(
-        "add", (a, quotient if _is_one(value) else Node("mul", (quotient, _operand(value))))
+        "add", (a, quotient if _is_one(value) else Node("mul", (quotient, _node_of_value(value))))
     )
 
 
@@ -297,10 +299,10 @@ def _clamp(a: Node, low: Any = None, high: Any = None, **kwargs: Any) -> Node:
     if kwargs:
         raise TypeError(f"unexpected {list(kwargs)}")
     if low is not None:
-        low = low if isinstance(low, Node) else _operand(low)
+        low = low if isinstance(low, Node) else _node_of_value(low)
         a = Node("where", (Node("less", (a, low)), low, a))
     if high is not None:
-        high = high if isinstance(high, Node) else _operand(high)
+        high = high if isinstance(high, Node) else _node_of_value(high)
         a = Node("where", (Node("less", (high, a)), high, a))
     return a
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torchopt.core.transform import GradientTransformation
+
 
 class Watch:
     """Copies of transformations, and whether a hyperparameter of one has been read.
@@ -22,7 +24,7 @@ class Watch:
         self.was_read = False
         self.parts = [self._copy(part) for part in parts]
 
-    def _copy(self, part: Any) -> Any:
+    def _copy(self, part: GradientTransformation) -> Any:
         if not part.declared:
             return part
         try:

@@ -49,7 +49,7 @@ class Written:
         backward: The kernel of its backward pass.
         numbers: The function that gives the numbers of ``forward``.
         backward_numbers: The function that gives the numbers of ``backward``.
-        passes: Input streams whose derivative is one incoming stream unchanged.
+        passes: Input operands whose derivative is one incoming operand unchanged.
     """
 
     forward: Kernel
@@ -221,4 +221,4 @@ def evaluate(
             values[node] = torch.full((), number, dtype=like.dtype, device=like.device)
         else:
             values[node] = _MEANING[node.op](*(values[a] for a in node.args))
-    return {stream: values[node].expand_as(like) for stream, node in kernel.outputs.items()}
+    return {operand: values[node].expand_as(like) for operand, node in kernel.outputs.items()}

@@ -4,7 +4,7 @@ With ``use_accelerated_op=True`` the parts that require kernels are computed by 
 ``operators.py``; everything else is compiled as it stands. This file is loaded when a tracer first
 asks for it: importing the compiler takes a second.
 
-The compiler's frontend reads :func:`take_whole` and :func:`take_run`, which hand over to
+The compiler's frontend reads :func:`take_whole` and :func:`take_segment`, which hand over to
 :func:`_operate`. That is not read, but run, on fake tensors and numbers that stand for any number.
 """
 
@@ -15,13 +15,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from torchopt.base import misuse, tree
 from torchopt.base.numerics import HALF
+from torchopt.base.torch_compiler import (
+    FakeTensor,
+    FunctionalTensor,
+    allow_in_graph,
+    nonstrict_trace,
+)
 from torchopt.core.engine import Call, Leaves, run_by_rules
 from torchopt.core.plan import Plan
 from torchopt.kernels import fused
@@ -30,7 +33,7 @@ from torchopt.kernels.backends import cpu as native
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.generate.written import write
 from torchopt.kernels.library import operators as operators  # registers them
-from torchopt.kernels.matching import Run, runs_from
+from torchopt.kernels.matching import Segment, segments_from
 
 
 #: What tracers put in the place of plain tensors.
@@ -55,7 +58,7 @@ def take_whole(
     return _take(plan, 0, len(plan.parts), leaves, columns, apply)
 
 
-def take_run(
+def take_segment(
     plan: Plan, first: int, leaves: Leaves, columns: dict[str, Any], apply: bool
 ) -> fused.Result | None:
     """Compute the parts from ``first`` that require kernels; ``None`` if the first does not."""
@@ -123,8 +126,9 @@ def _checked_row(
             own[public] = value = row[public]
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, Tensor):
-                    reason = misuse.no_number({public: value})
-                    raise RuntimeError(fused.refusal(part, name, reason))
+                    reason = f"the hyperparameter {public} is a tensor"
+                    advice = misuse.without_number(public)
+                    raise RuntimeError(fused.refusal(part, name, reason, advice))
     return own
 
 
@@ -134,7 +138,7 @@ _TOO_OLD = (
 )
 
 
-@torch._dynamo.allow_in_graph
+@allow_in_graph
 def _refuse_old(_: Tensor, message: str) -> None:
     """Raise; what the compiler's frontend of these versions raises itself loses its message."""
     raise RuntimeError(message)
@@ -219,11 +223,7 @@ def _computed(
 
 
 # other tracers call it as it is, and compilers that are too old have been refused
-_operate: Any = (
-    torch._dynamo.nonstrict_trace(_run_operators)
-    if hasattr(torch._dynamo, "nonstrict_trace")
-    else _run_operators
-)
+_operate: Any = _run_operators if nonstrict_trace is None else nonstrict_trace(_run_operators)
 
 
 def _run_longest(
@@ -235,28 +235,28 @@ def _run_longest(
     columns: dict[str, Any],
     apply: bool,
 ) -> tuple[int, list[Tensor]]:
-    """Compute the longest run that has kernels; return where it ends, and the updates."""
-    hindrance = fused.hindered_by_derivatives()
-    unfit = dict.fromkeys(range(len(leaves.g)), hindrance or "it is not elementwise")
-    for run in [] if hindrance else runs_from(plan, first):
-        if run.last > last:
+    """Compute the longest segment that has kernels; return where it ends, and the updates."""
+    reason = fused.unsupported_by_derivatives()
+    unfit = dict.fromkeys(range(len(leaves.g)), reason or "it is not elementwise")
+    for segment in [] if reason else segments_from(plan, first):
+        if segment.last > last:
             continue
-        applies = apply and run.last == len(plan.parts)
-        groups, unfit = assign(run, leaves, columns, applies, TRACED)
+        applies = apply and segment.last == len(plan.parts)
+        groups, unfit = assign(segment, leaves, columns, applies, TRACED)
         if not groups:
             continue
         halves = [k for k, x in enumerate(leaves.g) if x.dtype in HALF]
-        if not unfit and run.last < last and halves:
+        if not unfit and segment.last < last and halves:
             reason = "its parts have no kernel together, which half precision needs"
             unfit = dict.fromkeys(halves, reason)
         if not unfit:
-            groups = [(there, _exact(run, group, there, *exact)) for there, group in groups]
-            return run.last, fused.compute(
-                run, leaves, columns, groups, {}, applies, _call_operator
+            groups = [(there, _exact(segment, group, there, *exact)) for there, group in groups]
+            return segment.last, fused.compute(
+                segment, leaves, columns, groups, {}, applies, _call_operator
             )
         break
     try:
-        fused.answer_for(Run(plan, first, first + 1), leaves, unfit)
+        fused.answer_for(Segment(plan, first, first + 1), leaves, unfit)
     except RuntimeError as error:
         raise _RefusedError(str(error)) from error
     # somebody asks why; nothing is refused then
@@ -264,7 +264,11 @@ def _run_longest(
 
 
 def _exact(
-    run: Run, group: Group, positions: Sequence[int], rows: Sequence[Any], steps: Sequence[Any]
+    segment: Segment,
+    group: Group,
+    positions: Sequence[int],
+    rows: Sequence[Any],
+    steps: Sequence[Any],
 ) -> Group:
     """Return a group with the numbers it has been called with, instead of examples of them.
 
@@ -276,17 +280,17 @@ def _exact(
         first = firsts.setdefault(index, position)
         if not bool(steps[first] == steps[position]):
             raise AssertionError("the examples were equal")
-    values = [(_values(run, rows[k]), steps[k]) for k in firsts.values()]
+    values = [(_values(segment, rows[k]), steps[k]) for k in firsts.values()]
     for row, step in values:
         if tuple(map(bool, group.program.guards(row, step))) != group.program.outcome:
             raise AssertionError("the guards hold for the examples")
     return dataclasses.replace(group, values=values)
 
 
-def _values(run: Run, row: dict[str, Any]) -> list[Any]:
-    """Return the numbers of a row in the order of :meth:`Run.read`."""
+def _values(segment: Segment, row: dict[str, Any]) -> list[Any]:
+    """Return the numbers of a row in the order of :meth:`Segment.read`."""
     values: list[Any] = []
-    for name in run.public:
+    for name in segment.public:
         value = row[name]
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, bool):

@@ -82,20 +82,20 @@ class Call:
         return rows
 
 
-def columns_of(streams: Sequence[str], items: Sequence[Any]) -> dict[str, list[Any]]:
-    """Return flat items by stream."""
-    count, rest = divmod(len(items), len(streams))
+def columns_of(operands: Sequence[str], items: Sequence[Any]) -> dict[str, list[Any]]:
+    """Return flat items by operand."""
+    count, rest = divmod(len(items), len(operands))
     if rest or not count:
         raise ValueError(
-            f"The kernel takes the same number of {', '.join(streams)}; got {len(items)} in all."
+            f"The kernel takes the same number of {', '.join(operands)}; got {len(items)} in all."
         )
-    return {s: list(items[k * count : (k + 1) * count]) for k, s in enumerate(streams)}
+    return {s: list(items[k * count : (k + 1) * count]) for k, s in enumerate(operands)}
 
 
 def inputs_of(
     call: Call, tensors: Sequence[Tensor], bars: Sequence[Tensor | None] | None = None
 ) -> tuple[dict[str, Any], list[Tensor]]:
-    """Return the tensors by stream, and for each parameter the one that gives shape and layout.
+    """Return the tensors by operand, and for each parameter the one that gives shape and layout.
 
     Raises:
         ValueError: If they do not fit together: a kernel takes addresses, and looks at nothing.
@@ -106,23 +106,23 @@ def inputs_of(
     if like is None:
         raise ValueError("A kernel must read g or p, whose shapes and layouts its results have.")
     if bars is not None:
-        columns |= columns_of([f"bar_{s}" for s in kernel.output_streams], bars)
-    for stream, column in columns.items():
+        columns |= columns_of([f"bar_{s}" for s in kernel.output_operands], bars)
+    for operand, column in columns.items():
         if len(column) != len(like):
-            raise ValueError(f"There are {len(column)} of {stream} for {len(like)} parameters.")
+            raise ValueError(f"There are {len(column)} of {operand} for {len(like)} parameters.")
         for x, of in zip(column, like):
             if x is not None:
-                _check(stream, x, of, like[0])
+                _check(operand, x, of, like[0])
     return columns, like
 
 
-def _check(stream: str, x: Tensor, of: Tensor, first: Tensor) -> None:
-    dtype = dtype_of(stream, first.dtype)
+def _check(operand: str, x: Tensor, of: Tensor, first: Tensor) -> None:
+    dtype = dtype_of(operand, first.dtype)
     fits = x.shape == of.shape and x.dtype == dtype and x.device == first.device
     if not fits or x.layout != torch.strided or first.dtype not in native.DTYPES:
         raise ValueError(
-            f"A tensor of {stream} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; needed is "
-            f"a dense {dtype} of shape {tuple(of.shape)} on {first.device}."
+            f"A tensor of {operand} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; needed "
+            f"is a dense {dtype} of shape {tuple(of.shape)} on {first.device}."
         )
 
 
@@ -136,13 +136,13 @@ def _check_backend(kernel: Kernel, device: torch.device) -> None:
 
 
 def _wanted(call: Call, count: int, wanted: Sequence[bool]) -> dict[str, list[bool]]:
-    """Return which derivatives are wanted, by stream."""
-    streams = call.written.backward.output_streams
-    if len(wanted) != len(streams) * count:
+    """Return which derivatives are wanted, by operand."""
+    operands = call.written.backward.output_operands
+    if len(wanted) != len(operands) * count:
         raise ValueError(
-            f"wanted must have {count} entries for each of {streams}, got {len(wanted)} in all."
+            f"wanted must have {count} entries for each of {operands}, got {len(wanted)} in all."
         )
-    return columns_of(streams, wanted) if streams else {}
+    return columns_of(operands, wanted) if operands else {}
 
 
 def update(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
@@ -152,9 +152,9 @@ def update(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     columns, like = inputs_of(call, tensors)
     _check_backend(kernel, like[0].device)
     numbers, rows = call.numbers(), call.row_of_each(len(like))
-    everything = dict.fromkeys(kernel.output_streams)
+    everything = dict.fromkeys(kernel.output_operands)
     outputs = launch(kernel, columns, like, everything, numbers, _or_none(rows, numbers))
-    return [x for stream in kernel.output_streams for x in outputs[stream]]
+    return [x for operand in kernel.output_operands for x in outputs[operand]]
 
 
 def update_backward(
@@ -170,9 +170,9 @@ def update_backward(
         return []
     _check_backend(kernel, like[0].device)
     numbers, rows = call.numbers(backward=True), call.row_of_each(len(like))
-    own: dict[str, Any] = {stream: columns[stream] for stream in kernel.inputs}
+    own: dict[str, Any] = {operand: columns[operand] for operand in kernel.inputs}
     outputs = launch(kernel, own, like, mask, numbers, _or_none(rows, numbers))
-    return [x for s in kernel.output_streams for x in outputs[s] if x is not None]
+    return [x for s in kernel.output_operands for x in outputs[s] if x is not None]
 
 
 def _or_none(rows: Sequence[int], numbers: Sequence[Any]) -> Sequence[int] | None:
@@ -184,8 +184,8 @@ def fake_update(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     call = Call(*rest)
     _, like = inputs_of(call, tensors)
     return [
-        torch.empty_like(x, dtype=dtype_of(stream, like[0].dtype))
-        for stream in call.written.forward.output_streams
+        torch.empty_like(x, dtype=dtype_of(operand, like[0].dtype))
+        for operand in call.written.forward.output_operands
         for x in like
     ]
 
@@ -198,8 +198,8 @@ def fake_update_backward(
     call = Call(*arguments)
     _, like = inputs_of(call, tensors, bars)
     return [
-        torch.empty_like(x, dtype=dtype_of(stream, like[0].dtype))
-        for stream, mask in _wanted(call, len(like), wanted).items()
+        torch.empty_like(x, dtype=dtype_of(operand, like[0].dtype))
+        for operand, mask in _wanted(call, len(like), wanted).items()
         for x, needed in zip(like, mask)
         if needed
     ]

@@ -5,7 +5,7 @@ Importing this module makes ``torch.ops.torchopt.update``, which computes a kern
 told by its text (``written.py``). In eager mode the engine does not use them, for a call through
 the dispatcher costs more than a small update.
 
-The tensors are a flat list, stream by stream (all gradients, then all parameters, ...), in the
+The tensors are a flat list, operand by operand (all gradients, then all parameters, ...), in the
 order in which the kernel reads them; so are the results. ``values`` are rows of hyperparameters,
 one after the other, each with a step count in ``steps``; ``live`` is a tensor that takes the place
 of ``values`` where they are not known while tracing. ``rows`` says which row each parameter has.
@@ -22,15 +22,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    is_legacy_batchedtensor,
-)
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from torchopt.base.numerics import to_compute_dtype
+from torchopt.base.torch_internals import (
+    AutoDispatchBelowAutograd,
+    SingleLevelFunction,
+    after_autograd_keyset,
+    enable_single_level_autograd_function,
+    in_forward_mode,
+    is_legacy_batchedtensor,
+)
 from torchopt.kernels.generate.written import evaluate
 from torchopt.kernels.library.operator_calls import (
     Call,
@@ -63,11 +65,11 @@ def _evaluated(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     numbers = call.numbers()
     results: list[dict[str, Tensor]] = []
     for k, row in enumerate(call.row_of_each(len(like))):
-        own = {stream: to_compute_dtype(column[k]) for stream, column in columns.items()}
+        own = {operand: to_compute_dtype(column[k]) for operand, column in columns.items()}
         results.append(evaluate(kernel, own, numbers[row]))
     return tuple(
-        result[stream].to(dtype_of(stream, like[0].dtype))
-        for stream in kernel.output_streams
+        result[operand].to(dtype_of(operand, like[0].dtype))
+        for operand in kernel.output_operands
         for result in results
     )
 
@@ -79,7 +81,7 @@ def _evaluated_backward(
     full = tuple(torch.zeros_like(o) if b is None else b for o, b in zip(outputs, bars))
     written = call.written
     columns = columns_of(written.forward.inputs, vjp(full))
-    found = [x for stream in written.backward.output_streams for x in columns[stream]]
+    found = [x for operand in written.backward.output_operands for x in columns[operand]]
     return tuple(x for x, needed in zip(found, wanted) if needed)
 
 
@@ -88,7 +90,7 @@ def _evaluated_backward(
 
 # Nodes of one level of torch.func. ``torch.autograd.Function`` is this class and an ``apply`` that
 # treats all levels at once; the dispatcher comes to an operator for each of them.
-class _Update(_SingleLevelFunction):
+class _Update(SingleLevelFunction):
     """``apply(call, *tensors)``; the derivative is the backward kernel."""
 
     @staticmethod
@@ -110,20 +112,20 @@ class _Update(_SingleLevelFunction):
         needs = columns_of(written.forward.inputs, ctx.needs_input_grad[1:])
         count = len(next(iter(needs.values())))
         derivatives: dict[str, list[Any]] = {s: [None] * count for s in needs}
-        wanted = [need for s in written.backward.output_streams for need in needs[s]]
+        wanted = [need for s in written.backward.output_operands for need in needs[s]]
         if any(wanted) and any(bar is not None for bar in bars):
             own = list(bars), list(ctx.saved_tensors), *call.arguments(), wanted
             found = iter(torch.ops.torchopt.update_backward(*own))
-            for stream in written.backward.output_streams:
-                derivatives[stream] = [next(found) if need else None for need in needs[stream]]
-        incoming = columns_of([f"bar_{s}" for s in written.forward.output_streams], bars)
-        for stream, bar in written.passes.items():
-            pairs = zip(incoming[bar], needs[stream])
-            derivatives[stream] = [x if need else None for x, need in pairs]
+            for operand in written.backward.output_operands:
+                derivatives[operand] = [next(found) if need else None for need in needs[operand]]
+        incoming = columns_of([f"bar_{s}" for s in written.forward.output_operands], bars)
+        for operand, bar in written.passes.items():
+            pairs = zip(incoming[bar], needs[operand])
+            derivatives[operand] = [x if need else None for x, need in pairs]
         return (None, *(x for column in derivatives.values() for x in column))
 
 
-class _UpdateBackward(_SingleLevelFunction):
+class _UpdateBackward(SingleLevelFunction):
     """``apply(call, given, wanted, *bars, *tensors)``; the derivative is that of plain torch."""
 
     @staticmethod
@@ -159,7 +161,7 @@ def _below(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
     ``Function.forward`` runs without grad mode, in which the levels of ``torch.func`` around this
     one would record nothing: derivatives of derivatives would be zero.
     """
-    with torch.enable_grad(), _AutoDispatchBelowAutograd():
+    with torch.enable_grad(), AutoDispatchBelowAutograd():
         return tuple(operator(*arguments))
 
 
@@ -186,12 +188,12 @@ def _refuse_recorded_values(live: Tensor | None) -> None:
 def _autograd_update(keys: Any, tensors: list[Tensor], *rest: Any) -> Sequence[Tensor]:
     call = Call(*rest)
     _refuse_recorded_values(call.live)
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return list(_evaluated(call, tensors))
     if _recorded(tensors):
         return _node(_Update, call, *tensors)
-    keys = keys & torch._C._after_autograd_keyset
-    with _AutoDispatchBelowAutograd():
+    keys = keys & after_autograd_keyset
+    with AutoDispatchBelowAutograd():
         return torch.ops.torchopt.update.default.redispatch(keys, tensors, *rest)
 
 
@@ -201,14 +203,14 @@ def _autograd_update_backward(
     *arguments, wanted = rest
     call = Call(*arguments)
     _refuse_recorded_values(call.live)
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return list(_evaluated_backward(call, bars, tensors, wanted))
     if _recorded([*bars, *tensors]):
         given = [bar is not None for bar in bars]
         there = [bar for bar in bars if bar is not None]
         return _node(_UpdateBackward, call, given, wanted, *there, *tensors)
-    keys = keys & torch._C._after_autograd_keyset
-    with _AutoDispatchBelowAutograd():
+    keys = keys & after_autograd_keyset
+    with AutoDispatchBelowAutograd():
         return torch.ops.torchopt.update_backward.default.redispatch(keys, bars, tensors, *rest)
 
 

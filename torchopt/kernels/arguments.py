@@ -17,11 +17,11 @@ from torchopt.kernels.rules import Rules
 Values = Sequence[tuple[Sequence[float], int]]
 
 
-class Operands(NamedTuple):
+class Arguments(NamedTuple):
     """What a kernel call reads.
 
     Attributes:
-        columns: The input streams.
+        columns: The input operands.
         given: The hyperparameters that are tensors, as they are.
         values: Rows of hyperparameters and the step count.
         indices: The row of each parameter, or of each piece; ``None`` for the only one.
@@ -47,13 +47,13 @@ def with_hypers(
     values: Values,
     indices: list[int] | None,
     sums: bool,
-) -> Operands:
-    """Return the operands of a call some of whose hyperparameters are tensors.
+) -> Arguments:
+    """Return the arguments of a call some of whose hyperparameters are tensors.
 
     Those with one entry are among the numbers; others get the shape of the gradient.
 
     Args:
-        columns: The tensors of all streams.
+        columns: The tensors of all operands.
         program: The kernels.
         rule: The same computation by the rules.
         values: Rows of hyperparameters and the step count.
@@ -63,33 +63,33 @@ def with_hypers(
     given = {s: columns.pop(s) for s in rule.hyper_dims}
     like: Any = columns["p"] if "p" in columns else columns["g"]
     pieces, known = 1, True
-    for stream, own in given.items():
-        if program.summed(stream):
+    for operand, own in given.items():
+        if program.summed(operand):
             pieces = max(pieces, own[0].numel())
-            known = known and (pieces == 1 or _is_known(stream, own, values))
+            known = known and (pieces == 1 or _is_known(operand, own, values))
             continue
         dtype = slot_dtype(like[0].dtype)
-        columns[stream] = [
+        columns[operand] = [
             h
             if h.dtype == dtype and h.shape == x.shape
-            else rule.aligned(stream, k, h, x).to(dtype).expand(x.shape)
+            else rule.aligned(operand, k, h, x).to(dtype).expand(x.shape)
             for k, (h, x) in enumerate(zip(own, like))
         ]
     if pieces == 1 or (known and not sums):
-        return Operands(columns, given, values, indices, 1)
+        return Arguments(columns, given, values, indices, 1)
     each = [k for k in indices or [0] * len(like) for _ in range(pieces)]
     if known:
-        return Operands(columns, given, values, each, pieces)
+        return Arguments(columns, given, values, each, pieces)
     rows = [(list(values[k][0]), values[k][1]) for k in each]
-    for stream, own in given.items():
-        if program.summed(stream):
+    for operand, own in given.items():
+        if program.summed(operand):
             found = torch.stack([h.detach().reshape(-1) for h in own]).tolist()
             for (row, _), number in zip(rows, (number for one in found for number in one)):
-                row[int(stream[1:])] = number
-    return Operands(columns, given, rows, list(range(len(rows))), pieces)
+                row[int(operand[1:])] = number
+    return Arguments(columns, given, rows, list(range(len(rows))), pieces)
 
 
-def _is_known(stream: str, own: Sequence[Tensor], values: Values) -> bool:
+def _is_known(operand: str, own: Sequence[Tensor], values: Values) -> bool:
     """Whether a batch of hyperparameters is one number for all examples, and was read."""
     repeated = all(step == 0 or size == 1 for h in own for step, size in zip(h.stride(), h.shape))
-    return repeated and not any(isnan(row[int(stream[1:])]) for row, _ in values)
+    return repeated and not any(isnan(row[int(operand[1:])]) for row, _ in values)

@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from torchopt.base.torch_internals import TensorGuards as _Guards
 
-_dynamo: Any = getattr(torch._C, "_dynamo", None)
-_Guards: Any = getattr(getattr(_dynamo, "guards", None), "TensorGuards", None)
+
 KINDS = 4  # first step and later ones, with and without grad
 
 
-class Alike:
+class KnownSignatures:
     """Kinds of lists of tensors: the same number, and each as the one at its place was.
 
     Of a tensor the kind is its class, dispatch keys (device type, layout, conjugate and negative

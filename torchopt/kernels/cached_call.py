@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.base.alike import Alike
+from torchopt.base.signatures import KnownSignatures
 from torchopt.core.engine import Call
 from torchopt.core.packed import Packed, Packing
 from torchopt.core.plan import Plan
@@ -17,45 +17,45 @@ from torchopt.kernels.assignment import inputs_of
 from torchopt.kernels.backends.memory import slot_dtype
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.generate.program import UPDATE, Program
-from torchopt.kernels.matching import Run
+from torchopt.kernels.matching import Segment
 from torchopt.kernels.reading import PLAIN
 from torchopt.kernels.rows import Rows, read_rows, unfit_hypers
 from torchopt.kernels.rules import Rules
 
 
-#: How many programs a memo tells about: those of a first step, of later ones, of other numbers.
+#: How many programs a cached tells about: those of a first step, of later ones, of other numbers.
 PROGRAMS = 16
 
 
 @dataclasses.dataclass
-class Memo:
+class CachedCall:
     """What an update found out.
 
     Attributes:
-        run: All parts of the plan.
+        segment: All parts of the plan.
         rows: The hyperparameters of all parameters.
         dtype: Of gradients and parameters.
         device: Of everything.
         present: For each slot, whether it is a tensor.
         apply: Whether the updates were added to the parameters.
-        streams: For each program that ran, its inputs and outputs that are packed.
+        operands: For each program that ran, its inputs and outputs that are packed.
         known: Gradients and parameters that fitted.
     """
 
-    run: Run
+    segment: Segment
     rows: Rows
     dtype: torch.dtype
     device: torch.device
     present: tuple[bool, ...]
     apply: bool
-    streams: dict[Program, tuple[frozenset[str], frozenset[str]]]
-    known: Alike
+    operands: dict[Program, tuple[frozenset[str], frozenset[str]]]
+    known: KnownSignatures
 
-    def is_like(self, other: Memo | None) -> bool:
-        """Whether another memo tells of the same updates: other programs may have run."""
+    def is_like(self, other: CachedCall | None) -> bool:
+        """Whether another cached tells of the same updates: other programs may have run."""
         return (
             other is not None
-            and self.run is other.run
+            and self.segment is other.segment
             and self.rows.are(other.rows)
             and (self.dtype, self.device) == (other.dtype, other.device)
             and (self.present, self.apply) == (other.present, other.apply)
@@ -77,41 +77,48 @@ class Memo:
         return fit
 
 
-def remember(run: Run, call: Call, group: Group, apply: bool) -> None:
+def remember(segment: Segment, call: Call, group: Group, apply: bool) -> None:
     """Keep what an update of all parameters at once found out with the packing of its slots."""
     rule = group.rule
     packing = rule.packing or call.packing
     if packing is None or group.count != len(call.g):
         return
-    packed_out = frozenset(s for s in group.kernel.output_streams if s != UPDATE)
-    rows = None if rule.packed_out != packed_out else read_rows(run, call.hyper)
+    packed_out = frozenset(s for s in group.kernel.output_operands if s != UPDATE)
+    rows = None if rule.packed_out != packed_out else read_rows(segment, call.hyper)
     if rows is None:
         return
-    memo = Memo(run, rows, call.g[0].dtype, call.g[0].device, rule.present, apply, {}, Alike())
-    if memo.is_like(packing.memo):
-        memo.streams, memo.known = packing.memo.streams, packing.memo.known
-        if len(memo.streams) >= PROGRAMS:
-            memo.streams = {}
-    memo.streams[group.program] = rule.packed_in, packed_out
-    packing.memo = memo
+    cached = CachedCall(
+        segment, rows, call.g[0].dtype, call.g[0].device, rule.present, apply, {}, KnownSignatures()
+    )
+    if cached.is_like(packing.cached):
+        cached.operands, cached.known = packing.cached.operands, packing.cached.known
+        if len(cached.operands) >= PROGRAMS:
+            cached.operands = {}
+    cached.operands[group.program] = rule.packed_in, packed_out
+    packing.cached = cached
 
 
-def group_again(plan: Plan, call: Call, apply: bool) -> tuple[Run, Group] | None:
+def cached_group(plan: Plan, call: Call, apply: bool) -> tuple[Segment, Group] | None:
     """Return what one kernel call needs if everything is as the last update had it, else ``None``.
 
     Only the gradients, the parameters, the slots and the step count are other ones.
     """
     packing = call.packing or _packing_of(call)
-    memo: Memo | None = None if packing is None else packing.memo
-    if packing is None or memo is None or memo.run.plan is not plan or memo.apply != apply:
+    cached: CachedCall | None = None if packing is None else packing.cached
+    if (
+        packing is None
+        or cached is None
+        or cached.segment.plan is not plan
+        or cached.apply != apply
+    ):
         return None
     t = call.t[0]
-    if not memo.rows.stand_for(call.hyper):
+    if not cached.rows.stand_for(call.hyper):
         return None
     if type(t) is not int or call.t.count(t) != len(call.t):
         return None
-    dtype = slot_dtype(memo.dtype)
-    for name, there in zip(memo.run.slots, memo.present):
+    dtype = slot_dtype(cached.dtype)
+    for name, there in zip(cached.segment.slots, cached.present):
         column: Any = call.slots[name]
         if not there:
             if any(value is not None for value in column):
@@ -119,41 +126,43 @@ def group_again(plan: Plan, call: Call, apply: bool) -> tuple[Run, Group] | None
             continue
         if type(column) is not Packed or column.packing is not packing:
             return None
-        if column.flat.dtype != dtype or column.flat.device != memo.device:
+        if column.flat.dtype != dtype or column.flat.device != cached.device:
             return None
-    if not memo.fits(call.g, packing.shapes) or not memo.fits(call.p, packing.shapes):
+    if not cached.fits(call.g, packing.shapes) or not cached.fits(call.p, packing.shapes):
         return None
-    return _grouped(memo, packing, call, t)
+    return _grouped(cached, packing, call, t)
 
 
-def _grouped(memo: Memo, packing: Packing, call: Call, t: int) -> tuple[Run, Group] | None:
-    run, mode = memo.run, "apply" if memo.apply else "update"
-    values = memo.rows.values()
-    program = memo.rows.program(run, values, t, memo.present, True)
-    streams = None if program is None else memo.streams.get(program)
-    if program is None or streams is None:
+def _grouped(
+    cached: CachedCall, packing: Packing, call: Call, t: int
+) -> tuple[Segment, Group] | None:
+    segment, mode = cached.segment, "apply" if cached.apply else "update"
+    values = cached.rows.values()
+    program = cached.rows.program(segment, values, t, cached.present, True)
+    operands = None if program is None else cached.operands.get(program)
+    if program is None or operands is None:
         return None
     tensors: dict[str, list[Tensor]] = {}
     if program.kinds:
-        tensors = {stream: memo.rows.of_each(stream) for stream in program.hypers(mode)}
+        tensors = {operand: cached.rows.of_each(operand) for operand in program.hypers(mode)}
         if unfit_hypers(program, mode, tensors, call.g):
             return None
     kernel = program.kernels[mode]
     rules = Rules(
-        run,
+        segment,
         call.hyper,
         [t] * len(call.t),
-        memo.present,
+        cached.present,
         True,
-        memo.apply,
+        cached.apply,
         inputs_of(program, mode),
-        kernel.output_streams,
-        {stream: [x.dim() for x in column] for stream, column in tensors.items()},
-        *streams,
-        packing if any(streams) else None,
+        kernel.output_operands,
+        {operand: [x.dim() for x in column] for operand, column in tensors.items()},
+        *operands,
+        packing if any(operands) else None,
     )
     steps = [(row, t) for row in values]
-    return run, Group(program, mode, len(call.g), memo.rows.indices, steps, rules)
+    return segment, Group(program, mode, len(call.g), cached.rows.indices, steps, rules)
 
 
 def _packing_of(call: Call) -> Packing | None:

@@ -1,4 +1,4 @@
-"""README's table of optimizers and its list of transformations: ``python docs/catalogue.py``.
+"""README's table of optimizers and its list of transformations: ``python docs/readme_tables.py``.
 
 They are made from what ``torchopt`` exports and from the first lines of docstrings;
 ``tests/test_table.py`` holds README to them.
@@ -16,7 +16,7 @@ import torchopt
 
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- {}: made by docs/catalogue.py -->\n", "<!-- end of {} -->\n"
+BEGIN, END = "<!-- {}: made by docs/readme_tables.py -->\n", "<!-- end of {} -->\n"
 
 
 def optimizers() -> str:
