@@ -57,6 +57,7 @@ class Algorithm:
         forgets_start: Whether the first update leaves nothing of a slot as it was.
         starts_moving: Whether its momentum does not start at zero: then parameters move without
             gradients, too.
+        rests: How many steps at the start move nothing, and only fill slots.
         formula: What it does in closed form, or ``None``.
         reference: A slow copy that follows the paper, in ``references/``: the oracle of values and
             derivatives for what torch has not.
@@ -89,6 +90,7 @@ class Algorithm:
     flat: tuple[str, ...] = ()
     forgets_start: bool = False
     starts_moving: bool = False
+    rests: int = 0
     formula: ClosedForm | None = None
     reference: Callable[..., Any] | None = None
     oracle: str = ""

@@ -13,10 +13,13 @@ import closed_forms
 import pytest
 import references.adabelief
 import references.adan
+import references.ademamix
+import references.adopt
 import references.lamb
 import references.lars
 import references.lion
 import references.novograd
+import references.optimistic_gradient_descent
 import references.sign_sgd
 import references.yogi
 import torch
@@ -370,6 +373,62 @@ ALGORITHMS = (
         bounds={"momentum": ">= 0 and < 1"},
     ),
     Algorithm(
+        torchopt.adopt,
+        torchopt.ADOPT,
+        torchopt.MetaADOPT,
+        None,
+        {
+            # a step in which eps or a bound rules does not depend on the other numbers: see
+            # test_adopt.py
+            "": {"lr": 0.03, "betas": (0.8, 0.7)},
+            "decoupled": {
+                "lr": 0.03,
+                "betas": (0.7, 0.9),
+                "weight_decay": 0.2,
+                "decoupled_weight_decay": True,
+                "use_clipping": False,
+            },
+        },
+        slots=("exp_avg", "exp_avg_sq"),
+        rests=1,
+        bounds={"clip_exponent": ">= 0"},
+        reference=references.adopt.adopt,
+    ),
+    Algorithm(
+        torchopt.ademamix,
+        torchopt.AdEMAMix,
+        torchopt.MetaAdEMAMix,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95, 0.97), "alpha": 3.0, "eps": 1e-8},
+            "warm-up-decay": {
+                "lr": 0.03,
+                "betas": (0.6, 0.9, 0.9),
+                "alpha": 2.0,
+                "eps": 1e-3,
+                "weight_decay": 0.2,
+                "alpha_warmup": 3,
+                "beta3_warmup": 4,
+            },
+        },
+        slots=("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
+        decoupled_decay=True,
+        bounds={"alpha": ">= 0", "alpha_warmup": ">= 0", "beta3_warmup": ">= 0"},
+        reference=references.ademamix.ademamix,
+    ),
+    Algorithm(
+        torchopt.optimistic_gradient_descent,
+        torchopt.OptimisticGradientDescent,
+        torchopt.MetaOptimisticGradientDescent,
+        None,
+        {"": {"lr": 0.05, "alpha": 0.8, "beta": 0.6}},
+        slots=("previous_grad",),
+        linear=True,
+        forgets_start=True,
+        bounds={"alpha": "any number", "beta": "any number"},
+        reference=references.optimistic_gradient_descent.optimistic_gradient_descent,
+    ),
+    Algorithm(
         torchopt.schedule_free_sgd,
         torchopt.SGDScheduleFree,
         torchopt.MetaSGDScheduleFree,
@@ -455,6 +514,38 @@ MATRIX_ALGORITHMS = (
     ),
 )
 
+#: Those that need the value of the loss at each step: the laws of arguments hold for them, too.
+VALUE_ALGORITHMS = (
+    Algorithm(
+        torchopt.polyak_sgd,
+        torchopt.PolyakSGD,
+        torchopt.MetaPolyakSGD,
+        None,
+        {"": {"lr": 0.7, "max_learning_rate": 0.8, "f_min": 0.1, "eps": 0.2, "variant": "sps+"}},
+        size="all",
+        fused=False,
+        oracle="test_polyak.py",
+        bounds={"max_learning_rate": ">= 0", "f_min": "any number"},
+    ),
+)
+
+#: Those that move a parameter by its name, too: two parameters that are alike move apart.
+NOISY_ALGORITHMS = (
+    Algorithm(
+        torchopt.noisy_sgd,
+        torchopt.NoisySGD,
+        torchopt.MetaNoisySGD,
+        None,
+        {"": {"lr": 0.05, "eta": 0.3, "gamma": 0.8, "seed": 5}},
+        fused=False,
+        oracle="test_noisy_sgd.py",
+        bounds={"eta": ">= 0", "gamma": ">= 0", "seed": ">= 0 and < 4294967296"},
+    ),
+)
+
+#: What the general laws do not hold of.
+SPECIAL_ALGORITHMS = MATRIX_ALGORITHMS + VALUE_ALGORITHMS + NOISY_ALGORITHMS
+
 CASES = tuple(case for algorithm in ALGORITHMS for case in algorithm.cases())
 
 
@@ -532,9 +623,9 @@ every_formula_case = every(lambda case: case.algorithm.formula)
 every_dense_case = every(lambda case: not case.sparse)
 every_sparse_case = every(lambda case: case.sparse)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
-#: Those too that take matrices only.
+#: Those too that the general laws do not hold of.
 every_row = pytest.mark.parametrize(
-    "algorithm", ALGORITHMS + MATRIX_ALGORITHMS, ids=lambda a: a.name
+    "algorithm", ALGORITHMS + SPECIAL_ALGORITHMS, ids=lambda a: a.name
 )
 #: Each algorithm with every other one; ``make test`` runs each with the next one of the table.
 every_pair = pytest.mark.parametrize(

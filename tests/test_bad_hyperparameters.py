@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from algorithms import Algorithm
-from cases import ALGORITHMS, MATRIX_ALGORITHMS, every_algorithm, every_row
+from cases import ALGORITHMS, SPECIAL_ALGORITHMS, every_algorithm, every_row
 from conftest import nonzero, nonzero_like
 from refusing import params_of, refused
 from torch import nn
@@ -172,7 +172,7 @@ def test_numbers_of_a_parameter_as_a_whole_have_no_value_per_entry(algorithm: Al
 #: Each argument that is a pair, of each algorithm.
 PAIRS = [
     (algorithm, name)
-    for algorithm in ALGORITHMS + MATRIX_ALGORITHMS
+    for algorithm in ALGORITHMS + SPECIAL_ALGORITHMS
     for name, default in algorithm.defaults().items()
     if isinstance(default, tuple)
 ]

@@ -237,7 +237,8 @@ def test_meta_gradient(case: Case, kind: str, steps: int, wrt: str, face: str) -
 @every_case
 def test_grid_is_not_trivial(case: Case, kind: str) -> None:
     """After some steps every number that is not flat matters to the outer loss, above rounding."""
-    _, derivatives = oracle(case, kind, "hyperparameters", case.algorithm.settled)
+    steps = case.algorithm.settled + case.algorithm.rests
+    _, derivatives = oracle(case, kind, "hyperparameters", steps)
     for name, (derivative, _) in derivatives.items():
         if case.flat(name):
             assert derivative.abs() < 1e-12, f"{name} is not flat: {derivative}"
@@ -263,7 +264,7 @@ def test_one_hyperparameter_per_element(case: Case) -> None:
         params = {part: problem("polynomial")[part] for part in PARTS}
         tx = case.tx({name: {"a": v, "b": case.value(name)} for name, v in values.items()})
         state = tx.init(params)
-        for _ in range(case.algorithm.settled):
+        for _ in range(case.algorithm.settled + case.algorithm.rests):
             grads = torch.func.grad(functools.partial(inner_loss, "polynomial"))(params)
             updates, state = tx.update(grads, state, params, inplace=False)
             params = torchopt.apply_updates(params, updates, inplace=False)

@@ -242,7 +242,8 @@ def test_jacobians_of_the_unrolled_loop_agree(case: Any) -> None:
     tx, params, x = case.tx(), start(), nonzero(3)
 
     def function(b: Tensor) -> Tensor:
-        return unroll(tx, {"w": params["w"], "b": b}, x, 2)["w"].reshape(-1)
+        steps = 2 + case.algorithm.rests
+        return unroll(tx, {"w": params["w"], "b": b}, x, steps)["w"].reshape(-1)
 
     reverse = jacrev(function)(params["b"])
     assert reverse.shape == (6, 2)

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import torch
 from algorithms import Algorithm
-from cases import ALGORITHMS, CASES, MATRIX_ALGORITHMS, Case, every_algorithm, every_case, every_row
+from cases import (
+    ALGORITHMS,
+    CASES,
+    SPECIAL_ALGORITHMS,
+    Case,
+    every_algorithm,
+    every_case,
+    every_row,
+)
 from conftest import nonzero, nonzero_like
 from fusing import needs_library
 from tolerances import assert_close
@@ -33,7 +41,7 @@ def named_classes(base: type) -> set[type]:
 
 
 def test_every_optimizer_has_a_row() -> None:
-    algorithms = ALGORITHMS + MATRIX_ALGORITHMS
+    algorithms = ALGORITHMS + SPECIAL_ALGORITHMS
     assert named_classes(torchopt.Optimizer) == {row.cls for row in algorithms}
     assert named_classes(torchopt.MetaOptimizer) == {row.meta for row in algorithms} - {None}
     for names in ([row.name for row in algorithms], [case.name for case in CASES]):
@@ -53,7 +61,7 @@ def test_the_faces_are_of_one_algorithm(algorithm: Algorithm) -> None:
 def test_readme_lists_what_there_is() -> None:
     text = readme_tables.README.read_text(encoding="utf-8")
     assert readme_tables.written(text) == text, "run `python docs/readme_tables.py`"
-    for row in ALGORITHMS + MATRIX_ALGORITHMS:
+    for row in ALGORITHMS + SPECIAL_ALGORITHMS:
         assert f"| `{row.name}` |" in text
 
 

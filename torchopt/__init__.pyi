@@ -94,6 +94,18 @@ from torchopt.optimizers.adan import (
     MetaAdan as MetaAdan,
     scale_by_adan as scale_by_adan,
 )
+from torchopt.optimizers.ademamix import (
+    AdEMAMix as AdEMAMix,
+    ademamix as ademamix,
+    MetaAdEMAMix as MetaAdEMAMix,
+    scale_by_ademamix as scale_by_ademamix,
+)
+from torchopt.optimizers.adopt import (
+    ADOPT as ADOPT,
+    adopt as adopt,
+    MetaADOPT as MetaADOPT,
+    scale_by_adopt as scale_by_adopt,
+)
 from torchopt.optimizers.lamb import LAMB as LAMB, lamb as lamb, MetaLAMB as MetaLAMB
 from torchopt.optimizers.lars import LARS as LARS, lars as lars, MetaLARS as MetaLARS
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS
@@ -116,11 +128,29 @@ from torchopt.optimizers.nadam import (
     nadam as nadam,
     scale_by_nadam as scale_by_nadam,
 )
+from torchopt.optimizers.noisy_sgd import (
+    add_noise as add_noise,
+    MetaNoisySGD as MetaNoisySGD,
+    noisy_sgd as noisy_sgd,
+    NoisySGD as NoisySGD,
+)
 from torchopt.optimizers.novograd import (
     MetaNovoGrad as MetaNovoGrad,
     NovoGrad as NovoGrad,
     novograd as novograd,
     scale_by_novograd as scale_by_novograd,
+)
+from torchopt.optimizers.optimistic import (
+    MetaOptimisticGradientDescent as MetaOptimisticGradientDescent,
+    optimistic_gradient_descent as optimistic_gradient_descent,
+    OptimisticGradientDescent as OptimisticGradientDescent,
+    scale_by_optimistic_gradient as scale_by_optimistic_gradient,
+)
+from torchopt.optimizers.polyak import (
+    MetaPolyakSGD as MetaPolyakSGD,
+    polyak_sgd as polyak_sgd,
+    PolyakSGD as PolyakSGD,
+    scale_by_polyak as scale_by_polyak,
 )
 from torchopt.optimizers.radam import (
     MetaRAdam as MetaRAdam,

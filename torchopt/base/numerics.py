@@ -52,6 +52,11 @@ def power(base: Any, exponent: Any) -> Any:
     return base**exponent
 
 
+def logarithm(x: Any) -> Any:
+    """Return the natural logarithm of a number or a tensor; also where a rule is traced."""
+    return math.log(x) if type(x) in (int, float) else x.log()
+
+
 def derivatives_recorded() -> bool:
     """Whether reverse- or forward-mode differentiation may be looking at what is computed now."""
     return torch.is_grad_enabled() or in_forward_mode()

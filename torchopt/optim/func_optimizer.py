@@ -83,7 +83,7 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         state = self.transformation.init(params) if self.state is None else self.state
         gradient_tree = tree.unflatten(spec, grads)
         new_params, self.state = self.transformation.apply_gradients(
-            gradient_tree, state, params, inplace=inplace
+            gradient_tree, state, params, inplace=inplace, value=loss.detach() if inplace else loss
         )
         if not inplace:
             step_tags.note_create_graph(tree.flatten(new_params)[0], True)

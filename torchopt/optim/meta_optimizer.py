@@ -185,7 +185,9 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             grads = marks.filtered(params, grads, create_graph)
         steady, call = self._next_call(entries, params, grads)
         whole.begin(self.transformation.plan, self._pairs, call)
+        call.extra = {"value": loss if create_graph else loss.detach()}
         weights, slots = advance(self.transformation, call, apply=True)
+        call.extra = {}  # calls are kept, and would keep the graph of the loss
         new_weights = [
             w if w is None or track else w.detach().requires_grad_(True) for w in weights
         ]

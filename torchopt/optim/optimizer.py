@@ -185,7 +185,8 @@ class Optimizer(torch.optim.Optimizer):
         """Update the parameters from their ``grad``; those without one stay.
 
         Args:
-            closure: Re-evaluates the model and returns the loss.
+            closure: Re-evaluates the model and returns the loss. Rules that read the loss (as
+                ``value``, of :func:`torchopt.polyak_sgd`) get it from here.
 
         Returns:
             What ``closure`` returned, or ``None``.
@@ -209,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._schedules.any:
             self._schedules.write(self.param_groups, self._count)
         if type(None) in types or self._lent or not self._step_in_place(grads):
-            self._step_by_engine(params, grads)
+            self._step_by_engine(params, grads, loss)
         if self._schedules.any:
             self._schedules.write(self.param_groups, self._count, soon=True)
         return loss
@@ -232,13 +233,15 @@ class Optimizer(torch.optim.Optimizer):
             params = [params[k] for k in self._parts.order(self.param_groups)]
         swap_in_place(self, self._call(params, [None] * len(params)), to_eval)
 
-    def _step_by_engine(self, params: list[Tensor], grads: list[Any]) -> None:
+    def _step_by_engine(self, params: list[Tensor], grads: list[Any], loss: Any = None) -> None:
         """Compute updates and slots, then write them: new tensors for slots."""
         self._adopt_schedules(self.param_groups)
         if self._parts is not None:
             order = self._parts.order(self.param_groups)
             params, grads = [params[k] for k in order], [grads[k] for k in order]
         call = self._call(params, grads)
+        if loss is not None:
+            call.extra = {"value": loss}
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)

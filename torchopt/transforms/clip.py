@@ -71,15 +71,23 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
         parts = [_whole(part).to(device=first.device) for part in parts]
         return torch.stack(parts or [_whole(first.new_zeros(()))]).max()
     if order == 2.0:
-        parts = [g.square().sum() for g in tensors]
-    elif order == 1.0:
+        return root(square_sum(tensors))
+    if order == 1.0:
         parts = [g.abs().sum() for g in tensors]
     else:
         parts = [_safe_power(g.abs(), order).sum() for g in tensors]
-    total = torch.stack([_whole(part).to(device=first.device) for part in parts]).sum()
-    if order == 2.0:
-        return root(total)
+    total = _sum(parts)
     return total if order == 1.0 else _safe_power(total, 1.0 / order)
+
+
+def square_sum(tensors: list[Tensor]) -> Tensor:
+    """Return the squared norm of all tensors taken as one vector; see :func:`global_norm`."""
+    return _sum([g.square().sum() for g in tensors])
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    device = parts[0].device
+    return torch.stack([_whole(part).to(device=device) for part in parts]).sum()
 
 
 def _whole(part: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -18,6 +19,18 @@ class Number(NamedTuple):
     """A number of a graph: an expression in ``h`` (the hyperparameters) and ``t`` (the step)."""
 
     source: str
+
+
+def logarithm_or_error(x: float) -> float:
+    """Return a logarithm; as divisions and powers do, it fails with an ``ArithmeticError``."""
+    try:
+        return math.log(x)
+    except ValueError:
+        raise ArithmeticError(f"the logarithm of {x}") from None
+
+
+#: What an expression may call.
+CALLS: dict[str, Callable[..., Any]] = {"abs": abs, "float": float, "log": logarithm_or_error}
 
 
 class Node:

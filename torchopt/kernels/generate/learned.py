@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import make_subclass, temporarily_clear_interpreter_stack
-from torchopt.kernels.generate.graph import Node, Number, input_node, number_node, topological
+from torchopt.kernels.generate.graph import (
+    Node,
+    Number,
+    input_node,
+    logarithm_or_error,
+    number_node,
+    topological,
+)
 from torchopt.kernels.generate.tracing import (
     BINARY,
     COMPARE,
@@ -42,6 +49,7 @@ _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": 
 _ALONE: dict[str, Callable[[Any], Any]] = {
     "neg": lambda x: x * -1.0,
     "abs": lambda x: LearnedNumber.of(abs(x.value), f"abs({x.source})"),
+    "log": lambda x: LearnedNumber.of(_log_of(x.value), f"log({x.source})"),
     "positive": lambda x: x,
     "clone": lambda x: x,
     "square": lambda x: x * x,
@@ -164,6 +172,13 @@ def _computed(sign: str, left: Any, right: Any) -> LearnedNumber:
     return LearnedNumber.of(value, f"({source_of(left)} {sign} {source_of(right)})")
 
 
+def _log_of(value: float) -> float:
+    try:
+        return logarithm_or_error(value)
+    except ArithmeticError:
+        return float("nan")
+
+
 def _compared(sign: str, left: Any, right: Any) -> bool:
     outcome = COMPARE[sign](value_of(left), value_of(right))
     if Guards.active is not None:
@@ -212,6 +227,9 @@ def _slope(node: ast.expr, position: int) -> str:
         case ast.Call(func=ast.Name(id="abs"), args=[operand]):
             inner = _slope(operand, position)
             return inner and f"(({ast.unparse(operand)}) / {text} * {inner})"
+        case ast.Call(func=ast.Name(id="log"), args=[operand]):
+            inner = _slope(operand, position)
+            return inner and f"({inner} / ({ast.unparse(operand)}))"
         case ast.BinOp(left=left, op=op, right=right):
             return _slope_of_two(node, left, right, position) if op else ""
     return ""
@@ -232,7 +250,6 @@ def _slope_of_two(whole: ast.BinOp, left: ast.expr, right: ast.expr, position: i
             terms = [da and f"{da} / {b}", db and f"-{text} / {b} * {db}"]
             return f"({' + '.join(x for x in terms if x)})" if da or db else ""
         case ast.Pow():
-            if db:
-                raise UntraceableError("the exponent of a power is a learned number")
-            return da and f"({b} * {a} ** ({b} - 1.0) * {da})"
+            terms = [da and f"{b} * {a} ** ({b} - 1.0) * {da}", db and f"{text} * log({a}) * {db}"]
+            return f"({' + '.join(x for x in terms if x)})" if da or db else ""
     raise UntraceableError(f"there is no derivative of {text}")

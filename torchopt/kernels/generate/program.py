@@ -13,6 +13,7 @@ import torch
 
 from torchopt.kernels.generate.derivative import derive
 from torchopt.kernels.generate.graph import (
+    CALLS,
     Kernel,
     Node,
     Number,
@@ -280,7 +281,8 @@ def _compile(sources: Any, learned: bool = False) -> Callable[[Sequence[float], 
     Nobody checks what a tensor holds: with one, the root of a negative number is an error.
     """
     body = "".join(f"{source}, " for source in sources)
-    evaluate = eval(f"lambda h, t: ({body})")  # sources are made of symbols, of numbers only
+    # sources are made of symbols, of numbers only
+    evaluate = eval(f"lambda h, t: ({body})", dict(CALLS))
     return functools.partial(_reals, evaluate) if learned and "**" in body else evaluate
 
 

@@ -14,6 +14,7 @@ from torchopt.kernels.generate.graph import (
     Number,
     constant,
     is_number,
+    logarithm_or_error,
     number_node,
 )
 from torchopt.kernels.generate.node_functions import MORE_FUNCTIONS, is_truth, square
@@ -79,6 +80,10 @@ class SymbolicNumber(float):
 
     def __abs__(self) -> SymbolicNumber:
         return SymbolicNumber(abs(self.value), f"abs({self.source})")
+
+    def log(self) -> SymbolicNumber:
+        """Return the logarithm; what asks for it is ``torchopt.base.numerics.logarithm``."""
+        return SymbolicNumber(logarithm_or_error(self.value), f"log({self.source})")
 
     def __pos__(self) -> SymbolicNumber:
         return self

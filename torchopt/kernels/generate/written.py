@@ -25,6 +25,7 @@ from torch import Tensor
 from torchopt.base.numerics import root
 from torchopt.kernels.generate.derivative import derive
 from torchopt.kernels.generate.graph import (
+    CALLS,
     OPERATIONS,
     Kernel,
     Node,
@@ -147,7 +148,7 @@ def _check_floats(node: ast.expr, depth: int = 0) -> None:
         case ast.BinOp(left=left, op=op, right=right) if isinstance(op, _OPERATORS):
             _check_floats(left, depth)
             _check_floats(right, depth)
-        case ast.Call(func=ast.Name(id="abs"), args=[argument], keywords=[]):
+        case ast.Call(func=ast.Name(id="abs" | "log"), args=[argument], keywords=[]):
             _check_floats(argument, depth)
         case ast.Call(
             func=ast.Name(id="float"),
@@ -163,8 +164,7 @@ def _check_floats(node: ast.expr, depth: int = 0) -> None:
 
 def _function(sources: Sequence[str]) -> Numbers:
     body = "".join(f"{source}, " for source in sources)
-    builtins = {"abs": abs, "float": float}
-    return eval(f"lambda h, t: ({body})", {"__builtins__": builtins})  # read by _checked
+    return eval(f"lambda h, t: ({body})", {"__builtins__": dict(CALLS)})  # read by _checked
 
 
 # Graphs in plain torch ----------------------------------------------------------------------------
