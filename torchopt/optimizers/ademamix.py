@@ -74,11 +74,11 @@ def _part(t: Step, steps: int) -> Any:
     return part.clamp(max=1.0) if isinstance(part, Tensor) else min(part, 1.0)
 
 
-def _slowing(b1: Any, b3: Any, part: Any) -> Any:
+def _slowing(b1: Any, b3: Any, over: Any) -> Any:
     """Return a decay rate between two, whose half-life is a part of the way from one to other."""
-    if not isinstance(part, Tensor) and part == 1.0:
+    if not isinstance(over, Tensor) and over == 1.0:
         return b3
-    half_life = _half_life(b1) * (1 - part) + _half_life(b3) * part
+    half_life = _half_life(b1) * (1 - over) + _half_life(b3) * over
     return 0.0 if is_zero(half_life) else power(0.5, 1 / half_life)
 
 

@@ -156,7 +156,7 @@ def polyak_sgd(
         ...     loss = w.square().sum()
         ...     loss.backward()
         ...     return loss
-        >>> [round(float(optimizer.step(closure)), 4) for _ in range(4)]
+        >>> [round(optimizer.step(closure).item(), 4) for _ in range(4)]
         [14.0, 3.5, 0.875, 0.2188]
 
     Reference:

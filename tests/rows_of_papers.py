@@ -1,0 +1,293 @@
+"""Rows of the table of algorithms (``cases.py``): those that ``torch.optim`` has not."""
+
+from __future__ import annotations
+
+import references.adabelief
+import references.adan
+import references.ademamix
+import references.adopt
+import references.lamb
+import references.lars
+import references.lion
+import references.novograd
+import references.optimistic_gradient_descent
+import references.sign_sgd
+import references.yogi
+from algorithms import Algorithm
+
+import torchopt
+
+
+ROWS_OF_PAPERS = (
+    Algorithm(
+        torchopt.lion,
+        torchopt.Lion,
+        torchopt.MetaLion,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95)},
+            "decay": {"lr": 0.03, "betas": (0.7, 0.9), "weight_decay": 0.2},
+        },
+        slots=("exp_avg",),
+        decoupled_decay=True,
+        flat=("gradients", "betas"),
+        reference=references.lion.lion,
+    ),
+    Algorithm(
+        torchopt.lamb,
+        torchopt.LAMB,
+        torchopt.MetaLAMB,
+        None,
+        {
+            "": {"lr": 0.08, "betas": (0.7, 0.9), "eps": 1e-8},
+            "amsgrad-decay-eps-root": {
+                "lr": 0.08,
+                "betas": (0.7, 0.6),
+                "eps": 1e-3,
+                "weight_decay": 0.2,
+                "amsgrad": True,
+                "eps_root": 1e-2,
+            },
+        },
+        slots=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        size="tensor",
+        fused=False,
+        needs_params=True,
+        reference=references.lamb.lamb,
+    ),
+    Algorithm(
+        torchopt.lars,
+        torchopt.LARS,
+        torchopt.MetaLARS,
+        None,
+        {
+            "": {"lr": 0.05, "momentum": 0.8, "trust_coefficient": 0.2},
+            "dampening-decay": {
+                "lr": 0.05,
+                "momentum": 0.7,
+                "dampening": 0.3,
+                "weight_decay": 0.2,
+                "trust_coefficient": 0.3,
+                "eps": 0.2,
+            },
+            "nesterov": {"lr": 0.05, "momentum": 0.6, "nesterov": True, "trust_coefficient": 0.2},
+        },
+        slots=("momentum_buffer",),
+        size="tensor",
+        fused=False,
+        needs_params=True,
+        reference=references.lars.lars,
+        bounds={"trust_coefficient": ">= 0"},
+    ),
+    Algorithm(
+        torchopt.adabelief,
+        torchopt.AdaBelief,
+        torchopt.MetaAdaBelief,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-8},
+            "decay": {
+                "lr": 0.03,
+                "betas": (0.7, 0.9),
+                "eps": 1e-3,
+                "weight_decay": 0.2,
+                "eps_root": 1e-2,
+            },
+        },
+        slots=("exp_avg", "exp_avg_var"),
+        decoupled_decay=True,
+        reference=references.adabelief.adabelief,
+    ),
+    Algorithm(
+        torchopt.adan,
+        torchopt.Adan,
+        torchopt.MetaAdan,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.7, 0.95), "eps": 1e-8, "weight_decay": 0.2},
+            "no-prox": {
+                "lr": 0.03,
+                "betas": (0.7, 0.8, 0.9),
+                "eps": 1e-3,
+                "weight_decay": 0.3,
+                "no_prox": True,
+            },
+        },
+        slots=("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad"),
+        decoupled_decay=True,
+        shrinks=lambda k: (
+            1 - k["lr"] * k["weight_decay"]
+            if k.get("no_prox")
+            else 1 / (1 + k["lr"] * k["weight_decay"])
+        ),
+        forgets_start=True,
+        reference=references.adan.adan,
+    ),
+    Algorithm(
+        torchopt.yogi,
+        torchopt.Yogi,
+        torchopt.MetaYogi,
+        None,
+        {
+            # numbers for which no gradient comes near the root of its second moment
+            "": {"lr": 0.05, "betas": (0.6, 0.8), "eps": 2e-3},
+            "decay": {"lr": 0.04, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.2},
+        },
+        slots=("exp_avg", "exp_avg_sq"),
+        starts_moving=True,
+        reference=references.yogi.yogi,
+        bounds={"initial_accumulator_value": ">= 0"},
+        fixed=("initial_accumulator_value",),
+    ),
+    Algorithm(
+        torchopt.novograd,
+        torchopt.NovoGrad,
+        torchopt.MetaNovoGrad,
+        None,
+        {
+            "": {"lr": 0.05, "betas": (0.8, 0.6), "eps": 1e-8},
+            "decay": {"lr": 0.03, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.2},
+        },
+        slots=("exp_avg", "exp_avg_sq"),
+        shapes={"exp_avg_sq": lambda shape: ()},
+        size="tensor",
+        fused=False,
+        forgets_start=True,
+        reference=references.novograd.novograd,
+    ),
+    Algorithm(
+        torchopt.sign_sgd,
+        torchopt.SignSGD,
+        torchopt.MetaSignSGD,
+        None,
+        {"": {"lr": 0.03}, "decay": {"lr": 0.02, "weight_decay": 0.3}},
+        decoupled_decay=True,
+        flat=("gradients",),
+        reference=references.sign_sgd.sign_sgd,
+    ),
+    Algorithm(
+        torchopt.signum,
+        torchopt.Signum,
+        torchopt.MetaSignum,
+        None,
+        {
+            "": {"lr": 0.03, "momentum": 0.8},
+            "decay": {"lr": 0.03, "momentum": 0.6, "weight_decay": 0.2},
+        },
+        slots=("momentum_buffer",),
+        decoupled_decay=True,
+        flat=("gradients", "momentum"),
+        reference=references.sign_sgd.signum,
+        bounds={"momentum": ">= 0 and < 1"},
+    ),
+    Algorithm(
+        torchopt.adopt,
+        torchopt.ADOPT,
+        torchopt.MetaADOPT,
+        None,
+        {
+            # a step in which eps or a bound rules does not depend on the other numbers: see
+            # test_adopt.py
+            "": {"lr": 0.03, "betas": (0.8, 0.7)},
+            "decoupled": {
+                "lr": 0.03,
+                "betas": (0.7, 0.9),
+                "weight_decay": 0.2,
+                "decoupled_weight_decay": True,
+                "use_clipping": False,
+            },
+        },
+        slots=("exp_avg", "exp_avg_sq"),
+        rests=1,
+        bounds={"clip_exponent": ">= 0"},
+        reference=references.adopt.adopt,
+    ),
+    Algorithm(
+        torchopt.ademamix,
+        torchopt.AdEMAMix,
+        torchopt.MetaAdEMAMix,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95, 0.97), "alpha": 3.0, "eps": 1e-8},
+            "warm-up-decay": {
+                "lr": 0.03,
+                "betas": (0.6, 0.9, 0.9),
+                "alpha": 2.0,
+                "eps": 1e-3,
+                "weight_decay": 0.2,
+                "alpha_warmup": 3,
+                "beta3_warmup": 4,
+            },
+        },
+        slots=("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
+        decoupled_decay=True,
+        bounds={"alpha": ">= 0", "alpha_warmup": ">= 0", "beta3_warmup": ">= 0"},
+        reference=references.ademamix.ademamix,
+    ),
+    Algorithm(
+        torchopt.optimistic_gradient_descent,
+        torchopt.OptimisticGradientDescent,
+        torchopt.MetaOptimisticGradientDescent,
+        None,
+        {"": {"lr": 0.05, "alpha": 0.8, "beta": 0.6}},
+        slots=("previous_grad",),
+        linear=True,
+        forgets_start=True,
+        bounds={"alpha": "any number", "beta": "any number"},
+        reference=references.optimistic_gradient_descent.optimistic_gradient_descent,
+    ),
+    Algorithm(
+        torchopt.schedule_free_sgd,
+        torchopt.SGDScheduleFree,
+        torchopt.MetaSGDScheduleFree,
+        None,
+        {
+            "": {"lr": 0.1, "momentum": 0.8},
+            "warm-up-decay": {
+                "lr": 0.1,
+                "momentum": 0.7,
+                "weight_decay": 0.1,
+                "warmup_steps": 3,
+                "r": 0.5,
+                "weight_lr_power": 1.5,
+            },
+        },
+        slots=("z",),
+        linear=True,
+        needs_params=True,
+        oracle="test_schedule_free.py",
+        bounds={
+            "momentum": "> 0 and < 1",
+            "warmup_steps": ">= 0",
+            "r": ">= 0",
+            "weight_lr_power": ">= 0",
+        },
+    ),
+    Algorithm(
+        torchopt.schedule_free_adamw,
+        torchopt.AdamWScheduleFree,
+        torchopt.MetaAdamWScheduleFree,
+        None,
+        {
+            "": {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-8},
+            "warm-up-decay": {
+                "lr": 0.05,
+                "betas": (0.7, 0.9),
+                "eps": 1e-4,
+                "weight_decay": 0.1,
+                "warmup_steps": 3,
+                "r": 0.5,
+                "weight_lr_power": 1.5,
+            },
+        },
+        slots=("z", "exp_avg_sq"),
+        needs_params=True,
+        oracle="test_schedule_free.py",
+        bounds={
+            "betas": "> 0 and < 1",
+            "warmup_steps": ">= 0",
+            "r": ">= 0",
+            "weight_lr_power": ">= 0",
+        },
+    ),
+)
