@@ -1,7 +1,8 @@
 """The one table of algorithms, multiplied by the laws of the test files.
 
 To put a new optimizer under every law, add one row: to ``rows_of_torch.py`` or to
-``rows_of_papers.py``. What is special about it stands in the row (``Algorithm`` in ``algorithms.py`` says what can); no law knows a name.
+``rows_of_papers.py``. What is special about it stands in the row (``Algorithm`` in
+``algorithms.py`` says what can); no law knows a name.
 """
 
 from __future__ import annotations
