@@ -337,3 +337,15 @@ def test_named_chain_is_the_chain_with_other_names(name: str) -> None:
     kept = {**plain.slots, **plain.counters}
     assert {f"inner.{slot}" for slot in kept} == {*state.slots, *state.counters}
     assert named.hyperparameters()["last.step_size"] == 0.5
+
+
+def test_complex_parameters_where_no_slot_is_one_number() -> None:
+    p, grads = torch.randn(3, dtype=torch.complex128), torch.randn(4, 3, dtype=torch.complex128)
+    path, _ = steps(torchopt.MultiSteps(torchopt.adam(0.1), 2), p, list(grads))
+    expected, _ = steps(torchopt.adam(0.1), p, [grads[:2].mean(0), grads[2:].mean(0)])
+    assert_close([path[1], path[3]], expected, times=10)
+    path, _ = steps(torchopt.lookahead(torchopt.sgd(0.1), 2), p, list(grads))
+    assert_close(path[1], p - 0.05 * grads[:2].sum(0), times=10)
+    for tx in (torchopt.MultiSteps(torchopt.nadam(0.1), 2), torchopt.apply_if_finite(SGD, 2)):
+        with pytest.raises(TypeError, match="complex"):
+            steps(tx, p, list(grads))

@@ -59,9 +59,12 @@ class Accumulate(Wrapper):
         due = [k for k, n in enumerate(calls) if self.every.done(n + 1) > done[k]]
         slots = [list(row) for row in leaves.slots]
         for row, g, n, d in zip(slots, leaves.g, calls, done):
-            weight = n - self.every.begin(d) + 1 if self.use_grad_mean else 1
-            row[0] = row[0] + (g - row[0]) / weight if self.use_grad_mean else row[0] + g
-        updates = [None if k in due else torch.zeros_like(g) for k, g in enumerate(leaves.g)]
+            if self.use_grad_mean:
+                row[0] = torch.lerp(row[0], g, 1 / (n - self.every.begin(d) + 1))
+            else:
+                row[0] = row[0] + g
+        turn = set(due)
+        updates = [None if k in turn else torch.zeros_like(g) for k, g in enumerate(leaves.g)]
         if due:
             t, own = [done[k] + 1 for k in due], len(self.own_slots)
             found, inside = self.run_inner(leaves, [slots[k][0] for k in due], t, due)

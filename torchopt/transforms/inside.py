@@ -83,8 +83,9 @@ class Wrapper(GradientTransformation):
 
     @property
     def accepts_complex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether all rules inside are right for complex numbers."""
-        return all(part.accepts_complex for part in self.inner.parts)
+        """Whether all rules inside are right for complex numbers, and no slot is one number."""
+        numbers = self.inner.plan.counters or any(slot.shape for slot in self.own_slots)
+        return not numbers and all(part.accepts_complex for part in self.inner.parts)
 
     # Slots --------------------------------------------------------------------------------------
 
