@@ -51,6 +51,16 @@ def transformations() -> str:
     return "\n".join(textwrap.wrap(text, 120, break_on_hyphens=False)) + "\n"
 
 
+def schedules() -> str:
+    """Return sentences that list the schedules and the projections."""
+    own = vars(torchopt.schedules)
+    names = [n for n in torchopt.schedules.__all__ if not n.endswith("_schedule") and n in own]
+    text = f"`torchopt.schedules`, for any hyperparameter: {', '.join(f'`{n}`' for n in names)}."
+    found = [n for n in vars(torchopt.projections) if n.startswith("projection_")]
+    text += f" `torchopt.projections`: {', '.join(f'`{n}`' for n in found)}."
+    return "\n".join(textwrap.wrap(text, 120, break_on_hyphens=False)) + "\n"
+
+
 def _classes() -> Iterator[Any]:
     for name in dir(torchopt):
         value = getattr(torchopt, name)
@@ -66,7 +76,7 @@ def _title(recipe: Any) -> str:
     return recipe.__doc__.strip().splitlines()[0].rstrip(".")
 
 
-MADE = {"optimizers": optimizers, "transformations": transformations}
+MADE = {"optimizers": optimizers, "transformations": transformations, "schedules": schedules}
 
 
 def written(text: str) -> str:
