@@ -50,14 +50,18 @@ class Algorithm:
         decoupled_decay: Whether weight decay bypasses the gradient.
         linear: Whether an update is linear in the gradients.
         sparse: Whether it takes sparse gradients (without weight decay).
-        flat: What an update is a piecewise constant function of, names of numbers or
-            ``"gradients"`` (slots with them): meta-gradients by it are zero.
+        flat: What an update is a piecewise constant function of, names of numbers,
+            ``"gradients"`` or ``"slots"``: meta-gradients by it are zero.
+        in_places: Numbers that act on some entries only in a few steps.
+        read_once: Numbers that are read when a state begins, and not any more.
+        rests: Whether an entry may rest for a step, after which its slots stand at a corner.
         forgets_start: Whether the first update leaves nothing of the slots as they were.
         formula: What it does in closed form, or ``None``.
         reference: A slow copy that follows the paper, in ``references/``: the oracle of values and
             derivatives for what torch has not.
         oracle: The test file with another oracle of its values, if none of these is one.
-        bounds: What its numbers may be where :data:`BOUNDS` does not say, by name.
+        bounds: What its numbers may be where :data:`BOUNDS` does not say, by name; a tuple if it
+            differs from place to place.
         fixed: Arguments that are numbers but no hyperparameters.
         of_all_groups: Numbers that torch reads from the constructor only, whatever groups say.
         settled: After how many steps every number matters, and the update is not linear by chance.
@@ -82,11 +86,14 @@ class Algorithm:
     linear: bool = False
     sparse: bool = False
     flat: tuple[str, ...] = ()
+    in_places: tuple[str, ...] = ()
+    read_once: tuple[str, ...] = ()
+    rests: bool = False
     forgets_start: bool = False
     formula: ClosedForm | None = None
     reference: Callable[..., Any] | None = None
     oracle: str = ""
-    bounds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    bounds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: tuple[str, ...] = ()
     of_all_groups: tuple[str, ...] = ()
     settled: int = 3
@@ -105,10 +112,11 @@ class Algorithm:
     def numbers(self) -> Iterator[tuple[str, int | None, str]]:
         """Yield each number that the recipe takes: its name, its place in a tuple, its bounds."""
         for name, default in self.defaults().items():
-            bounds = {**BOUNDS, **self.bounds}
+            bounds: dict[str, Any] = {**BOUNDS, **self.bounds}
             if isinstance(default, tuple):
                 for place, _ in enumerate(default):
-                    yield name, place, bounds[name]
+                    own = bounds[name]
+                    yield name, place, own[place] if isinstance(own, tuple) else own
             elif isinstance(default, (int, float)) and not isinstance(default, bool):
                 yield name, None, bounds[name]
 

@@ -137,7 +137,7 @@ def test_no_dtype_drifts(case: Case, dtype: torch.dtype, hyper_dtype: torch.dtyp
             assert {slot.dtype for slot in tensors_of(state)} <= {slot_dtype}
             assert {slot.shape for slot in tensors_of(state)} <= {torch.Size([3]), torch.Size([])}
             assert all_finite(*updates.values())
-            assert all((u != 0).all() for u in updates.values())
+            assert case.algorithm.rests or all((u != 0).all() for u in updates.values())
 
 
 @pytest.mark.sampled(1, each=2)
