@@ -175,6 +175,22 @@ ALGORITHMS = (
         settled=8,
     ),
     Algorithm(
+        torchopt.rprop,
+        torchopt.Rprop,
+        torchopt.MetaRprop,
+        torch.optim.Rprop,
+        {
+            "": {"lr": 0.5, "etas": (0.6, 1.3)},
+            "bounded": {"lr": 0.3, "step_sizes": (0.21, 0.33)},
+        },
+        slots=("prev", "step_size"),
+        flat=("gradients",),
+        in_places=("etas", "step_sizes"),
+        read_once=("lr",),
+        rests=True,
+        bounds={"etas": ("> 0 and < 1", "> 1"), "step_sizes": ">= 0"},
+    ),
+    Algorithm(
         torchopt.adafactor,
         torchopt.Adafactor,
         torchopt.MetaAdafactor,
@@ -212,7 +228,7 @@ ALGORITHMS = (
         },
         slots=("exp_avg",),
         decoupled_decay=True,
-        flat=("gradients", "betas"),
+        flat=("gradients", "slots", "betas"),
         reference=references.lion.lion,
     ),
     Algorithm(
