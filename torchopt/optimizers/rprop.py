@@ -109,11 +109,11 @@ def rprop(
         >>> state = tx.init(params)
         >>> for g in (3.0, 0.1, -1.0, -1.0):
         ...     updates, state = tx.update({"w": torch.tensor([g])}, state)
-        ...     print(updates["w"].item())
-        -0.5
-        -1.0
-        0.0
+        ...     print(-updates["w"].item())
         0.5
+        1.0
+        0.0
+        -0.5
 
     Reference:
         Riedmiller and Braun, A direct adaptive method for faster backpropagation learning: the
