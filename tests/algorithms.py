@@ -52,8 +52,11 @@ class Algorithm:
             gradient by, as a function of the numbers of a configuration.
         linear: Whether an update is linear in the gradients.
         sparse: Whether it takes sparse gradients (without weight decay).
-        flat: What an update is a piecewise constant function of, names of numbers or
-            ``"gradients"`` (slots with them): meta-gradients by it are zero.
+        flat: What an update is a piecewise constant function of, names of numbers,
+            ``"gradients"`` or ``"slots"``: meta-gradients by it are zero.
+        in_places: Numbers that act on some entries only in a few steps.
+        read_once: Numbers that are read when a state begins, and not any more.
+        may_rest: Whether an entry may rest for a step, after which its slots stand at a corner.
         forgets_start: Whether the first update leaves nothing of a slot as it was.
         starts_moving: Whether its momentum does not start at zero: then parameters move without
             gradients, too.
@@ -62,7 +65,8 @@ class Algorithm:
         reference: A slow copy that follows the paper, in ``references/``: the oracle of values and
             derivatives for what torch has not.
         oracle: The test file with another oracle of its values, if none of these is one.
-        bounds: What its numbers may be where :data:`BOUNDS` does not say, by name.
+        bounds: What its numbers may be where :data:`BOUNDS` does not say, by name; a tuple if it
+            differs from place to place.
         fixed: Arguments that are numbers but no hyperparameters.
         of_all_groups: Numbers that torch reads from the constructor only, whatever groups say.
         settled: After how many steps every number matters, and the update is not linear by chance.
@@ -88,13 +92,16 @@ class Algorithm:
     linear: bool = False
     sparse: bool = False
     flat: tuple[str, ...] = ()
+    in_places: tuple[str, ...] = ()
+    read_once: tuple[str, ...] = ()
+    may_rest: bool = False
     forgets_start: bool = False
     starts_moving: bool = False
     rests: int = 0
     formula: ClosedForm | None = None
     reference: Callable[..., Any] | None = None
     oracle: str = ""
-    bounds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    bounds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: tuple[str, ...] = ()
     of_all_groups: tuple[str, ...] = ()
     settled: int = 3
@@ -113,10 +120,11 @@ class Algorithm:
     def numbers(self) -> Iterator[tuple[str, int | None, str]]:
         """Yield each number that the recipe takes: its name, its place in a tuple, its bounds."""
         for name, default in self.defaults().items():
-            bounds = {**BOUNDS, **self.bounds}
+            bounds: dict[str, Any] = {**BOUNDS, **self.bounds}
             if isinstance(default, tuple):
                 for place, _ in enumerate(default):
-                    yield name, place, bounds[name]
+                    own = bounds[name]
+                    yield name, place, own[place] if isinstance(own, tuple) else own
             elif isinstance(default, (int, float)) and not isinstance(default, bool):
                 yield name, None, bounds[name]
 

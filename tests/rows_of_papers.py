@@ -30,7 +30,7 @@ ROWS_OF_PAPERS = (
         },
         slots=("exp_avg",),
         decoupled_decay=True,
-        flat=("gradients", "betas"),
+        flat=("gradients", "slots", "betas"),
         reference=references.lion.lion,
     ),
     Algorithm(
@@ -162,7 +162,7 @@ ROWS_OF_PAPERS = (
         None,
         {"": {"lr": 0.03}, "decay": {"lr": 0.02, "weight_decay": 0.3}},
         decoupled_decay=True,
-        flat=("gradients",),
+        flat=("gradients", "slots"),
         reference=references.sign_sgd.sign_sgd,
     ),
     Algorithm(
@@ -176,7 +176,7 @@ ROWS_OF_PAPERS = (
         },
         slots=("momentum_buffer",),
         decoupled_decay=True,
-        flat=("gradients", "momentum"),
+        flat=("gradients", "slots", "momentum"),
         reference=references.sign_sgd.signum,
         bounds={"momentum": ">= 0 and < 1"},
     ),

@@ -190,4 +190,20 @@ ROWS_OF_TORCH = (
         forgets_start=True,
         bounds={"beta2_decay": "<= 0", "d": ">= 1"},
     ),
+    Algorithm(
+        torchopt.rprop,
+        torchopt.Rprop,
+        torchopt.MetaRprop,
+        torch.optim.Rprop,
+        {
+            "": {"lr": 0.5, "etas": (0.6, 1.3)},
+            "bounded": {"lr": 0.3, "step_sizes": (0.21, 0.33)},
+        },
+        slots=("prev", "step_size"),
+        flat=("gradients",),
+        in_places=("etas", "step_sizes"),
+        read_once=("lr",),
+        may_rest=True,
+        bounds={"etas": ("> 0 and < 1", "> 1"), "step_sizes": ">= 0"},
+    ),
 )

@@ -64,13 +64,23 @@ def own_values(case: Case) -> dict[str, float]:
             found[name] = case.value(name)
             continue
         smaller = 0.9 * case.value(name)
-        allowed = case.specs[name.partition(".")[0]].allows(smaller)
+        field, _, place = name.partition(".")
+        spec = case.specs[field].of_element(int(place)) if place else case.specs[field]
+        allowed = spec.allows(smaller)
         found[name] = smaller if allowed else 1.1 * case.value(name)
     return found
 
 
-def scheduled(lr: float) -> Any:
-    return lambda count: lr * DECAY**count
+def decay_of(case: Case) -> float:
+    """Return the factor of the schedule: 1 where the rate is read when a state begins.
+
+    That is at the first gradient in ``torch.optim``, and with ``init`` in the functional API.
+    """
+    return 1.0 if "lr" in case.algorithm.read_once else DECAY
+
+
+def scheduled(case: Case, lr: float) -> Any:
+    return lambda count: lr * decay_of(case) ** count
 
 
 def torch_trajectory(case: Case, cls: type, maximize: bool) -> tuple[list[Weights], Any, Weights]:
@@ -85,7 +95,7 @@ def torch_trajectory(case: Case, cls: type, maximize: bool) -> tuple[list[Weight
         **case.kwargs,
         maximize=maximize,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: DECAY**epoch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: decay_of(case) ** epoch)
     trajectory = []
     for loss in convex_losses():
         optimizer.zero_grad()
@@ -142,7 +152,7 @@ def test_object_oriented_face(case: Case, maximize: bool) -> None:
 def functional_trajectory(case: Case, maximize: bool, inplace: bool) -> list[Weights]:
     own = own_values(case)
     values = {name: {"body": case.value(name), "head": own[name]} for name in case.tunable}
-    values["lr"] = {group: scheduled(lr) for group, lr in values["lr"].items()}
+    values["lr"] = {group: scheduled(case, lr) for group, lr in values["lr"].items()}
     tx = case.recipe(**case.arguments(values), maximize=maximize)
     weights = initial_weights()
     state = tx.init(weights)
@@ -181,8 +191,8 @@ def test_differentiable_face(case: Case, maximize: bool) -> None:
     own = own_values(case)
     optimizer = torchopt.MetaOptimizer(
         [
-            {"params": net["body"], "lr": scheduled(case.value("lr"))},
-            {"params": net["head"], **changed(case, own), "lr": scheduled(own["lr"])},
+            {"params": net["body"], "lr": scheduled(case, case.value("lr"))},
+            {"params": net["head"], **changed(case, own), "lr": scheduled(case, own["lr"])},
         ],
         case.recipe(**case.kwargs, maximize=maximize),
     )

@@ -138,7 +138,7 @@ def test_no_dtype_drifts(case: Case, dtype: torch.dtype, hyper_dtype: torch.dtyp
             assert {slot.shape for slot in tensors_of(state)} <= {torch.Size([3]), torch.Size([])}
             assert all_finite(*updates.values())
             moves = step >= case.algorithm.rests
-            assert all((u != 0).all() == moves for u in updates.values())
+            assert case.algorithm.may_rest or all((u != 0).all() == moves for u in updates.values())
 
 
 @pytest.mark.sampled(2)

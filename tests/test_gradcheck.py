@@ -6,6 +6,7 @@ and the new slots. Reverse mode, forward mode and batched gradients are checked,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,7 +88,12 @@ def test_every_algorithm(case: Case, steps_before: int) -> None:
     values = {name: case.value(name) for name in case.tunable}
     if "eps" in values:
         values["eps"] = max(values["eps"], 1e-2)
-    UpdateAsFunction(case.tx, values, steps_before).check()
+    build = case.tx
+    if case.algorithm.may_rest:
+        steps_before = min(steps_before, 1)  # the second update may put it at a corner
+        # kernels say nothing of a derivative that is zero, and gradgradcheck counts what is said
+        build = functools.partial(case.tx, use_accelerated_op=False)
+    UpdateAsFunction(build, values, steps_before).check()
 
 
 def parts_of_pair(values: Values) -> tuple[Any, Any]:

@@ -112,7 +112,8 @@ def test_every_optimizer_step_is_one_node(case: Case, accelerated: bool | None) 
     assert [node.lane for node in found] == [0, 1, 2]
     assert graph.nodes[-1].kind == "result"
     assert graph.nodes[-1].lane == 3
-    assert not any(node.cuts for node in graph.nodes)
+    # a state that gradients do not reach carries no graph, and that is said
+    assert case.flat("gradients") or not any(node.cuts for node in graph.nodes)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ from torchopt.optimizers.rmsprop import (
     scale_by_rms as scale_by_rms,
     scale_by_stddev as scale_by_stddev,
 )
+from torchopt.optimizers.rprop import MetaRprop as MetaRprop, Rprop as Rprop, rprop as rprop
 from torchopt.optimizers.schedule_free import (
     AdamWScheduleFree as AdamWScheduleFree,
     MetaAdamWScheduleFree as MetaAdamWScheduleFree,

@@ -9,8 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from typing_extensions import TypeAlias
 
 from torchopt.base import misuse, tree
+
+
+#: A bound of a number, or of a tuple of numbers: one for all of them, or one for each.
+Bound: TypeAlias = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +28,10 @@ class HyperSpec:
         False
     """
 
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
+    ge: Bound = None
+    gt: Bound = None
+    le: Bound = None
+    lt: Bound = None
     length: int = 0
     flag: bool = False
     integer: bool = False
@@ -54,7 +59,12 @@ class HyperSpec:
     def of_element(self, index: int) -> HyperSpec:
         """Return what the element of a tuple may be."""
         places = self.optional if isinstance(self.optional, tuple) else ()
-        return dataclasses.replace(self, length=0, optional=index in places)
+        own = {
+            name: bound[index]
+            for name in ("ge", "gt", "le", "lt")
+            if isinstance(bound := getattr(self, name), tuple)
+        }
+        return dataclasses.replace(self, length=0, optional=index in places, **own)
 
     def __str__(self) -> str:
         signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
@@ -69,10 +79,10 @@ class HyperSpec:
 def hyper(
     default: Any = dataclasses.MISSING,
     *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
+    ge: Bound = None,
+    gt: Bound = None,
+    le: Bound = None,
+    lt: Bound = None,
     length: int = 0,
     integer: bool = False,
     optional: bool | tuple[int, ...] = False,
@@ -84,7 +94,8 @@ def hyper(
     Args:
         default: Default value.
         ge: Lower bound that a Python number must satisfy. Tensors and schedules are not checked:
-            reading a tensor would synchronise its device.
+            reading a tensor would synchronise its device. Of a tuple of hyperparameters a tuple
+            has a bound for each, or ``None``.
         gt: The same, exclusive.
         le: Upper bound.
         lt: The same, exclusive.
