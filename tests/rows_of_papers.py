@@ -12,6 +12,7 @@ import references.lion
 import references.novograd
 import references.optimistic_gradient_descent
 import references.sign_sgd
+import references.sm3
 import references.yogi
 from algorithms import Algorithm
 
@@ -289,5 +290,21 @@ ROWS_OF_PAPERS = (
             "r": ">= 0",
             "weight_lr_power": ">= 0",
         },
+    ),
+    Algorithm(
+        torchopt.sm3,
+        torchopt.SM3,
+        torchopt.MetaSM3,
+        None,
+        {
+            "": {"lr": 0.05, "momentum": 0.8},
+            "decay": {"lr": 0.03, "momentum": 0.6, "weight_decay": 0.2, "eps": 1e-2},
+        },
+        slots=("accumulator", "momentum_buffer"),
+        shapes={"accumulator": lambda shape: (sum(shape) if shape else 1,)},
+        size="tensor",
+        fused=False,
+        reference=references.sm3.sm3,
+        bounds={"momentum": ">= 0 and < 1", "eps": "> 0"},
     ),
 )

@@ -43,6 +43,9 @@ class UpdateAsFunction:
             maximum = {k: v * 0.5 for k, v in state.exp_avg_sq.items()}
             maximum["w"][1] = 8.0
             state.slots["max_exp_avg_sq"] = maximum
+        if "accumulator" in state.slots:  # of which the least is taken: no two alike
+            for key, kept in state.accumulator.items():
+                state.slots["accumulator"][key] = kept * torch.linspace(0.9, 1.1, len(kept))
         self.step = state.step
         self.slots = [  # those of the initial state are constants
             (name, key)

@@ -186,6 +186,12 @@ from torchopt.optimizers.sign_sgd import (
     Signum as Signum,
     signum as signum,
 )
+from torchopt.optimizers.sm3 import (
+    MetaSM3 as MetaSM3,
+    scale_by_sm3 as scale_by_sm3,
+    SM3 as SM3,
+    sm3 as sm3,
+)
 from torchopt.optimizers.yogi import (
     MetaYogi as MetaYogi,
     scale_by_yogi as scale_by_yogi,
