@@ -108,8 +108,10 @@ def test_a_state_of_another_optimizer(algorithm: Algorithm, other: Algorithm) ->
     params, found = params_of(), set()
     for own, strange in itertools.product(algorithm.cases(), other.cases()):
         tx, state, grads = own.tx(), strange.tx().init(params), nonzero_like(params)
-        excess = sorted(state.slots.keys() - set(tx.slot_names()))
-        lack = sorted(algorithm.recipe().init(params).slots.keys() - state.slots.keys())
+        given, plan = {*state.slots, *state.counters}, tx.plan
+        excess = sorted(given - {*plan.slot_names, *plan.counters})
+        needed = [name for name, slot in plan.slot_of.items() if not slot.may_be_absent]
+        lack = sorted({*needed, *plan.counters} - given)
         if excess or lack:
             text = f"has .*{excess[0]}" if excess else f"lacks .*{lack[0]}"
             found.add(text)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchopt.base import misuse, tree
 from torchopt.core import hyper, whole
 from torchopt.core.plan import Plan
+from torchopt.optim.algorithm import ALGORITHM, check_mark, mark
 from torchopt.optim.protocols import OptimizerLike
 from torchopt.optim.schedules import REPLACED
 
@@ -131,7 +132,8 @@ def _checked_group(
             f"Parameter group {index} of the state has {len(saved['params'])} parameters, "
             f"that of {title} has {len(live['params'])}."
         )
-    group = {name: value for name, value in saved.items() if name != REPLACED}
+    check_mark(optimizer, saved)
+    group = {n: value for n, value in saved.items() if n not in (REPLACED, ALGORITHM)}
     if "label" in live and group.setdefault("label", live["label"]) != live["label"]:
         raise ValueError(
             f"Parameter group {index} of the state has the label {group['label']!r}, that of "
@@ -219,7 +221,7 @@ def saved_group(optimizer: OptimizerLike, group: Mapping[str, Any]) -> dict[str,
     """Return a parameter group to save: tensors that schedulers change in place are copied."""
     names = optimizer.group_specs(group)
     own = {name: _copied(value) if name in names else value for name, value in group.items()}
-    return {**optimizer.fixed_options, **own}
+    return {**optimizer.fixed_options, **own, **mark(optimizer)}
 
 
 def _copied(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torchopt.base.values import same
 from torchopt.core import hyper
 from torchopt.core.opt_state import OptState
 from torchopt.nn.parameters import ParameterSite, parameter_sites
+from torchopt.optim.algorithm import ALGORITHM, check_mark, mark
 from torchopt.optim.checkpoint import check_saved, counter_of, is_recent, number_to_tensor
 from torchopt.optim.meta_state import GroupState
 from torchopt.optim.protocols import MetaOptimizerLike
@@ -55,7 +56,8 @@ def saved_form(optimizer: MetaOptimizerLike, states: Sequence[GroupState]) -> di
                 }
         saved = {k: v for k, v in group.items() if k != "params" and not hyper.has_schedule(v)}
         params = list(range(first, first + len(names)))
-        groups.append({**fixed, **saved, "params": params, "param_names": names})
+        own = {**fixed, **saved, **mark(optimizer)}
+        groups.append({**own, "params": params, "param_names": names})
         first += len(names)
     return tree.tree_map(_detached, {"state": entries, "param_groups": groups})
 
@@ -173,6 +175,7 @@ def _hyperparameters(
     optimizer: MetaOptimizerLike, group: Mapping[str, Any], live: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the hyperparameters of a saved group, checked."""
+    check_mark(optimizer, group)
     specs = optimizer.transformation.hyper_specs()
     optional = getattr(optimizer.twin, "optional_hyperparameters", ())
     fixed = _options(optimizer)
@@ -191,7 +194,7 @@ def _hyperparameters(
                 f"The state belongs to another optimizer: it has {name}={value!r}, "
                 f"{type(optimizer).__name__} is {name}={fixed[name]!r}."
             )
-        if name not in specs and name not in _OPTIONS | _NOTES:
+        if name not in specs and name not in _OPTIONS | _NOTES | {ALGORITHM}:
             raise ValueError(
                 f"The state belongs to another optimizer: it has the hyperparameter {name!r}, "
                 f"while those of {type(optimizer).__name__} are {list(specs)}."
