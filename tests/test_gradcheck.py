@@ -213,6 +213,10 @@ TRANSFORMS: dict[str, tuple[Build, Values]] = {
     "ema": (lambda v: torchopt.ema(**v), {"decay": 0.7}),
     "ema-biased": (lambda v: torchopt.ema(**v, debias=False), {"decay": 0.7}),
     "centralize": (lambda v: torchopt.centralize(), {}),
+    "scale_by_trust_ratio": (
+        lambda v: torchopt.scale_by_trust_ratio(**v),
+        {"trust_coefficient": 0.7, "eps": 0.1},
+    ),
     **{
         f"clip_by_block_rms-{size}": (lambda v: torchopt.clip_by_block_rms(**v), {"threshold": x})
         for size, x in (("active", 0.1), ("inactive", 20.0))
@@ -309,5 +313,7 @@ def test_every_public_transform_is_checked() -> None:
         *("muon", "scale_by_muon"),  # of matrices: test_muon.py
         *("MultiSteps", "apply_if_finite"),  # constant slots: test_occasional.py
         "stateless",  # a pair of functions, whose state is no slot: test_transforms_more.py
+        *("polyak_sgd", "scale_by_polyak"),  # need the value of the loss: test_polyak.py
+        *("noisy_sgd", "add_noise"),  # the noise is a constant: test_noisy_sgd.py
     }
     assert torchopt.clip_by_global_norm is torchopt.clip_grad_norm

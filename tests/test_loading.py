@@ -146,7 +146,7 @@ def test_the_warning_points_to_the_users_line_and_says_what_to_type(tmp_path: Pa
 
 def test_an_import_from_an_archive_is_called_so(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
-        for file in (ROOT / "torchopt").rglob("*.py"):
+        for file in (ROOT / "torchopt").rglob("*.py*"):
             archive.write(file, file.relative_to(ROOT))
     done = run(USERS.format(change=""), tmp_path / "packed.zip")
     assert "from inside packed.zip" in done.stdout, done.stderr

@@ -94,6 +94,10 @@ TRANSFORMS = {
     ),
     "ema": (lambda: torchopt.ema(0.5), "Ema(decay=0.5, debias=True)"),
     "centralize": (torchopt.centralize, "Centralize()"),
+    "scale_by_trust_ratio": (
+        lambda: torchopt.scale_by_trust_ratio(0.0, 0.5),
+        "ScaleByTrustRatio(min_norm=0.0, trust_coefficient=0.5, eps=0.0)",
+    ),
     "clip_by_block_rms": (
         lambda: torchopt.clip_by_block_rms(0.5),
         "ClipByBlockRms(threshold=0.5)",

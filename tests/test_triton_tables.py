@@ -17,14 +17,14 @@ class FakeGPU:
 
     def __init__(self) -> None:
         self.capturing = False
-        self.operand = 1
+        self.stream = 1
         self.pinned: list[Tensor] = []
 
     def is_current_stream_capturing(self) -> bool:
         return self.capturing
 
     def current_stream(self, device: torch.device) -> Any:
-        return type("Operand", (), {"cuda_operand": self.operand})
+        return type("Stream", (), {"cuda_stream": self.stream})
 
     def allocate(self, size: int) -> Tensor:
         self.pinned.append(torch.empty(size, dtype=torch.uint8))
@@ -61,14 +61,14 @@ def assert_tables(made: list[Tensor], *values: int) -> None:
     assert all(x.data_ptr() % device_tables.ALIGNMENT == 0 for x in made)
 
 
-def test_tables_are_copied_once_for_each_operand(gpu: FakeGPU) -> None:
+def test_tables_are_copied_once_for_each_stream(gpu: FakeGPU) -> None:
     first = tables(1, 2, 3)
     assert_tables(first, 1, 2, 3)
     copies = len(gpu.pinned)
     assert all(x is y for x, y in zip(tables(1, 2, 3), first))
     assert len(gpu.pinned) == copies
     assert_tables(tables(4), 4)
-    gpu.operand = 2
+    gpu.stream = 2
     assert all(x is not y for x, y in zip(tables(1, 2, 3), first))
     assert len(gpu.pinned) == copies + 2
 

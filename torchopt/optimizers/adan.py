@@ -123,8 +123,8 @@ def scale_by_adan(
         >>> import torch, torchopt
         >>> tx = torchopt.scale_by_adan()
         >>> g = [torch.tensor([0.5, -2.0])]
-        >>> tx.update(g, tx.init(g))[0]
-        [tensor([ 1.0000, -1.0000])]
+        >>> [u.round(decimals=4) for u in tx.update(g, tx.init(g))[0]]
+        [tensor([ 1., -1.])]
 
     Reference:
         Xie et al., Adan: adaptive Nesterov momentum algorithm for faster optimizing deep models,
