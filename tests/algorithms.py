@@ -253,6 +253,12 @@ class Case:
             tuple(sorted(algorithm.shapes.keys() & slots.keys())),
         )
 
+    @cached_property
+    def family(self) -> Any:
+        """What rows have in common that differ for few mechanisms: see ``sampling.py``."""
+        kind = self.kind
+        return kind.size, kind.sparse, kind.has_slots, kind.has_counters, bool(kind.other_shapes)
+
     def value(self, name: str) -> float:
         """Return the number that the row gives to one of ``tunable``."""
         field, _, index = name.partition(".")

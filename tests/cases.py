@@ -144,6 +144,8 @@ def state_kind(case: Case) -> Any:
 every_case = every(lambda case: True)
 #: For one configuration of each kind; ``make test-all`` runs all.
 every_kind = every(lambda case: True, each=kind)
+#: For one of each family, where that takes long.
+every_family = every(lambda case: True, each=lambda case: case.family)
 #: Those that torch.optim has.
 every_torch_case = every(lambda case: case.torch_cls, beside_torch=True)
 #: Those with a differentiable face.

@@ -7,10 +7,15 @@ is marked ``thorough``, which ``pyproject.toml`` leaves out.
 So that a table of forty optimizers does not take ten times as long as one of four, values with a
 ``kind`` (the rows of ``cases.py``) are sampled in two ways: of the first of each kind about one of
 ``n`` combinations is kept, of every other row ``each`` (one), not the same for all.
+
+Laws of the library's mechanisms are thinned without a mark, too: a row that is not the first of its
+family keeps one combination, and where it has one only every third law takes it, not the same ones
+for all rows. Laws of what a row says itself (values, derivatives, bounds) are ``complete``.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,13 +45,13 @@ def positions(combinations: Sequence[dict[str, Any]]) -> list[dict[str, int]]:
     ]
 
 
-def followers(combinations: Sequence[dict[str, Any]]) -> dict[int, list[int]]:
+def followers(combinations: Sequence[dict[str, Any]], name: str = "kind") -> dict[int, list[int]]:
     """Return which combinations hold a value that is not the first of its kind, by that value."""
     first: dict[Any, Any] = {}
     found: dict[int, list[int]] = {}
     for k, combination in enumerate(combinations):
         for value in combination.values():
-            kind = getattr(value, "kind", None)
+            kind = getattr(value, name, None)
             if kind is not None and first.setdefault(kind, value) is not value:
                 found.setdefault(id(value), []).append(k)
     return found
@@ -69,16 +74,31 @@ def sample(combinations: Sequence[dict[str, Any]], n: int, each: int = 1) -> set
     return chosen
 
 
+def thinned(combinations: Sequence[dict[str, Any]], start: int) -> set[int]:
+    """Return which combinations of a law without a mark to keep; laws start at different rows."""
+    behind = followers(combinations, "family")
+    chosen = set(range(len(combinations))) - {k for members in behind.values() for k in members}
+    for turn, members in enumerate(behind.values(), start):
+        if len(members) > 1 or turn % 3 == 0:
+            chosen.update(some(members, turn, 1))
+    return chosen
+
+
 def mark_thorough(items: Sequence[Any]) -> None:
     """Mark what ``make test`` leaves out; a value is not covered by what it leaves out anyway."""
-    tests: dict[Any, list[Any]] = {}
+    tests: dict[str, list[Any]] = {}
     for item in items:
-        left_out = item.get_closest_marker("thorough") is not None
-        if item.get_closest_marker("sampled") is not None and not left_out:
+        if item.get_closest_marker("thorough") is None and hasattr(item, "callspec"):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for group in tests.values():
+    for name, group in tests.items():
         marker = group[0].get_closest_marker("sampled")
-        keep = sample([item.callspec.params for item in group], *marker.args, **marker.kwargs)
+        given = [item.callspec.params for item in group]
+        if marker is None and group[0].get_closest_marker("complete") is not None:
+            continue
+        if marker is not None:
+            keep = sample(given, *marker.args, **marker.kwargs)
+        else:
+            keep = thinned(given, zlib.crc32(name.encode()))
         for k, item in enumerate(group):
             if k not in keep:
                 item.add_marker(pytest.mark.thorough)

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 import torchopt
 
 
+pytestmark = pytest.mark.complete
+
+
 STEPS = 30
 DECAY = 0.93  # of the scheduled learning rate, per step
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, every_case, every_fused_case, every_kind
+from cases import Case, every_case, every_family, every_fused_case
 from conftest import nonzero, nonzero_like
 from fusing import kernel_calls_fixture, needs_library  # noqa: F401
 from tolerances import assert_close
@@ -199,7 +199,7 @@ TRANSFORMS = {
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TRANSFORMS)
-@every_kind
+@every_family
 def test_transforms(case: Case, name: str) -> None:
     tx, p, g = case.tx(), nonzero(3), nonzero(4, 3)
     found = []

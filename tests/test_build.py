@@ -161,6 +161,7 @@ def test_a_wheel_says_its_licences_and_links_to_nothing_that_is_not_there(source
     assert "`docs/architecture.md`: how the library is laid out" in text
 
 
+@pytest.mark.thorough
 def test_an_editable_build_has_what_was_built_last(sources: Path) -> None:
     path = sources / LIBRARY
     done = run_setup(sources, "build_ext", "--inplace", compiler=COMPILER)

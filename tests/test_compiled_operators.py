@@ -107,7 +107,7 @@ def compiled_steps(
 
 
 @compiles
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "make",
     [

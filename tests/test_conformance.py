@@ -21,6 +21,9 @@ from torch import Tensor, nn
 import torchopt
 
 
+pytestmark = pytest.mark.complete
+
+
 Inputs = dict[str, Tensor]
 
 PARTS = {"a": 3, "b": 2}  # the parameters: one vector per part of the network, and per group

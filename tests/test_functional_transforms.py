@@ -290,7 +290,7 @@ def _compiled_steps(
 
 def counted(case: Any) -> Any:
     """The compiler sees counters and slots of other shapes, and of all others the step only."""
-    return case.kind.has_counters, case.kind.other_shapes
+    return case.kind.has_counters, bool(case.kind.other_shapes)
 
 
 @every(lambda case: True, each=counted)

@@ -77,8 +77,10 @@ def test_every_number_can_be_learned(case, kind):
             "per_element": {n: _learned(value, *p.shape) for n, p in net.named_parameters()},
         }[kind]
         tx = case.tx({name: tensors[""] if kind == "one" else tensors})
-        steps = case.algorithm.settled + case.algorithm.rests
-        function = adapted_loss(net, tx, support, query, steps + 1)
+        steps = case.algorithm.settled + case.algorithm.rests + 1
+        if case.flat("gradients") and not case.algorithm.in_places:
+            steps = 1  # later gradients depend on the number, and differences may cross a jump
+        function = adapted_loss(net, tx, support, query, steps)
         if case.flat(name):
             assert all((g == 0).all() for g in torch.autograd.grad(function(), tensors.values()))
         else:

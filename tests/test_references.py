@@ -15,6 +15,9 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 
+pytestmark = pytest.mark.complete
+
+
 STEPS = 6
 #: Of differences of derivatives, which are of order 1 here.
 ROUNDING = 16 * torch.finfo(torch.float64).eps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from algorithms import Algorithm
 from cases import (
@@ -22,6 +23,9 @@ from tolerances import assert_close
 
 import torchopt
 from torchopt.kernels import why
+
+
+pytestmark = pytest.mark.complete
 
 
 ROOT = Path(__file__).resolve().parents[1]

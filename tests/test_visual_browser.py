@@ -317,6 +317,7 @@ def test_one_step_of_the_strip_brings_its_lane_into_view(view):
     assert box["x"] < x < box["x"] + box["width"]
 
 
+@pytest.mark.thorough
 def test_a_long_lane_is_laid_out_in_the_order_of_computation(view):
     """More boxes in one lane than the layout library is given at once."""
     graph = unrolled(steps=0, layers=600)
@@ -327,6 +328,7 @@ def test_a_long_lane_is_laid_out_in_the_order_of_computation(view):
     assert heights == sorted(set(heights))
 
 
+@pytest.mark.thorough
 def test_five_thousand_nodes(view, capsys):
     """Times are printed, not asserted: they are the machine's."""
     graph = unrolled(steps=30, layers=41)

@@ -23,6 +23,9 @@ import torchopt
 from torchopt.base.numerics import root
 
 
+pytestmark = pytest.mark.complete
+
+
 Function = Callable[[Tensor], Tensor]
 NORMS = (0.5, 1.0, 1.5, 2.0, 3.0, math.inf)
 
