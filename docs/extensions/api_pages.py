@@ -38,6 +38,19 @@ EXAMPLES = {
         optimizer.step()
         parameter.detach()
         """,
+    "closure": """
+        import torch, torchopt
+        parameter = torch.tensor([[1.0, -2.0]], requires_grad=True)
+        optimizer = torchopt.{name}([parameter], lr=0.1)
+        def closure():
+            optimizer.zero_grad()
+            loss = parameter.square().sum()
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure)
+        parameter.detach()
+        """,
     "module": """
         import torch, torchopt
         net = torch.nn.Linear(2, 1, bias=False)
@@ -231,7 +244,9 @@ def complete_docstring(
     reference = after[after.index("Reference:") :] if "Reference:" in after else ""
     before = re.sub(r"^Args:\n", f"Args:\n    {FIRST_ARGUMENT[first]}\n", before, flags=re.M)
     before = re.sub(r"^Slots:", "**Slots:**", before, flags=re.M)
-    example = transcript(inspect.cleandoc(EXAMPLES[first]).format(name=value.__name__))
+    # a rule that reads the loss gets it from a closure
+    way = "closure" if first == "params" and "step(closure)" in body else first
+    example = transcript(inspect.cleandoc(EXAMPLES[way]).format(name=value.__name__))
     example = "Example:\n" + "".join(f"    {line}\n" for line in example.splitlines())
     lines += ["", *before.splitlines(), "", *example.splitlines(), "", *reference.splitlines()]
 

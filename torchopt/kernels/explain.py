@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torchopt.core.opt_state import OptState
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.kernels import fused
@@ -13,6 +15,7 @@ def why(
     grads: TensorTree,
     state: OptState | None = None,
     params: TensorTree | None = None,
+    **extra: Any,
 ) -> list[str]:
     """Return why parts of an update would not be fused; an empty list if all would be.
 
@@ -25,6 +28,7 @@ def why(
             the parameters.
         state: The state; ``None`` for the first update.
         params: The parameters, if ``update`` will be given them.
+        **extra: What ``update`` will be given besides: ``value=loss`` for a Polyak step.
 
     Returns:
         One line for each segment of parts and parameter that the rules would compute.
@@ -42,5 +46,5 @@ def why(
     check_transformation(tx, "why")
     lines: list[str] = []
     with fused.asking(lines):
-        tx.update(grads, tx.init(grads) if state is None else state, params, inplace=False)
+        tx.update(grads, tx.init(grads) if state is None else state, params, inplace=False, **extra)
     return lines
