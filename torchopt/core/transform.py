@@ -88,7 +88,7 @@ class GradientTransformation:
     accepts_sparse: ClassVar[bool] = False
     #: Whether it is right for complex numbers, which it sees as pairs of reals in a last dimension.
     accepts_complex: ClassVar[bool] = True
-    #: Whether :meth:`refuses` has anything to say; set where a class defines it.
+    #: Whether ``refuses`` has anything to say; set where a class defines it.
     is_selective: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

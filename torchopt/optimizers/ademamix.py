@@ -27,14 +27,13 @@ from torchopt.transforms.basic import add_decayed_weights, flip_sign, scale_by_l
 from torchopt.typing import Hyperparameter, Step
 
 
-Betas = tuple[Hyperparameter, Hyperparameter, Hyperparameter]
-
-
 @transformation
 class ScaleByAdEMAMix(ElementwiseTransformation):
     """Scale a mixture of a fast and a slow momentum; see :func:`scale_by_ademamix`."""
 
-    betas: Betas = hyper((0.9, 0.999, 0.9999), ge=0, lt=1, length=3)
+    betas: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = hyper(
+        (0.9, 0.999, 0.9999), ge=0, lt=1, length=3
+    )
     alpha: Hyperparameter = hyper(5.0, ge=0)
     eps: Hyperparameter = hyper(1e-8, ge=0)
     alpha_warmup: int = hyper(0, ge=0, integer=True)
@@ -88,7 +87,7 @@ def _half_life(beta: Any) -> Any:
 
 
 def scale_by_ademamix(
-    betas: Betas = (0.9, 0.999, 0.9999),
+    betas: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = (0.9, 0.999, 0.9999),
     alpha: Hyperparameter = 5.0,
     eps: Hyperparameter = 1e-8,
     alpha_warmup: int = 0,
@@ -147,7 +146,7 @@ def scale_by_ademamix(
 
 def ademamix(
     lr: Hyperparameter = 1e-3,
-    betas: Betas = (0.9, 0.999, 0.9999),
+    betas: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = (0.9, 0.999, 0.9999),
     alpha: Hyperparameter = 5.0,
     eps: Hyperparameter = 1e-8,
     weight_decay: Hyperparameter = 0.0,

@@ -100,7 +100,7 @@ def project(
     gradient; those of a :func:`torchopt.masked` alone) are one vector to a ball or a simplex.
 
     Args:
-        projection: A function of :mod:`torchopt.projections`, or any from a list of tensors to one
+        projection: A function of ``torchopt.projections``, or any from a list of tensors to one
             like it.
         each: Give it each parameter by itself.
 
