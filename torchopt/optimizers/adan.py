@@ -29,14 +29,13 @@ from torchopt.transforms.basic import flip_sign
 from torchopt.typing import Hyperparameter, Step
 
 
-Betas = tuple[Hyperparameter, Hyperparameter, Hyperparameter]
-
-
 @transformation
 class ScaleByAdan(ElementwiseTransformation):
     """Scale by moments of gradients and of their differences; see :func:`scale_by_adan`."""
 
-    betas: Betas = hyper((0.98, 0.92, 0.99), ge=0, lt=1, length=3)
+    betas: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = hyper(
+        (0.98, 0.92, 0.99), ge=0, lt=1, length=3
+    )
     eps: Hyperparameter = hyper(1e-8, ge=0)
 
     slots = (Slot("exp_avg"), Slot("exp_avg_diff"), Slot("exp_avg_sq"), Slot("neg_pre_grad"))
@@ -90,7 +89,8 @@ class StepProximally(ElementwiseTransformation):
 
 
 def scale_by_adan(
-    betas: Betas = (0.98, 0.92, 0.99), eps: Hyperparameter = 1e-8
+    betas: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = (0.98, 0.92, 0.99),
+    eps: Hyperparameter = 1e-8,
 ) -> GradientTransformation:
     r"""Scale by moments of gradients and of their differences.
 
@@ -135,7 +135,7 @@ def scale_by_adan(
 
 def adan(
     lr: Hyperparameter = 1e-3,
-    betas: Betas = (0.98, 0.92, 0.99),
+    betas: tuple[Hyperparameter, Hyperparameter, Hyperparameter] = (0.98, 0.92, 0.99),
     eps: Hyperparameter = 1e-8,
     weight_decay: Hyperparameter = 0.0,
     no_prox: bool = False,
