@@ -190,8 +190,8 @@ def look_up(module: ModuleType, name: str) -> Any:
     if name in HERE.get(module.__name__, {}):
         target, today = HERE[module.__name__][name]
         value = getattr(importlib.import_module(target), today)
-    elif path in sys.modules:
-        value = sys.modules[path]
+    elif path in sys.modules or path in MODULES:
+        value = importlib.import_module(path)
     elif path in ABSENT:
         raise AttributeError(_told(path), name=name, obj=module)
     else:
@@ -202,17 +202,37 @@ def look_up(module: ModuleType, name: str) -> Any:
     return value
 
 
-class Absent:
-    """Finds nothing: it stands last and says of what 0.7.3 had that it is not here."""
+class Renamed:
+    """Loads a module of today under its name of 0.7.3: it is the same module."""
 
     @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
-        """Refuse to import what 0.7.3 had, and leave all else to Python."""
+    def create_module(spec: Any) -> ModuleType:
+        """Return the module, whose spec Python is about to overwrite."""
+        module = importlib.import_module(MODULES[spec.name])
+        spec.loader_state = module.__spec__
+        return module
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        """Give it its own spec back."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+class Absent:
+    """Stands last: finds renamed modules, and says of what 0.7.3 had that it is not here."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        """Find a renamed module, refuse what is absent, leave all else to Python."""
+        if name in MODULES:
+            return importlib.machinery.ModuleSpec(name, Renamed)  # pyright: ignore[reportArgumentType]
         parent = name
         while parent and parent not in ABSENT:
             parent = parent.rpartition(".")[0]
         if parent:
             _refuse(name)
+        return None
 
 
 def _refuse(name: str) -> NoReturn:
@@ -240,8 +260,6 @@ def install() -> None:
             sys.modules[name] = module = OldModule(name, f"{name} of TorchOpt 0.7.3.")
             module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
             module.__path__ = []  # so that importing what is absent asks the finder below
-    for name, today in MODULES.items():
-        sys.modules[name] = importlib.import_module(today)
     for module in (sys.modules[name] for name in names if name in sys.modules):
         if "__getattr__" not in vars(module):
             _teach(module)
