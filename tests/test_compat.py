@@ -98,6 +98,21 @@ def test_in_a_fresh_process() -> None:
     subprocess.run([sys.executable, "-c", FRESH], check=True, timeout=120)
 
 
+LATE = """
+import sys, torchopt
+assert not {"torchopt.schedules", "torchopt.transforms.hook"} & sys.modules.keys()
+import torchopt.schedule
+assert torchopt.schedule is torchopt.schedules is sys.modules["torchopt.schedule"]
+assert torchopt.schedules.__spec__.name == "torchopt.schedules"
+assert torchopt.hook.__name__ == "torchopt.transforms.hook"
+"""
+
+
+def test_what_was_renamed_is_imported_when_it_is_asked_for() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_names_of_old_states_are_pickled() -> None:
     state = torchopt.base.EmptyState(), torchopt.transform.trace(0.9)
     again = pickle.loads(pickle.dumps(state))

@@ -13,6 +13,7 @@ from tolerances import META_GRADIENT, all_finite, assert_close
 from torch import Tensor, nn
 
 import torchopt
+from torchopt.kernels import why
 
 
 GRADS = [[0.3, -0.2, 1.0, -0.5], [-0.6, 0.1, -0.2, 0.9], [0.02, 0.3, -0.05, -0.1]]
@@ -180,3 +181,11 @@ def test_an_optimizer_does_not_keep_the_graph_of_a_loss() -> None:
     del loss
     gc.collect()
     assert kept() is None
+
+
+def test_why_takes_what_update_takes() -> None:
+    params = {"w": nonzero(3)}
+    tx = torchopt.polyak_sgd(0.1)
+    with pytest.raises(ValueError, match="needs the value of the loss"):
+        why(tx, params, params=params)
+    assert any("not elementwise" in line for line in why(tx, params, params=params, value=2.0))

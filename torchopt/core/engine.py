@@ -139,7 +139,8 @@ def initialise_packed(
                 continue
             if slot.is_number:
                 dtype = torch.float32 if common.dtype in HALF else common.dtype
-                columns[name] = packing.filled(slot.number(dtype), dtype, common.device)
+                start: Any = slot.start
+                columns[name] = packing.filled(float(start), dtype, common.device)
                 continue
             if torch.is_grad_enabled() and any(p.requires_grad for p in call.p):
                 return None  # what each leads to would be joined

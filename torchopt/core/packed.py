@@ -50,7 +50,7 @@ class Packing:
         """Return a flat tensor with the entries of all."""
         return torch.cat([x.reshape(-1) for x in tensors])
 
-    def filled(self, value: complex, dtype: torch.dtype, device: torch.device) -> Packed:
+    def filled(self, value: float, dtype: torch.dtype, device: torch.device) -> Packed:
         """Return slots that are one number everywhere; zeros take no memory."""
         if value != 0:
             return Packed(torch.full((self.total,), value, dtype=dtype, device=device), self)

@@ -86,23 +86,22 @@ class Slot:
             return None
         if self.start == PARAM:
             return param.clone()
-        if param.is_complex() and self.shape is None and self.dtype is None:
-            # a rule sees two real numbers in the place of a complex one, and so does a start
-            return torch.view_as_complex(self._begun(torch.view_as_real(param), hyperparameters))
-        return self._begun(param, hyperparameters)
+        if not param.is_complex() or self.dtype is not None:
+            return self._begun(param, self.shape_for(param), hyperparameters)
+        # a rule sees two real numbers in the place of a complex one, and so does a start
+        pairs, shape = torch.view_as_real(param), (*self.shape_for(param), 2)
+        return torch.view_as_complex(self._begun(pairs, shape, hyperparameters))
 
-    def _begun(self, param: Tensor, hyperparameters: Mapping[str, Any]) -> Tensor:
+    def _begun(
+        self, param: Tensor, shape: Sequence[int], hyperparameters: Mapping[str, Any]
+    ) -> Tensor:
         if callable(self.start):
             return self.start(param, **hyperparameters)
+        start: Any = self.start  # a number
         dtype = self.dtype or param.dtype
-        if self.shape is None:
-            return torch.full_like(param, self.number(dtype), dtype=dtype)
-        return param.new_full(self.shape_for(param), self.number(dtype), dtype=dtype)
-
-    def number(self, dtype: torch.dtype) -> complex:
-        """Return the number that it starts as; a complex one is two real ones that start alike."""
-        start = float(self.start)  # pyright: ignore[reportArgumentType]
-        return complex(start, start) if dtype.is_complex else start
+        if self.shape is None:  # in the layout of the parameter
+            return torch.full_like(param, float(start), dtype=dtype)
+        return param.new_full(tuple(shape), float(start), dtype=dtype)
 
     def check(self, where: str, value: Any, param: Tensor) -> None:
         """Refuse what cannot be this slot of a parameter.
