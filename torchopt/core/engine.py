@@ -125,6 +125,7 @@ def initialise_packed(
             return None
     packing = packing or Packing(common.shapes)
     flat: Tensor | None = None
+    shapes = dict.fromkeys(common.shapes)
     columns: dict[str, Any] = {}
     for position, names in enumerate(tx.plan.slots):
         if not names:
@@ -135,7 +136,7 @@ def initialise_packed(
             if slot.shape is not None or slot.dtype is not None:
                 return None
             columns[name] = [None] * len(call.p)
-            if not all(slot.needed(shape, own) for shape in common.shapes):
+            if not all(slot.needed(shape, own) for shape in shapes):
                 continue
             if slot.is_number:
                 dtype = torch.float32 if common.dtype in HALF else common.dtype
@@ -176,7 +177,7 @@ def advance(
 
     With ``apply`` the new parameters are returned instead of the updates.
     """
-    if call.pack_slots and accelerates(tx.plan):
+    if accelerates(tx.plan):
         again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
             return again

@@ -25,7 +25,13 @@ from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.diff.gradient import differentiate
 from torchopt.nn import marks
 from torchopt.nn.checkpointing import remember_weights
-from torchopt.nn.parameters import ParameterWalk, parameter_sites, refuse_scripted
+from torchopt.nn.parameters import (
+    ParameterWalk,
+    modules_of,
+    parameter_sites,
+    place_each,
+    refuse_scripted,
+)
 from torchopt.nn.snapshot import extract_state_dict
 from torchopt.optim.meta_call import Entry, Steady, Trainable, known_names, new_call, next_states
 from torchopt.optim.meta_saved import loaded_form, saved_form
@@ -107,14 +113,15 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             raise TypeError(
                 misuse.not_a_module(group if module is None else module, type(self).__name__)
             )
-        refuse_scripted(type(self).__name__, module)
+        modules = modules_of(module)
+        refuse_scripted(type(self).__name__, module, modules)
         specs = self.transformation.hyper_specs()
         given = {name: hyper.plain(value) for name, value in given.items()}
         for name, value in given.items():
             if name not in specs:
                 raise TypeError(misuse.unknown_hyperparameter(name, self, list(specs)))
             hyper.check(name, value, specs[name])
-        walk = ParameterWalk(module)
+        walk = ParameterWalk(module, modules)
         if not walk.sites:
             raise ValueError(f"The module {type(module).__name__} has no parameters to optimize.")
         taken = {
@@ -196,21 +203,20 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
                 marks.carry(old, new)
         if track:
             step_tags.note_create_graph(new_weights, create_graph)
+        steady = steady or Steady.after(self.param_groups, call, slots)
         state = None if steady is None else steady.next_state(call, slots, track)
         if state is not None:
             states = [state]
         else:
-            states = next_states(self._states, entries, call, slots, track)
-            steady = Steady.after(self.param_groups, call, states)
+            states, steady = next_states(self._states, entries, call, slots, track), None
 
         pairs = whole.end(self.transformation.plan, call)
         pairs = pairs if track else tree.tree_map(_detached, pairs)
+        sites = [entry.site for entry in entries]
 
         def write() -> None:
             self._states, self._steady, self._pairs = states, steady, pairs
-            for entry, weight in zip(entries, new_weights):
-                if weight is not None:
-                    entry.site.place(weight)
+            place_each(sites, new_weights)
 
         all_or_nothing(write)
 
