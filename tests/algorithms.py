@@ -44,6 +44,7 @@ class Algorithm:
         slots: All buffers that it may keep.
         shapes: For each of them whose shape is not that of the parameter, a function from the
             parameter's shape to its own: factored moments, a 0-d number.
+        definite: Slots that are sums of squares: matrices without negative eigenvalues.
         size: What its rule reads at once: one ``"entry"``, one whole ``"tensor"``, or ``"all"``.
         fused: Whether kernels compute it.
         needs_params: Whether ``update`` needs the parameters also without weight decay.
@@ -84,6 +85,7 @@ class Algorithm:
     shapes: Mapping[str, Callable[[torch.Size], tuple[int, ...]]] = dataclasses.field(
         default_factory=dict
     )
+    definite: tuple[str, ...] = ()
     size: str = "entry"
     fused: bool = True
     needs_params: bool = False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import references.adabelief
 import references.adan
 import references.ademamix
@@ -11,12 +14,34 @@ import references.lars
 import references.lion
 import references.novograd
 import references.optimistic_gradient_descent
+import references.shampoo
 import references.sign_sgd
 import references.sm3
 import references.yogi
+import torch
 from algorithms import Algorithm
 
 import torchopt
+from torchopt.optimizers.dimensions import DIMENSIONS, sizes_of
+
+
+def of_dimensions(square: bool, *names: str) -> dict[str, Any]:
+    """Return the shapes of slots that there are for each dimension."""
+
+    def shape_of(shape: torch.Size, k: int) -> tuple[int, ...]:
+        return sizes_of(shape)[k : k + 1] * (2 if square else 1)
+
+    return {
+        f"{name}_{k}": functools.partial(shape_of, k=k) for name in names for k in range(DIMENSIONS)
+    }
+
+
+#: What Shampoo keeps for each dimension of a tensor.
+OF_SHAMPOO = {
+    **of_dimensions(True, "preconditioner", "inverse_root"),
+    **of_dimensions(False, "diagonal"),
+}
+PRECONDITIONERS = tuple(of_dimensions(True, "preconditioner"))
 
 
 ROWS_OF_PAPERS = (
@@ -306,5 +331,35 @@ ROWS_OF_PAPERS = (
         fused=False,
         reference=references.sm3.sm3,
         bounds={"momentum": ">= 0 and < 1", "eps": "> 0"},
+    ),
+    Algorithm(
+        torchopt.shampoo,
+        torchopt.Shampoo,
+        torchopt.MetaShampoo,
+        None,
+        {
+            "": {"lr": 0.05, "eps": 0.05},
+            "delayed-momentum-decay": {
+                "lr": 0.03,
+                "momentum": 0.7,
+                "weight_decay": 0.2,
+                "eps": 0.1,
+                "precondition_frequency": 2,
+            },
+            "short-vectors": {
+                "lr": 0.05,
+                "eps": 0.2,
+                "max_preconditioner_dim": 5,
+                "precondition_1d": True,
+            },
+        },
+        slots=(*OF_SHAMPOO, "momentum_buffer"),
+        shapes=OF_SHAMPOO,
+        size="tensor",
+        fused=False,
+        forgets_start=True,
+        definite=PRECONDITIONERS,
+        reference=references.shampoo.shampoo,
+        bounds={"eps": "> 0", "precondition_frequency": ">= 1", "max_preconditioner_dim": ">= 1"},
     ),
 )

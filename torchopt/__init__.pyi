@@ -177,6 +177,12 @@ from torchopt.optimizers.schedule_free import (
     SGDScheduleFree as SGDScheduleFree,
 )
 from torchopt.optimizers.sgd import MetaSGD as MetaSGD, SGD as SGD, sgd as sgd
+from torchopt.optimizers.shampoo import (
+    MetaShampoo as MetaShampoo,
+    scale_by_shampoo as scale_by_shampoo,
+    Shampoo as Shampoo,
+    shampoo as shampoo,
+)
 from torchopt.optimizers.sign_sgd import (
     MetaSignSGD as MetaSignSGD,
     MetaSignum as MetaSignum,
