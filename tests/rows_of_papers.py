@@ -17,6 +17,7 @@ import references.optimistic_gradient_descent
 import references.shampoo
 import references.sign_sgd
 import references.sm3
+import references.soap
 import references.yogi
 import torch
 from algorithms import Algorithm
@@ -41,6 +42,8 @@ OF_SHAMPOO = {
     **of_dimensions(True, "preconditioner", "inverse_root"),
     **of_dimensions(False, "diagonal"),
 }
+#: What SOAP does, and what both do.
+OF_SOAP = of_dimensions(True, "preconditioner", "basis")
 PRECONDITIONERS = tuple(of_dimensions(True, "preconditioner"))
 
 
@@ -361,5 +364,44 @@ ROWS_OF_PAPERS = (
         definite=PRECONDITIONERS,
         reference=references.shampoo.shampoo,
         bounds={"eps": "> 0", "precondition_frequency": ">= 1", "max_preconditioner_dim": ">= 1"},
+    ),
+    Algorithm(
+        torchopt.soap,
+        torchopt.SOAP,
+        torchopt.MetaSOAP,
+        None,
+        {
+            "": {
+                "lr": 0.03,
+                "betas": (0.8, 0.9),
+                "eps": 1e-4,
+                "weight_decay": 0.2,
+                "precondition_frequency": 3,
+            },
+            "vectors": {
+                "lr": 0.08,
+                "betas": (0.7, 0.8),
+                # a gradient that comes twice has no part beside itself, and rounding over eps
+                "eps": 0.1,
+                "weight_decay": 0.3,
+                "shampoo_beta": 0.6,
+                "precondition_frequency": 1,
+                "max_preconditioner_dim": 6,
+                "precondition_1d": True,
+            },
+        },
+        slots=("exp_avg", "exp_avg_sq", *OF_SOAP),
+        shapes=OF_SOAP,
+        size="tensor",
+        fused=False,
+        rests=1,
+        forgets_start=True,
+        definite=PRECONDITIONERS,
+        bounds={
+            "shampoo_beta": ">= 0 and < 1",
+            "precondition_frequency": ">= 1",
+            "max_preconditioner_dim": ">= 1",
+        },
+        reference=references.soap.soap,
     ),
 )

@@ -198,6 +198,12 @@ from torchopt.optimizers.sm3 import (
     SM3 as SM3,
     sm3 as sm3,
 )
+from torchopt.optimizers.soap import (
+    MetaSOAP as MetaSOAP,
+    scale_by_soap as scale_by_soap,
+    SOAP as SOAP,
+    soap as soap,
+)
 from torchopt.optimizers.yogi import (
     MetaYogi as MetaYogi,
     scale_by_yogi as scale_by_yogi,
