@@ -62,6 +62,8 @@ class Algorithm:
         starts_moving: Whether its momentum does not start at zero: then parameters move without
             gradients, too.
         rests: How many steps at the start move nothing, and only fill slots.
+        occasional: The number that says how many steps apart there is more to do, if there is one:
+            the compiler makes a graph with it, and one without.
         formula: What it does in closed form, or ``None``.
         reference: A slow copy that follows the paper, in ``references/``: the oracle of values and
             derivatives for what torch has not.
@@ -100,6 +102,7 @@ class Algorithm:
     forgets_start: bool = False
     starts_moving: bool = False
     rests: int = 0
+    occasional: str = ""
     formula: ClosedForm | None = None
     reference: Callable[..., Any] | None = None
     oracle: str = ""

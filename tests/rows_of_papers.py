@@ -362,6 +362,7 @@ ROWS_OF_PAPERS = (
         fused=False,
         forgets_start=True,
         definite=PRECONDITIONERS,
+        occasional="precondition_frequency",
         reference=references.shampoo.shampoo,
         bounds={"eps": "> 0", "precondition_frequency": ">= 1", "max_preconditioner_dim": ">= 1"},
     ),
@@ -397,6 +398,7 @@ ROWS_OF_PAPERS = (
         rests=1,
         forgets_start=True,
         definite=PRECONDITIONERS,
+        occasional="precondition_frequency",
         bounds={
             "shampoo_beta": ">= 0 and < 1",
             "precondition_frequency": ">= 1",
