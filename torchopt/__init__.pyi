@@ -177,6 +177,12 @@ from torchopt.optimizers.schedule_free import (
     SGDScheduleFree as SGDScheduleFree,
 )
 from torchopt.optimizers.sgd import MetaSGD as MetaSGD, SGD as SGD, sgd as sgd
+from torchopt.optimizers.shampoo import (
+    MetaShampoo as MetaShampoo,
+    scale_by_shampoo as scale_by_shampoo,
+    Shampoo as Shampoo,
+    shampoo as shampoo,
+)
 from torchopt.optimizers.sign_sgd import (
     MetaSignSGD as MetaSignSGD,
     MetaSignum as MetaSignum,
@@ -191,6 +197,12 @@ from torchopt.optimizers.sm3 import (
     scale_by_sm3 as scale_by_sm3,
     SM3 as SM3,
     sm3 as sm3,
+)
+from torchopt.optimizers.soap import (
+    MetaSOAP as MetaSOAP,
+    scale_by_soap as scale_by_soap,
+    SOAP as SOAP,
+    soap as soap,
 )
 from torchopt.optimizers.yogi import (
     MetaYogi as MetaYogi,

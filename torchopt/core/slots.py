@@ -89,6 +89,8 @@ class Slot:
         if not param.is_complex() or self.dtype is not None:
             return self._begun(param, self.shape_for(param), hyperparameters)
         # a rule sees two real numbers in the place of a complex one, and so does a start
+        if self.shape is not None and callable(self.start):  # of another shape there are no pairs
+            return self.start(param.real, **hyperparameters).to(param.dtype)
         pairs, shape = torch.view_as_real(param), (*self.shape_for(param), 2)
         return torch.view_as_complex(self._begun(pairs, shape, hyperparameters))
 
