@@ -200,7 +200,8 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         if state is not None:
             states = [state]
         else:
-            states = next_states(self._states, entries, call, slots, track)
+            kept_at = self.transformation.plan.kept_at
+            states = next_states(self._states, entries, call, slots, track, kept_at)
             steady = Steady.after(self.param_groups, call, states)
 
         pairs = whole.end(self.transformation.plan, call)

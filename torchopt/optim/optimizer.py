@@ -245,7 +245,7 @@ class Optimizer(torch.optim.Optimizer):
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
-        counts, counters = self._counts_steps(), self.transformation.plan.counters
+        counts, plan = self._counts_steps(), self.transformation.plan
         slots = {name: apart(column, params, grads) for name, column in slots.items()}
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
@@ -264,7 +264,8 @@ class Optimizer(torch.optim.Optimizer):
                 }
                 if counts:
                     kept["step"] = call.t[index]
-                kept.update({name: call.hyper[index][name] for name in counters})
+                if plan.counters:
+                    kept.update(plan.kept(call.hyper[index]))
                 if kept:
                     self.state[p].update(kept)
                 version = versions[index]
@@ -275,7 +276,7 @@ class Optimizer(torch.optim.Optimizer):
                 # those of a parameter without gradient, or left as they were by the rule
                 entry.update({n: x.clone() for n, x in entry.items() if id(x) in lent})
             if call.pairs:
-                self.state[whole.PAIRS] = whole.end(self.transformation.plan, call)  # pyright: ignore
+                self.state[whole.PAIRS] = whole.end(plan, call)  # pyright: ignore
 
         all_or_nothing(write)
         self._lent = False

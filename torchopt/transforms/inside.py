@@ -163,7 +163,7 @@ class Wrapper(GradientTransformation):
         slots = [
             (
                 *(columns[name][k] for name in plan.slot_names),
-                *(_as_slot(rows[k][name], kept[name][k]) for name in plan.counters),
+                *(_as_slot(x, kept[name][k]) for name, x in plan.kept(rows[k]).items()),
             )
             for k in range(len(chosen))
         ]

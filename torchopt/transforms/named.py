@@ -73,8 +73,7 @@ class Delegating(GradientTransformation):
     def count(self, t: Step, *args: Any, **values: Any) -> dict[str, Any]:
         """Return the counters of the inner transformation for an update."""
         plan, (row,) = self.inner.plan, self._rows([values])
-        new = plan.count(row, t, {name: row[name] for name in plan.counters})
-        return self._public({name: new[name] for name in plan.counters})
+        return self._public(plan.kept(plan.count(row, t, row)))
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
         """Return the hyperparameters of the inner transformation."""

@@ -72,8 +72,8 @@ class Partition(GradientTransformation):
         found: dict[str, Any] = {}
         for label, tx in self.transforms.items():
             (row,) = _own_rows(label, tx, [values])
-            counted = tx.plan.count(row, t, row)
-            found.update({f"{label}.{name}": counted[name] for name in tx.plan.counters})
+            kept = tx.plan.kept(tx.plan.count(row, t, row))
+            found.update({f"{label}.{name}": number for name, number in kept.items()})
         return found
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:

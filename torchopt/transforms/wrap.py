@@ -44,7 +44,7 @@ class Masked(GradientTransformation):
     def count(self, t: Step, *args: Any, **values: Any) -> dict[str, Any]:
         """Return the counters of the inner transformation for an update."""
         plan = self.inner.plan
-        return plan.count(values, t, {name: values[name] for name in plan.counters})
+        return plan.kept(plan.count(values, t, values))
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
         """Return the hyperparameters of the inner transformation."""
