@@ -219,7 +219,9 @@ class Optimizer(torch.optim.Optimizer):
         """Give the parameters the values to evaluate with, where they are others.
 
         Schedule-free optimizers take gradients at other weights than they recommend. For all other
-        optimizers nothing happens. Call :meth:`train` before the next step.
+        optimizers nothing happens. Call :meth:`train` before the next step. The weights to train
+        with are kept meanwhile, in ``state`` and in checkpoints: training goes on as if there had
+        been no evaluation, to the last bit.
         """
         self._swap(True)
 
