@@ -106,6 +106,7 @@ from torchopt.optimizers.adopt import (
     MetaADOPT as MetaADOPT,
     scale_by_adopt as scale_by_adopt,
 )
+from torchopt.optimizers.asgd import ASGD as ASGD, asgd as asgd, MetaASGD as MetaASGD
 from torchopt.optimizers.lamb import LAMB as LAMB, lamb as lamb, MetaLAMB as MetaLAMB
 from torchopt.optimizers.lars import LARS as LARS, lars as lars, MetaLARS as MetaLARS
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS

@@ -308,8 +308,8 @@ class GradientTransformation:
     def eval_params(self, state: OptState, params: TensorTree) -> TensorTree:
         """Return the parameters to evaluate with; the same unless the optimizer trains others.
 
-        Schedule-free optimizers take gradients at one point and recommend another. The result is
-        differentiable in ``state`` and ``params``.
+        Schedule-free optimizers and ASGD take gradients at one point and recommend another. The
+        result is differentiable in ``state`` and ``params``.
 
         Args:
             state: What the last :meth:`update` returned.

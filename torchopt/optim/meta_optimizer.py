@@ -235,8 +235,8 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
     def eval_params(self) -> dict[str, Tensor]:
         """Return the weights to evaluate with by name, connected to all they are made of.
 
-        They are those of the network, but for schedule-free optimizers. With several networks each
-        name begins with the number of its group: ``"0.weight"``.
+        They are those of the network, but for schedule-free optimizers and ASGD. With several
+        networks each name begins with the number of its group: ``"0.weight"``.
 
         Example:
             >>> import torch, torchopt

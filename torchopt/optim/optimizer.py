@@ -218,8 +218,8 @@ class Optimizer(torch.optim.Optimizer):
     def eval(self) -> None:
         """Give the parameters the values to evaluate with, where they are others.
 
-        Schedule-free optimizers take gradients at other weights than they recommend. For all other
-        optimizers nothing happens. Call :meth:`train` before the next step. The weights to train
+        Schedule-free optimizers and ASGD take gradients at other weights than they recommend. For
+        all others nothing happens. Call :meth:`train` before the next step. The weights to train
         with are kept meanwhile, in ``state`` and in checkpoints: training goes on as if there had
         been no evaluation, to the last bit.
         """
