@@ -16,6 +16,7 @@ from torchopt.core.gradient_checks import Common, check_gradients, common_of, re
 from torchopt.core.packed import Packed, Packing
 from torchopt.core.plan import Plan
 from torchopt.core.protocols import PartLike, TransformationLike
+from torchopt.core.sparse_entries import ChangedSlot
 from torchopt.typing import PyTree, Step
 
 
@@ -36,6 +37,7 @@ class Call:
     pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.core.whole
     labels: Any = None  # of the parameters, for a partition, where the API knows them
     packing: Packing | None = None  # where an update leaves what it found out for the next one
+    overwrites: bool = False  # whether new slots may come back as ChangedSlot
 
 
 @dataclasses.dataclass
@@ -277,9 +279,9 @@ def _advance_by_parts(
         if isinstance(column, Packed):
             columns[name] = column
             continue
-        columns[name] = list(columns[name])
+        columns[name] = [x if type(x) is ChangedSlot else y for x, y in zip(column, columns[name])]
         for position, (c, value) in enumerate(zip(is_complex, column)):
-            if value is not None:
+            if value is not None and type(value) is not ChangedSlot:
                 old = columns[name][position]
                 if old is not None:
                     dtype = old.dtype

@@ -23,7 +23,7 @@ from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.optim.checkpoint import load, saved
 from torchopt.optim.evaluation import refuse_step, swap_in_place
-from torchopt.optim.memory import apart, refuse_released
+from torchopt.optim.memory import apart, refuse_released, slots_to_keep
 from torchopt.optim.part_groups import PLACES, PartGroups, divide, warn_of_hidden_rates
 from torchopt.optim.schedules import LiveSchedules
 
@@ -242,6 +242,7 @@ class Optimizer(torch.optim.Optimizer):
             order = self._parts.order(self.param_groups)
             params, grads = [params[k] for k in order], [grads[k] for k in order]
         call = self._call(params, grads)
+        call.overwrites = True
         if loss is not None:
             call.extra = {"value": loss}
         if not (compiling := torch.compiler.is_compiling()):
@@ -261,9 +262,7 @@ class Optimizer(torch.optim.Optimizer):
             for index, (p, u) in enumerate(zip(params, updates)):
                 if u is None:
                     continue
-                kept = {
-                    n: column[index] for n, column in slots.items() if column[index] is not None
-                }
+                kept = slots_to_keep(slots, index, lent)
                 if counts:
                     kept["step"] = call.t[index]
                 if plan.counters:
