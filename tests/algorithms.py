@@ -53,6 +53,7 @@ class Algorithm:
         decays: Numbers by which weights shrink, whatever the gradients are.
         linear: Whether an update is linear in the gradients, where nothing shrinks.
         sparse: Whether it takes sparse gradients (without weight decay).
+        twin_of_sparse: The class of ``torch.optim`` that does the same and refuses dense gradients.
         flat: What an update is a piecewise constant function of, names of numbers,
             ``"gradients"`` or ``"slots"``: meta-gradients by it are zero.
         in_places: Numbers that act on some entries only in a few steps.
@@ -93,6 +94,7 @@ class Algorithm:
     decays: tuple[str, ...] = ("weight_decay",)
     linear: bool = False
     sparse: bool = False
+    twin_of_sparse: type[torch.optim.Optimizer] | None = None
     flat: tuple[str, ...] = ()
     in_places: tuple[str, ...] = ()
     read_once: tuple[str, ...] = ()

@@ -193,6 +193,12 @@ from torchopt.optimizers.sm3 import (
     SM3 as SM3,
     sm3 as sm3,
 )
+from torchopt.optimizers.sparse_adam import (
+    MetaSparseAdam as MetaSparseAdam,
+    scale_by_sparse_adam as scale_by_sparse_adam,
+    sparse_adam as sparse_adam,
+    SparseAdam as SparseAdam,
+)
 from torchopt.optimizers.yogi import (
     MetaYogi as MetaYogi,
     scale_by_yogi as scale_by_yogi,
