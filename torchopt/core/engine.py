@@ -178,7 +178,9 @@ def advance(
 
     With ``apply`` the new parameters are returned instead of the updates.
     """
-    if call.pack_slots and accelerates(tx.plan):
+    # whether the slots are no longer as they were given
+    refreshes = bool(tx.plan.refreshing) and not tx.plan.reads.isdisjoint(call.extra)
+    if call.pack_slots and not refreshes and accelerates(tx.plan):
         again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
             return again
@@ -195,10 +197,9 @@ def advance(
     if not whole:
         columns = {name: [column[i] for i in index] for name, column in columns.items()}
     first_node = step_tags.begin()
-    # a kernel reads half precision as it is
-    fused = (
-        accelerator.take_whole(tx.plan, leaves, columns, apply) if accelerates(tx.plan) else None
-    )
+    fused = None
+    if not refreshes and accelerates(tx.plan):  # a kernel reads half precision as it is
+        fused = accelerator.take_whole(tx.plan, leaves, columns, apply)
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)
         if first_node >= 0:
@@ -299,6 +300,8 @@ def run(
     Returns:
         The updates, and whether they have been added to the parameters, as ``apply`` allows.
     """
+    if plan.refreshing and leaves.call.extra:
+        _refresh(plan, leaves, columns)
     g, position = leaves.g, 0
     while position < len(plan.parts):
         # the position tells, for torch 2.6 compiles `is` between lists as a comparison of tensors
@@ -314,6 +317,18 @@ def run(
             g = run_by_rules(plan, position, position + 1, own, columns)
             position += 1
     return g, False
+
+
+def _refresh(plan: Plan, leaves: Leaves, columns: dict[str, list[Any]]) -> None:
+    """Let parts change their slots by the extra values of a call, before the step."""
+    for position in plan.refreshing:
+        part, names = plan.parts[position], plan.slots[position]
+        if not leaves.call.extra.keys().isdisjoint(part.reads):
+            slots = list(zip(*(columns[name] for name in names)))
+            rows = plan.rows_of(position, leaves.hyper)
+            own = Leaves(leaves.g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
+            for name, column in zip(names, zip(*part.refreshed(own))):
+                columns[name] = list(column)
 
 
 def run_by_rules(

@@ -28,6 +28,9 @@ class Plan:
         self.parts = tuple(parts)
         #: Whether no part may be computed by kernels.
         self.never_fused = all(part.use_accelerated_op is False for part in self.parts)
+        #: The extra values that parts read, and the parts whose slots those change before a step.
+        self.reads = frozenset(name for part in self.parts for name in part.reads)
+        self.refreshing = [k for k, part in enumerate(self.parts) if part.refreshes]
         self.hyper_specs: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
         self.slot_names: tuple[str, ...] = ()

@@ -171,6 +171,11 @@ class Wrapper(GradientTransformation):
         return updates, slots
 
     @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that are read inside."""
+        return tuple(self.inner.plan.reads)
+
+    @property
     def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the inner transformation evaluates with other weights."""
         return evaluates(self.inner)

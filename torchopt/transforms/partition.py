@@ -145,6 +145,11 @@ class Partition(GradientTransformation):
         return all(part.accepts_complex for tx in self.transforms.values() for part in tx.parts)
 
     @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that are read inside."""
+        return tuple({name for tx in self.transforms.values() for name in tx.plan.reads})
+
+    @property
     def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether one of the transformations evaluates with other weights."""
         return any(map(evaluates, self.transforms.values()))

@@ -88,6 +88,11 @@ class Masked(GradientTransformation):
         return all(part.accepts_complex for part in self.inner.parts)
 
     @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that are read inside."""
+        return tuple(self.inner.plan.reads)
+
+    @property
     def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the inner transformation evaluates with other weights."""
         return evaluates(self.inner)
