@@ -34,6 +34,10 @@ from torchopt.core.transform import (
     GradientTransformation as GradientTransformation,
     transformation as transformation,
 )
+from torchopt.diff.hessian_diagonal import (
+    gauss_newton_bartlett as gauss_newton_bartlett,
+    hutchinson_diagonal as hutchinson_diagonal,
+)
 from torchopt.nn.snapshot import (
     extract_state_dict as extract_state_dict,
     module_clone as module_clone,
@@ -192,6 +196,12 @@ from torchopt.optimizers.sm3 import (
     scale_by_sm3 as scale_by_sm3,
     SM3 as SM3,
     sm3 as sm3,
+)
+from torchopt.optimizers.sophia import (
+    MetaSophia as MetaSophia,
+    scale_by_sophia as scale_by_sophia,
+    Sophia as Sophia,
+    sophia as sophia,
 )
 from torchopt.optimizers.sparse_adam import (
     MetaSparseAdam as MetaSparseAdam,
