@@ -183,7 +183,8 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             RuntimeError: If its graph has been freed. The network and this optimizer have not
                 changed then, nor in any other case of refusal.
         """
-        check_extra(self.transformation, extra, type(self).__name__)
+        if extra:
+            check_extra(self.transformation, extra, type(self).__name__)
         track = torch.is_grad_enabled()
         create_graph = (self.create_graph if create_graph is None else create_graph) and track
         entries, params = self._trainable.now(self.param_groups)

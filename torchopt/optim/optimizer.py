@@ -200,7 +200,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         loss = None
         refuse_step(self)
-        check_extra(self.transformation, extra, type(self).__name__)
+        if extra:
+            check_extra(self.transformation, extra, type(self).__name__)
         if closure is not None:
             misuse.check_closure(closure, self)
             with torch.enable_grad():
