@@ -136,6 +136,8 @@ class Counter:
     Args:
         name: Its name, as ``torch.optim`` calls it where it has one.
         start: What it is before the first update.
+        ahead: Whether ``count`` makes it for the next update already: the rule gets it as it was
+            before this one, as ASGD its rate.
 
     Example:
         >>> import torch, torchopt
@@ -157,6 +159,7 @@ class Counter:
 
     name: str
     start: float = 0.0
+    ahead: bool = False
 
 
 def filled(param: Tensor, value: Any) -> Tensor:
