@@ -44,6 +44,7 @@ from torchopt.nn.snapshot import (
 )
 from torchopt.optim.func_optimizer import FuncOptimizer as FuncOptimizer
 from torchopt.optim.inner_loop import inner_loop as inner_loop
+from torchopt.optim.learned import LearnedHyperparameters as LearnedHyperparameters
 from torchopt.optim.meta_optimizer import MetaOptimizer as MetaOptimizer
 from torchopt.optim.optimizer import Optimizer as Optimizer
 from torchopt.optimizers.adabelief import (

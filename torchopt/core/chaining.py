@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torchopt.core import hyper
@@ -55,6 +56,13 @@ class Chain(GradientTransformation):
         return Chain(
             tuple(part.with_accelerated_op(use_accelerated_op) for part in self.transformations)
         )
+
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        own = [
+            {name: values[public] for name, public in fields.items() if public in values}
+            for fields in self.plan.fields
+        ]
+        return Chain(tuple(p._exchanged(v) for p, v in zip(self.transformations, own)))
 
     def renewed(self) -> GradientTransformation:
         """Return the same with slots for all parameters together of its own."""

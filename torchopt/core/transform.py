@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -198,6 +198,32 @@ class GradientTransformation:
     def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
         """Return this transformation with another setting of the fused kernels."""
         return dataclasses.replace(self, use_accelerated_op=use_accelerated_op)
+
+    def with_hyperparameters(self, values: Mapping[str, Any]) -> GradientTransformation:
+        """Return this transformation with other hyperparameters, by the names they have here.
+
+        Args:
+            values: Those to change, by the names of :meth:`hyperparameters`.
+
+        Raises:
+            TypeError: If there is none of a name, or a value is of the wrong kind.
+            ValueError: If a value is out of bounds.
+
+        Example:
+            >>> import torchopt
+            >>> tx = torchopt.chain(torchopt.trace(0.5), torchopt.trace(0.9))
+            >>> tx.with_hyperparameters({"momentum_2": 0.8}).hyperparameters()["momentum_2"]
+            0.8
+        """
+        for name in values:
+            if name not in self.hyper_specs():
+                raise TypeError(misuse.unknown_hyperparameter(name, self, list(self.hyper_specs())))
+        return self._exchanged(values) if values else self
+
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        """Return the same with those of the values that are its hyperparameters."""
+        own = {name: values[name] for name in self.declared if name in values}
+        return dataclasses.replace(self, **own) if own else self
 
     # The functional API ----------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ therefore kept as slots of the wrapper: 0-d tensors, one for each parameter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,11 @@ class Wrapper(GradientTransformation):
         """Return the same with another setting of the fused kernels inside."""
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
+
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        own = {name: x for name, x in values.items() if name in self.declared}
+        inside = {name: x for name, x in values.items() if name not in self.declared}
+        return dataclasses.replace(self, inner=self.inner.with_hyperparameters(inside), **own)
 
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return those of the inner transformation."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -96,6 +97,11 @@ class Delegating(GradientTransformation):
         """Return the same with another setting of the fused kernels inside."""
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
+
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        names = {name: self.public(name) for name in self.inner.hyper_specs()}
+        own = {name: values[public] for name, public in names.items() if public in values}
+        return dataclasses.replace(self, inner=self.inner.with_hyperparameters(own))
 
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether all rules inside are right for sparse gradients."""

@@ -128,6 +128,15 @@ class Partition(GradientTransformation):
                 return False
         return True
 
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        transforms = {
+            label: tx.with_hyperparameters(
+                {n: values[f"{label}.{n}"] for n in tx.hyper_specs() if f"{label}.{n}" in values}
+            )
+            for label, tx in self.transforms.items()
+        }
+        return dataclasses.replace(self, transforms=transforms)
+
     def _has_label(self, label: str, call: Call) -> list[bool]:
         return [one == label for one in label_leaves(self, call)]
 
