@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from torchopt.core import hyper
 from torchopt.core.pair import Pair, as_transformation
 from torchopt.core.plan import Plan
@@ -63,6 +65,19 @@ class Chain(GradientTransformation):
             for fields in self.plan.fields
         ]
         return Chain(tuple(p._exchanged(v) for p, v in zip(self.transformations, own)))
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        parts = [
+            part._with_dtypes(
+                {
+                    slot.name: dtypes[public]
+                    for slot, public in zip(part.kept(part.slots), names)
+                    if public in dtypes
+                }
+            )
+            for part, names in zip(self.transformations, self.plan.slots)
+        ]
+        return Chain(tuple(parts))
 
     def renewed(self) -> GradientTransformation:
         """Return the same with slots for all parameters together of its own."""

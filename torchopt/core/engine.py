@@ -193,10 +193,9 @@ def advance(
     if not whole:
         columns = {name: [column[i] for i in index] for name, column in columns.items()}
     first_node = step_tags.begin()
-    # a kernel reads half precision as it is
-    fused = (
-        accelerator.take_whole(tx.plan, leaves, columns, apply) if accelerates(tx.plan) else None
-    )
+    # a kernel reads half precision as it is, but no slots in a dtype of their own
+    direct = accelerates(tx.plan) and not tx.plan.narrow
+    fused = accelerator.take_whole(tx.plan, leaves, columns, apply) if direct else None
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)
         if first_node >= 0:
@@ -233,7 +232,7 @@ def accelerates(plan: Plan) -> bool:
 
 def packs(plan: Plan) -> bool:
     """Whether packed slots pay: kernels compute the whole plan, and read them as they are."""
-    return accelerates(plan) and accelerator.covers(plan)
+    return accelerates(plan) and not plan.narrow and accelerator.covers(plan)
 
 
 def _leaves(call: Call, index: list[int]) -> Leaves:
@@ -255,15 +254,17 @@ def _advance_by_parts(
     is_complex = [g.is_complex() for g in given.g]
     enter = [_view_as_real if c else to_compute_dtype for c in is_complex]
 
-    def entered(column: Any) -> Any:
+    def entered(column: Any, like: Sequence[Any] | None = None) -> Any:
         if isinstance(column, Packed) and not any(is_complex):
             return column  # slots in half precision are float32 already
-        return [None if x is None else convert(x) for convert, x in zip(enter, column)]
+        found = [None if x is None else convert(x) for convert, x in zip(enter, column)]
+        return found if like is None else widened(found, like)
 
     g, p = entered(given.g), entered(given.p)
     same = all(x is y for x, y in zip(g, given.g))
     leaves = given.with_tensors(g, p, given.common if same else None)
-    own = {name: entered(column) for name, column in columns.items()}
+    narrow = tx.plan.narrow
+    own = {n: entered(c, leaves.g if n in narrow else None) for n, c in columns.items()}
     # the sum is taken in the parameters' own dtype
     applies = apply and same
     updates, applied = run(tx.plan, leaves, own, applies)
@@ -281,7 +282,9 @@ def _advance_by_parts(
         for position, (c, value) in enumerate(zip(is_complex, column)):
             if value is not None:
                 old = columns[name][position]
-                if old is not None:
+                if name in narrow:
+                    dtype = narrow[name]
+                elif old is not None:
                     dtype = old.dtype
                 else:  # made in this call, in the dtype of computation unless it is no such number
                     dtype = leaves.g[position].dtype if value.is_floating_point() else value.dtype
@@ -352,6 +355,14 @@ def _like(u: Any, g: Tensor) -> Any:
     """Return an update in the dtype of its gradient, in which the next part expects it."""
     wider = isinstance(u, Tensor) and u.dtype != g.dtype and u.is_floating_point()
     return u.to(g.dtype) if wider else u
+
+
+def widened(column: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    """Return slots that are kept in a dtype of their own as a rule sees them."""
+    return [
+        x if x is None or y is None else x.to(torch.promote_types(x.dtype, y.dtype))
+        for x, y in zip(column, like)
+    ]
 
 
 def _view_as_real(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
-from torchopt.core.slots import Counter, Slot, as_slot
+from torchopt.core.slots import Counter, Slot
 
 
 class Plan:
@@ -50,7 +50,7 @@ class Plan:
             latest.update(fields)
             specs = {name: spec for name, spec in specs.items() if fields[name] not in taken}
             self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
-            slots, counters = tuple(map(as_slot, part.slots)), part.counters
+            slots, counters = part.kept(part.slots), part.counters
             kept = {*self.slot_of, *self.counters, "step"}
             names = tuple(_free_name(slot.name, kept) for slot in slots)
             self.fields.append(fields)
@@ -67,6 +67,11 @@ class Plan:
             self.counters.update({counted[c.name]: c for c in counters})
             self.counted.append(counted)
             fields.update(counted)  # a rule gets them as it gets its hyperparameters
+
+        #: Slots that are kept in a dtype of their own, and computed with in that of the parameters.
+        self.narrow: dict[str, torch.dtype] = {
+            name: s.dtype for name, s in self.slot_of.items() if s.dtype is not None and s.is_narrow
+        }
 
     def renamed_slots(self, optional: bool = False) -> tuple[Slot, ...]:
         """Return the slots of all parts under their public names."""

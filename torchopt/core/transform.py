@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
@@ -14,6 +15,7 @@ from torchopt.base.values import describe, same
 from torchopt.core import hyper, whole
 from torchopt.core.apply import apply_updates
 from torchopt.core.engine import Leaves, initialise
+from torchopt.core.exchange import Exchanging
 from torchopt.core.functional import advance_trees, eval_trees, gather_tree, slot_trees
 from torchopt.core.opt_state import OptState
 from torchopt.core.plan import Plan
@@ -46,8 +48,12 @@ def transformation(cls: type) -> type:
     return decorated
 
 
+#: Fields that are shown where they say something.
+_SELDOM = ("use_accelerated_op", "slot_dtypes")
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class GradientTransformation:
+class GradientTransformation(Exchanging):
     r"""A rule that turns gradients into updates, written once and used through three APIs.
 
     A subclass is a frozen dataclass (decorate it with :func:`transformation`). Fields declared with
@@ -68,6 +74,8 @@ class GradientTransformation:
     #: ``None`` uses fused kernels where they are available, ``True`` requires and ``False`` forbids
     #: them.
     use_accelerated_op: bool | None = dataclasses.field(default=None, kw_only=True, compare=False)
+    #: The dtypes of slots that are kept in another one; see :meth:`with_slot_dtypes`.
+    slot_dtypes: tuple[tuple[str, torch.dtype], ...] = dataclasses.field(default=(), kw_only=True)
 
     #: The class of a pair of functions, and what joins transformations: both are built on this
     #: class, so their modules set them.
@@ -172,7 +180,7 @@ class GradientTransformation:
 
     def first_slots(self, param: Tensor, **hyperparameters: Any) -> tuple[Tensor | None, ...]:
         """Return the initial buffers of one parameter, in the order of ``slots``."""
-        return tuple(as_slot(slot).first(param, hyperparameters) for slot in self.slots)
+        return tuple(slot.first(param, hyperparameters) for slot in self.kept(self.slots))
 
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return the slots that are one tree for all parameters; see ``torchopt.core.whole``."""
@@ -198,32 +206,6 @@ class GradientTransformation:
     def with_accelerated_op(self, use_accelerated_op: bool | None) -> GradientTransformation:
         """Return this transformation with another setting of the fused kernels."""
         return dataclasses.replace(self, use_accelerated_op=use_accelerated_op)
-
-    def with_hyperparameters(self, values: Mapping[str, Any]) -> GradientTransformation:
-        """Return this transformation with other hyperparameters, by the names they have here.
-
-        Args:
-            values: Those to change, by the names of :meth:`hyperparameters`.
-
-        Raises:
-            TypeError: If there is none of a name, or a value is of the wrong kind.
-            ValueError: If a value is out of bounds.
-
-        Example:
-            >>> import torchopt
-            >>> tx = torchopt.chain(torchopt.trace(0.5), torchopt.trace(0.9))
-            >>> tx.with_hyperparameters({"momentum_2": 0.8}).hyperparameters()["momentum_2"]
-            0.8
-        """
-        for name in values:
-            if name not in self.hyper_specs():
-                raise TypeError(misuse.unknown_hyperparameter(name, self, list(self.hyper_specs())))
-        return self._exchanged(values) if values else self
-
-    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
-        """Return the same with those of the values that are its hyperparameters."""
-        own = {name: values[name] for name in self.declared if name in values}
-        return dataclasses.replace(self, **own) if own else self
 
     # The functional API ----------------------------------------------------------------------
 
@@ -360,7 +342,7 @@ class GradientTransformation:
         fields = ", ".join(
             f"{field.name}={describe(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
-            if field.name != "use_accelerated_op" or self.use_accelerated_op is not None
+            if field.name not in _SELDOM or getattr(self, field.name) not in (None, ())
         )
         return f"{type(self).__name__}({fields})"
 

@@ -222,7 +222,8 @@ def _variants_of(parts: tuple[Any, ...]) -> list[Variant]:
     """
     key: list[Any] = []
     for part in parts:
-        fields = [f.name for f in dataclasses.fields(part) if f.name not in part.declared]
+        unread = {*part.declared, "slot_dtypes"}  # slots are converted around the rule
+        fields = [f.name for f in dataclasses.fields(part) if f.name not in unread]
         values = [getattr(part, name) for name in fields]
         if not all(map(is_plain, values)):
             return []  # nothing that holds a graph, or code, is kept for good

@@ -78,6 +78,13 @@ class Wrapper(GradientTransformation):
         inside = {name: x for name, x in values.items() if name not in self.declared}
         return dataclasses.replace(self, inner=self.inner.with_hyperparameters(inside), **own)
 
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        names = {self._names[name]: name for name in self.inner.plan.slot_names}
+        inside = {names[public]: dtype for public, dtype in dtypes.items() if public in names}
+        own = {name: dtype for name, dtype in dtypes.items() if name not in names}
+        found = dataclasses.replace(self, inner=self.inner.with_slot_dtypes(inside))
+        return super(Wrapper, found)._with_dtypes(own)
+
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return those of the inner transformation."""
         return {self._names[name]: value for name, value in self.inner.plan.whole.items()}
@@ -125,7 +132,8 @@ class Wrapper(GradientTransformation):
         plan = self.inner.plan
         starts = {name: counter.start for name, counter in plan.counters.items()}
         rows: list[list[Any]] = [
-            [slot.first(p, h) for slot in self.own_slots] for p, h in zip(leaves.p, leaves.hyper)
+            [slot.first(p, h) for slot in self.kept(self.own_slots)]
+            for p, h in zip(leaves.p, leaves.hyper)
         ]
         inside = _with_rows(leaves, [{**row, **starts} for row in leaves.hyper])
         for position, part in enumerate(plan.parts):

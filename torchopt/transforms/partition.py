@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Union
 
+import torch
 from torch import Tensor
 
 from torchopt.base import tree
@@ -135,6 +136,14 @@ class Partition(GradientTransformation):
             )
             for label, tx in self.transforms.items()
         }
+        return dataclasses.replace(self, transforms=transforms)
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        transforms = {}
+        for label, tx in self.transforms.items():
+            names = self._slots_of(label)
+            own = {n: dtypes[public] for n, public in names.items() if public in dtypes}
+            transforms[label] = tx.with_slot_dtypes(own)
         return dataclasses.replace(self, transforms=transforms)
 
     def _has_label(self, label: str, call: Call) -> list[bool]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Union
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -78,6 +79,9 @@ class Masked(GradientTransformation):
 
     def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
         return dataclasses.replace(self, inner=self.inner.with_hyperparameters(values))
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        return dataclasses.replace(self, inner=self.inner.with_slot_dtypes(dtypes))
 
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether all rules inside are right for sparse gradients."""
