@@ -42,6 +42,7 @@ from torchopt.nn.snapshot import (
     stop_gradient as module_detach_,
     stop_gradient as stop_gradient,
 )
+from torchopt.optim.from_torch import from_torch as from_torch
 from torchopt.optim.func_optimizer import FuncOptimizer as FuncOptimizer
 from torchopt.optim.inner_loop import inner_loop as inner_loop
 from torchopt.optim.learned import LearnedHyperparameters as LearnedHyperparameters
