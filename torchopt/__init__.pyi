@@ -241,6 +241,9 @@ from torchopt.transforms.lookahead import lookahead as lookahead
 from torchopt.transforms.momentum import ema as ema, trace as trace
 from torchopt.transforms.named import named_chain as named_chain
 from torchopt.transforms.partition import partition as partition
+from torchopt.transforms.per_example import (
+    per_example_global_norm_clip as per_example_global_norm_clip,
+)
 from torchopt.transforms.plateau import reduce_on_plateau as reduce_on_plateau
 from torchopt.transforms.selective import selective_transform as selective_transform
 from torchopt.transforms.stateless import (
