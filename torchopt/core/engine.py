@@ -258,7 +258,7 @@ def _advance_by_parts(
         if isinstance(column, Packed) and not any(is_complex):
             return column  # slots in half precision are float32 already
         found = [None if x is None else convert(x) for convert, x in zip(enter, column)]
-        return found if like is None else widened(found, like)
+        return found if like is None else _widened(found, like)
 
     g, p = entered(given.g), entered(given.p)
     same = all(x is y for x, y in zip(g, given.g))
@@ -357,7 +357,7 @@ def _like(u: Any, g: Tensor) -> Any:
     return u.to(g.dtype) if wider else u
 
 
-def widened(column: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+def _widened(column: Sequence[Any], like: Sequence[Any]) -> list[Any]:
     """Return slots that are kept in a dtype of their own as a rule sees them."""
     return [
         x if x is None or y is None else x.to(torch.promote_types(x.dtype, y.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchopt.core.engine import Call, Leaves, widened
+from torchopt.core.engine import Call, Leaves
 from torchopt.core.plan import Plan
 from torchopt.core.protocols import TransformationLike
 
@@ -25,8 +25,6 @@ def converted_call(tx: TransformationLike, call: Call, to_eval: bool) -> list[An
     p, t = [params[i] for i in index], [call.t[i] for i in index]
     rows = [call.hyper[i] for i in index]
     columns = {name: [column[i] for i in index] for name, column in call.slots.items()}
-    for name in tx.plan.narrow:
-        columns[name] = widened(columns[name], p)
     leaves = Leaves(p, p, t, [()] * len(index), rows, index, call)
     for i, found in zip(index, converted(tx.plan, leaves, columns, to_eval)):
         params[i] = found
