@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -141,9 +142,8 @@ def test_parameters_without_a_gradient_stay():
 def test_any_tree_if_there_is_neither_a_state_nor_groups():
     tx = torchopt.from_torch(torch.optim.SGD([torch.zeros(())], lr=0.1, momentum=0.9))
     params = {"b": [nonzero(2), nonzero(3)], "a": (nonzero(1),)}
-    state = tx.init(params)
-    for _ in range(2):
-        updates, state = tx.update(params, state, params)
+    _, state = tx.update(params, tx.init(params), params)
+    updates, _ = tx.update(params, state, params)
     assert_close(updates["b"][1], -0.19 * params["b"][1])
 
 
@@ -209,7 +209,7 @@ def test_differentiable_api_without_a_derivative():
 def test_refuses_derivatives():
     w = nonzero(3)
     optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
-    tx = torchopt.from_torch(optimizer)
+    tx: Any = torchopt.from_torch(optimizer)
     params, grads = {"w": w}, {"w": nonzero(3)}
     _, state = tx.update(grads, tx.init(params), params)
     learned = {"w": nonzero(3, requires_grad=True)}
@@ -243,7 +243,7 @@ class NoStep(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
         self.power = 2
 
-    def step(self, closure=None):
+    def step(self, closure=None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -265,12 +265,12 @@ def test_a_third_partys():
 def test_refused():
     net = nn.Linear(2, 1)
     with pytest.raises(TypeError, match=r"expects an optimizer.*got the class Adam"):
-        torchopt.from_torch(torch.optim.Adam)
+        torchopt.from_torch(torch.optim.Adam)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"optimizer\.transformation"):
         torchopt.from_torch(torchopt.Adam(net.parameters()))
     with pytest.raises(ValueError, match=r"LBFGS needs a closure.*torchopt\.solvers"):
         torchopt.from_torch(torch.optim.LBFGS(net.parameters()))
-    tx = torchopt.from_torch(torch.optim.Adagrad(net.parameters()))
+    tx: Any = torchopt.from_torch(torch.optim.Adagrad(net.parameters()))
     with pytest.raises(ValueError, match="has a state for parameters of shapes"):
         tx.init([torch.ones(3)])
     params = dict(net.named_parameters())

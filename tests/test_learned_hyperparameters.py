@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -108,9 +109,10 @@ def test_stays_within_bounds_however_far_the_raw_numbers_are(far, dtype):
         def rule(self, g, p, t, slots, *, rate, decay, shift, below):
             return g * rate * decay * shift * below, slots
 
+    rule: Any = Rule
     for kind in ("exp", "softplus"):
         ways = {"rate": kind, "below": kind}
-        learned = Learned(Rule(), reparametrization=ways, dtype=dtype)
+        learned = Learned(rule(), reparametrization=ways, dtype=dtype)
         assert len(learned.raw) == 4
         with torch.no_grad():
             for raw in learned.parameters():

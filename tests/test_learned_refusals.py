@@ -1,5 +1,7 @@
 """What cannot be learned, bounded or written back says so, and nothing has changed then."""
 
+from typing import Any
+
 import pytest
 import torch
 from adapting import mlp
@@ -8,9 +10,10 @@ import torchopt
 from torchopt import LearnedHyperparameters as Learned
 
 
+NONE: Any = torchopt.Adam
 sgd, adam = torchopt.sgd(0.1, momentum=0.5), torchopt.adam(0.1)
 REFUSED = {
-    "no transformation": (lambda: Learned(torchopt.Adam), TypeError, "transformation"),
+    "no transformation": (lambda: Learned(NONE), TypeError, "transformation"),
     "unknown": (lambda: Learned(sgd, "rate"), TypeError, "'rate' is no hyperparameter.*'lr'"),
     "flag": (lambda: Learned(sgd, "nesterov"), TypeError, "nesterov is a flag"),
     "no pair": (lambda: Learned(sgd, "lr[0]"), TypeError, "no hyperparameter"),
@@ -101,7 +104,8 @@ def test_refused_to_be_written():
     written(each, few, ValueError, r"4 parameters.*1 without names.*named_parameters")
     other = torchopt.SGD(torch.nn.Linear(2, 2).named_parameters())
     written(each, other, ValueError, "no learned value of 'weight'")
-    for value in (sgd, net, None):
+    others: Any = (sgd, net, None)
+    for value in others:
         with pytest.raises(TypeError, match="write_to expects an optimizer"):
             plain.write_to(value)
     two = Learned(torchopt.MetaSGD([mlp(), mlp()], lr=0.1))

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def by_hand(net, data, steps, tx):
     state = tx.init(params)
     for _ in range(steps):
         live = {n: p.requires_grad_() for n, p in params.items()}
-        loss = mse(lambda x: torch.func.functional_call(net, live, x), data)  # noqa: B023
+        loss = (torch.func.functional_call(net, live, data[0]) - data[1]).square().mean()
         grads = dict(zip(live, torch.autograd.grad(loss, list(live.values()))))
         params = {n: p.detach() for n, p in live.items()}
         params, state = tx.apply_gradients(grads, state, params, inplace=False, value=loss)
@@ -239,18 +240,18 @@ def test_mapped_over_losses():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_stay(dtype):
     tx, g = torchopt.reduce_on_plateau(0.5, patience=1), [torch.ones(2, dtype=dtype)]
-    state = tx.init(g)
-    for _ in range(2):
-        updates, state = tx.update(g, state, value=torch.tensor(1.0, dtype=torch.float32))
+    updates, state = tx.update(g, tx.init(g), value=torch.tensor(1.0, dtype=torch.float32))
+    updates, state = tx.update(g, state, value=torch.tensor(1.0, dtype=torch.float32))
     assert updates[0].dtype == dtype
     assert updates[0].tolist() == [0.5, 0.5]
     assert torchopt.tree_get(state, "scale").dtype == torch.float64
 
 
+HALF: Any = 1.5
 REFUSED = {
     "factor": (lambda: torchopt.reduce_on_plateau(1.0), ValueError, "factor must be > 0 and < 1"),
     "patience": (lambda: torchopt.reduce_on_plateau(patience=0), ValueError, "patience .*>= 1"),
-    "half": (lambda: torchopt.reduce_on_plateau(patience=1.5), TypeError, "whole number"),
+    "half": (lambda: torchopt.reduce_on_plateau(patience=HALF), TypeError, "whole number"),
     "rtol": (lambda: torchopt.reduce_on_plateau(rtol=1.5), ValueError, "rtol must be"),
     "mode": (lambda: torchopt.reduce_on_plateau(mode="least"), ValueError, "'min' or 'max'"),
     "none": (lambda: scales(plateau(), [None]), ValueError, "value=loss"),
