@@ -53,7 +53,6 @@ class FromTorch:
         names = tree.leaf_names(updates)
         p = tree.flatten_like(params, updates, spec, "params", "grads")
         self._check_state(state, names)
-        groups = self.optimizer.param_groups
         self._refuse_recorded(g, state, p, inplace)
         copies = {n: x.detach().clone() for n, x in zip(names, p) if isinstance(x, Tensor)}
         for name, grad in zip(names, g):
@@ -61,20 +60,7 @@ class FromTorch:
                 if name not in copies:
                     raise ValueError(f"{tree.quoted(name)} has a gradient and no parameter.")
                 copies[name].grad = grad.detach().clone()
-        twin = object.__new__(type(self.optimizer))
-        vars(twin).update({k: v for k, v in vars(self.optimizer).items() if k not in _OWN})
-        places = self._groups_of(list(state))
-        twin.param_groups = [
-            {
-                **{k: _copied(v) for k, v in group.items() if k != "params"},
-                "params": [copies[n] for n, place in places.items() if place == k and n in copies],
-            }
-            for k, group in enumerate(groups)
-        ]
-        twin.state = defaultdict(dict)
-        for name, entry in state.items():
-            if entry and name in copies:
-                twin.state[copies[name]] = _copied(entry)
+        twin = self._twin(copies, state)
         with torch.no_grad():
             twin.step()
             moved = [
@@ -82,6 +68,26 @@ class FromTorch:
             ]
         after = {n: dict(twin.state.get(copies[n], {})) if n in copies else {} for n in state}
         return tree.unflatten(spec, moved), after
+
+    def _twin(
+        self, params: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> torch.optim.Optimizer:
+        """Return an optimizer like the live one over other parameters, with a copied state."""
+        twin = object.__new__(type(self.optimizer))
+        vars(twin).update({k: v for k, v in vars(self.optimizer).items() if k not in _OWN})
+        places = self._groups_of(list(state))
+        twin.param_groups = [
+            {
+                **{name: _copied(value) for name, value in group.items() if name != "params"},
+                "params": [params[n] for n, place in places.items() if place == k and n in params],
+            }
+            for k, group in enumerate(self.optimizer.param_groups)
+        ]
+        twin.state = defaultdict(dict)
+        for name, entry in state.items():
+            if entry and name in params:
+                twin.state[params[name]] = _copied(entry)
+        return twin
 
     def _check_state(self, state: Any, names: list[str]) -> None:
         if not isinstance(state, Mapping) or set(state) != set(names):
