@@ -31,6 +31,7 @@ class ReduceOnPlateau(GradientTransformation):
     mode: str = choice("min", among=("min", "max"))
 
     slots = (Slot("plateau", when=lambda shape, **_: False),)  # one for all parameters
+    reads = ("value",)
 
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return that ``"plateau"`` is of all parameters together."""
