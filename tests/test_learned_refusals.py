@@ -118,3 +118,24 @@ def test_other_hyperparameters_of_a_transformation():
     with pytest.raises(ValueError, match="lr must be >= 0"):
         sgd.with_hyperparameters({"lr": -0.1})
     assert sgd.with_hyperparameters({}) is sgd
+
+
+def test_a_transformation_inside_of_a_class_of_ones_own():
+    """What a class does not pass on to what it holds is not left as it was without a word."""
+
+    @torchopt.transformation
+    class Holder(torchopt.GradientTransformation):
+        inner: Any
+
+        def __post_init__(self):
+            """Check nothing: the inside has."""
+
+        def hyper_specs(self):
+            return self.inner.hyper_specs()
+
+        def hyperparameters(self):
+            return self.inner.hyperparameters()
+
+    with pytest.raises(TypeError, match="'lr' of Holder cannot be exchanged"):
+        Holder(sgd).with_hyperparameters({"lr": 0.5})
+    Holder(sgd).with_hyperparameters({"lr": 0.1})

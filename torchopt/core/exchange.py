@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from torchopt.base import misuse
+from torchopt.base.values import same
 from torchopt.core.slots import Slot, as_slot
 
 
@@ -27,6 +28,7 @@ class Exchanging:
         slot_dtypes: tuple[tuple[str, torch.dtype], ...]
         plan: Any
         hyper_specs: Any
+        hyperparameters: Any
 
     def with_hyperparameters(self, values: Mapping[str, Any]) -> Self:
         """Return this transformation with other hyperparameters, by the names they have here.
@@ -47,7 +49,17 @@ class Exchanging:
         for name in values:
             if name not in self.hyper_specs():
                 raise TypeError(misuse.unknown_hyperparameter(name, self, list(self.hyper_specs())))
-        return self._exchanged(values) if values else self
+        if not values:
+            return self
+        found = self._exchanged(values)
+        before, after = self.hyperparameters(), found.hyperparameters()
+        for name, value in values.items():
+            if after[name] is before[name] and not same(after[name], value):
+                raise TypeError(
+                    f"{name!r} of {type(self).__name__} cannot be exchanged: it is that of a "
+                    "transformation inside, which a class of one's own exchanges in _exchanged."
+                )
+        return found
 
     def _exchanged(self, values: Mapping[str, Any]) -> Any:
         """Return the same with those of the values that are its hyperparameters."""
