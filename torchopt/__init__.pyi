@@ -46,8 +46,10 @@ from torchopt.nn.snapshot import (
     stop_gradient as module_detach_,
     stop_gradient as stop_gradient,
 )
+from torchopt.optim.from_torch import from_torch as from_torch
 from torchopt.optim.func_optimizer import FuncOptimizer as FuncOptimizer
 from torchopt.optim.inner_loop import inner_loop as inner_loop
+from torchopt.optim.learned import LearnedHyperparameters as LearnedHyperparameters
 from torchopt.optim.meta_optimizer import MetaOptimizer as MetaOptimizer
 from torchopt.optim.optimizer import Optimizer as Optimizer
 from torchopt.optimizers.adabelief import (
@@ -268,6 +270,10 @@ from torchopt.transforms.lookahead import lookahead as lookahead
 from torchopt.transforms.momentum import ema as ema, trace as trace
 from torchopt.transforms.named import named_chain as named_chain
 from torchopt.transforms.partition import partition as partition
+from torchopt.transforms.per_example import (
+    per_example_global_norm_clip as per_example_global_norm_clip,
+)
+from torchopt.transforms.plateau import reduce_on_plateau as reduce_on_plateau
 from torchopt.transforms.selective import selective_transform as selective_transform
 from torchopt.transforms.stateless import (
     stateless as stateless,

@@ -181,7 +181,7 @@ def advance(
     """
     # whether the slots are no longer as they were given
     refreshes = bool(tx.plan.refreshing) and not tx.plan.reads.isdisjoint(call.extra)
-    if not refreshes and accelerates(tx.plan):
+    if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
         again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
             return again
@@ -199,7 +199,8 @@ def advance(
         columns = {name: [column[i] for i in index] for name, column in columns.items()}
     first_node = step_tags.begin()
     fused = None
-    if not refreshes and accelerates(tx.plan):  # a kernel reads half precision as it is
+    # a kernel reads half precision as it is, but no slots in a dtype of their own
+    if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
         fused = accelerator.take_whole(tx.plan, leaves, columns, apply)
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)
@@ -237,7 +238,7 @@ def accelerates(plan: Plan) -> bool:
 
 def packs(plan: Plan) -> bool:
     """Whether packed slots pay: kernels compute the whole plan, and read them as they are."""
-    return accelerates(plan) and accelerator.covers(plan)
+    return accelerates(plan) and not plan.narrow and accelerator.covers(plan)
 
 
 def _leaves(call: Call, index: list[int]) -> Leaves:
@@ -259,15 +260,17 @@ def _advance_by_parts(
     is_complex = [g.is_complex() for g in given.g]
     enter = [_view_as_real if c else to_compute_dtype for c in is_complex]
 
-    def entered(column: Any) -> Any:
+    def entered(column: Any, like: Sequence[Any] | None = None) -> Any:
         if isinstance(column, Packed) and not any(is_complex):
             return column  # slots in half precision are float32 already
-        return [None if x is None else convert(x) for convert, x in zip(enter, column)]
+        found = [None if x is None else convert(x) for convert, x in zip(enter, column)]
+        return found if like is None else _widened(found, like)
 
     g, p = entered(given.g), entered(given.p)
     same = all(x is y for x, y in zip(g, given.g))
     leaves = given.with_tensors(g, p, given.common if same else None)
-    own = {name: entered(column) for name, column in columns.items()}
+    narrow = tx.plan.narrow
+    own = {n: entered(c, leaves.g if n in narrow else None) for n, c in columns.items()}
     # the sum is taken in the parameters' own dtype
     applies = apply and same
     updates, applied = run(tx.plan, leaves, own, applies)
@@ -285,7 +288,9 @@ def _advance_by_parts(
         for position, (c, value) in enumerate(zip(is_complex, column)):
             if value is not None and type(value) is not ChangedSlot:
                 old = columns[name][position]
-                if old is not None:
+                if name in narrow:
+                    dtype = narrow[name]
+                elif old is not None:
                     dtype = old.dtype
                 else:  # made in this call, in the dtype of computation unless it is no such number
                     dtype = leaves.g[position].dtype if value.is_floating_point() else value.dtype
@@ -370,6 +375,14 @@ def _like(u: Any, g: Tensor) -> Any:
     """Return an update in the dtype of its gradient, in which the next part expects it."""
     wider = isinstance(u, Tensor) and u.dtype != g.dtype and u.is_floating_point()
     return u.to(g.dtype) if wider else u
+
+
+def _widened(column: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    """Return slots that are kept in a dtype of their own as a rule sees them."""
+    return [
+        x if x is None or y is None else x.to(torch.promote_types(x.dtype, y.dtype))
+        for x, y in zip(column, like)
+    ]
 
 
 def _view_as_real(x: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def check_gradients(tx: TransformationLike, call: CallLike, index: Sequence[int]
             _check_same("parameter", g, p, call, i)
         else:
             for name, column in call.slots.items():
-                if column[i] is not None and tx.plan.slot_of[name].shape is None:
+                slot = tx.plan.slot_of[name]
+                if column[i] is not None and slot.shape is None and slot.dtype is None:
                     _check_same("state", g, column[i], call, i)
                     break
         if g.is_complex():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchopt.base import misuse, tree
 from torchopt.base.values import is_plain
-from torchopt.core.slots import Counter, Slot, as_slot
+from torchopt.core.slots import Counter, Slot
 
 
 class Plan:
@@ -56,7 +56,7 @@ class Plan:
             latest.update(fields)
             specs = {name: spec for name, spec in specs.items() if fields[name] not in taken}
             self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
-            slots, counters = tuple(map(as_slot, part.slots)), part.counters
+            slots, counters = part.kept(part.slots), part.counters
             kept = {*self.slot_of, *self.counters, "step"}
             names = tuple(_free_name(slot.name, kept) for slot in slots)
             self.fields.append(fields)
@@ -80,6 +80,11 @@ class Plan:
         self.row: dict[str, Any] | None = None
         if all(map(is_plain, self.values.values())):
             self.row = dict(self.values)
+
+        #: Slots that are kept in a dtype of their own, and computed with in that of the parameters.
+        self.narrow: dict[str, torch.dtype] = {
+            name: s.dtype for name, s in self.slot_of.items() if s.dtype is not None and s.is_narrow
+        }
 
     def renamed_slots(self, optional: bool = False) -> tuple[Slot, ...]:
         """Return the slots of all parts under their public names."""

@@ -236,7 +236,8 @@ def _structure_of(parts: tuple[Any, ...]) -> tuple[Any, ...] | None:
 def _fields_of(part: type) -> list[str]:
     """Return the names of the fields of a class of transformations that are no hyperparameters."""
     declared: Any = getattr(part, "declared")  # noqa: B009
-    return [f.name for f in dataclasses.fields(part) if f.name not in declared]
+    unread = {*declared, "slot_dtypes"}  # slots are converted around the rule
+    return [f.name for f in dataclasses.fields(part) if f.name not in unread]
 
 
 @functools.lru_cache(maxsize=512)

@@ -113,8 +113,16 @@ def known_names(module: nn.Module) -> resolving.Known:
     return resolving.Known(list(names.values()), others)
 
 
-def _known_of_all(groups: Sequence[dict[str, Any]]) -> resolving.Known:
-    """Return the names of all parameters of several networks, as masks see them."""
+def names_of(groups: Sequence[dict[str, Any]], entries: Sequence[Entry]) -> list[str]:
+    """Return names of parameters, with the number of the group if there are several."""
+    single = len(groups) == 1
+    return [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
+
+
+def known_of_all(groups: Sequence[dict[str, Any]]) -> resolving.Known:
+    """Return the names of all parameters of all networks, as masks see them."""
+    if len(groups) == 1:
+        return known_names(groups[0]["params"])
     names: list[str] = []
     others: dict[str, list[str]] = {}
     for index, group in enumerate(groups):
@@ -139,7 +147,7 @@ def new_call(
     states = _without_reshaped(plan, states, entries, params)
     known = [state.steps for state in states]
     single = len(groups) == 1
-    names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
+    names = names_of(groups, entries)
     before = [known[entry.group].get(entry.name, 0) for entry in entries]
     members = []
     for index, group in enumerate(groups):
@@ -154,7 +162,7 @@ def new_call(
     reference = dict(zip(names, params))
     slots: dict[str, Any] = {}
     call = Call(grads, params, [n + 1 for n in before], slots, [], lambda: names, reference)
-    call.known = members[0].known if single else partial(_known_of_all, groups)
+    call.known = members[0].known if single else partial(known_of_all, groups)
     fresh = [entry.name not in known[entry.group] for entry in entries]
     # what is packed is contiguous, and so is what a kernel computes with it; a kernel would pack
     # the pairs of reals that it sees of complex numbers
