@@ -37,6 +37,8 @@ def followed(
 ) -> list[tuple[Trees, dict[str, Trees]]]:
     """Return weights and slots after each step of the reference."""
     k = {**case.algorithm.defaults(), **(case.kwargs if arguments is None else arguments)}
+    if case.algorithm.size == "all":  # what one parameter does depends on the others
+        return list(case.algorithm.reference(k, params, grads))
     each = {
         n: list(case.algorithm.reference(k, p, [g[n] for g in grads])) for n, p in params.items()
     }

@@ -152,6 +152,11 @@ from torchopt.optimizers.polyak import (
     PolyakSGD as PolyakSGD,
     scale_by_polyak as scale_by_polyak,
 )
+from torchopt.optimizers.prodigy import (
+    MetaProdigy as MetaProdigy,
+    Prodigy as Prodigy,
+    prodigy as prodigy,
+)
 from torchopt.optimizers.radam import (
     MetaRAdam as MetaRAdam,
     RAdam as RAdam,

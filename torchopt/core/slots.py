@@ -90,7 +90,8 @@ class Slot:
             return self._begun(param, self.shape_for(param), hyperparameters)
         # a rule sees two real numbers in the place of a complex one, and so does a start
         pairs, shape = torch.view_as_real(param), (*self.shape_for(param), 2)
-        return torch.view_as_complex(self._begun(pairs, shape, hyperparameters))
+        begun = self._begun(pairs, shape, hyperparameters)
+        return torch.view_as_complex(begun) if begun.dim() else begun  # one number stays real
 
     def _begun(
         self, param: Tensor, shape: Sequence[int], hyperparameters: Mapping[str, Any]
