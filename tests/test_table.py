@@ -109,7 +109,7 @@ def test_kernels_compute_what_the_rows_say(case: Case) -> None:
 def test_a_rule_of_single_entries_is_one(case: Case) -> None:
     """An entry has the same update in a matrix, and by itself; of other rules it has not."""
     p, g = nonzero(4, 3), nonzero(4, 3)
-    grads = [g * (1 + 0.3 * nonzero(4, 3)) for _ in range(3)]  # alike: so estimates grow
+    grads = [g * (1 + 0.3 * nonzero(4, 3)) for _ in range(6)]  # alike: so estimates grow
 
     def way(index: tuple[slice, ...]) -> torch.Tensor:
         tx, params = case.tx(), {"w": p[index]}

@@ -106,6 +106,19 @@ from torchopt.optimizers.adopt import (
     MetaADOPT as MetaADOPT,
     scale_by_adopt as scale_by_adopt,
 )
+from torchopt.optimizers.dadapt import (
+    DAdaptAdagrad as DAdaptAdagrad,
+    dadapt_adagrad as dadapt_adagrad,
+    DAdaptSGD as DAdaptSGD,
+    dadapt_sgd as dadapt_sgd,
+    MetaDAdaptAdagrad as MetaDAdaptAdagrad,
+    MetaDAdaptSGD as MetaDAdaptSGD,
+)
+from torchopt.optimizers.dadapt_adamw import (
+    DAdaptAdamW as DAdaptAdamW,
+    dadapt_adamw as dadapt_adamw,
+    MetaDAdaptAdamW as MetaDAdaptAdamW,
+)
 from torchopt.optimizers.lamb import LAMB as LAMB, lamb as lamb, MetaLAMB as MetaLAMB
 from torchopt.optimizers.lars import LARS as LARS, lars as lars, MetaLARS as MetaLARS
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS

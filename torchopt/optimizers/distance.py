@@ -67,7 +67,7 @@ class DistanceEstimating(GradientTransformation):
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Look at all parameters, estimate, and move them."""
-        before = _joined([row[-1] for row in leaves.slots], leaves.t)
+        before = joined([row[-1] for row in leaves.slots], leaves.t)
         each = list(zip(leaves.g, leaves.p, leaves.t, leaves.hyper))
         seen = [
             self.look(g, p, t, row[:-1], d, **h)
@@ -86,8 +86,8 @@ class DistanceEstimating(GradientTransformation):
         return updates, slots
 
 
-def _joined(estimates: list[Tensor], t: list[Step]) -> list[Tensor]:
-    """Return the estimates, where a parameter in its first step takes the greatest of all.
+def joined(estimates: list[Tensor], t: list[Step]) -> list[Tensor]:
+    """Return numbers of all parameters, where one in its first step takes the greatest of all.
 
     A parameter that is trained from some later step on begins where the others have come to.
     """
@@ -108,7 +108,7 @@ def _joined(estimates: list[Tensor], t: list[Step]) -> list[Tensor]:
 
 def corrected(d: Tensor, t: Step, lr: Any, betas: tuple[Any, Any], correct: bool) -> Tensor:
     """Return the rate of a step: the estimate times ``lr``, with Adam's correction of the bias."""
-    if not correct:
-        return d * lr
-    b1, b2 = betas
-    return d * (lr * ((1 - power(b2, t)) ** 0.5 / (1 - power(b1, t))))
+    if correct:
+        b1, b2 = betas
+        lr = lr * ((1 - power(b2, t)) ** 0.5 / (1 - power(b1, t)))
+    return (d * lr).to(d.dtype)  # a learned number may be wider
