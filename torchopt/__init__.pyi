@@ -34,6 +34,7 @@ from torchopt.core.transform import (
     GradientTransformation as GradientTransformation,
     transformation as transformation,
 )
+from torchopt.nn.buffers import keep_buffers as keep_buffers
 from torchopt.nn.snapshot import (
     extract_state_dict as extract_state_dict,
     module_clone as module_clone,
@@ -186,6 +187,7 @@ from torchopt.optimizers.rmsprop import (
     scale_by_stddev as scale_by_stddev,
 )
 from torchopt.optimizers.rprop import MetaRprop as MetaRprop, Rprop as Rprop, rprop as rprop
+from torchopt.optimizers.sam import MetaSAM as MetaSAM, SAM as SAM
 from torchopt.optimizers.schedule_free import (
     AdamWScheduleFree as AdamWScheduleFree,
     MetaAdamWScheduleFree as MetaAdamWScheduleFree,
@@ -257,6 +259,7 @@ from torchopt.transforms.lookahead import lookahead as lookahead
 from torchopt.transforms.momentum import ema as ema, trace as trace
 from torchopt.transforms.named import named_chain as named_chain
 from torchopt.transforms.partition import partition as partition
+from torchopt.transforms.sam import sam as sam
 from torchopt.transforms.selective import selective_transform as selective_transform
 from torchopt.transforms.stateless import (
     stateless as stateless,

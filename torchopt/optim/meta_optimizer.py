@@ -30,6 +30,7 @@ from torchopt.nn.snapshot import extract_state_dict
 from torchopt.optim.meta_call import Entry, Steady, Trainable, known_names, new_call, next_states
 from torchopt.optim.meta_saved import loaded_form, saved_form
 from torchopt.optim.meta_state import GroupState, checked_state, state_of
+from torchopt.optim.second_gradient import evaluated, gradients_in_network
 
 
 P = ParamSpec("P")
@@ -152,7 +153,11 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
     # Stepping ---------------------------------------------------------------------------------
 
     def step(
-        self, loss: Tensor, *, create_graph: bool | None = None, retain_graph: bool | None = None
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        *,
+        create_graph: bool | None = None,
+        retain_graph: bool | None = None,
     ) -> None:
         """Differentiate the loss, update, and put the new tensors into the network.
 
@@ -165,19 +170,21 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         arrives at the parameter itself.
 
         Args:
-            loss: A scalar computed with the network's present tensors.
+            loss: A scalar computed with the network's present tensors; or a function that computes
+                it, as a rule needs that asks for gradients at other weights (:func:`torchopt.sam`).
             create_graph: ``False`` treats the gradient as a constant (the first-order
                 approximation); ``None`` means the attribute ``create_graph``.
             retain_graph: As in :func:`torch.autograd.grad`; ``None`` means ``create_graph``.
 
         Raises:
-            TypeError: If ``loss`` is no tensor.
+            TypeError: If ``loss`` is no tensor, or its function returns none.
             ValueError: If ``loss`` is not scalar, has no graph or does not depend on the weights.
             RuntimeError: If its graph has been freed. The network and this optimizer have not
                 changed then, nor in any other case of refusal.
         """
         track = torch.is_grad_enabled()
         create_graph = (self.create_graph if create_graph is None else create_graph) and track
+        loss, closure = evaluated(loss)
         entries, params = self._trainable.now(self.param_groups)
         marked = marks.any_marked(params)
         grads = list(differentiate(loss, params, create_graph, retain_graph))
@@ -186,6 +193,9 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         steady, call = self._next_call(entries, params, grads)
         whole.begin(self.transformation.plan, self._pairs, call)
         call.extra = {"value": loss if create_graph else loss.detach()}
+        if closure is not None:
+            own = [group["params"] for group in self.param_groups]
+            call.extra["grad_fn"] = gradients_in_network(closure, own, entries, call, create_graph)
         weights, slots = advance(self.transformation, call, apply=True)
         call.extra = {}  # calls are kept, and would keep the graph of the loss
         new_weights = [

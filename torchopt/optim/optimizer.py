@@ -26,6 +26,7 @@ from torchopt.optim.evaluation import refuse_step, swap_in_place
 from torchopt.optim.memory import apart, refuse_released
 from torchopt.optim.part_groups import PLACES, PartGroups, divide, warn_of_hidden_rates
 from torchopt.optim.schedules import LiveSchedules
+from torchopt.optim.second_gradient import extra_of_step
 
 
 P = ParamSpec("P")
@@ -185,8 +186,8 @@ class Optimizer(torch.optim.Optimizer):
         """Update the parameters from their ``grad``; those without one stay.
 
         Args:
-            closure: Re-evaluates the model and returns the loss. Rules that read the loss (as
-                ``value``, of :func:`torchopt.polyak_sgd`) get it from here.
+            closure: Re-evaluates the model and returns the loss. Rules that read the loss, as
+                :func:`torchopt.polyak_sgd`, get it from here; :func:`torchopt.sam` calls it twice.
 
         Returns:
             What ``closure`` returned, or ``None``.
@@ -210,7 +211,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._schedules.any:
             self._schedules.write(self.param_groups, self._count)
         if type(None) in types or self._lent or not self._step_in_place(grads):
-            self._step_by_engine(params, grads, loss)
+            self._step_by_engine(params, grads, loss, closure)
         if self._schedules.any:
             self._schedules.write(self.param_groups, self._count, soon=True)
         return loss
@@ -233,15 +234,17 @@ class Optimizer(torch.optim.Optimizer):
             params = [params[k] for k in self._parts.order(self.param_groups)]
         swap_in_place(self, self._call(params, [None] * len(params)), to_eval)
 
-    def _step_by_engine(self, params: list[Tensor], grads: list[Any], loss: Any = None) -> None:
+    def _extra(self, params: list[Tensor], loss: Any, closure: Any) -> dict[str, Any]:
+        return extra_of_step(params, loss, closure)
+
+    def _step_by_engine(self, params: list[Any], grads: list[Any], loss: Any, closure: Any) -> None:
         """Compute updates and slots, then write them: new tensors for slots."""
         self._adopt_schedules(self.param_groups)
         if self._parts is not None:
             order = self._parts.order(self.param_groups)
             params, grads = [params[k] for k in order], [grads[k] for k in order]
         call = self._call(params, grads)
-        if loss is not None:
-            call.extra = {"value": loss}
+        call.extra = self._extra(params, loss, closure)
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
