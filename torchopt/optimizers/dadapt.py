@@ -61,12 +61,16 @@ class StepByDAdaptSGD(DistanceEstimating):
             Leaves(leaves.g, leaves.p, leaves.t, slots, leaves.hyper, leaves.index, leaves.call)
         )
 
+    def common(self, d: Tensor, t: Step, *, lr: Any, **_: Any) -> Tensor:
+        """Return the rate for gradients whose first norm is 1."""
+        return (d * lr).to(d.dtype)
+
     def look(
-        self, g: Tensor, p: Any, t: Step, slots: tuple, d: Tensor, *, lr: Any, **_: Any
+        self, g: Tensor, p: Any, slots: tuple, common: Any, **_: Any
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Return the weighted sum of gradients, and how they agree with those before them."""
         s, p0, numerator, norm = slots
-        rate = _over((d * lr).to(d.dtype), norm)
+        rate = _over(common, norm)
         numerator = numerator + rate * whole_number((g * s).sum())
         s = s + g * rate
         return (s, p0, numerator, norm), numerator, whole_number(s.square().sum())
@@ -79,9 +83,8 @@ class StepByDAdaptSGD(DistanceEstimating):
         self,
         g: Tensor,
         p: Any,
-        t: Step,
         slots: tuple,
-        d: Tensor,
+        common: Any,
         new: Tensor,
         *,
         momentum: Any,
@@ -113,15 +116,18 @@ class StepByDAdaptAdagrad(DistanceEstimating):
         ESTIMATE,
     )
 
+    def common(self, d: Tensor, t: Step, *, lr: Any, **_: Any) -> Tensor:
+        """Return the rate."""
+        return (d * lr).to(d.dtype)
+
     def look(
-        self, g: Tensor, p: Any, t: Step, slots: tuple, d: Tensor, *, lr: Any, eps: Any, **_: Any
+        self, g: Tensor, p: Any, slots: tuple, common: Any, *, eps: Any, **_: Any
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Return the sums of squares and of gradients, and what the estimate is made of."""
         a, s, p0, squares = slots
-        rate = (d * lr).to(d.dtype)
         a = a + g * g
-        squares = squares + rate.square() * whole_number((g * over_root(g, a, 1.0, eps)).sum())
-        s = s + g * rate
+        squares = squares + common.square() * whole_number((g * over_root(g, a, 1.0, eps)).sum())
+        s = s + g * common
         numerator = whole_number((s * over_root(s, a, 1.0, eps)).sum()) - squares
         return (a, s, p0, squares), numerator, whole_number(s.abs().sum())
 
@@ -129,9 +135,8 @@ class StepByDAdaptAdagrad(DistanceEstimating):
         self,
         g: Tensor,
         p: Any,
-        t: Step,
         slots: tuple,
-        d: Tensor,
+        common: Any,
         new: Tensor,
         *,
         momentum: Any,

@@ -43,53 +43,43 @@ class StepByDAdaptAdamW(DistanceEstimating):
         ESTIMATE,
     )
 
+    def common(
+        self, d: Tensor, t: Step, *, lr: Any, betas: Any, use_bias_correction: bool, **_: Any
+    ) -> Tensor:
+        """Return the rate."""
+        return corrected(d, t, lr, betas, use_bias_correction)
+
     def look(
-        self,
-        g: Tensor,
-        p: Any,
-        t: Step,
-        slots: tuple,
-        d: Tensor,
-        *,
-        lr: Any,
-        betas: Any,
-        eps: Any,
-        use_bias_correction: bool,
-        **_: Any,
+        self, g: Tensor, p: Any, slots: tuple, common: Any, *, betas: Any, eps: Any, **_: Any
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Return the moments, of steps and not of gradients, and what the estimate is made of."""
         m, v, s, numerator = slots
         b3 = betas[1] ** 0.5
-        rate = corrected(d, t, lr, betas, use_bias_correction)
         agreement = whole_number((g * over_root(s, v, 1.0, eps)).sum())
-        numerator = b3 * numerator + (1 - b3) * rate * agreement
-        m = moving_average(m, g * rate, betas[0])
+        numerator = b3 * numerator + (1 - b3) * common * agreement
+        u = g * common
+        m = moving_average(m, u, betas[0])
         v = moving_average_of_square(v, g, betas[1])
-        s = moving_average(s, g * rate, b3)
+        s = moving_average(s, u, b3)
         return (m, v, s, numerator), numerator, (1 - b3) * whole_number(s.abs().sum())
 
     def move(
         self,
         g: Tensor,
         p: Any,
-        t: Step,
         slots: tuple,
-        d: Tensor,
+        common: Any,
         new: Tensor,
         *,
-        lr: Any,
-        betas: Any,
         eps: Any,
         weight_decay: Any,
-        use_bias_correction: bool,
         **_: Any,
     ) -> Tensor:
         """Return Adam's update, in whose first moment the rate is already."""
         u = -over_root(slots[0], slots[1], 1.0, eps)
         if is_zero(weight_decay):
             return u
-        rate = corrected(d, t, lr, betas, use_bias_correction)
-        return u - misuse.given_params("Weight decay", p) * (rate * weight_decay)
+        return u - misuse.given_params("Weight decay", p) * (common * weight_decay)
 
 
 def dadapt_adamw(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,25 +40,44 @@ class DistanceEstimating(GradientTransformation):
     uses_step = True
     accepts_complex = False
 
+    def init_all_slots(self, leaves: Leaves) -> list[tuple[Any, ...]]:
+        """Return the first slots; parameters that are alike have one estimate, a single tensor."""
+        known: dict[Any, Any] = {}
+        result = []
+        for p, h in zip(leaves.p, leaves.hyper):
+            *own, estimate = self.first_slots(p, **h)
+            key = id(h), p.dtype, p.device
+            result.append((*own, known.setdefault(key, estimate)))
+        return result
+
+    def common(self, d: Tensor, t: Step, **h: Any) -> Any:
+        """Return what is the same for parameters with these in common: rates, as numbers.
+
+        Args:
+            d: The estimate before this step.
+            t: The step count, 1 at the first update.
+            **h: The hyperparameters.
+        """
+        raise NotImplementedError
+
     def look(
-        self, g: Tensor, p: Any, t: Step, slots: tuple[Any, ...], d: Tensor, **h: Any
+        self, g: Tensor, p: Any, slots: tuple[Any, ...], common: Any, **h: Any
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Return the new slots without the last, and what is added to either side of a fraction.
 
         Args:
             g: The gradient.
             p: The parameter.
-            t: The step count, 1 at the first update.
             slots: The slots without the last one.
-            d: The estimate before this step.
+            common: What :meth:`common` returned.
             **h: The hyperparameters.
         """
         raise NotImplementedError
 
     def move(
-        self, g: Tensor, p: Any, t: Step, slots: tuple[Any, ...], d: Tensor, new: Tensor, **h: Any
+        self, g: Tensor, p: Any, slots: tuple[Any, ...], common: Any, new: Tensor, **h: Any
     ) -> Tensor:
-        """Return the update, from the new slots, and the estimates before and after this step."""
+        """Return the update, from the new slots and the estimate after this step."""
         raise NotImplementedError
 
     def estimate(self, numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -68,22 +88,47 @@ class DistanceEstimating(GradientTransformation):
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Look at all parameters, estimate, and move them."""
         before = joined([row[-1] for row in leaves.slots], leaves.t)
-        each = list(zip(leaves.g, leaves.p, leaves.t, leaves.hyper))
+        each = list(zip(leaves.g, leaves.p, leaves.hyper))
+        rates = shared(self.common, before, leaves.t, leaves.hyper)
         seen = [
-            self.look(g, p, t, row[:-1], d, **h)
-            for (g, p, t, h), row, d in zip(each, leaves.slots, before)
+            self.look(g, p, row[:-1], rate, **h)
+            for (g, p, h), row, rate in zip(each, leaves.slots, rates)
         ]
         found = self.estimate(
             sum_of_parts([numerator for _, numerator, _ in seen]),
             sum_of_parts([denominator for _, _, denominator in seen]),
         )
-        updates: list[Tensor] = []
-        slots: list[tuple[Tensor | None, ...]] = []
-        for (g, p, t, h), d, (kept, _, _) in zip(each, before, seen):
-            new = torch.maximum(d, found.to(device=d.device, dtype=d.dtype))
-            updates.append(self.move(g, p, t, kept, d, new, **h))
-            slots.append((*kept, new))
-        return updates, slots
+        # of parameters that had one estimate the new one is a single tensor, too
+        after = shared(
+            lambda d, _: torch.maximum(d, found.to(device=d.device, dtype=d.dtype)),
+            before,
+            [1] * len(before),
+            [{}] * len(before),
+        )
+        updates = [
+            self.move(g, p, kept, rate, new, **h)
+            for (g, p, h), (kept, _, _), rate, new in zip(each, seen, rates, after)
+        ]
+        return updates, [(*kept, new) for (kept, _, _), new in zip(seen, after)]
+
+
+def shared(
+    function: Callable[..., Any],
+    estimates: Sequence[Tensor],
+    t: Sequence[Step],
+    rows: Sequence[dict[str, Any]],
+) -> list[Any]:
+    """Return a function of each estimate, count and row, computed once where they are the same."""
+    if torch.compiler.is_compiling():  # it sees what is the same, and makes guards of identities
+        return [function(d, n, **h) for d, n, h in zip(estimates, t, rows)]
+    known: dict[tuple[int, int, int], Any] = {}
+    result = []
+    for d, n, h in zip(estimates, t, rows):
+        key = (id(d), n if type(n) is int else id(n), id(h))
+        if key not in known:
+            known[key] = function(d, n, **h)
+        result.append(known[key])
+    return result
 
 
 def joined(estimates: list[Tensor], t: list[Step]) -> list[Tensor]:

@@ -47,34 +47,45 @@ class StepByProdigy(DistanceEstimating):
         ESTIMATE,
     )
 
+    def common(
+        self,
+        d: Tensor,
+        t: Step,
+        *,
+        lr: Any,
+        betas: Any,
+        estim_lr0: Any,
+        safeguard_warmup: bool,
+        use_bias_correction: bool,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the estimate, the rate, and the weights of a gradient in the two sums."""
+        rate = corrected(d, t, lr, betas, use_bias_correction)
+        ratio = d / estim_lr0  # without it the sums would be as small as the first estimate
+        return d, rate, ratio * rate, ratio * (d if safeguard_warmup else rate)
+
     def look(
         self,
         g: Tensor,
         p: Any,
-        t: Step,
         slots: tuple,
-        d: Tensor,
+        common: Any,
         *,
-        lr: Any,
         betas: Any,
         beta3: Any,
-        estim_lr0: Any,
         estim_lr_coef: Any,
-        safeguard_warmup: bool,
-        use_bias_correction: bool,
         **_: Any,
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Return the moments of the scaled gradient, and the sums that the estimate is made of."""
         m, v, s, p0, numerator = slots
+        d, _rate, of_numerator, of_sum = common
         b3 = betas[1] ** 0.5 if beta3 is None else beta3
-        rate = corrected(d, t, lr, betas, use_bias_correction)
-        ratio = d / estim_lr0  # without it the sums would be as small as the first estimate
         way = p0 - misuse.given_params("prodigy", p)
-        numerator = b3 * numerator + ratio * rate * whole_number((g * way).sum())
+        numerator = b3 * numerator + of_numerator * whole_number((g * way).sum())
         scaled = g * d
         m = moving_average(m, scaled, betas[0])
         v = moving_average_of_square(v, scaled, betas[1])
-        s = s * b3 + g * (ratio * (d if safeguard_warmup else rate))
+        s = s * b3 + g * of_sum
         total = whole_number(s.abs().sum())
         return (m, v, s, p0, numerator), numerator * estim_lr_coef, total
 
@@ -82,24 +93,19 @@ class StepByProdigy(DistanceEstimating):
         self,
         g: Tensor,
         p: Any,
-        t: Step,
         slots: tuple,
-        d: Tensor,
+        common: Any,
         new: Tensor,
         *,
-        lr: Any,
-        betas: Any,
         eps: Any,
         weight_decay: Any,
-        use_bias_correction: bool,
         **_: Any,
     ) -> Tensor:
         """Return Adam's update at the rate before this step."""
-        rate = corrected(d, t, lr, betas, use_bias_correction)
         u = over_root(slots[0], slots[1], 1.0, new * eps)
         if not is_zero(weight_decay):
             u = u + p * weight_decay
-        return u * -rate
+        return u * -common[1]
 
 
 def prodigy(
