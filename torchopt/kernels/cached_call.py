@@ -279,9 +279,9 @@ def _made(
 def _begun(plan: Plan, packing: Packing | None, call: Call, apply: bool) -> CachedCall | None:
     """Return the first call of a transformation, if others of its signature have been made."""
     segment = whole_segment(plan)
-    if segment is None or segment.structure is None or type(None) in map(type, call.g):
+    if segment is None or segment.structure is None or not PLAIN.issuperset(map(type, call.g)):
         return None
-    if not isinstance(call.g[0], Tensor) or backends.unavailable(call.g[0].device.type):
+    if backends.unavailable(call.g[0].device.type):
         return None
     columns = [call.slots[name] for name in segment.slots]
     present = tuple(type(c) is Packed or c[0] is not None for c in columns)
