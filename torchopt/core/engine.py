@@ -125,6 +125,7 @@ def initialise_packed(
             return None
     packing = packing or Packing(common.shapes)
     flat: Tensor | None = None
+    shapes = dict.fromkeys(common.shapes)
     columns: dict[str, Any] = {}
     for position, names in enumerate(tx.plan.slots):
         if not names:
@@ -135,7 +136,7 @@ def initialise_packed(
             if slot.shape is not None or slot.dtype is not None:
                 return None
             columns[name] = [None] * len(call.p)
-            if not all(slot.needed(shape, own) for shape in common.shapes):
+            if not all(slot.needed(shape, own) for shape in shapes):
                 continue
             if slot.is_number:
                 dtype = torch.float32 if common.dtype in HALF else common.dtype
@@ -176,7 +177,9 @@ def advance(
 
     With ``apply`` the new parameters are returned instead of the updates.
     """
-    if call.pack_slots and accelerates(tx.plan):
+    # a kernel reads half precision as it is, but no slots in a dtype of their own
+    direct = accelerates(tx.plan) and not tx.plan.narrow
+    if direct:
         again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
             return again
@@ -193,8 +196,6 @@ def advance(
     if not whole:
         columns = {name: [column[i] for i in index] for name, column in columns.items()}
     first_node = step_tags.begin()
-    # a kernel reads half precision as it is, but no slots in a dtype of their own
-    direct = accelerates(tx.plan) and not tx.plan.narrow
     fused = accelerator.take_whole(tx.plan, leaves, columns, apply) if direct else None
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)

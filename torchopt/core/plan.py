@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
+from torchopt.base.values import is_plain
 from torchopt.core.slots import Counter, Slot
 
 
@@ -67,6 +68,10 @@ class Plan:
             self.counters.update({counted[c.name]: c for c in counters})
             self.counted.append(counted)
             fields.update(counted)  # a rule gets them as it gets its hyperparameters
+        #: The values as a rule gets them, if they are the same for all parameters at every step.
+        self.row: dict[str, Any] | None = None
+        if all(map(is_plain, self.values.values())):
+            self.row = dict(self.values)
 
         #: Slots that are kept in a dtype of their own, and computed with in that of the parameters.
         self.narrow: dict[str, torch.dtype] = {

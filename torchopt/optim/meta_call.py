@@ -21,7 +21,7 @@ from torchopt.core.gather import Members, gather
 from torchopt.core.packed import Packed, PackedDict, Packing
 from torchopt.core.plan import Plan
 from torchopt.core.transform import GradientTransformation
-from torchopt.nn.parameters import ParameterSite, ParameterWalk, named_places
+from torchopt.nn.parameters import ParameterSite, ParameterWalk, modules_of, named_places
 from torchopt.optim.meta_state import GroupState
 
 
@@ -70,6 +70,14 @@ class Trainable:
                 else:
                     self.frozen.setdefault(index, set()).add(entry.name)
         return entries, params
+
+    def modules(self, networks: Sequence[nn.Module]) -> list[nn.Module]:
+        """Return networks and their sub-modules, each once."""
+        if len(networks) == len(self._walks) == 1:
+            walk = self._walks[0]
+            if walk.module is networks[0] and walk.has_same_modules():
+                return walk.modules
+        return list({id(m): m for network in networks for m in modules_of(network)}.values())
 
     def _look_up(self, index: int, module: Any) -> list[Tensor] | None:
         if index < len(self._walks) and self._walks[index].module is module:
@@ -162,6 +170,9 @@ def new_call(
     complete = single and (not known[0] or known[0].keys() == set(names))
     call.pack_slots = complete and dense and packs(plan)
     packed = states[0].packed_slots(names) if call.pack_slots and known[0] else {}
+    if call.pack_slots:
+        of_slots = next(iter(packed.values()), None)
+        call.packing = Packing([p.shape for p in params]) if of_slots is None else of_slots.packing
     for slot in plan.slot_names:
         slots[slot] = packed.get(slot) or [
             states[entry.group].slots[slot].get(entry.name) for entry in entries
@@ -178,6 +189,8 @@ def _without_reshaped(
 ) -> Sequence[GroupState]:
     """Leave out parameters of another shape than their slots: new ones under an old name."""
     kept = list(states)
+    if not any(state.steps for state in states) and not any(map(_has_slots, states)):
+        return kept
     for slot in plan.slot_names:
         shapes = [_shapes_of(state.slots[slot]) for state in states]
         for entry, param in zip(entries, params):
@@ -185,6 +198,10 @@ def _without_reshaped(
             if shape is not None and shape != plan.slot_of[slot].shape_for(param):
                 kept[entry.group] = kept[entry.group].without(entry.name)
     return kept
+
+
+def _has_slots(state: GroupState) -> bool:
+    return any(len(column) for column in state.slots.values())
 
 
 def _shapes_of(column: Any) -> dict[str, torch.Size]:
@@ -280,30 +297,26 @@ class Steady:
 
     @classmethod
     def after(
-        cls, groups: Sequence[dict[str, Any]], call: Call, states: Sequence[GroupState]
+        cls, groups: Sequence[dict[str, Any]], call: Call, slots: Mapping[str, Any]
     ) -> Steady | None:
         """Return what a step found out; ``None`` if the next one must look again.
 
         Numbers cannot change behind our back, and the entries of a tensor are read anew; a schedule
         can.
         """
-        columns = states[0].slots
-        packed = [column for column in columns.values() if type(column) is PackedDict]
-        absent = {slot: c for slot, c in columns.items() if type(c) is not PackedDict}
-        if not call.pack_slots or any(g is None for g in call.g):
+        if not call.pack_slots or call.packing is None or type(None) in map(type, call.g):
             return None
-        if states[0].counters:  # which are other numbers at each step
-            return None
+        if call.t.count(call.t[0]) != len(call.t):
+            return None  # some have missed a step
         row = call.hyper[0]
-        if any(value is not None for column in absent.values() for value in column.values()):
+        if not all(name in groups[0] and _is_steady(groups[0][name]) for name in row):
+            return None  # a counter, which is another number at each step, or a schedule
+        names = tuple(call.names())
+        absent = {slot: c for slot, c in slots.items() if type(c) is not Packed}
+        if any(value is not None for column in absent.values() for value in column):
             return None
-        if not all(_is_steady(groups[0][name]) for name in row):
-            return None
-        if packed:
-            names, packing = packed[0].names, packed[0].packed.packing
-        else:  # no slots
-            names, packing = tuple(call.names()), Packing([p.shape for p in call.p])
-        return cls(groups[0], call.hyper, names, packing, absent)
+        absent = {slot: dict.fromkeys(names) for slot in absent}
+        return cls(groups[0], call.hyper, names, call.packing, absent)
 
     def call(
         self,

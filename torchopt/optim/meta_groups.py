@@ -11,7 +11,12 @@ from torch import nn
 from torchopt.base import misuse
 from torchopt.core import hyper, resolving
 from torchopt.core.gradient_checks import refuse_parameters
-from torchopt.nn.parameters import ParameterWalk, parameter_sites, refuse_scripted
+from torchopt.nn.parameters import (
+    ParameterWalk,
+    modules_of,
+    parameter_sites,
+    refuse_scripted,
+)
 from torchopt.optim.meta_call import known_names
 from torchopt.optim.protocols import HasGroups
 
@@ -30,14 +35,15 @@ def checked_group(
     module = given.pop("params", None)
     if not isinstance(module, nn.Module):
         raise TypeError(misuse.not_a_module(group if module is None else module, where))
-    refuse_scripted(where, module)
+    modules = modules_of(module)
+    refuse_scripted(where, module, modules)
     specs = tx.hyper_specs()
     given = {name: hyper.plain(value) for name, value in given.items()}
     for name, value in given.items():
         if name not in specs:
             raise TypeError(misuse.unknown_hyperparameter(name, optimizer, list(specs)))
         hyper.check(name, value, specs[name])
-    walk = ParameterWalk(module)
+    walk = ParameterWalk(module, modules)
     if not walk.sites:
         raise ValueError(f"The module {type(module).__name__} has no parameters to optimize.")
     taken = {

@@ -24,6 +24,7 @@ from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.diff.gradient import differentiate
 from torchopt.nn import marks
 from torchopt.nn.checkpointing import remember_weights
+from torchopt.nn.parameters import place_each
 from torchopt.nn.snapshot import extract_state_dict
 from torchopt.optim import given_gradients
 from torchopt.optim.meta_call import (
@@ -212,21 +213,20 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
                 marks.carry(old, new)
         if track:
             step_tags.note_create_graph(new_weights, create_graph)
+        steady = steady or Steady.after(self.param_groups, call, slots)
         state = None if steady is None else steady.next_state(call, slots, track)
         if state is not None:
             states = [state]
         else:
-            states = next_states(self._states, entries, call, slots, track)
-            steady = Steady.after(self.param_groups, call, states)
+            states, steady = next_states(self._states, entries, call, slots, track), None
 
         pairs = whole.end(self.transformation.plan, call)
         pairs = pairs if track else tree.tree_map(_detached, pairs)
+        sites = [entry.site for entry in entries]
 
         def write() -> None:
             self._states, self._steady, self._pairs = states, steady, pairs
-            for entry, weight in zip(entries, new_weights):
-                if weight is not None:
-                    entry.site.place(weight)
+            place_each(sites, new_weights)
 
         all_or_nothing(write)
 
