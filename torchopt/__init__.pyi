@@ -34,6 +34,10 @@ from torchopt.core.transform import (
     GradientTransformation as GradientTransformation,
     transformation as transformation,
 )
+from torchopt.diff.hessian_diagonal import (
+    gauss_newton_bartlett as gauss_newton_bartlett,
+    hutchinson_diagonal as hutchinson_diagonal,
+)
 from torchopt.nn.snapshot import (
     extract_state_dict as extract_state_dict,
     module_clone as module_clone,
@@ -108,6 +112,7 @@ from torchopt.optimizers.adopt import (
     MetaADOPT as MetaADOPT,
     scale_by_adopt as scale_by_adopt,
 )
+from torchopt.optimizers.asgd import ASGD as ASGD, asgd as asgd, MetaASGD as MetaASGD
 from torchopt.optimizers.lamb import LAMB as LAMB, lamb as lamb, MetaLAMB as MetaLAMB
 from torchopt.optimizers.lars import LARS as LARS, lars as lars, MetaLARS as MetaLARS
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS
@@ -179,6 +184,12 @@ from torchopt.optimizers.schedule_free import (
     SGDScheduleFree as SGDScheduleFree,
 )
 from torchopt.optimizers.sgd import MetaSGD as MetaSGD, SGD as SGD, sgd as sgd
+from torchopt.optimizers.shampoo import (
+    MetaShampoo as MetaShampoo,
+    scale_by_shampoo as scale_by_shampoo,
+    Shampoo as Shampoo,
+    shampoo as shampoo,
+)
 from torchopt.optimizers.sign_sgd import (
     MetaSignSGD as MetaSignSGD,
     MetaSignum as MetaSignum,
@@ -193,6 +204,24 @@ from torchopt.optimizers.sm3 import (
     scale_by_sm3 as scale_by_sm3,
     SM3 as SM3,
     sm3 as sm3,
+)
+from torchopt.optimizers.soap import (
+    MetaSOAP as MetaSOAP,
+    scale_by_soap as scale_by_soap,
+    SOAP as SOAP,
+    soap as soap,
+)
+from torchopt.optimizers.sophia import (
+    MetaSophia as MetaSophia,
+    scale_by_sophia as scale_by_sophia,
+    Sophia as Sophia,
+    sophia as sophia,
+)
+from torchopt.optimizers.sparse_adam import (
+    MetaSparseAdam as MetaSparseAdam,
+    scale_by_sparse_adam as scale_by_sparse_adam,
+    sparse_adam as sparse_adam,
+    SparseAdam as SparseAdam,
 )
 from torchopt.optimizers.yogi import (
     MetaYogi as MetaYogi,

@@ -16,6 +16,7 @@ from torchopt.core.gradient_checks import Common, check_gradients, common_of, re
 from torchopt.core.packed import Packed, Packing
 from torchopt.core.plan import Plan
 from torchopt.core.protocols import PartLike, TransformationLike
+from torchopt.core.sparse_entries import ChangedSlot
 from torchopt.typing import PyTree, Step
 
 
@@ -36,6 +37,7 @@ class Call:
     pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.core.whole
     labels: Any = None  # of the parameters, for a partition, where the API knows them
     packing: Packing | None = None  # where an update leaves what it found out for the next one
+    overwrites: bool = False  # whether new slots may come back as ChangedSlot
 
 
 @dataclasses.dataclass
@@ -177,9 +179,9 @@ def advance(
 
     With ``apply`` the new parameters are returned instead of the updates.
     """
-    # a kernel reads half precision as it is, but no slots in a dtype of their own
-    direct = accelerates(tx.plan) and not tx.plan.narrow
-    if direct:
+    # whether the slots are no longer as they were given
+    refreshes = bool(tx.plan.refreshing) and not tx.plan.reads.isdisjoint(call.extra)
+    if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
         again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
             return again
@@ -196,7 +198,10 @@ def advance(
     if not whole:
         columns = {name: [column[i] for i in index] for name, column in columns.items()}
     first_node = step_tags.begin()
-    fused = accelerator.take_whole(tx.plan, leaves, columns, apply) if direct else None
+    fused = None
+    # a kernel reads half precision as it is, but no slots in a dtype of their own
+    if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
+        fused = accelerator.take_whole(tx.plan, leaves, columns, apply)
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)
         if first_node >= 0:
@@ -279,9 +284,9 @@ def _advance_by_parts(
         if isinstance(column, Packed):
             columns[name] = column
             continue
-        columns[name] = list(columns[name])
+        columns[name] = [x if type(x) is ChangedSlot else y for x, y in zip(column, columns[name])]
         for position, (c, value) in enumerate(zip(is_complex, column)):
-            if value is not None:
+            if value is not None and type(value) is not ChangedSlot:
                 old = columns[name][position]
                 if name in narrow:
                     dtype = narrow[name]
@@ -301,6 +306,8 @@ def run(
     Returns:
         The updates, and whether they have been added to the parameters, as ``apply`` allows.
     """
+    if plan.refreshing and leaves.call.extra:
+        _refresh(plan, leaves, columns)
     g, position = leaves.g, 0
     while position < len(plan.parts):
         # the position tells, for torch 2.6 compiles `is` between lists as a comparison of tensors
@@ -316,6 +323,18 @@ def run(
             g = run_by_rules(plan, position, position + 1, own, columns)
             position += 1
     return g, False
+
+
+def _refresh(plan: Plan, leaves: Leaves, columns: dict[str, list[Any]]) -> None:
+    """Let parts change their slots by the extra values of a call, before the step."""
+    for position in plan.refreshing:
+        part, names = plan.parts[position], plan.slots[position]
+        if not leaves.call.extra.keys().isdisjoint(part.reads):
+            slots = list(zip(*(columns[name] for name in names)))
+            rows = plan.rows_of(position, leaves.hyper)
+            own = Leaves(leaves.g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
+            for name, column in zip(names, zip(*part.refreshed(own))):
+                columns[name] = list(column)
 
 
 def run_by_rules(

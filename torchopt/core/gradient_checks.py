@@ -103,7 +103,7 @@ def _check_sparse(tx: TransformationLike, call: CallLike, i: int) -> None:
             raise TypeError(
                 f"The gradient of {tree.quoted(call.names()[i])} is sparse ({call.g[i].layout}), "
                 f"and {type(part).__name__} has no sparse rule. Use to_dense(), or an embedding "
-                "with sparse=False."
+                "with sparse=False; or SGD, Adagrad or SparseAdam, without weight decay."
             )
 
 

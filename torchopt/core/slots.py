@@ -100,6 +100,8 @@ class Slot:
         if not param.is_complex() or self.dtype is not None:
             return self._begun(param, self.shape_for(param), hyperparameters)
         # a rule sees two real numbers in the place of a complex one, and so does a start
+        if self.shape is not None and callable(self.start):  # of another shape there are no pairs
+            return self.start(param.real, **hyperparameters).to(param.dtype)
         pairs, shape = torch.view_as_real(param), (*self.shape_for(param), 2)
         return torch.view_as_complex(self._begun(pairs, shape, hyperparameters))
 
@@ -146,6 +148,8 @@ class Counter:
     Args:
         name: Its name, as ``torch.optim`` calls it where it has one.
         start: What it is before the first update.
+        ahead: Whether ``count`` makes it for the next update already: the rule gets it as it was
+            before this one, as ASGD its rate.
 
     Example:
         >>> import torch, torchopt
@@ -167,6 +171,7 @@ class Counter:
 
     name: str
     start: float = 0.0
+    ahead: bool = False
 
 
 def filled(param: Tensor, value: Any) -> Tensor:

@@ -96,6 +96,10 @@ class GradientTransformation(Exchanging):
     accepts_sparse: ClassVar[bool] = False
     #: Whether it is right for complex numbers, which it sees as pairs of reals in a last dimension.
     accepts_complex: ClassVar[bool] = True
+    #: Names of the extra values of a call that it reads, as ``"value"``, the loss; ``"*"`` for any.
+    reads: ClassVar[tuple[str, ...]] = ()
+    #: Whether ``refreshed`` does something; set where a class defines it.
+    refreshes: ClassVar[bool] = False
     #: Whether ``refuses`` has anything to say; set where a class defines it.
     is_selective: ClassVar[bool] = False
 
@@ -103,6 +107,7 @@ class GradientTransformation(Exchanging):
         super().__init_subclass__(**kwargs)
         misuse.check_declarations(cls)
         cls.is_selective = cls.is_selective or "refuses" in vars(cls)
+        cls.refreshes = cls.refreshes or "refreshed" in vars(cls)
         if isinstance(declared := vars(cls).get("slots"), tuple):
             cls.slots = tuple(map(as_slot, declared))
 
@@ -139,6 +144,13 @@ class GradientTransformation(Exchanging):
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Return the updates and the new slots of all parameters; pure."""
         raise TypeError(misuse.no_step(self))
+
+    def refreshed(self, leaves: Leaves) -> list[tuple[Tensor | None, ...]]:
+        """Return the slots for a step that is given some of the values in ``reads``; pure.
+
+        The rule sees these, and is computed as ever, by kernels where they are available.
+        """
+        return leaves.slots
 
     #: Whether the weights to evaluate with are others than those that are trained.
     evaluates: ClassVar[bool] = False
@@ -316,8 +328,8 @@ class GradientTransformation(Exchanging):
     def eval_params(self, state: OptState, params: TensorTree) -> TensorTree:
         """Return the parameters to evaluate with; the same unless the optimizer trains others.
 
-        Schedule-free optimizers take gradients at one point and recommend another. The result is
-        differentiable in ``state`` and ``params``.
+        Schedule-free optimizers and ASGD take gradients at one point and recommend another. The
+        result is differentiable in ``state`` and ``params``.
 
         Args:
             state: What the last :meth:`update` returned.

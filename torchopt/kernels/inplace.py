@@ -298,7 +298,7 @@ class Stepper:
                 row = plan.count(row, step + 1, old)
             if not prepared.takes(grads[own]) or not prepared.plan_step(row, step + 1):
                 return False
-            prepared.numbers = {name: row[name] for name in plan.counters}
+            prepared.numbers = plan.kept(row) if plan.counters else {}
             work.append((prepared, step + 1))
         groups_now = [prepared for prepared, _ in work]
         if groups_now != self.separate:  # what two groups overwrite must not be one thing

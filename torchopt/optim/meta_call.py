@@ -217,8 +217,12 @@ def next_states(
     call: Call,
     slots: dict[str, list[Any]],
     track: bool,
+    kept_at: Mapping[str, str],
 ) -> list[GroupState]:
-    """Return the states after a step; ``track`` says whether slots keep their graph."""
+    """Return the states after a step.
+
+    ``track`` says whether slots keep their graph, ``kept_at`` where rows have the counters.
+    """
     following = [
         GroupState(
             dict(state.steps),
@@ -236,7 +240,7 @@ def next_states(
         state.steps[entry.name] = int(step)
         for counter, column in state.counters.items():
             if call.g[k] is not None:
-                value = call.hyper[k][counter]
+                value = call.hyper[k][kept_at[counter]]
                 cut = isinstance(value, Tensor) and not track
                 column[entry.name] = value.detach() if cut else value
     names = tuple(entry.name for entry in entries)

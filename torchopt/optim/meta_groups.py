@@ -11,12 +11,7 @@ from torch import nn
 from torchopt.base import misuse
 from torchopt.core import hyper, resolving
 from torchopt.core.gradient_checks import refuse_parameters
-from torchopt.nn.parameters import (
-    ParameterWalk,
-    modules_of,
-    parameter_sites,
-    refuse_scripted,
-)
+from torchopt.nn.parameters import ParameterWalk, modules_of, parameter_sites, refuse_scripted
 from torchopt.optim.meta_call import known_names
 from torchopt.optim.protocols import HasGroups
 

@@ -17,6 +17,7 @@ from torchopt.base.values import describe, same
 from torchopt.core import step_tags, whole
 from torchopt.core.engine import Call, advance
 from torchopt.core.evaluation import converted_call
+from torchopt.core.extra_values import check_extra
 from torchopt.core.opt_state import OptState
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed
@@ -140,6 +141,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         value: Any = None,
         create_graph: bool | None = None,
         retain_graph: bool | None = None,
+        **extra: Any,
     ) -> None:
         """Differentiate the loss, update, and put the new tensors into the network.
 
@@ -165,9 +167,11 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             create_graph: ``False`` treats the gradient as a constant (the first-order
                 approximation); ``None`` means the attribute ``create_graph``.
             retain_graph: As in :func:`torch.autograd.grad`; ``None`` means ``create_graph``.
+            **extra: Further values for rules that read them (``hessian`` of ``torchopt.sophia``).
 
         Raises:
-            TypeError: If ``loss`` is no tensor, or a gradient is none; if both are given.
+            TypeError: If ``loss`` is no tensor, or a gradient is none; if both are given, or
+                nothing reads an extra value.
             ValueError: If ``loss`` is not scalar, has no graph or does not depend on the weights;
                 if ``grads`` are not those of the parameters.
             RuntimeError: If its graph has been freed. The network and this optimizer have not
@@ -184,6 +188,8 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             ...     grads = [a + b for a, b in zip(grads, found)]
             >>> inner.step(grads=grads)
         """
+        if extra:
+            check_extra(self.transformation, extra, type(self).__name__)
         track = torch.is_grad_enabled()
         create_graph = (self.create_graph if create_graph is None else create_graph) and track
         entries, params = self._trainable.now(self.param_groups)
@@ -202,7 +208,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         whole.begin(self.transformation.plan, self._pairs, call)
         if isinstance(value, Tensor) and not create_graph:
             value = value.detach()
-        call.extra = {} if value is None else {"value": value}
+        call.extra = extra if value is None else {"value": value, **extra}
         weights, slots = advance(self.transformation, call, apply=True)
         call.extra = {}  # calls are kept, and would keep the graph of the loss
         new_weights = [
@@ -218,7 +224,9 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         if state is not None:
             states = [state]
         else:
-            states, steady = next_states(self._states, entries, call, slots, track), None
+            kept_at = self.transformation.plan.kept_at
+            states = next_states(self._states, entries, call, slots, track, kept_at)
+            steady = None
 
         pairs = whole.end(self.transformation.plan, call)
         pairs = pairs if track else tree.tree_map(_detached, pairs)
@@ -250,8 +258,8 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
     def eval_params(self) -> dict[str, Tensor]:
         """Return the weights to evaluate with by name, connected to all they are made of.
 
-        They are those of the network, but for schedule-free optimizers. With several networks each
-        name begins with the number of its group: ``"0.weight"``.
+        They are those of the network, but for schedule-free optimizers and ASGD. With several
+        networks each name begins with the number of its group: ``"0.weight"``.
 
         Example:
             >>> import torch, torchopt

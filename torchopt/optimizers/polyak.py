@@ -32,6 +32,8 @@ class ScaleByPolyak(GradientTransformation):
     eps: Hyperparameter = hyper(0.0, ge=0, scalar=True)
     variant: str = choice("sps", among=VARIANTS)
 
+    reads = ("value",)
+
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Multiply all gradients by the step size that the loss and their common norm give."""
         value = leaves.call.extra.get("value")

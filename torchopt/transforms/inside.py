@@ -19,6 +19,7 @@ from torchopt.core.engine import Leaves, part_slots, run
 from torchopt.core.evaluation import converted, evaluates
 from torchopt.core.pair import as_transformation
 from torchopt.core.slots import Slot
+from torchopt.core.sparse_entries import ChangedSlot
 from torchopt.core.step_count import read_number
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.schedules.base import Comparable
@@ -175,12 +176,17 @@ class Wrapper(GradientTransformation):
         updates, _ = run(plan, own, columns)
         slots = [
             (
-                *(columns[name][k] for name in plan.slot_names),
-                *(_as_slot(rows[k][name], kept[name][k]) for name in plan.counters),
+                *(_whole(columns[name][k]) for name in plan.slot_names),
+                *(_as_slot(x, kept[name][k]) for name, x in plan.kept(rows[k]).items()),
             )
             for k in range(len(chosen))
         ]
         return updates, slots
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that are read inside."""
+        return tuple(self.inner.plan.reads)
 
     @property
     def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -204,6 +210,10 @@ def _with_rows(leaves: Leaves, rows: list[dict[str, Any]]) -> Leaves:
     return Leaves(
         leaves.g, leaves.p, leaves.t, leaves.slots, rows, leaves.index, leaves.call, leaves.common
     )
+
+
+def _whole(slot: Any) -> Any:
+    return slot.made() if isinstance(slot, ChangedSlot) else slot
 
 
 def _as_slot(value: Any, old: Tensor) -> Tensor:

@@ -75,8 +75,7 @@ class Delegating(GradientTransformation):
     def count(self, t: Step, *args: Any, **values: Any) -> dict[str, Any]:
         """Return the counters of the inner transformation for an update."""
         plan, (row,) = self.inner.plan, self._rows([values])
-        new = plan.count(row, t, {name: row[name] for name in plan.counters})
-        return self._public({name: new[name] for name in plan.counters})
+        return self._public(plan.kept(plan.count(row, t, row)))
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
         """Return the hyperparameters of the inner transformation."""
@@ -119,6 +118,11 @@ class Delegating(GradientTransformation):
     def accepts_complex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all rules inside are right for complex numbers."""
         return all(part.accepts_complex for part in self.inner.parts)
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that are read inside."""
+        return tuple(self.inner.plan.reads)
 
     @property
     def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -73,8 +73,8 @@ class Partition(GradientTransformation):
         found: dict[str, Any] = {}
         for label, tx in self.transforms.items():
             (row,) = _own_rows(label, tx, [values])
-            counted = tx.plan.count(row, t, row)
-            found.update({f"{label}.{name}": counted[name] for name in tx.plan.counters})
+            kept = tx.plan.kept(tx.plan.count(row, t, row))
+            found.update({f"{label}.{name}": number for name, number in kept.items()})
         return found
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
@@ -161,6 +161,11 @@ class Partition(GradientTransformation):
     def accepts_complex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all rules of all parts are right for complex numbers."""
         return all(part.accepts_complex for tx in self.transforms.values() for part in tx.parts)
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that are read inside."""
+        return tuple({name for tx in self.transforms.values() for name in tx.plan.reads})
 
     @property
     def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
