@@ -59,6 +59,7 @@ class Algorithm:
             ``"gradients"`` or ``"slots"``: meta-gradients by it are zero.
         in_places: Numbers that act on some entries only in a few steps.
         read_once: Numbers that are read when a state begins, and not any more.
+        constant: Slots that stay what they were at the start.
         may_rest: Whether an entry may rest for a step, after which its slots stand at a corner.
         forgets_start: Whether the first update leaves nothing of a slot as it was.
         starts_moving: Whether its momentum does not start at zero: then parameters move without
@@ -102,6 +103,7 @@ class Algorithm:
     flat: tuple[str, ...] = ()
     in_places: tuple[str, ...] = ()
     read_once: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
     may_rest: bool = False
     forgets_start: bool = False
     starts_moving: bool = False

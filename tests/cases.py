@@ -183,6 +183,8 @@ every_fused_kind = every(lambda case: case.algorithm.fused, each=kind)
 every_fused_state = every(lambda case: case.algorithm.fused, each=state_kind)
 #: Those whose rule treats each entry by itself.
 every_entrywise_case = every(lambda case: case.algorithm.size == "entry")
+#: Those that treat each parameter by itself.
+every_independent_case = every(lambda case: case.algorithm.size != "all")
 #: Those that are known in closed form.
 every_formula_case = every(lambda case: case.algorithm.formula)
 #: Those that take dense gradients only, and the others.

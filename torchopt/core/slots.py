@@ -103,7 +103,8 @@ class Slot:
         if self.shape is not None and callable(self.start):  # of another shape there are no pairs
             return self.start(param.real, **hyperparameters).to(param.dtype)
         pairs, shape = torch.view_as_real(param), (*self.shape_for(param), 2)
-        return torch.view_as_complex(self._begun(pairs, shape, hyperparameters))
+        begun = self._begun(pairs, shape, hyperparameters)
+        return torch.view_as_complex(begun) if begun.dim() else begun  # one number stays real
 
     def _begun(
         self, param: Tensor, shape: Sequence[int], hyperparameters: Mapping[str, Any]

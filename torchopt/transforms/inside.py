@@ -23,6 +23,7 @@ from torchopt.core.sparse_entries import ChangedSlot
 from torchopt.core.step_count import read_number
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.schedules.base import Comparable
+from torchopt.typing import Step
 
 
 def of_number(size: torch.Size) -> tuple[int, ...]:
@@ -149,7 +150,7 @@ class Wrapper(GradientTransformation):
     # Running ------------------------------------------------------------------------------------
 
     def run_inner(
-        self, leaves: Leaves, g: Sequence[Tensor], t: Sequence[int], chosen: Sequence[int]
+        self, leaves: Leaves, g: Sequence[Tensor], t: Sequence[Step], chosen: Sequence[int]
     ) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
         """Run the inside for the parameters at some positions.
 
