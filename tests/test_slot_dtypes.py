@@ -310,3 +310,24 @@ def test_refused_counts_and_complex_numbers():
 def test_back_to_the_dtype_of_the_parameters():
     tx = torchopt.adam(exp_avg_dtype=BF16).with_slot_dtypes({"exp_avg": None})
     assert tx == torchopt.adam()
+
+
+def test_sparse_gradients_in_place_keep_the_dtype():
+    """Where entries of a slot are overwritten, they are those of the rounded one."""
+    weights = [torch.nn.Parameter(nonzero(5, 2).float()) for _ in range(2)]
+    weights[1].data.copy_(weights[0].data)
+    plain = torchopt.sparse_adam(0.1)
+    narrow = plain.with_slot_dtypes({"exp_avg": BF16})
+    optimizer = torchopt.Optimizer([weights[0]], narrow)
+    state = rounded(plain.init({"w": weights[1].detach()}), ["exp_avg"])
+    for _ in range(3):
+        indices = torch.tensor([[1, 3]])
+        g = torch.sparse_coo_tensor(indices, nonzero(2, 2).float(), (5, 2), check_invariants=True)
+        weights[0].grad = g
+        optimizer.step()
+        assert optimizer.state[weights[0]]["exp_avg"].dtype == BF16
+        with torch.no_grad():
+            updates, state = plain.update({"w": g}, state, {"w": weights[1].detach()})
+            weights[1] += updates["w"].to_dense()
+        state = rounded(state, ["exp_avg"])
+    assert_close(weights[0].detach(), weights[1].detach())

@@ -258,11 +258,12 @@ class Optimizer(torch.optim.Optimizer):
             order = self._parts.order(self.param_groups)
             params, grads = [params[k] for k in order], [grads[k] for k in order]
         call = self._call(params, grads)
-        call.overwrites, call.extra = True, {**self._extra(params, loss, closure), **extra}
+        counts, plan = self._counts_steps(), self.transformation.plan
+        call.overwrites = not plan.narrow  # of narrow slots a rule sees copies
+        call.extra = {**self._extra(params, loss, closure), **extra}
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
-        counts, plan = self._counts_steps(), self.transformation.plan
         slots = {name: apart(column, params, grads) for name, column in slots.items()}
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
