@@ -221,3 +221,19 @@ def test_states_at_different_counts_in_one_batch() -> None:
             assert_close(after.slots[name][k], value, what=name)
         own = torch.func.jacrev(lambda g, s=state: update(g, s)[0])(grads[k])
         assert_close(slopes[k], own, times=100)
+
+
+def test_a_compiled_loop_has_the_same_derivative() -> None:
+    tx, w, factor = torchopt.soap(0.1, eps=0.1, precondition_frequency=2), nonzero(4, 3), nonzero(3)
+
+    def step(w: Tensor, state: torchopt.OptState) -> tuple[Tensor, torchopt.OptState]:
+        return tx.apply_gradients(factor * w.sin(), state, w, inplace=False)
+
+    found = []
+    for take in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        start = w.clone().requires_grad_()
+        now, state = start, tx.init(start)
+        for _ in range(4):
+            now, state = take(now, state)
+        found.append((now.detach(), *torch.autograd.grad((now**3).sum(), start)))
+    assert_close(found[1], found[0], times=100)

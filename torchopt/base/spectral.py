@@ -299,9 +299,10 @@ def power_iterated(a: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_known(x: Tensor) -> bool:
     """Whether a tensor can be read here and now, without waiting for a device."""
-    traced = torch.compiler.is_compiling() or get_tracing_state() is not None
-    apart = is_functorch_wrapped_tensor(x) or len_torch_dispatch_stack() > 0
-    return x.is_cpu and not traced and not apart
+    if torch.compiler.is_compiling():
+        return False
+    traced = get_tracing_state() is not None or len_torch_dispatch_stack() > 0
+    return x.is_cpu and not traced and not is_functorch_wrapped_tensor(x)
 
 
 def _completed(a: Tensor, x: Tensor, good: Tensor, q: Tensor) -> Tensor:
