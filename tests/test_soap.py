@@ -200,8 +200,9 @@ def test_gradients_that_are_zero(frequency: int) -> None:
         assert all_finite(torch.func.hessian(lambda w, f=f: function(w, f).sum())(w))
 
 
-def test_states_at_different_counts_in_one_batch() -> None:
-    tx, grads = torchopt.scale_by_soap(precondition_frequency=2), nonzero(4, 3, 2)
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_states_at_different_counts_in_one_batch(frequency: int) -> None:
+    tx, grads = torchopt.scale_by_soap(precondition_frequency=frequency), nonzero(4, 3, 2)
     states = [tx.init(grads[0])]
     for k in range(3):
         states.append(tx.update(grads[k], states[k], inplace=False)[1])
