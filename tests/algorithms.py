@@ -51,12 +51,15 @@ class Algorithm:
         decoupled_decay: Whether weight decay bypasses the gradient.
         shrinks: For decoupled decay other than AdamW's: what a step multiplies a weight that has no
             gradient by, as a function of the numbers of a configuration.
-        linear: Whether an update is linear in the gradients.
+        decays: Numbers by which weights shrink, whatever the gradients are.
+        linear: Whether an update is linear in the gradients, where nothing shrinks.
         sparse: Whether it takes sparse gradients (without weight decay).
+        twin_of_sparse: The class of ``torch.optim`` that does the same and refuses dense gradients.
         flat: What an update is a piecewise constant function of, names of numbers,
             ``"gradients"`` or ``"slots"``: meta-gradients by it are zero.
         in_places: Numbers that act on some entries only in a few steps.
         read_once: Numbers that are read when a state begins, and not any more.
+        constant: Slots that stay what they were at the start.
         may_rest: Whether an entry may rest for a step, after which its slots stand at a corner.
         forgets_start: Whether the first update leaves nothing of a slot as it was.
         starts_moving: Whether its momentum does not start at zero: then parameters move without
@@ -93,11 +96,14 @@ class Algorithm:
     needs_params: bool = False
     decoupled_decay: bool = False
     shrinks: Callable[[Mapping[str, Any]], float] | None = None
+    decays: tuple[str, ...] = ("weight_decay",)
     linear: bool = False
     sparse: bool = False
+    twin_of_sparse: type[torch.optim.Optimizer] | None = None
     flat: tuple[str, ...] = ()
     in_places: tuple[str, ...] = ()
     read_once: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
     may_rest: bool = False
     forgets_start: bool = False
     starts_moving: bool = False
@@ -220,6 +226,11 @@ class Case:
     def tunable_by_entry(self) -> tuple[str, ...]:
         """Those of ``tunable`` that may have a value for each entry of a parameter."""
         return tuple(n for n in self.tunable if not self.specs[n.partition(".")[0]].scalar)
+
+    @property
+    def decay(self) -> dict[str, float]:
+        """The numbers by which weights shrink, where they are not 0."""
+        return {n: self.kwargs[n] for n in self.algorithm.decays if self.kwargs.get(n)}
 
     @property
     def needs_params(self) -> bool:

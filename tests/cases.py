@@ -83,8 +83,32 @@ NOISY_ALGORITHMS = (
     ),
 )
 
+#: Those that are given an estimate of the curvature at some steps; without it they know signs only.
+CURVATURE_ALGORITHMS = (
+    Algorithm(
+        torchopt.sophia,
+        torchopt.Sophia,
+        torchopt.MetaSophia,
+        None,
+        {
+            "": {
+                "lr": 0.05,
+                "betas": (0.8, 0.7),
+                "eps": 0.05,
+                "weight_decay": 0.1,
+                "gamma": 0.9,
+                "clip_threshold": 1.4,
+            }
+        },
+        slots=("exp_avg", "hessian"),
+        decoupled_decay=True,
+        oracle="test_sophia.py",
+        bounds={"gamma": ">= 0", "clip_threshold": ">= 0"},
+    ),
+)
+
 #: What the general laws do not hold of.
-SPECIAL_ALGORITHMS = MATRIX_ALGORITHMS + VALUE_ALGORITHMS + NOISY_ALGORITHMS
+SPECIAL_ALGORITHMS = MATRIX_ALGORITHMS + VALUE_ALGORITHMS + NOISY_ALGORITHMS + CURVATURE_ALGORITHMS
 
 CASES = tuple(case for algorithm in ALGORITHMS for case in algorithm.cases())
 
@@ -159,6 +183,8 @@ every_fused_kind = every(lambda case: case.algorithm.fused, each=kind)
 every_fused_state = every(lambda case: case.algorithm.fused, each=state_kind)
 #: Those whose rule treats each entry by itself.
 every_entrywise_case = every(lambda case: case.algorithm.size == "entry")
+#: Those that treat each parameter by itself.
+every_independent_case = every(lambda case: case.algorithm.size != "all")
 #: Those that are known in closed form.
 every_formula_case = every(lambda case: case.algorithm.formula)
 #: Those that take dense gradients only, and the others.

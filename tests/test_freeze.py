@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, Case, every_case, every_torch_case
+from cases import F64, Case, every_independent_case, every_torch_case
 from conftest import nonzero
 from pointwise import evaluate_kernel, program_of
 from tolerances import META_GRADIENT, assert_close
@@ -60,7 +60,7 @@ class Net(nn.Module):
 
 @pytest.mark.sampled(1)
 @every_stop
-@every_case
+@every_independent_case
 @pytest.mark.parametrize("spoilt", SPOILT, ids=str)
 def test_the_functional_face(case: Case, stop: Any, spoilt: float) -> None:
     params = make_params()
@@ -78,7 +78,7 @@ def test_the_functional_face(case: Case, stop: Any, spoilt: float) -> None:
 
 @pytest.mark.sampled(1)
 @every_stop
-@every_case
+@every_independent_case
 def test_the_differentiable_face(case: Case, stop: Any) -> None:
     net = Net(make_params())
     other = Net({"body": net.body.detach(), "head": net.head.detach()})
@@ -183,7 +183,7 @@ def test_one_factor_for_each_parameter() -> None:
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("accelerated", [None, False])
 @pytest.mark.parametrize("ends", ["last", "both"])
-@every_case
+@every_independent_case
 def test_meta_gradients(case: Case, ends: str, accelerated: bool | None) -> None:
     """Against central differences of the head trained alone, beside a body that is constant."""
     params = make_params()

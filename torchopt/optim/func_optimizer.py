@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.diff.gradient import differentiate
 from torchopt.nn.snapshot import extract_state_dict
+from torchopt.optim.second_gradient import evaluated, gradients_of_function
 from torchopt.typing import TensorTree
 
 
@@ -55,12 +57,16 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         self.state = self.transformation.init(params)
 
     def step(
-        self, loss: torch.Tensor, params: TensorTree, inplace: bool | None = None
+        self,
+        loss: torch.Tensor | Callable[[Any], torch.Tensor],
+        params: TensorTree,
+        inplace: bool | None = None,
     ) -> TensorTree:
         """Differentiate the loss and return the updated parameters.
 
         Args:
-            loss: A scalar computed from ``params``.
+            loss: A scalar computed from ``params``; or the function of them that computes it, as a
+                rule needs that asks for gradients at other parameters (:func:`torchopt.sam`).
             params: Any pytree of tensors that require grad. Those it does not depend on stay.
             inplace: Change ``params`` in place, and record nothing; ``None`` means the attribute
                 ``inplace``. Otherwise the result is differentiable; under ``torch.no_grad()`` it
@@ -73,9 +79,11 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         misuse.check_trees({"params": params})
         leaves, spec = tree.flatten(params)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        found = iter(
-            differentiate(loss, tensors, create_graph=not inplace and torch.is_grad_enabled())
-        )
+        create_graph, extra = not inplace and torch.is_grad_enabled(), {}
+        loss, function = evaluated(loss, params)
+        if function is not None:
+            extra["grad_fn"] = gradients_of_function(function, params, create_graph)
+        found = iter(differentiate(loss, tensors, create_graph))
         grads = [
             next(found) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else None
             for leaf in leaves
@@ -83,7 +91,12 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         state = self.transformation.init(params) if self.state is None else self.state
         gradient_tree = tree.unflatten(spec, grads)
         new_params, self.state = self.transformation.apply_gradients(
-            gradient_tree, state, params, inplace=inplace, value=loss.detach() if inplace else loss
+            gradient_tree,
+            state,
+            params,
+            inplace=inplace,
+            value=loss.detach() if inplace else loss,
+            **extra,
         )
         if not inplace:
             step_tags.note_create_graph(tree.flatten(new_params)[0], True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.core.engine import Call
+from torchopt.core.sparse_entries import ChangedSlot
 
 
 #: Tensors that have an address; others (DTensor, FakeTensor) may have none, and are no error.
@@ -44,6 +45,15 @@ def _released(column: Iterable[Any]) -> Iterable[int]:
             yield k
 
 
+def slots_to_keep(slots: Mapping[str, Any], index: int, lent: set[int]) -> dict[str, Any]:
+    """Return the slots of a parameter; one with new entries is overwritten, unless it is lent."""
+    kept = {name: column[index] for name, column in slots.items() if column[index] is not None}
+    for name, slot in kept.items():
+        if isinstance(slot, ChangedSlot):
+            kept[name] = slot.made() if id(slot.old) in lent else slot.written()
+    return kept
+
+
 def apart(column: list[Any], params: list[Tensor], grads: list[Any]) -> list[Any]:
     """Return new slots with a copy where a rule keeps the parameter, or gradient, itself.
 
@@ -53,3 +63,9 @@ def apart(column: list[Any], params: list[Tensor], grads: list[Any]) -> list[Any
         x.clone() if x is not None and (x is p or x is g) else x
         for x, p, g in zip(column, params, grads)
     ]
+
+
+def slots_of(state: Mapping[Any, Any], params: Iterable[Tensor]) -> set[int]:
+    """Return the identities of the tensors in an optimizer's state of parameters."""
+    entries = [state.get(p, {}) for p in params]
+    return {id(x) for entry in entries for x in entry.values() if isinstance(x, Tensor)}

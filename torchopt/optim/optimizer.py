@@ -16,6 +16,7 @@ from torchopt.core import engine, hyper, whole
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.apply import refuse_unwritable
 from torchopt.core.engine import Call, advance
+from torchopt.core.extra_values import check_extra
 from torchopt.core.gather import Members, gather
 from torchopt.core.gradient_checks import refuse_parameters
 from torchopt.core.pair import as_transformation
@@ -23,9 +24,16 @@ from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.optim.checkpoint import load, saved
 from torchopt.optim.evaluation import refuse_step, swap_in_place
-from torchopt.optim.memory import apart, refuse_released
-from torchopt.optim.part_groups import PLACES, PartGroups, divide, warn_of_hidden_rates
+from torchopt.optim.memory import apart, refuse_released, slots_of, slots_to_keep
+from torchopt.optim.part_groups import (
+    PLACES,
+    PartGroups,
+    divide,
+    parameter_names,
+    warn_of_hidden_rates,
+)
 from torchopt.optim.schedules import LiveSchedules
+from torchopt.optim.second_gradient import extra_of_step
 
 
 P = ParamSpec("P")
@@ -181,23 +189,27 @@ class Optimizer(torch.optim.Optimizer):
             self._schedules.adopt([group], list(self.group_specs(group)), self._count)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update the parameters from their ``grad``; those without one stay.
 
         Args:
             closure: Re-evaluates the model and returns the loss. Rules that read the loss (as
-                ``value``, of :func:`torchopt.polyak_sgd`) get it from here.
+                ``value``, of :func:`torchopt.polyak_sgd`) get it from here; :func:`torchopt.sam`
+                calls it twice.
+            **extra: Further values for rules that read them (``hessian`` of ``torchopt.sophia``).
 
         Returns:
             What ``closure`` returned, or ``None``.
 
         Raises:
-            TypeError: For a gradient the rule has no form for (sparse). Nothing has changed then.
+            TypeError: For a gradient the rule has no form for, or a value that nothing reads.
             RuntimeError: For a parameter that cannot be changed by itself (expanded), or whose
-                memory has been given back. Nothing has changed then.
+                memory has been given back. Nothing has changed then, nor in the first case.
         """
-        loss = None
         refuse_step(self)
+        loss = None
+        if extra:
+            check_extra(self.transformation, extra, type(self).__name__)
         if closure is not None:
             misuse.check_closure(closure, self)
             with torch.enable_grad():
@@ -209,8 +221,8 @@ class Optimizer(torch.optim.Optimizer):
             return loss
         if self._schedules.any:
             self._schedules.write(self.param_groups, self._count)
-        if type(None) in types or self._lent or not self._step_in_place(grads):
-            self._step_by_engine(params, grads, loss)
+        if type(None) in types or self._lent or extra or not self._step_in_place(grads):
+            self._step_by_engine(params, grads, loss, closure, extra)
         if self._schedules.any:
             self._schedules.write(self.param_groups, self._count, soon=True)
         return loss
@@ -218,8 +230,9 @@ class Optimizer(torch.optim.Optimizer):
     def eval(self) -> None:
         """Give the parameters the values to evaluate with, where they are others.
 
-        Schedule-free optimizers take gradients at other weights than they recommend. For all other
-        optimizers nothing happens. Call :meth:`train` before the next step.
+        Schedule-free optimizers and ASGD take gradients at other weights than they recommend. For
+        all others nothing happens. Call :meth:`train` before the next step: training goes on at the
+        same bits, since its weights are kept meanwhile, in ``state`` and in checkpoints.
         """
         self._swap(True)
 
@@ -233,24 +246,28 @@ class Optimizer(torch.optim.Optimizer):
             params = [params[k] for k in self._parts.order(self.param_groups)]
         swap_in_place(self, self._call(params, [None] * len(params)), to_eval)
 
-    def _step_by_engine(self, params: list[Tensor], grads: list[Any], loss: Any = None) -> None:
+    def _extra(self, params: list[Tensor], loss: Any, closure: Any) -> dict[str, Any]:
+        return extra_of_step(params, loss, closure)
+
+    def _step_by_engine(
+        self, params: list[Tensor], grads: list[Any], loss: Any, closure: Any, extra: dict[str, Any]
+    ) -> None:
         """Compute updates and slots, then write them: new tensors for slots."""
         self._adopt_schedules(self.param_groups)
         if self._parts is not None:
             order = self._parts.order(self.param_groups)
             params, grads = [params[k] for k in order], [grads[k] for k in order]
         call = self._call(params, grads)
-        if loss is not None:
-            call.extra = {"value": loss}
+        call.overwrites, call.extra = True, {**self._extra(params, loss, closure), **extra}
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
-        counts, counters = self._counts_steps(), self.transformation.plan.counters
+        counts, plan = self._counts_steps(), self.transformation.plan
         slots = {name: apart(column, params, grads) for name, column in slots.items()}
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
         versions = [None if compiling or p.is_inference() else p._version for p in params]
-        lent = self._slots_lent(params)
+        lent = slots_of(self.state, params) if self._lent else set()
         begun = False
 
         def write() -> None:
@@ -259,12 +276,11 @@ class Optimizer(torch.optim.Optimizer):
             for index, (p, u) in enumerate(zip(params, updates)):
                 if u is None:
                     continue
-                kept = {
-                    n: column[index] for n, column in slots.items() if column[index] is not None
-                }
+                kept = slots_to_keep(slots, index, lent)
                 if counts:
                     kept["step"] = call.t[index]
-                kept.update({name: call.hyper[index][name] for name in counters})
+                if plan.counters:
+                    kept.update(plan.kept(call.hyper[index]))
                 if kept:
                     self.state[p].update(kept)
                 version = versions[index]
@@ -275,15 +291,10 @@ class Optimizer(torch.optim.Optimizer):
                 # those of a parameter without gradient, or left as they were by the rule
                 entry.update({n: x.clone() for n, x in entry.items() if id(x) in lent})
             if call.pairs:
-                self.state[whole.PAIRS] = whole.end(self.transformation.plan, call)  # pyright: ignore
+                self.state[whole.PAIRS] = whole.end(plan, call)  # pyright: ignore
 
         all_or_nothing(write)
         self._lent = False
-
-    def _slots_lent(self, params: list[Tensor]) -> set[int]:
-        """Return the identities of the slots that stand in a state dict as well."""
-        entries = [self.state.get(p, {}) for p in params] if self._lent else []
-        return {id(x) for entry in entries for x in entry.values() if isinstance(x, Tensor)}
 
     def _step_in_place(self, grads: list[Tensor]) -> bool:
         """Let a fused kernel overwrite parameters and slots; return whether one could."""
@@ -301,7 +312,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _call(self, params: list[Tensor], grads: list[Any]) -> Call:
         """Gather the update of all groups, with parameters in the order they were given in."""
-        plan, names = self.transformation.plan, _parameter_names(self.param_groups)
+        plan, names = self.transformation.plan, parameter_names(self.param_groups)
         members: list[Members] = []
         for group in self.param_groups:
             row = plan.values | self._row(group)
@@ -384,13 +395,3 @@ class Optimizer(torch.optim.Optimizer):
         # torch.optim.Optimizer keeps only its own attributes in pickles and deep copies
         own = ("transformation", "_parts", "_schedules", "_lent")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-
-def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:
-    names = []
-    for index, group in enumerate(groups):
-        given = group.get("param_names")
-        names += given or [
-            f"param_groups[{index}]['params'][{k}]" for k in range(len(group["params"]))
-        ]
-    return names
