@@ -200,8 +200,9 @@ def test_gradients_that_are_zero(frequency: int) -> None:
         assert all_finite(torch.func.hessian(lambda w, f=f: function(w, f).sum())(w))
 
 
-def test_states_at_different_counts_in_one_batch() -> None:
-    tx, grads = torchopt.scale_by_soap(precondition_frequency=2), nonzero(4, 3, 2)
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_states_at_different_counts_in_one_batch(frequency: int) -> None:
+    tx, grads = torchopt.scale_by_soap(precondition_frequency=frequency), nonzero(4, 3, 2)
     states = [tx.init(grads[0])]
     for k in range(3):
         states.append(tx.update(grads[k], states[k], inplace=False)[1])
@@ -221,3 +222,22 @@ def test_states_at_different_counts_in_one_batch() -> None:
             assert_close(after.slots[name][k], value, what=name)
         own = torch.func.jacrev(lambda g, s=state: update(g, s)[0])(grads[k])
         assert_close(slopes[k], own, times=100)
+
+
+@pytest.mark.thorough  # ten seconds
+def test_compiled_steps_have_the_same_derivative() -> None:
+    """The first, which finds a basis, and one that turns it."""
+    tx, w, factor = torchopt.soap(0.1, eps=0.1, precondition_frequency=1), nonzero(3, 1), nonzero(1)
+
+    def step(w: Tensor, state: torchopt.OptState) -> tuple[Tensor, torchopt.OptState]:
+        return tx.apply_gradients(factor * w.sin(), state, w, inplace=False)
+
+    found = []
+    for take in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        start = w.clone().requires_grad_()
+        now, state = start, tx.init(start)
+        for _ in range(2):
+            now, state = take(now, state)
+        outer = (now**3).sum() + (state.basis_0 + 0.3).sin().square().sum()
+        found.append((now.detach(), *torch.autograd.grad(outer, start)))
+    assert_close(found[1], found[0], times=100)

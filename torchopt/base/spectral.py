@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torchopt.base.numerics import derivatives_recorded
-from torchopt.base.torch_internals import set_forward_grad_enabled
+from torchopt.base.torch_internals import (
+    get_tracing_state,
+    is_functorch_wrapped_tensor,
+    len_torch_dispatch_stack,
+    set_forward_grad_enabled,
+)
 
 
 def inverse_root(a: Tensor, shift: Any, p: int) -> Tensor:
@@ -283,10 +288,21 @@ def power_iterated(a: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     columns = order.unsqueeze(-2)
     q, product = (x.take_along_dim(columns, dim=-1) for x in (q, product))
     sizes = torch.linalg.vector_norm(product.detach(), dim=-2)
-    new = torch.linalg.qr(product.detach()).R.diagonal(dim1=-2, dim2=-1).abs()
     # a factor for each column leaves Q as it is, and makes for an even R
     scaled = product / torch.where(sizes == 0, 1.0, sizes).unsqueeze(-2)
-    return _completed(a, scaled, new > _rounding(sizes), q), order
+    found = torch.linalg.qr(scaled.detach())
+    good = found.R.diagonal(dim1=-2, dim2=-1).abs() * sizes > _rounding(sizes)
+    if _is_known(good) and good.all():
+        return (torch.linalg.qr(scaled) if derivatives_recorded() else found).Q, order
+    return _completed(a, scaled, good, q), order
+
+
+def _is_known(x: Tensor) -> bool:
+    """Whether a tensor can be read here and now, without waiting for a device."""
+    if torch.compiler.is_compiling():
+        return False
+    traced = get_tracing_state() is not None or len_torch_dispatch_stack() > 0
+    return x.is_cpu and not traced and not is_functorch_wrapped_tensor(x)
 
 
 def _completed(a: Tensor, x: Tensor, good: Tensor, q: Tensor) -> Tensor:

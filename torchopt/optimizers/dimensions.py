@@ -91,4 +91,4 @@ def times(g: Tensor, matrix: Tensor, k: int) -> Tensor:
 
 def is_due(t: Any, frequency: int) -> Any:
     """Whether something that is done at the first step, and each so many after it, is due."""
-    return frequency == 1 or (t - 1) % frequency == 0
+    return (t - 1) % frequency == 0

@@ -247,7 +247,10 @@ def scale_by_soap(
     rows, algorithms for eigenvectors return what chance has it, with derivatives of any size;
     here such a basis is completed from unit vectors or, later on, from the basis before, which has
     exact derivatives. Eigenvalues other than zero that are equal, to rounding, are a corner: within
-    their space the basis counts as fixed. So does the order of columns.
+    their space the basis counts as fixed. So does the order of columns. Take float64 for it, or a
+    large ``eps``: where gradients have a lower rank than their matrix, as those of a few examples
+    have, what rounding leaves beside them is divided by its own size, as in Adam, and eigenvectors
+    of small eigenvalues carry few digits in float32. (Shampoo's roots carry them all.)
 
     Raises:
         ValueError: If a number is out of bounds.
