@@ -44,14 +44,17 @@ class Algorithm:
         slots: All buffers that it may keep.
         shapes: For each of them whose shape is not that of the parameter, a function from the
             parameter's shape to its own: factored moments, a 0-d number.
+        definite: Slots that are sums of squares: matrices without negative eigenvalues.
         size: What its rule reads at once: one ``"entry"``, one whole ``"tensor"``, or ``"all"``.
         fused: Whether kernels compute it.
         needs_params: Whether ``update`` needs the parameters also without weight decay.
         decoupled_decay: Whether weight decay bypasses the gradient.
         shrinks: For decoupled decay other than AdamW's: what a step multiplies a weight that has no
             gradient by, as a function of the numbers of a configuration.
-        linear: Whether an update is linear in the gradients.
+        decays: Numbers by which weights shrink, whatever the gradients are.
+        linear: Whether an update is linear in the gradients, where nothing shrinks.
         sparse: Whether it takes sparse gradients (without weight decay).
+        twin_of_sparse: The class of ``torch.optim`` that does the same and refuses dense gradients.
         flat: What an update is a piecewise constant function of, names of numbers,
             ``"gradients"`` or ``"slots"``: meta-gradients by it are zero.
         in_places: Numbers that act on some entries only in a few steps.
@@ -62,6 +65,8 @@ class Algorithm:
         starts_moving: Whether its momentum does not start at zero: then parameters move without
             gradients, too.
         rests: How many steps at the start move nothing, and only fill slots.
+        occasional: The number that says how many steps apart there is more to do, if there is one:
+            the compiler makes a graph with it, and one without.
         formula: What it does in closed form, or ``None``.
         reference: A slow copy that follows the paper, in ``references/``: the oracle of values and
             derivatives for what torch has not.
@@ -85,13 +90,16 @@ class Algorithm:
     shapes: Mapping[str, Callable[[torch.Size], tuple[int, ...]]] = dataclasses.field(
         default_factory=dict
     )
+    definite: tuple[str, ...] = ()
     size: str = "entry"
     fused: bool = True
     needs_params: bool = False
     decoupled_decay: bool = False
     shrinks: Callable[[Mapping[str, Any]], float] | None = None
+    decays: tuple[str, ...] = ("weight_decay",)
     linear: bool = False
     sparse: bool = False
+    twin_of_sparse: type[torch.optim.Optimizer] | None = None
     flat: tuple[str, ...] = ()
     in_places: tuple[str, ...] = ()
     read_once: tuple[str, ...] = ()
@@ -100,6 +108,7 @@ class Algorithm:
     forgets_start: bool = False
     starts_moving: bool = False
     rests: int = 0
+    occasional: str = ""
     formula: ClosedForm | None = None
     reference: Callable[..., Any] | None = None
     oracle: str = ""
@@ -217,6 +226,11 @@ class Case:
     def tunable_by_entry(self) -> tuple[str, ...]:
         """Those of ``tunable`` that may have a value for each entry of a parameter."""
         return tuple(n for n in self.tunable if not self.specs[n.partition(".")[0]].scalar)
+
+    @property
+    def decay(self) -> dict[str, float]:
+        """The numbers by which weights shrink, where they are not 0."""
+        return {n: self.kwargs[n] for n in self.algorithm.decays if self.kwargs.get(n)}
 
     @property
     def needs_params(self) -> bool:

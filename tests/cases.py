@@ -1,8 +1,8 @@
 """The one table of algorithms, multiplied by the laws of the test files.
 
-To put a new optimizer under every law, add one row: to ``rows_of_torch.py`` or to
-``rows_of_papers.py``. What is special about it stands in the row (``Algorithm`` in
-``algorithms.py`` says what can); no law knows a name.
+To put a new optimizer under every law, add one row: to ``rows_of_torch.py``, to
+``rows_of_papers.py`` or to ``rows_of_dimensions.py``. What is special about it stands in the row
+(``Algorithm`` in ``algorithms.py`` says what can); no law knows a name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from algorithms import F64 as F64
 from algorithms import Algorithm
 from algorithms import Case as Case
+from rows_of_dimensions import ROWS_OF_DIMENSIONS
 from rows_of_estimates import ROWS_OF_ESTIMATES
 from rows_of_papers import ROWS_OF_PAPERS
 from rows_of_torch import ROWS_OF_TORCH
@@ -22,7 +23,7 @@ from rows_of_torch import ROWS_OF_TORCH
 import torchopt
 
 
-ALGORITHMS = ROWS_OF_TORCH + ROWS_OF_PAPERS + ROWS_OF_ESTIMATES
+ALGORITHMS = ROWS_OF_TORCH + ROWS_OF_PAPERS + ROWS_OF_DIMENSIONS + ROWS_OF_ESTIMATES
 
 #: Those that take matrices only. The laws of arguments hold for them, and what else does is in the
 #: file that the row names: trees of parameters have vectors, too.
@@ -83,8 +84,32 @@ NOISY_ALGORITHMS = (
     ),
 )
 
+#: Those that are given an estimate of the curvature at some steps; without it they know signs only.
+CURVATURE_ALGORITHMS = (
+    Algorithm(
+        torchopt.sophia,
+        torchopt.Sophia,
+        torchopt.MetaSophia,
+        None,
+        {
+            "": {
+                "lr": 0.05,
+                "betas": (0.8, 0.7),
+                "eps": 0.05,
+                "weight_decay": 0.1,
+                "gamma": 0.9,
+                "clip_threshold": 1.4,
+            }
+        },
+        slots=("exp_avg", "hessian"),
+        decoupled_decay=True,
+        oracle="test_sophia.py",
+        bounds={"gamma": ">= 0", "clip_threshold": ">= 0"},
+    ),
+)
+
 #: What the general laws do not hold of.
-SPECIAL_ALGORITHMS = MATRIX_ALGORITHMS + VALUE_ALGORITHMS + NOISY_ALGORITHMS
+SPECIAL_ALGORITHMS = MATRIX_ALGORITHMS + VALUE_ALGORITHMS + NOISY_ALGORITHMS + CURVATURE_ALGORITHMS
 
 CASES = tuple(case for algorithm in ALGORITHMS for case in algorithm.cases())
 

@@ -13,7 +13,9 @@ import references.novograd
 import references.optimistic_gradient_descent
 import references.sign_sgd
 import references.sm3
+import references.sparse_adam
 import references.yogi
+import torch
 from algorithms import Algorithm
 
 import torchopt
@@ -306,5 +308,19 @@ ROWS_OF_PAPERS = (
         fused=False,
         reference=references.sm3.sm3,
         bounds={"momentum": ">= 0 and < 1", "eps": "> 0"},
+    ),
+    Algorithm(
+        torchopt.sparse_adam,
+        torchopt.SparseAdam,
+        torchopt.MetaSparseAdam,
+        None,
+        {
+            "": {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-8},
+            "large-eps": {"lr": 0.05, "betas": (0.7, 0.9), "eps": 0.3},
+        },
+        slots=("exp_avg", "exp_avg_sq"),
+        sparse=True,
+        reference=references.sparse_adam.sparse_adam,
+        twin_of_sparse=torch.optim.SparseAdam,
     ),
 )

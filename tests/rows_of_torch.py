@@ -206,4 +206,21 @@ ROWS_OF_TORCH = (
         may_rest=True,
         bounds={"etas": ("> 0 and < 1", "> 1"), "step_sizes": ">= 0"},
     ),
+    Algorithm(
+        torchopt.asgd,
+        torchopt.ASGD,
+        torchopt.MetaASGD,
+        torch.optim.ASGD,
+        {
+            "": {"lr": 0.1, "lambd": 0.3, "alpha": 0.6, "t0": 0.6},
+            "late-decay": {"lr": 0.1, "lambd": 0.2, "alpha": 0.9, "t0": 1.4, "weight_decay": 0.1},
+        },
+        slots=("ax",),
+        needs_params=True,
+        decays=("weight_decay", "lambd"),
+        linear=True,
+        flat=("t0", "slots"),
+        bounds={"lambd": ">= 0", "alpha": ">= 0", "t0": ">= 0"},
+        float64_scalars=True,
+    ),
 )

@@ -15,6 +15,7 @@ from tolerances import META_GRADIENT, assert_close
 from torch import Tensor, nn
 
 import torchopt
+from torchopt.base.numerics import over_root
 
 
 BODY = {"body": True, "head": False}
@@ -215,6 +216,28 @@ def test_meta_gradients(case: Case, ends: str, accelerated: bool | None) -> None
     for name, slope in (("body", by_body[0]), ("head", by_head[0]), ("rate", by_lr)):
         difference = (trained(**{name: h}) - trained(**{name: -h})) / (2 * h)
         assert abs(slope.item() - difference) <= META_GRADIENT * max(1.0, abs(difference)), name
+
+
+@torchopt.transformation
+class OverItsRoot(torchopt.TensorTransformation):
+    """A rule of whole tensors, after which a kernel takes all parameters as one node."""
+
+    def rule(self, g: Tensor, p: Any, t: Any, slots: tuple) -> tuple[Tensor, tuple]:
+        return over_root(g, g.square(), 1.0, 0.1), slots
+
+
+def test_a_rule_of_whole_tensors_says_nothing_of_what_is_frozen() -> None:
+    """No gradient comes back to it, and it must not go on with one of zeros: 0 * nan is nan."""
+    net = Net(make_params())
+    start = net.body
+    rate = torchopt.scale_by_learning_rate(0.1)
+    inner = torchopt.MetaOptimizer(
+        net, torchopt.chain(OverItsRoot(), rate, torchopt.scale(0.5), torchopt.freeze(BODY))
+    )
+    for _ in range(2):
+        inner.step(net.loss())
+    (by_body,) = torch.autograd.grad((net.head**3).sum() + net.body.square().sum(), start)
+    assert by_body.isfinite().all()
 
 
 @every_stop

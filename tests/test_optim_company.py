@@ -115,8 +115,8 @@ def test_training_lowers_the_loss_of_a_network(case: Case) -> None:
     torch.manual_seed(1)
     x, y = nonzero(32, 3), nonzero(32, 1)
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-    decay = {"weight_decay": 0.0} if "weight_decay" in case.algorithm.defaults() else {}
-    optimizer = case.cls(net.parameters(), **{**case.kwargs, **decay})
+    decays = {n: 0.0 for n in case.algorithm.decays if n in case.algorithm.defaults()}
+    optimizer = case.cls(net.parameters(), **{**case.kwargs, **decays})
     losses = []
     for _ in range(60):
         optimizer.zero_grad()

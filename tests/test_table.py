@@ -132,7 +132,7 @@ def test_linear_rules_are_linear(case: Case) -> None:
     params = {"w": nonzero(4, 3)}
     updates = []
     for factor in (1.0, 2.0):
-        tx = case.tx({"weight_decay": 0.0} if "weight_decay" in case.kwargs else None)
+        tx = case.tx(dict.fromkeys(case.decay, 0.0))
         torch.manual_seed(0)
         state = tx.init(params)
         for _ in range(case.algorithm.settled):

@@ -226,11 +226,12 @@ def test_differentiable_face(case: Case, zero: str) -> None:
     gradients = torch.autograd.grad((net.weight @ weights).sum(), inputs, create_graph=True)
     assert all_finite(*gradients)
     # a parameter without a gradient is moved by weight decay alone
-    decay, lr = case.kwargs.get("weight_decay", 0.0), case.kwargs["lr"]
+    decay = case.decay
     own_rate = bool(decay) and case.algorithm.size == "all"  # which others have a part in
     if case.algorithm.decoupled_decay and not own_rate:
         shrinks = case.algorithm.shrinks
-        factor = 1 - lr * decay if shrinks is None else shrinks(case.kwargs)
+        own = 1 - case.kwargs["lr"] * decay.get("weight_decay", 0.0)
+        factor = own if shrinks is None else shrinks(case.kwargs)
         assert_close(gradients[0][0, 1].detach(), weights[1] * factor**3)
     elif not decay:
         assert gradients[0][0, 1] == weights[1]

@@ -34,6 +34,10 @@ from torchopt.core.transform import (
     GradientTransformation as GradientTransformation,
     transformation as transformation,
 )
+from torchopt.diff.hessian_diagonal import (
+    gauss_newton_bartlett as gauss_newton_bartlett,
+    hutchinson_diagonal as hutchinson_diagonal,
+)
 from torchopt.nn.buffers import keep_buffers as keep_buffers
 from torchopt.nn.snapshot import (
     extract_state_dict as extract_state_dict,
@@ -43,8 +47,10 @@ from torchopt.nn.snapshot import (
     stop_gradient as module_detach_,
     stop_gradient as stop_gradient,
 )
+from torchopt.optim.from_torch import from_torch as from_torch
 from torchopt.optim.func_optimizer import FuncOptimizer as FuncOptimizer
 from torchopt.optim.inner_loop import inner_loop as inner_loop
+from torchopt.optim.learned import LearnedHyperparameters as LearnedHyperparameters
 from torchopt.optim.meta_optimizer import MetaOptimizer as MetaOptimizer
 from torchopt.optim.optimizer import Optimizer as Optimizer
 from torchopt.optimizers.adabelief import (
@@ -107,6 +113,7 @@ from torchopt.optimizers.adopt import (
     MetaADOPT as MetaADOPT,
     scale_by_adopt as scale_by_adopt,
 )
+from torchopt.optimizers.asgd import ASGD as ASGD, asgd as asgd, MetaASGD as MetaASGD
 from torchopt.optimizers.dadapt import (
     DAdaptAdagrad as DAdaptAdagrad,
     dadapt_adagrad as dadapt_adagrad,
@@ -197,6 +204,12 @@ from torchopt.optimizers.schedule_free import (
     SGDScheduleFree as SGDScheduleFree,
 )
 from torchopt.optimizers.sgd import MetaSGD as MetaSGD, SGD as SGD, sgd as sgd
+from torchopt.optimizers.shampoo import (
+    MetaShampoo as MetaShampoo,
+    scale_by_shampoo as scale_by_shampoo,
+    Shampoo as Shampoo,
+    shampoo as shampoo,
+)
 from torchopt.optimizers.sign_sgd import (
     MetaSignSGD as MetaSignSGD,
     MetaSignum as MetaSignum,
@@ -211,6 +224,24 @@ from torchopt.optimizers.sm3 import (
     scale_by_sm3 as scale_by_sm3,
     SM3 as SM3,
     sm3 as sm3,
+)
+from torchopt.optimizers.soap import (
+    MetaSOAP as MetaSOAP,
+    scale_by_soap as scale_by_soap,
+    SOAP as SOAP,
+    soap as soap,
+)
+from torchopt.optimizers.sophia import (
+    MetaSophia as MetaSophia,
+    scale_by_sophia as scale_by_sophia,
+    Sophia as Sophia,
+    sophia as sophia,
+)
+from torchopt.optimizers.sparse_adam import (
+    MetaSparseAdam as MetaSparseAdam,
+    scale_by_sparse_adam as scale_by_sparse_adam,
+    sparse_adam as sparse_adam,
+    SparseAdam as SparseAdam,
 )
 from torchopt.optimizers.yogi import (
     MetaYogi as MetaYogi,
@@ -259,6 +290,10 @@ from torchopt.transforms.lookahead import lookahead as lookahead
 from torchopt.transforms.momentum import ema as ema, trace as trace
 from torchopt.transforms.named import named_chain as named_chain
 from torchopt.transforms.partition import partition as partition
+from torchopt.transforms.per_example import (
+    per_example_global_norm_clip as per_example_global_norm_clip,
+)
+from torchopt.transforms.plateau import reduce_on_plateau as reduce_on_plateau
 from torchopt.transforms.sam import sam as sam
 from torchopt.transforms.selective import selective_transform as selective_transform
 from torchopt.transforms.stateless import (

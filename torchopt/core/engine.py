@@ -16,6 +16,7 @@ from torchopt.core.gradient_checks import Common, check_gradients, common_of, re
 from torchopt.core.packed import Packed, Packing
 from torchopt.core.plan import Plan
 from torchopt.core.protocols import PartLike, TransformationLike
+from torchopt.core.sparse_entries import ChangedSlot
 from torchopt.typing import PyTree, Step
 
 
@@ -36,6 +37,7 @@ class Call:
     pairs: dict[int, Any] = dataclasses.field(default_factory=dict)  # by id: torchopt.core.whole
     labels: Any = None  # of the parameters, for a partition, where the API knows them
     packing: Packing | None = None  # where an update leaves what it found out for the next one
+    overwrites: bool = False  # whether new slots may come back as ChangedSlot
 
 
 @dataclasses.dataclass
@@ -125,6 +127,7 @@ def initialise_packed(
             return None
     packing = packing or Packing(common.shapes)
     flat: Tensor | None = None
+    shapes = dict.fromkeys(common.shapes)
     columns: dict[str, Any] = {}
     for position, names in enumerate(tx.plan.slots):
         if not names:
@@ -135,7 +138,7 @@ def initialise_packed(
             if slot.shape is not None or slot.dtype is not None:
                 return None
             columns[name] = [None] * len(call.p)
-            if not all(slot.needed(shape, own) for shape in common.shapes):
+            if not all(slot.needed(shape, own) for shape in shapes):
                 continue
             if slot.is_number:
                 dtype = torch.float32 if common.dtype in HALF else common.dtype
@@ -176,7 +179,9 @@ def advance(
 
     With ``apply`` the new parameters are returned instead of the updates.
     """
-    if call.pack_slots and accelerates(tx.plan):
+    # whether the slots are no longer as they were given
+    refreshes = bool(tx.plan.refreshing) and not tx.plan.reads.isdisjoint(call.extra)
+    if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
         again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
             return again
@@ -193,10 +198,10 @@ def advance(
     if not whole:
         columns = {name: [column[i] for i in index] for name, column in columns.items()}
     first_node = step_tags.begin()
-    # a kernel reads half precision as it is
-    fused = (
-        accelerator.take_whole(tx.plan, leaves, columns, apply) if accelerates(tx.plan) else None
-    )
+    fused = None
+    # a kernel reads half precision as it is, but no slots in a dtype of their own
+    if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
+        fused = accelerator.take_whole(tx.plan, leaves, columns, apply)
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)
         if first_node >= 0:
@@ -233,7 +238,7 @@ def accelerates(plan: Plan) -> bool:
 
 def packs(plan: Plan) -> bool:
     """Whether packed slots pay: kernels compute the whole plan, and read them as they are."""
-    return accelerates(plan) and accelerator.covers(plan)
+    return accelerates(plan) and not plan.narrow and accelerator.covers(plan)
 
 
 def _leaves(call: Call, index: list[int]) -> Leaves:
@@ -255,15 +260,17 @@ def _advance_by_parts(
     is_complex = [g.is_complex() for g in given.g]
     enter = [_view_as_real if c else to_compute_dtype for c in is_complex]
 
-    def entered(column: Any) -> Any:
+    def entered(column: Any, like: Sequence[Any] | None = None) -> Any:
         if isinstance(column, Packed) and not any(is_complex):
             return column  # slots in half precision are float32 already
-        return [None if x is None else convert(x) for convert, x in zip(enter, column)]
+        found = [None if x is None else convert(x) for convert, x in zip(enter, column)]
+        return found if like is None else _widened(found, like)
 
     g, p = entered(given.g), entered(given.p)
     same = all(x is y for x, y in zip(g, given.g))
     leaves = given.with_tensors(g, p, given.common if same else None)
-    own = {name: entered(column) for name, column in columns.items()}
+    narrow = tx.plan.narrow
+    own = {n: entered(c, leaves.g if n in narrow else None) for n, c in columns.items()}
     # the sum is taken in the parameters' own dtype
     applies = apply and same
     updates, applied = run(tx.plan, leaves, own, applies)
@@ -277,11 +284,13 @@ def _advance_by_parts(
         if isinstance(column, Packed):
             columns[name] = column
             continue
-        columns[name] = list(columns[name])
+        columns[name] = [x if type(x) is ChangedSlot else y for x, y in zip(column, columns[name])]
         for position, (c, value) in enumerate(zip(is_complex, column)):
-            if value is not None:
+            if value is not None and type(value) is not ChangedSlot:
                 old = columns[name][position]
-                if old is not None:
+                if name in narrow:
+                    dtype = narrow[name]
+                elif old is not None:
                     dtype = old.dtype
                 else:  # made in this call, in the dtype of computation unless it is no such number
                     dtype = leaves.g[position].dtype if value.is_floating_point() else value.dtype
@@ -297,6 +306,8 @@ def run(
     Returns:
         The updates, and whether they have been added to the parameters, as ``apply`` allows.
     """
+    if plan.refreshing and leaves.call.extra:
+        _refresh(plan, leaves, columns)
     g, position = leaves.g, 0
     while position < len(plan.parts):
         # the position tells, for torch 2.6 compiles `is` between lists as a comparison of tensors
@@ -312,6 +323,18 @@ def run(
             g = run_by_rules(plan, position, position + 1, own, columns)
             position += 1
     return g, False
+
+
+def _refresh(plan: Plan, leaves: Leaves, columns: dict[str, list[Any]]) -> None:
+    """Let parts change their slots by the extra values of a call, before the step."""
+    for position in plan.refreshing:
+        part, names = plan.parts[position], plan.slots[position]
+        if not leaves.call.extra.keys().isdisjoint(part.reads):
+            slots = list(zip(*(columns[name] for name in names)))
+            rows = plan.rows_of(position, leaves.hyper)
+            own = Leaves(leaves.g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
+            for name, column in zip(names, zip(*part.refreshed(own))):
+                columns[name] = list(column)
 
 
 def run_by_rules(
@@ -352,6 +375,14 @@ def _like(u: Any, g: Tensor) -> Any:
     """Return an update in the dtype of its gradient, in which the next part expects it."""
     wider = isinstance(u, Tensor) and u.dtype != g.dtype and u.is_floating_point()
     return u.to(g.dtype) if wider else u
+
+
+def _widened(column: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    """Return slots that are kept in a dtype of their own as a rule sees them."""
+    return [
+        x if x is None or y is None else x.to(torch.promote_types(x.dtype, y.dtype))
+        for x, y in zip(column, like)
+    ]
 
 
 def _view_as_real(x: Tensor) -> Tensor:

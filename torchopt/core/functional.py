@@ -106,7 +106,9 @@ def _counters(state: OptState, grads: PyTree, spec: Any) -> dict[str, list[Any]]
     return columns
 
 
-def _next_counters(call: Call, old: dict[str, list[Any]], uniform: bool) -> dict[str, Any]:
+def _next_counters(
+    call: Call, old: dict[str, list[Any]], kept_at: Mapping[str, str], uniform: bool
+) -> dict[str, Any]:
     """Return the counters to remember: one number while all parameters agree."""
     found: dict[str, Any] = {}
     compiling = torch.compiler.is_compiling()
@@ -115,7 +117,8 @@ def _next_counters(call: Call, old: dict[str, list[Any]], uniform: bool) -> dict
         uniform = uniform and all(row is call.hyper[0] for row in call.hyper)
         uniform = uniform and all(g is not None or p is None for g, p in zip(call.g, call.p))
     for name, column in old.items():
-        new = [x if g is None else row[name] for x, g, row in zip(column, call.g, call.hyper)]
+        at = kept_at[name]
+        new = [x if g is None else row[at] for x, g, row in zip(column, call.g, call.hyper)]
         own = [x for x, p, g in zip(new, call.p, call.g) if p is not None or g is not None] or new
         first = own[0] if own else 0.0
         if compiling:
@@ -169,11 +172,12 @@ def slot_trees(
 ) -> dict[str, TensorTree]:
     """Build the slots of a state with the structure of ``like``; unneeded ones are left out."""
     slots = tx.plan.slot_of
-    return {
-        name: tree.unflatten_like(like, reference, spec, column)
+    kept = {
+        name: column
         for name, column in columns.items()
         if not slots[name].may_be_absent or any(value is not None for value in column)
     }
+    return dict(zip(kept, tree.each_unflattened_like(like, reference, spec, [*kept.values()])))
 
 
 def eval_trees(tx: TransformationLike, state: Any, params: PyTree) -> PyTree:
@@ -238,7 +242,7 @@ def advance_trees(
         {**slot_trees(tx, like, grads, spec, slots), **whole.end(tx.plan, call)},
         {
             name: tree.unflatten_like(like, grads, spec, x) if isinstance(x, list) else x
-            for name, x in _next_counters(call, counters, uniform).items()
+            for name, x in _next_counters(call, counters, tx.plan.kept_at, uniform).items()
         },
     )
     return results, call.p, spec, new_state

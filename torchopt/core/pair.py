@@ -76,6 +76,12 @@ class Pair(GradientTransformation):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "use_accelerated_op", None)
 
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that ``update`` has arguments for."""
+        arguments, everything, _ = _arguments_of(self.update_fn)
+        return ("*",) if everything else tuple(arguments)
+
     def renewed(self, flat: bool | None = None) -> Pair:
         """Return a pair of the same functions with a state of its own."""
         new = Pair(self.init_fn, self.update_fn)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
-from torchopt.core.slots import Counter, Slot, as_slot
+from torchopt.base.values import is_plain
+from torchopt.core.slots import Counter, Slot
 
 
 class Plan:
@@ -28,6 +29,9 @@ class Plan:
         self.parts = tuple(parts)
         #: Whether no part may be computed by kernels.
         self.never_fused = all(part.use_accelerated_op is False for part in self.parts)
+        #: The extra values that parts read, and the parts whose slots those change before a step.
+        self.reads = frozenset(name for part in self.parts for name in part.reads)
+        self.refreshing = [k for k, part in enumerate(self.parts) if part.refreshes]
         self.hyper_specs: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
         self.slot_names: tuple[str, ...] = ()
@@ -37,6 +41,8 @@ class Plan:
         self.slots: list[tuple[str, ...]] = []
         #: The public names of each part's counters.
         self.counted: list[dict[str, str]] = []
+        #: Where a counted row has what is to be kept of each counter, by public name.
+        self.kept_at: dict[str, str] = {}
         #: Slots that are one tree for all parameters: whose they are, and under which masks.
         self.whole: dict[str, tuple[Any, tuple[Any, ...]]] = {}
         latest: dict[str, str] = {}  # the public name of a part's own, as the last part had it
@@ -50,7 +56,7 @@ class Plan:
             latest.update(fields)
             specs = {name: spec for name, spec in specs.items() if fields[name] not in taken}
             self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
-            slots, counters = tuple(map(as_slot, part.slots)), part.counters
+            slots, counters = part.kept(part.slots), part.counters
             kept = {*self.slot_of, *self.counters, "step"}
             names = tuple(_free_name(slot.name, kept) for slot in slots)
             self.fields.append(fields)
@@ -65,8 +71,20 @@ class Plan:
             kept |= {*names, *self.hyper_specs}
             counted = {c.name: _free_name(c.name, kept) for c in counters}
             self.counters.update({counted[c.name]: c for c in counters})
+            self.kept_at.update(
+                {n: f"next {n}" if c.ahead else n for n, c in self.counters.items()}
+            )
             self.counted.append(counted)
             fields.update(counted)  # a rule gets them as it gets its hyperparameters
+        #: The values as a rule gets them, if they are the same for all parameters at every step.
+        self.row: dict[str, Any] | None = None
+        if all(map(is_plain, self.values.values())):
+            self.row = dict(self.values)
+
+        #: Slots that are kept in a dtype of their own, and computed with in that of the parameters.
+        self.narrow: dict[str, torch.dtype] = {
+            name: s.dtype for name, s in self.slot_of.items() if s.dtype is not None and s.is_narrow
+        }
 
     def renamed_slots(self, optional: bool = False) -> tuple[Slot, ...]:
         """Return the slots of all parts under their public names."""
@@ -90,15 +108,23 @@ class Plan:
         return all(slot.is_number for slot in self.slot_of.values())
 
     def count(self, row: dict[str, Any], t: Any, old: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the hyperparameters of one parameter with its counters for update ``t``."""
+        """Return the hyperparameters of one parameter with its counters for update ``t``.
+
+        A rule finds each under its name; :meth:`kept` says what is to be kept.
+        """
         row = dict(row)
         for part, fields, counted in zip(self.parts, self.fields, self.counted):
             if counted:
                 values = {n: row[public] for n, public in fields.items() if n not in counted}
                 values.update({n: old[public] for n, public in counted.items()})
                 new = part.count(t, **values)
-                row.update({public: new[n] for n, public in counted.items()})
+                row.update({public: old[public] for public in counted.values()})
+                row.update({self.kept_at[public]: new[n] for n, public in counted.items()})
         return row
+
+    def kept(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the counters to keep, of hyperparameters that were counted."""
+        return {name: row[place] for name, place in self.kept_at.items()}
 
     def counted_rows(
         self,

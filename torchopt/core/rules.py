@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from torchopt.base import misuse
 from torchopt.core.engine import Leaves
+from torchopt.core.sparse_entries import of_entries
 from torchopt.core.transform import GradientTransformation
 from torchopt.typing import Step
 
@@ -25,6 +27,9 @@ class TensorTransformation(GradientTransformation):
         >>> tx.update([torch.tensor([3.0, 4.0])], tx.init([torch.ones(2)]))[0]
         [tensor([0.6000, 0.8000])]
     """
+
+    #: Whether the rule of one entry is right for those that a sparse gradient has; others stay.
+    sparse_by_entry: ClassVar[bool] = False
 
     def rule(
         self,
@@ -67,7 +72,10 @@ class TensorTransformation(GradientTransformation):
         """Apply :meth:`rule` to every parameter."""
         updates, slots = [], []
         for g, p, t, s, h in zip(leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper):
-            result = self.rule(g, p, t, s, **h)
+            if self.sparse_by_entry and g.layout == torch.sparse_coo:
+                result = of_entries(self.rule, g, p, t, s, h, leaves.call.overwrites)
+            else:
+                result = self.rule(g, p, t, s, **h)
             if not _is_result(result, s):
                 raise TypeError(misuse.not_a_result(self, result, s))
             updates.append(result[0])
@@ -90,6 +98,10 @@ class ElementwiseTransformation(TensorTransformation):
     """
 
     elementwise: ClassVar[bool] = True
+
+    def takes_sparse(self, **hyperparameters: Any) -> bool:
+        """Whether the rule is right for sparse gradients, or for the entries that they have."""
+        return self.sparse_by_entry or super().takes_sparse(**hyperparameters)
 
 
 def _is_result(result: Any, slots: tuple[Any, ...]) -> bool:

@@ -77,6 +77,8 @@ class Prepared:
     def make(plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> Prepared | None:
         """Return the prepared group, or ``None`` if kernels cannot overwrite it."""
         segment = whole_segment(plan)
+        if plan.narrow:
+            return None  # slots that have been given in another dtype would stay so
         if segment is None or not params or backends.unavailable("cpu"):
             return None
         if not all(p.is_cpu and p.layout == torch.strided for p in params):
@@ -296,7 +298,7 @@ class Stepper:
                 row = plan.count(row, step + 1, old)
             if not prepared.takes(grads[own]) or not prepared.plan_step(row, step + 1):
                 return False
-            prepared.numbers = {name: row[name] for name in plan.counters}
+            prepared.numbers = plan.kept(row) if plan.counters else {}
             work.append((prepared, step + 1))
         groups_now = [prepared for prepared, _ in work]
         if groups_now != self.separate:  # what two groups overwrite must not be one thing

@@ -11,7 +11,9 @@ from torch import Tensor
 from torchopt.base import misuse, tree
 from torchopt.core import hyper, whole
 from torchopt.core.plan import Plan
+from torchopt.core.slots import Slot
 from torchopt.optim.algorithm import ALGORITHM, check_mark, mark
+from torchopt.optim.evaluation import TRAINED
 from torchopt.optim.protocols import OptimizerLike
 from torchopt.optim.schedules import REPLACED
 
@@ -251,7 +253,8 @@ def checked_slots(
         entry = {name: value for name, value in entry.items() if value is not None}
         if not entry:
             continue
-        plan.check_slots([name for name in entry if name != "step"], type(optimizer).__name__)
+        slots = [name for name in entry if name not in ("step", TRAINED)]
+        plan.check_slots(slots, type(optimizer).__name__)
         if reads_step and "step" not in entry:
             raise ValueError(f"The state of parameter {key} lacks 'step'.")
         loaded[p] = {name: _loaded(plan, name, value, key, p) for name, value in entry.items()}
@@ -271,8 +274,9 @@ def _loaded(plan: Plan, name: str, value: Any, key: Any, param: Tensor) -> Any:
         return _step_to_int(value, key)
     if name in plan.counters:
         return counter_of(f"{name!r} of parameter {key}", value)
-    plan.slot_of[name].check(f"{name!r} of parameter {key}", value, param)
-    return plan.slot_of[name].kept(value, param)
+    slot = Slot(TRAINED, dtype=param.dtype) if name == TRAINED else plan.slot_of[name]
+    slot.check(f"{name!r} of parameter {key}", value, param)
+    return slot.kept(value, param)
 
 
 def counter_of(what: str, value: Any) -> float:

@@ -80,10 +80,10 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         leaves, spec = tree.flatten(params)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         create_graph, extra = not inplace and torch.is_grad_enabled(), {}
-        loss, function = evaluated(loss, params)
+        value, function = evaluated(loss, params)
         if function is not None:
             extra["grad_fn"] = gradients_of_function(function, params, create_graph)
-        found = iter(differentiate(loss, tensors, create_graph))
+        found = iter(differentiate(value, tensors, create_graph))
         grads = [
             next(found) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else None
             for leaf in leaves
@@ -95,7 +95,7 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
             state,
             params,
             inplace=inplace,
-            value=loss.detach() if inplace else loss,
+            value=value.detach() if inplace else value,
             **extra,
         )
         if not inplace:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.core.engine import Call
+from torchopt.core.sparse_entries import ChangedSlot
 
 
 #: Tensors that have an address; others (DTensor, FakeTensor) may have none, and are no error.
@@ -42,6 +43,15 @@ def _released(column: Iterable[Any]) -> Iterable[int]:
         addressed = type(x) in _ADDRESSED and x.layout == torch.strided and not x.is_meta
         if addressed and not x.data_ptr() and x.numel() and not x._is_zerotensor():
             yield k
+
+
+def slots_to_keep(slots: Mapping[str, Any], index: int, lent: set[int]) -> dict[str, Any]:
+    """Return the slots of a parameter; one with new entries is overwritten, unless it is lent."""
+    kept = {name: column[index] for name, column in slots.items() if column[index] is not None}
+    for name, slot in kept.items():
+        if isinstance(slot, ChangedSlot):
+            kept[name] = slot.made() if id(slot.old) in lent else slot.written()
+    return kept
 
 
 def apart(column: list[Any], params: list[Tensor], grads: list[Any]) -> list[Any]:

@@ -21,7 +21,7 @@ from torchopt.core.gather import Members, gather
 from torchopt.core.packed import Packed, PackedDict, Packing
 from torchopt.core.plan import Plan
 from torchopt.core.transform import GradientTransformation
-from torchopt.nn.parameters import ParameterSite, ParameterWalk, named_places
+from torchopt.nn.parameters import ParameterSite, ParameterWalk, modules_of, named_places
 from torchopt.optim.meta_state import GroupState
 
 
@@ -71,6 +71,14 @@ class Trainable:
                     self.frozen.setdefault(index, set()).add(entry.name)
         return entries, params
 
+    def modules(self, networks: Sequence[nn.Module]) -> list[nn.Module]:
+        """Return networks and their sub-modules, each once."""
+        if len(networks) == len(self._walks) == 1:
+            walk = self._walks[0]
+            if walk.module is networks[0] and walk.has_same_modules():
+                return walk.modules
+        return list({id(m): m for network in networks for m in modules_of(network)}.values())
+
     def _look_up(self, index: int, module: Any) -> list[Tensor] | None:
         if index < len(self._walks) and self._walks[index].module is module:
             return self._walks[index].tensors()
@@ -105,8 +113,16 @@ def known_names(module: nn.Module) -> resolving.Known:
     return resolving.Known(list(names.values()), others)
 
 
-def _known_of_all(groups: Sequence[dict[str, Any]]) -> resolving.Known:
-    """Return the names of all parameters of several networks, as masks see them."""
+def names_of(groups: Sequence[dict[str, Any]], entries: Sequence[Entry]) -> list[str]:
+    """Return names of parameters, with the number of the group if there are several."""
+    single = len(groups) == 1
+    return [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
+
+
+def known_of_all(groups: Sequence[dict[str, Any]]) -> resolving.Known:
+    """Return the names of all parameters of all networks, as masks see them."""
+    if len(groups) == 1:
+        return known_names(groups[0]["params"])
     names: list[str] = []
     others: dict[str, list[str]] = {}
     for index, group in enumerate(groups):
@@ -131,7 +147,7 @@ def new_call(
     states = _without_reshaped(plan, states, entries, params)
     known = [state.steps for state in states]
     single = len(groups) == 1
-    names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
+    names = names_of(groups, entries)
     before = [known[entry.group].get(entry.name, 0) for entry in entries]
     members = []
     for index, group in enumerate(groups):
@@ -146,7 +162,7 @@ def new_call(
     reference = dict(zip(names, params))
     slots: dict[str, Any] = {}
     call = Call(grads, params, [n + 1 for n in before], slots, [], lambda: names, reference)
-    call.known = members[0].known if single else partial(_known_of_all, groups)
+    call.known = members[0].known if single else partial(known_of_all, groups)
     fresh = [entry.name not in known[entry.group] for entry in entries]
     # what is packed is contiguous, and so is what a kernel computes with it; a kernel would pack
     # the pairs of reals that it sees of complex numbers
@@ -154,6 +170,9 @@ def new_call(
     complete = single and (not known[0] or known[0].keys() == set(names))
     call.pack_slots = complete and dense and packs(plan)
     packed = states[0].packed_slots(names) if call.pack_slots and known[0] else {}
+    if call.pack_slots:
+        of_slots = next(iter(packed.values()), None)
+        call.packing = Packing([p.shape for p in params]) if of_slots is None else of_slots.packing
     for slot in plan.slot_names:
         slots[slot] = packed.get(slot) or [
             states[entry.group].slots[slot].get(entry.name) for entry in entries
@@ -170,6 +189,8 @@ def _without_reshaped(
 ) -> Sequence[GroupState]:
     """Leave out parameters of another shape than their slots: new ones under an old name."""
     kept = list(states)
+    if not any(state.steps for state in states) and not any(map(_has_slots, states)):
+        return kept
     for slot in plan.slot_names:
         shapes = [_shapes_of(state.slots[slot]) for state in states]
         for entry, param in zip(entries, params):
@@ -177,6 +198,10 @@ def _without_reshaped(
             if shape is not None and shape != plan.slot_of[slot].shape_for(param):
                 kept[entry.group] = kept[entry.group].without(entry.name)
     return kept
+
+
+def _has_slots(state: GroupState) -> bool:
+    return any(len(column) for column in state.slots.values())
 
 
 def _shapes_of(column: Any) -> dict[str, torch.Size]:
@@ -192,8 +217,12 @@ def next_states(
     call: Call,
     slots: dict[str, list[Any]],
     track: bool,
+    kept_at: Mapping[str, str],
 ) -> list[GroupState]:
-    """Return the states after a step; ``track`` says whether slots keep their graph."""
+    """Return the states after a step.
+
+    ``track`` says whether slots keep their graph, ``kept_at`` where rows have the counters.
+    """
     following = [
         GroupState(
             dict(state.steps),
@@ -211,7 +240,7 @@ def next_states(
         state.steps[entry.name] = int(step)
         for counter, column in state.counters.items():
             if call.g[k] is not None:
-                value = call.hyper[k][counter]
+                value = call.hyper[k][kept_at[counter]]
                 cut = isinstance(value, Tensor) and not track
                 column[entry.name] = value.detach() if cut else value
     names = tuple(entry.name for entry in entries)
@@ -272,30 +301,26 @@ class Steady:
 
     @classmethod
     def after(
-        cls, groups: Sequence[dict[str, Any]], call: Call, states: Sequence[GroupState]
+        cls, groups: Sequence[dict[str, Any]], call: Call, slots: Mapping[str, Any]
     ) -> Steady | None:
         """Return what a step found out; ``None`` if the next one must look again.
 
         Numbers cannot change behind our back, and the entries of a tensor are read anew; a schedule
         can.
         """
-        columns = states[0].slots
-        packed = [column for column in columns.values() if type(column) is PackedDict]
-        absent = {slot: c for slot, c in columns.items() if type(c) is not PackedDict}
-        if not call.pack_slots or any(g is None for g in call.g):
+        if not call.pack_slots or call.packing is None or type(None) in map(type, call.g):
             return None
-        if states[0].counters:  # which are other numbers at each step
-            return None
+        if call.t.count(call.t[0]) != len(call.t):
+            return None  # some have missed a step
         row = call.hyper[0]
-        if any(value is not None for column in absent.values() for value in column.values()):
+        if not all(name in groups[0] and _is_steady(groups[0][name]) for name in row):
+            return None  # a counter, which is another number at each step, or a schedule
+        names = tuple(call.names())
+        absent = {slot: c for slot, c in slots.items() if type(c) is not Packed}
+        if any(value is not None for column in absent.values() for value in column):
             return None
-        if not all(_is_steady(groups[0][name]) for name in row):
-            return None
-        if packed:
-            names, packing = packed[0].names, packed[0].packed.packing
-        else:  # no slots
-            names, packing = tuple(call.names()), Packing([p.shape for p in call.p])
-        return cls(groups[0], call.hyper, names, packing, absent)
+        absent = {slot: dict.fromkeys(names) for slot in absent}
+        return cls(groups[0], call.hyper, names, call.packing, absent)
 
     def call(
         self,

@@ -16,6 +16,7 @@ from torchopt.core.opt_state import OptState
 from torchopt.nn.parameters import ParameterSite, parameter_sites
 from torchopt.optim.algorithm import ALGORITHM, check_mark, mark
 from torchopt.optim.checkpoint import check_saved, counter_of, is_recent, number_to_tensor
+from torchopt.optim.evaluation import TRAIN_MODE
 from torchopt.optim.meta_state import GroupState
 from torchopt.optim.protocols import MetaOptimizerLike
 from torchopt.optim.schedules import REPLACED
@@ -24,7 +25,7 @@ from torchopt.optim.schedules import REPLACED
 #: What a group holds besides hyperparameters, and what schedulers note there.
 _OPTIONS = frozenset(
     {"params", "param_names", "foreach", "fused", "capturable", "differentiable", REPLACED}
-) | {"decoupled_weight_decay"}
+) | {"decoupled_weight_decay", TRAIN_MODE}
 _NOTES = frozenset(
     f"{kind}_{name}"
     for kind in ("initial", "min", "max", "base", "swa")
@@ -176,6 +177,11 @@ def _hyperparameters(
 ) -> dict[str, Any]:
     """Return the hyperparameters of a saved group, checked."""
     check_mark(optimizer, group)
+    if not group.get(TRAIN_MODE, True):
+        raise ValueError(
+            "The state was saved at the weights to evaluate with, and a differentiable optimizer "
+            "has those to train: call optimizer.train() before optimizer.state_dict()."
+        )
     specs = optimizer.transformation.hyper_specs()
     optional = getattr(optimizer.twin, "optional_hyperparameters", ())
     fixed = _options(optimizer)

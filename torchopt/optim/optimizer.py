@@ -16,6 +16,7 @@ from torchopt.core import engine, hyper, whole
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.apply import refuse_unwritable
 from torchopt.core.engine import Call, advance
+from torchopt.core.extra_values import check_extra
 from torchopt.core.gather import Members, gather
 from torchopt.core.gradient_checks import refuse_parameters
 from torchopt.core.pair import as_transformation
@@ -23,10 +24,10 @@ from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.optim.checkpoint import load, saved
 from torchopt.optim.evaluation import refuse_step, swap_in_place
-from torchopt.optim.memory import apart, refuse_released
+from torchopt.optim.memory import apart, refuse_released, slots_to_keep
 from torchopt.optim.part_groups import PLACES, PartGroups, divide, warn_of_hidden_rates
 from torchopt.optim.schedules import LiveSchedules
-from torchopt.optim.second_gradient import extra_of_step
+from torchopt.optim.second_gradient import with_grad_fn
 
 
 P = ParamSpec("P")
@@ -182,23 +183,26 @@ class Optimizer(torch.optim.Optimizer):
             self._schedules.adopt([group], list(self.group_specs(group)), self._count)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update the parameters from their ``grad``; those without one stay.
 
         Args:
             closure: Re-evaluates the model and returns the loss. Rules that read the loss, as
                 :func:`torchopt.polyak_sgd`, get it from here; :func:`torchopt.sam` calls it twice.
+            **extra: Further values for rules that read them (``hessian`` of ``torchopt.sophia``).
 
         Returns:
             What ``closure`` returned, or ``None``.
 
         Raises:
-            TypeError: For a gradient the rule has no form for (sparse). Nothing has changed then.
+            TypeError: For a gradient the rule has no form for, or a value that nothing reads.
             RuntimeError: For a parameter that cannot be changed by itself (expanded), or whose
-                memory has been given back. Nothing has changed then.
+                memory has been given back. Nothing has changed then, nor in the first case.
         """
         loss = None
         refuse_step(self)
+        if extra:
+            check_extra(self.transformation, extra, type(self).__name__)
         if closure is not None:
             misuse.check_closure(closure, self)
             with torch.enable_grad():
@@ -210,8 +214,9 @@ class Optimizer(torch.optim.Optimizer):
             return loss
         if self._schedules.any:
             self._schedules.write(self.param_groups, self._count)
-        if type(None) in types or self._lent or not self._step_in_place(grads):
-            self._step_by_engine(params, grads, loss, closure)
+        if type(None) in types or self._lent or extra or not self._step_in_place(grads):
+            own = extra if loss is None else {"value": loss, **extra}
+            self._step_by_engine(params, grads, own, closure)
         if self._schedules.any:
             self._schedules.write(self.param_groups, self._count, soon=True)
         return loss
@@ -219,8 +224,9 @@ class Optimizer(torch.optim.Optimizer):
     def eval(self) -> None:
         """Give the parameters the values to evaluate with, where they are others.
 
-        Schedule-free optimizers take gradients at other weights than they recommend. For all other
-        optimizers nothing happens. Call :meth:`train` before the next step.
+        Schedule-free optimizers and ASGD take gradients at other weights than they recommend. For
+        all others nothing happens. Call :meth:`train` before the next step: training goes on at the
+        same bits, since its weights are kept meanwhile, in ``state`` and in checkpoints.
         """
         self._swap(True)
 
@@ -234,21 +240,18 @@ class Optimizer(torch.optim.Optimizer):
             params = [params[k] for k in self._parts.order(self.param_groups)]
         swap_in_place(self, self._call(params, [None] * len(params)), to_eval)
 
-    def _extra(self, params: list[Tensor], loss: Any, closure: Any) -> dict[str, Any]:
-        return extra_of_step(params, loss, closure)
-
-    def _step_by_engine(self, params: list[Any], grads: list[Any], loss: Any, closure: Any) -> None:
+    def _step_by_engine(self, params: list, grads: list, extra: dict, closure: Any) -> None:
         """Compute updates and slots, then write them: new tensors for slots."""
         self._adopt_schedules(self.param_groups)
         if self._parts is not None:
             order = self._parts.order(self.param_groups)
             params, grads = [params[k] for k in order], [grads[k] for k in order]
         call = self._call(params, grads)
-        call.extra = self._extra(params, loss, closure)
+        call.overwrites, call.extra = True, with_grad_fn(extra, params, closure)
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
-        counts, counters = self._counts_steps(), self.transformation.plan.counters
+        counts, plan = self._counts_steps(), self.transformation.plan
         slots = {name: apart(column, params, grads) for name, column in slots.items()}
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
@@ -262,12 +265,11 @@ class Optimizer(torch.optim.Optimizer):
             for index, (p, u) in enumerate(zip(params, updates)):
                 if u is None:
                     continue
-                kept = {
-                    n: column[index] for n, column in slots.items() if column[index] is not None
-                }
+                kept = slots_to_keep(slots, index, lent)
                 if counts:
                     kept["step"] = call.t[index]
-                kept.update({name: call.hyper[index][name] for name in counters})
+                if plan.counters:
+                    kept.update(plan.kept(call.hyper[index]))
                 if kept:
                     self.state[p].update(kept)
                 version = versions[index]
@@ -278,7 +280,7 @@ class Optimizer(torch.optim.Optimizer):
                 # those of a parameter without gradient, or left as they were by the rule
                 entry.update({n: x.clone() for n, x in entry.items() if id(x) in lent})
             if call.pairs:
-                self.state[whole.PAIRS] = whole.end(self.transformation.plan, call)  # pyright: ignore
+                self.state[whole.PAIRS] = whole.end(plan, call)  # pyright: ignore
 
         all_or_nothing(write)
         self._lent = False

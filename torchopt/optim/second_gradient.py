@@ -18,19 +18,16 @@ from torchopt.optim.meta_call import Entry
 from torchopt.typing import PyTree
 
 
-def extra_of_step(
-    params: Sequence[Tensor], loss: Any, closure: Callable[[], Any] | None
+def with_grad_fn(
+    extra: dict[str, Any], params: Sequence[Tensor], closure: Callable[[], Any] | None
 ) -> dict[str, Any]:
-    """Return what rules may read of a step of parameters that are changed in place."""
-    extra = {} if loss is None else {"value": loss}
-    if closure is not None:
-        extra["grad_fn"] = lambda values: gradients_in_place(closure, params, values)
-    return extra
+    """Return extra values with the gradients elsewhere that a closure computes, if there is one."""
+    if closure is None:
+        return extra
+    return {"grad_fn": lambda values: gradients_in_place(closure, params, values), **extra}
 
 
-def evaluated(
-    loss: Tensor | Callable[..., Tensor], *args: Any
-) -> tuple[Tensor, Callable[..., Tensor] | None]:
+def evaluated(loss: Any, *args: Any) -> tuple[Any, Any]:
     """Return the loss, and the function that computed it if one was given."""
     if isinstance(loss, Tensor) or not callable(loss):
         return loss, None
@@ -64,7 +61,7 @@ def gradients_in_place(
 
 def gradients_in_network(
     closure: Callable[[], Tensor],
-    modules: Sequence[nn.Module],
+    groups: Sequence[Mapping[str, Any]],
     entries: Sequence[Entry],
     call: Call,
     create_graph: bool,
@@ -74,6 +71,7 @@ def gradients_in_network(
     For it the networks hold these weights, and work on copies of their buffers.
     """
     params, names = list(call.p), list(call.names())
+    modules: list[nn.Module] = [group["params"] for group in groups]
 
     def grad_fn(values: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         there = [_to_differentiate(p, values[n], create_graph) for p, n in zip(params, names)]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from torchopt.base.numerics import is_zero, over_root, root
+from torchopt.base.numerics import is_zero, over_root
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.hyper import hyper
@@ -33,7 +32,7 @@ class ScaleByRss(ElementwiseTransformation):
     eps: Hyperparameter = hyper(1e-10, ge=0)
 
     slots = (Slot("sum", start=_initial_sum),)
-    accepts_sparse = True
+    sparse_by_entry = True
 
     def rule(
         self,
@@ -47,12 +46,6 @@ class ScaleByRss(ElementwiseTransformation):
     ) -> tuple[Tensor, tuple]:
         """Return the gradient over the root of the sum of squares, this one's included."""
         (s,) = slots
-        if g.is_sparse:
-            g = g.coalesce()  # squares of sums are wanted, not sums of squares
-            s = s + g * g
-            u = g.values() / (root(s.sparse_mask(g).values()) + eps)
-            at = {"is_coalesced": True, "check_invariants": False}  # as those of g are
-            return torch.sparse_coo_tensor(g.indices(), u, g.shape, **at), (s,)  # pyright: ignore[reportArgumentType]
         s = s + g * g
         return over_root(g, s, 1.0, eps), (s,)
 

@@ -79,6 +79,11 @@ class ConditionallyOnValues(_Sometimes):
     passes: bool = True
 
     @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whatever the function takes."""
+        return ("*",)
+
+    @property
     def own_slots(self) -> tuple[Slot, ...]:
         """How many steps the inside has taken."""
         return (Slot("inner_step", shape=of_number, dtype=torch.int64),)

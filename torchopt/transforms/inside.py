@@ -7,7 +7,7 @@ therefore kept as slots of the wrapper: 0-d tensors, one for each parameter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torchopt.core.engine import Leaves, part_slots, run
 from torchopt.core.evaluation import converted, evaluates
 from torchopt.core.pair import as_transformation
 from torchopt.core.slots import Slot
+from torchopt.core.sparse_entries import ChangedSlot
 from torchopt.core.step_count import read_number
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.schedules.base import Comparable
@@ -74,6 +75,18 @@ class Wrapper(GradientTransformation):
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
 
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        own = {name: x for name, x in values.items() if name in self.declared}
+        inside = {name: x for name, x in values.items() if name not in self.declared}
+        return dataclasses.replace(self, inner=self.inner.with_hyperparameters(inside), **own)
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        names = {self._names[name]: name for name in self.inner.plan.slot_names}
+        inside = {names[public]: dtype for public, dtype in dtypes.items() if public in names}
+        own = {name: dtype for name, dtype in dtypes.items() if name not in names}
+        found = dataclasses.replace(self, inner=self.inner.with_slot_dtypes(inside))
+        return super(Wrapper, found)._with_dtypes(own)
+
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return those of the inner transformation."""
         return {self._names[name]: value for name, value in self.inner.plan.whole.items()}
@@ -121,7 +134,8 @@ class Wrapper(GradientTransformation):
         plan = self.inner.plan
         starts = {name: counter.start for name, counter in plan.counters.items()}
         rows: list[list[Any]] = [
-            [slot.first(p, h) for slot in self.own_slots] for p, h in zip(leaves.p, leaves.hyper)
+            [slot.first(p, h) for slot in self.kept(self.own_slots)]
+            for p, h in zip(leaves.p, leaves.hyper)
         ]
         inside = _with_rows(leaves, [{**row, **starts} for row in leaves.hyper])
         for position, part in enumerate(plan.parts):
@@ -163,12 +177,17 @@ class Wrapper(GradientTransformation):
         updates, _ = run(plan, own, columns)
         slots = [
             (
-                *(columns[name][k] for name in plan.slot_names),
-                *(_as_slot(rows[k][name], kept[name][k]) for name in plan.counters),
+                *(_whole(columns[name][k]) for name in plan.slot_names),
+                *(_as_slot(x, kept[name][k]) for name, x in plan.kept(rows[k]).items()),
             )
             for k in range(len(chosen))
         ]
         return updates, slots
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that are read inside."""
+        return tuple(self.inner.plan.reads)
 
     @property
     def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -192,6 +211,10 @@ def _with_rows(leaves: Leaves, rows: list[dict[str, Any]]) -> Leaves:
     return Leaves(
         leaves.g, leaves.p, leaves.t, leaves.slots, rows, leaves.index, leaves.call, leaves.common
     )
+
+
+def _whole(slot: Any) -> Any:
+    return slot.made() if isinstance(slot, ChangedSlot) else slot
 
 
 def _as_slot(value: Any, old: Tensor) -> Tensor:

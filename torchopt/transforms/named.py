@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchopt.base import misuse
@@ -73,8 +75,7 @@ class Delegating(GradientTransformation):
     def count(self, t: Step, *args: Any, **values: Any) -> dict[str, Any]:
         """Return the counters of the inner transformation for an update."""
         plan, (row,) = self.inner.plan, self._rows([values])
-        new = plan.count(row, t, {name: row[name] for name in plan.counters})
-        return self._public({name: new[name] for name in plan.counters})
+        return self._public(plan.kept(plan.count(row, t, row)))
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
         """Return the hyperparameters of the inner transformation."""
@@ -97,6 +98,16 @@ class Delegating(GradientTransformation):
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
 
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        names = {name: self.public(name) for name in self.inner.hyper_specs()}
+        own = {name: values[public] for name, public in names.items() if public in values}
+        return dataclasses.replace(self, inner=self.inner.with_hyperparameters(own))
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        names = {name: self.public(name) for name in self.inner.plan.slot_names}
+        own = {name: dtypes[public] for name, public in names.items() if public in dtypes}
+        return dataclasses.replace(self, inner=self.inner.with_slot_dtypes(own))
+
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether all rules inside are right for sparse gradients."""
         plan, (row,) = self.inner.plan, self._rows([hyperparameters])
@@ -107,6 +118,11 @@ class Delegating(GradientTransformation):
     def accepts_complex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all rules inside are right for complex numbers."""
         return all(part.accepts_complex for part in self.inner.parts)
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that are read inside."""
+        return tuple(self.inner.plan.reads)
 
     @property
     def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

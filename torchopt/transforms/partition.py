@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Union
 
+import torch
 from torch import Tensor
 
 from torchopt.base import tree
@@ -72,8 +73,8 @@ class Partition(GradientTransformation):
         found: dict[str, Any] = {}
         for label, tx in self.transforms.items():
             (row,) = _own_rows(label, tx, [values])
-            counted = tx.plan.count(row, t, row)
-            found.update({f"{label}.{name}": counted[name] for name in tx.plan.counters})
+            kept = tx.plan.kept(tx.plan.count(row, t, row))
+            found.update({f"{label}.{name}": number for name, number in kept.items()})
         return found
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
@@ -128,6 +129,23 @@ class Partition(GradientTransformation):
                 return False
         return True
 
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        transforms = {
+            label: tx.with_hyperparameters(
+                {n: values[f"{label}.{n}"] for n in tx.hyper_specs() if f"{label}.{n}" in values}
+            )
+            for label, tx in self.transforms.items()
+        }
+        return dataclasses.replace(self, transforms=transforms)
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        transforms = {}
+        for label, tx in self.transforms.items():
+            names = self._slots_of(label)
+            own = {n: dtypes[public] for n, public in names.items() if public in dtypes}
+            transforms[label] = tx.with_slot_dtypes(own)
+        return dataclasses.replace(self, transforms=transforms)
+
     def _has_label(self, label: str, call: Call) -> list[bool]:
         return [one == label for one in label_leaves(self, call)]
 
@@ -143,6 +161,11 @@ class Partition(GradientTransformation):
     def accepts_complex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all rules of all parts are right for complex numbers."""
         return all(part.accepts_complex for tx in self.transforms.values() for part in tx.parts)
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that are read inside."""
+        return tuple({name for tx in self.transforms.values() for name in tx.plan.reads})
 
     @property
     def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

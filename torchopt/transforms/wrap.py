@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Union
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -44,7 +45,7 @@ class Masked(GradientTransformation):
     def count(self, t: Step, *args: Any, **values: Any) -> dict[str, Any]:
         """Return the counters of the inner transformation for an update."""
         plan = self.inner.plan
-        return plan.count(values, t, {name: values[name] for name in plan.counters})
+        return plan.kept(plan.count(values, t, values))
 
     def hyper_specs(self) -> dict[str, hyper.HyperSpec]:
         """Return the hyperparameters of the inner transformation."""
@@ -76,6 +77,12 @@ class Masked(GradientTransformation):
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
 
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        return dataclasses.replace(self, inner=self.inner.with_hyperparameters(values))
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        return dataclasses.replace(self, inner=self.inner.with_slot_dtypes(dtypes))
+
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether all rules inside are right for sparse gradients."""
         plan = self.inner.plan
@@ -86,6 +93,11 @@ class Masked(GradientTransformation):
     def accepts_complex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all rules inside are right for complex numbers."""
         return all(part.accepts_complex for part in self.inner.parts)
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The extra values that are read inside."""
+        return tuple(self.inner.plan.reads)
 
     @property
     def evaluates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
