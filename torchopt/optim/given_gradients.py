@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Union
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from typing_extensions import TypeAlias
 
 from torchopt.base import misuse, tree
 from torchopt.core.resolving import Known
+from torchopt.optim.meta_call import Entry, known_of_all, names_of
 
 
 #: Gradients of networks: in the order of their parameters, or by name.
@@ -40,6 +42,13 @@ def check_source(loss: Any, grads: Any, value: Any, retain_graph: bool | None) -
             "retain_graph is for the loss that step differentiates; step(grads=...) differentiates "
             "nothing. Give it to torch.autograd.grad."
         )
+
+
+def of_entries(
+    grads: Any, groups: Sequence[dict[str, Any]], entries: Sequence[Entry], create_graph: bool
+) -> list[Tensor | None]:
+    """Return :func:`in_order` of the entries of several networks."""
+    return in_order(grads, names_of(groups, entries), partial(known_of_all, groups), create_graph)
 
 
 def in_order(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,15 +27,7 @@ from torchopt.nn.checkpointing import remember_weights
 from torchopt.nn.parameters import place_each
 from torchopt.nn.snapshot import extract_state_dict
 from torchopt.optim import given_gradients
-from torchopt.optim.meta_call import (
-    Entry,
-    Steady,
-    Trainable,
-    known_of_all,
-    names_of,
-    new_call,
-    next_states,
-)
+from torchopt.optim.meta_call import Entry, Steady, Trainable, new_call, next_states
 from torchopt.optim.meta_groups import checked_group
 from torchopt.optim.meta_saved import loaded_form, saved_form
 from torchopt.optim.meta_state import GroupState, checked_state, state_of
@@ -199,9 +190,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         marked = marks.any_marked(params)
         if loss is None or grads is not None or value is not None:
             given_gradients.check_source(loss, grads, value, retain_graph)
-            known = partial(known_of_all, self.param_groups)
-            names = names_of(self.param_groups, entries)
-            g = given_gradients.in_order(grads, names, known, create_graph)
+            g = given_gradients.of_entries(grads, self.param_groups, entries, create_graph)
         else:
             value = loss
             g = list(differentiate(loss, params, create_graph, retain_graph))
@@ -214,7 +203,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         call.extra = extra if value is None else {"value": value, **extra}
         if closure is not None:
             made = gradients_in_network(closure, self.param_groups, entries, call, create_graph)
-            call.extra = {"grad_fn": made, **call.extra}
+            call.extra.setdefault("grad_fn", made)
         weights, slots = advance(self.transformation, call, apply=True)
         call.extra = {}  # calls are kept, and would keep the graph of the loss
         new_weights = [

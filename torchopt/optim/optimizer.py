@@ -75,7 +75,6 @@ class Optimizer(torch.optim.Optimizer):
     foreign_hyperparameters: ClassVar[frozenset[str]] = frozenset()
     #: Options of ``torch.optim``'s class that must have this value in a loaded state.
     fixed_options: ClassVar[dict[str, Any]] = {}
-
     #: Whether ``state[p]["step"]`` is kept even if the rule does not read it.
     counts_steps: ClassVar[bool] = False
 
