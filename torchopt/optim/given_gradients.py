@@ -11,7 +11,7 @@ from typing_extensions import TypeAlias
 
 from torchopt.base import misuse, tree
 from torchopt.core.resolving import Known
-from torchopt.optim.meta_call import Entry, known_of_all, names_of
+from torchopt.diff.gradient import differentiate
 
 
 #: Gradients of networks: in the order of their parameters, or by name.
@@ -44,11 +44,29 @@ def check_source(loss: Any, grads: Any, value: Any, retain_graph: bool | None) -
         )
 
 
-def of_entries(
-    grads: Any, groups: Sequence[dict[str, Any]], entries: Sequence[Entry], create_graph: bool
-) -> list[Tensor | None]:
-    """Return :func:`in_order` of the entries of several networks."""
-    return in_order(grads, names_of(groups, entries), partial(known_of_all, groups), create_graph)
+def gradients(
+    loss: Any,
+    grads: Any,
+    value: Any,
+    params: Sequence[Tensor],
+    names: Callable[[], Sequence[str]],
+    known: Callable[[], Known],
+    create_graph: bool,
+    retain_graph: bool | None,
+) -> tuple[Any, list[Tensor | None]]:
+    """Return the value of the loss and a gradient of each parameter, given or taken of the loss.
+
+    Raises:
+        TypeError, ValueError: As ``MetaOptimizer.step``.
+    """
+    if loss is None or grads is not None or value is not None:
+        check_source(loss, grads, value, retain_graph)
+        found = in_order(grads, names(), known, create_graph)
+    else:
+        value, found = loss, list(differentiate(loss, params, create_graph, retain_graph))
+    if isinstance(value, Tensor) and not create_graph:
+        value = value.detach()
+    return value, found
 
 
 def in_order(

@@ -21,17 +21,24 @@ from torchopt.core.opt_state import OptState
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
-from torchopt.diff.gradient import differentiate
 from torchopt.nn import marks
 from torchopt.nn.checkpointing import remember_weights
 from torchopt.nn.parameters import place_each
 from torchopt.nn.snapshot import extract_state_dict
 from torchopt.optim import given_gradients
-from torchopt.optim.meta_call import Entry, Steady, Trainable, new_call, next_states
+from torchopt.optim.meta_call import (
+    Entry,
+    Trainable,
+    known_of_all,
+    names_of,
+    new_call,
+    next_states,
+)
 from torchopt.optim.meta_groups import checked_group
 from torchopt.optim.meta_saved import loaded_form, saved_form
 from torchopt.optim.meta_state import GroupState, checked_state, state_of
-from torchopt.optim.second_gradient import evaluated, gradients_in_network
+from torchopt.optim.second_gradient import evaluated, extra_of_network
+from torchopt.optim.steady import Steady
 
 
 P = ParamSpec("P")
@@ -151,7 +158,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
 
         Args:
             loss: A scalar computed with the network's present tensors; or a function that computes
-                it, which :func:`torchopt.sam` calls twice.
+                it, as a rule needs that asks for gradients at other weights (:func:`torchopt.sam`).
             grads: Gradients in the place of a loss: a sequence in the order of
                 ``net.parameters()``, or a dict by the names of ``net.named_parameters()``, for
                 several networks with the number of the group before it (``"0.weight"``). ``None``
@@ -163,8 +170,8 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             **extra: Further values for rules that read them (``hessian`` of ``torchopt.sophia``).
 
         Raises:
-            TypeError: If ``loss`` is, or returns, no tensor, or a gradient is none; if both are
-                given, or nothing reads an extra value.
+            TypeError: If ``loss`` is no tensor, nor its function returns one, or a gradient is
+                none; if both are given, or nothing reads an extra value.
             ValueError: If ``loss`` is not scalar, has no graph or does not depend on the weights;
                 if ``grads`` are not those of the parameters.
             RuntimeError: If its graph has been freed. The network and this optimizer have not
@@ -188,22 +195,17 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         loss, closure = evaluated(loss)
         entries, params = self._trainable.now(self.param_groups)
         marked = marks.any_marked(params)
-        if loss is None or grads is not None or value is not None:
-            given_gradients.check_source(loss, grads, value, retain_graph)
-            g = given_gradients.of_entries(grads, self.param_groups, entries, create_graph)
-        else:
-            value = loss
-            g = list(differentiate(loss, params, create_graph, retain_graph))
+        names = partial(names_of, self.param_groups, entries)
+        known = partial(known_of_all, self.param_groups)
+        value, g = given_gradients.gradients(
+            loss, grads, value, params, names, known, create_graph, retain_graph
+        )
         if marked:
             g = marks.filtered(params, g, create_graph)
         steady, call = self._next_call(entries, params, g)
         whole.begin(self.transformation.plan, self._pairs, call)
-        if isinstance(value, Tensor) and not create_graph:
-            value = value.detach()
-        call.extra = extra if value is None else {"value": value, **extra}
-        if closure is not None:
-            made = gradients_in_network(closure, self.param_groups, entries, call, create_graph)
-            call.extra.setdefault("grad_fn", made)
+        own = extra_of_network(closure, self.param_groups, entries, call, create_graph)
+        call.extra = {**extra, **own} if value is None else {"value": value, **extra, **own}
         weights, slots = advance(self.transformation, call, apply=True)
         call.extra = {}  # calls are kept, and would keep the graph of the loss
         new_weights = [
@@ -222,7 +224,6 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             kept_at = self.transformation.plan.kept_at
             states = next_states(self._states, entries, call, slots, track, kept_at)
             steady = None
-
         pairs = whole.end(self.transformation.plan, call)
         pairs = pairs if track else tree.tree_map(_detached, pairs)
         sites = [entry.site for entry in entries]

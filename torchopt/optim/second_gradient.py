@@ -27,12 +27,13 @@ def with_grad_fn(
     return {"grad_fn": lambda values: gradients_in_place(closure, params, values), **extra}
 
 
-def evaluated(loss: Any, *args: Any) -> tuple[Any, Any]:
+def evaluated(loss: Any, *args: Any) -> tuple[Any, Callable[..., Tensor] | None]:
     """Return the loss, and the function that computed it if one was given."""
     if isinstance(loss, Tensor) or not callable(loss):
         return loss, None
+    closure: Any = loss
     with torch.enable_grad():
-        return loss(*args), loss
+        return closure(*args), closure
 
 
 def gradients_in_place(
@@ -57,6 +58,20 @@ def gradients_in_place(
         finally:
             for k, value in zip(changed, before):
                 params[k].copy_(value)
+
+
+def extra_of_network(
+    closure: Callable[[], Tensor] | None,
+    groups: Sequence[Mapping[str, Any]],
+    entries: Sequence[Entry],
+    call: Call,
+    create_graph: bool,
+) -> dict[str, Any]:
+    """Return what rules may read of a differentiable step besides the value of the loss."""
+    if closure is None:
+        return {}
+    modules = [group["params"] for group in groups]
+    return {"grad_fn": gradients_in_network(closure, modules, entries, call, create_graph)}
 
 
 def gradients_in_network(
