@@ -293,6 +293,8 @@ def test_under_labels_each_part_has_a_norm_of_its_own() -> None:
     optimizer.step(closure)
     net = nn.ParameterDict({n: x.clone() for n, x in weights.items()})
     torchopt.MetaOptimizer(net, tx).step(lambda: loss(net))
+    given = nn.ParameterDict({n: x.clone() for n, x in weights.items()})
+    torchopt.MetaOptimizer(given, tx).step(loss(given), grad_fn=grad)  # a function of one's own
     g = grad(weights)
     there = grad(
         {
@@ -302,7 +304,7 @@ def test_under_labels_each_part_has_a_norm_of_its_own() -> None:
         }
     )
     assert_close(expected["a"], weights["a"] - 0.2 * there["a"])
-    for found in (own, dict(net.items())):
+    for found in (own, dict(net.items()), dict(given.items())):
         assert_close({n: p.detach() for n, p in found.items()}, expected)
 
 

@@ -33,7 +33,7 @@ from torchopt.optim.part_groups import (
     warn_of_hidden_rates,
 )
 from torchopt.optim.schedules import LiveSchedules
-from torchopt.optim.second_gradient import with_grad_fn
+from torchopt.optim.second_gradient import extra_of_step
 
 
 P = ParamSpec("P")
@@ -81,6 +81,7 @@ class Optimizer(torch.optim.Optimizer):
     foreign_hyperparameters: ClassVar[frozenset[str]] = frozenset()
     #: Options of ``torch.optim``'s class that must have this value in a loaded state.
     fixed_options: ClassVar[dict[str, Any]] = {}
+
     #: Whether ``state[p]["step"]`` is kept even if the rule does not read it.
     counts_steps: ClassVar[bool] = False
 

@@ -18,13 +18,14 @@ from torchopt.optim.meta_call import Entry
 from torchopt.typing import PyTree
 
 
-def with_grad_fn(
-    extra: dict[str, Any], params: Sequence[Tensor], closure: Callable[[], Any] | None
+def extra_of_step(
+    params: Sequence[Tensor], loss: Any, closure: Callable[[], Any] | None
 ) -> dict[str, Any]:
-    """Return extra values with the gradients elsewhere that a closure computes, if there is one."""
-    if closure is None:
-        return extra
-    return {"grad_fn": lambda values: gradients_in_place(closure, params, values), **extra}
+    """Return what rules may read of a step of parameters that are changed in place."""
+    extra = {} if loss is None else {"value": loss}
+    if closure is not None:
+        extra["grad_fn"] = lambda values: gradients_in_place(closure, params, values)
+    return extra
 
 
 def evaluated(loss: Any, *args: Any) -> tuple[Any, Callable[..., Tensor] | None]:
@@ -76,7 +77,7 @@ def extra_of_network(
 
 def gradients_in_network(
     closure: Callable[[], Tensor],
-    groups: Sequence[Mapping[str, Any]],
+    modules: Sequence[nn.Module],
     entries: Sequence[Entry],
     call: Call,
     create_graph: bool,
@@ -86,7 +87,6 @@ def gradients_in_network(
     For it the networks hold these weights, and work on copies of their buffers.
     """
     params, names = list(call.p), list(call.names())
-    modules: list[nn.Module] = [group["params"] for group in groups]
 
     def grad_fn(values: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         there = [_to_differentiate(p, values[n], create_graph) for p, n in zip(params, names)]

@@ -15,7 +15,7 @@ from torchopt.core.transform import GradientTransformation
 from torchopt.nn.buffers import keep_buffers
 from torchopt.optim.meta_optimizer import MetaOptimizer
 from torchopt.optim.optimizer import Optimizer
-from torchopt.transforms.sam import sam
+from torchopt.transforms.sam import AT_ASCENT, sam
 from torchopt.typing import Hyperparameter
 
 
@@ -70,6 +70,7 @@ class SAM(Optimizer):
     module: nn.Module | None = None
     #: Parameters with their values before a first step.
     _before: list[tuple[Tensor, Tensor]] | None = None
+    _at_ascent: bool = False
 
     def __init__(
         self,
@@ -86,17 +87,18 @@ class SAM(Optimizer):
         self.module = module
         super().__init__(params, sam(base, rho, adaptive, eta))
 
-    def _step_by_engine(
-        self, params: list[Any], grads: list[Any], extra: dict[str, Any], closure: Any
-    ) -> None:
+    def _extra(self, params: list[Tensor], loss: Any, closure: Any) -> dict[str, Any]:
         if self._before is not None:
             raise RuntimeError(
                 "The weights are where first_step() led: call second_step() with the gradients "
                 "there, or restore() to go back."
             )
+        extra = super()._extra(params, loss, closure)
+        if self._at_ascent:
+            return {**extra, AT_ASCENT: True}
         if closure is not None and self.module is not None:
-            closure = _with_kept_buffers(self.module, closure)
-        super()._step_by_engine(params, grads, extra, closure)
+            extra["grad_fn"] = _with_kept_buffers(self.module, extra["grad_fn"])
+        return extra
 
     @torch.no_grad()
     def first_step(self, *, zero_grad: bool = True) -> None:
@@ -155,16 +157,22 @@ class SAM(Optimizer):
                 "Or write optimizer.step(closure)."
             )
         self.restore()
-        self.step(at_ascent=True)
+        self._at_ascent = True
+        try:
+            self.step()
+        finally:
+            self._at_ascent = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "module": self.module}
 
 
-def _with_kept_buffers(module: nn.Module, closure: Callable[[], Any]) -> Callable[[], Any]:
-    def kept() -> Any:
+def _with_kept_buffers(
+    module: nn.Module, grad_fn: Callable[[list[Tensor]], Any]
+) -> Callable[[list[Tensor]], Any]:
+    def kept(values: list[Tensor]) -> Any:
         with keep_buffers(module):
-            return closure()
+            return grad_fn(values)
 
     return kept
 

@@ -18,6 +18,10 @@ from torchopt.transforms.inside import Wrapper, prepared
 from torchopt.typing import Hyperparameter
 
 
+#: Among the extra values of a call: that the gradients are those at the ascended point already.
+AT_ASCENT = "at_ascent"
+
+
 @transformation
 class SharpnessAware(Wrapper):
     """Run ``inner`` with the gradient at a point nearby; see :func:`sam`."""
@@ -30,7 +34,7 @@ class SharpnessAware(Wrapper):
     @property
     def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The gradients elsewhere, and what the inside reads."""
-        return ("grad_fn", "at_ascent", *super().reads)
+        return ("grad_fn", AT_ASCENT, *super().reads)
 
     @property
     def accepts_complex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -39,7 +43,7 @@ class SharpnessAware(Wrapper):
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
         """Ascend, ask for the gradients there, and run the inside with them."""
-        g = leaves.g if leaves.call.extra.get("at_ascent") else self._gradients_there(leaves)
+        g = leaves.g if leaves.call.extra.get(AT_ASCENT) else self._gradients_there(leaves)
         return self.run_inner(leaves, g, leaves.t, range(len(g)))
 
     def ascents(self, leaves: Leaves) -> list[Tensor]:
