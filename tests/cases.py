@@ -16,13 +16,14 @@ from algorithms import F64 as F64
 from algorithms import Algorithm
 from algorithms import Case as Case
 from rows_of_dimensions import ROWS_OF_DIMENSIONS
+from rows_of_estimates import ROWS_OF_ESTIMATES
 from rows_of_papers import ROWS_OF_PAPERS
 from rows_of_torch import ROWS_OF_TORCH
 
 import torchopt
 
 
-ALGORITHMS = ROWS_OF_TORCH + ROWS_OF_PAPERS + ROWS_OF_DIMENSIONS
+ALGORITHMS = ROWS_OF_TORCH + ROWS_OF_PAPERS + ROWS_OF_DIMENSIONS + ROWS_OF_ESTIMATES
 
 #: Those that take matrices only. The laws of arguments hold for them, and what else does is in the
 #: file that the row names: trees of parameters have vectors, too.

@@ -169,6 +169,14 @@ def test_parameters_of_two_dtypes_have_one_estimate(case: Case) -> None:
 
 
 @every_row
+def test_a_learned_first_estimate_is_kept_in_the_dtype_of_the_parameter(case: Case) -> None:
+    first = torch.tensor(0.1, **F64, requires_grad=True)
+    state = case.tx({"estim_lr0": first}).init([nonzero(3, dtype=torch.float32)])
+    assert state.estim_lr[0].dtype == torch.float32
+    assert torch.autograd.grad(state.estim_lr[0], first)[0] == 1
+
+
+@every_row
 def test_a_checkpoint_resumes(case: Case) -> None:
     own = [nn.Parameter(p) for p in start().values()]
     grads = [nonzero_like([p.detach() for p in own]) for _ in range(6)]

@@ -266,6 +266,48 @@ def test_under_a_mask_only_the_chosen_go_up(api: str) -> None:
     assert_close(found["b"].detach(), weights["b"])
 
 
+def test_under_labels_each_part_has_a_norm_of_its_own() -> None:
+    """Groups of labels are in another order than the parameters."""
+    weights = {"c": nonzero(2), "a": nonzero(3), "b": nonzero(2)}
+    tx = torchopt.partition(
+        {"x": torchopt.sam(torchopt.sgd(0.1), 0.5), "y": torchopt.sam(torchopt.sgd(0.2), 0.3)},
+        {"c": "x", "a": "y", "b": "x"},
+    )
+
+    def loss(w: Any) -> Tensor:
+        return loss_of(w) + (w["c"] * w["b"]).square().sum()
+
+    grad = torch.func.grad(loss)
+    expected = tx.apply_gradients(
+        grad(weights), tx.init(weights), weights, inplace=False, grad_fn=grad
+    )[0]
+    own = {n: nn.Parameter(x.clone()) for n, x in weights.items()}
+    optimizer = torchopt.Optimizer(own.items(), tx)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(own)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    net = nn.ParameterDict({n: x.clone() for n, x in weights.items()})
+    torchopt.MetaOptimizer(net, tx).step(lambda: loss(net))
+    given = nn.ParameterDict({n: x.clone() for n, x in weights.items()})
+    torchopt.MetaOptimizer(given, tx).step(loss(given), grad_fn=grad)  # a function of one's own
+    g = grad(weights)
+    there = grad(
+        {
+            "a": weights["a"] + 0.3 * g["a"] / g["a"].norm(),
+            "b": weights["b"],
+            "c": weights["c"],
+        }
+    )
+    assert_close(expected["a"], weights["a"] - 0.2 * there["a"])
+    for found in (own, dict(net.items()), dict(given.items())):
+        assert_close({n: p.detach() for n, p in found.items()}, expected)
+
+
 def test_a_parameter_without_a_gradient_stays() -> None:
     own = {"a": nn.Parameter(nonzero(3)), "idle": nn.Parameter(nonzero(2))}
     before = own["idle"].detach().clone()

@@ -22,7 +22,8 @@ def of_number(shape: torch.Size) -> tuple[int, ...]:
 
 
 def _first_estimate(param: Tensor, *, estim_lr0: Any, **_: Any) -> Tensor:
-    return torch.zeros((), dtype=param.dtype, device=param.device) + estim_lr0
+    zero = torch.zeros((), dtype=param.dtype, device=param.device)
+    return (zero + estim_lr0).to(param.dtype)
 
 
 #: The estimate of the distance: the same number for all parameters, kept beside the slots of each.

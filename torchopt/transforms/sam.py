@@ -32,6 +32,11 @@ class SharpnessAware(Wrapper):
     eta: Hyperparameter = hyper(0.01, ge=0)
 
     @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The gradients elsewhere, and what the inside reads."""
+        return ("grad_fn", AT_ASCENT, *super().reads)
+
+    @property
     def accepts_complex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the inside is right for complex numbers; the adaptive step has none of them."""
         return super().accepts_complex and self.adaptive is False
