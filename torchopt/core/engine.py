@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -179,7 +179,7 @@ def advance(
     With ``apply`` the new parameters are returned instead of the updates.
     """
     # whether the slots are no longer as they were given
-    refreshes = bool(tx.plan.refreshing) and not tx.plan.reads.isdisjoint(call.extra)
+    refreshes = bool(tx.plan.refreshing) and _any_given(call, tx.plan.reads)
     if call.pack_slots and not refreshes and accelerates(tx.plan):
         again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
@@ -323,12 +323,16 @@ def _refresh(plan: Plan, leaves: Leaves, columns: dict[str, list[Any]]) -> None:
     """Let parts change their slots by the extra values of a call, before the step."""
     for position in plan.refreshing:
         part, names = plan.parts[position], plan.slots[position]
-        if not leaves.call.extra.keys().isdisjoint(part.reads):
+        if _any_given(leaves.call, part.reads):
             slots = list(zip(*(columns[name] for name in names)))
             rows = plan.rows_of(position, leaves.hyper)
             own = Leaves(leaves.g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
             for name, column in zip(names, zip(*part.refreshed(own))):
                 columns[name] = list(column)
+
+
+def _any_given(call: Call, names: Iterable[str]) -> bool:
+    return any([name in call.extra for name in names])  # noqa: C419 - torch 2.6 compiles this
 
 
 def run_by_rules(

@@ -8,6 +8,7 @@ import torch
 
 from torchopt.base import misuse, tree
 from torchopt.core import step_tags
+from torchopt.core.extra_values import check_extra
 from torchopt.core.functional import as_state
 from torchopt.core.opt_state import OptState
 from torchopt.core.pair import Pair, as_transformation
@@ -55,7 +56,7 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         self.state = self.transformation.init(params)
 
     def step(
-        self, loss: torch.Tensor, params: TensorTree, inplace: bool | None = None
+        self, loss: torch.Tensor, params: TensorTree, inplace: bool | None = None, **extra: Any
     ) -> TensorTree:
         """Differentiate the loss and return the updated parameters.
 
@@ -65,10 +66,13 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
             inplace: Change ``params`` in place, and record nothing; ``None`` means the attribute
                 ``inplace``. Otherwise the result is differentiable; under ``torch.no_grad()`` it
                 consists of leaves that require grad.
+            **extra: Further values for rules that read them (``hessian`` of ``torchopt.sophia``).
 
         Raises:
             TypeError, ValueError, RuntimeError: As :meth:`torchopt.MetaOptimizer.step`.
         """
+        if extra:
+            check_extra(self.transformation, extra, type(self).__name__)
         inplace = self.inplace if inplace is None else inplace
         misuse.check_trees({"params": params})
         leaves, spec = tree.flatten(params)
@@ -82,8 +86,9 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         ]
         state = self.transformation.init(params) if self.state is None else self.state
         gradient_tree = tree.unflatten(spec, grads)
+        extra = {"value": loss.detach() if inplace else loss, **extra}
         new_params, self.state = self.transformation.apply_gradients(
-            gradient_tree, state, params, inplace=inplace, value=loss.detach() if inplace else loss
+            gradient_tree, state, params, inplace=inplace, **extra
         )
         if not inplace:
             step_tags.note_create_graph(tree.flatten(new_params)[0], True)
