@@ -33,9 +33,10 @@ def optimizers() -> str:
     head = (
         "| optimizer | functional | object-oriented | differentiable |\n| --- | --- | --- | --- |\n"
     )
+    around = "| SAM and ASAM, around any of these | `sam` | `SAM` | `MetaSAM` |\n"
     last = "| L-BFGS, which calls the loss itself | `solvers.minimize` | `LBFGS` "
     last += "| `solvers.Unrolled` |\n"
-    return head + "".join(rows) + last
+    return head + "".join(rows) + around + last
 
 
 def transformations() -> str:

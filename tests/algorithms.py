@@ -44,6 +44,7 @@ class Algorithm:
         slots: All buffers that it may keep.
         shapes: For each of them whose shape is not that of the parameter, a function from the
             parameter's shape to its own: factored moments, a 0-d number.
+        definite: Slots that are sums of squares: matrices without negative eigenvalues.
         size: What its rule reads at once: one ``"entry"``, one whole ``"tensor"``, or ``"all"``.
         fused: Whether kernels compute it.
         needs_params: Whether ``update`` needs the parameters also without weight decay.
@@ -58,11 +59,14 @@ class Algorithm:
             ``"gradients"`` or ``"slots"``: meta-gradients by it are zero.
         in_places: Numbers that act on some entries only in a few steps.
         read_once: Numbers that are read when a state begins, and not any more.
+        constant: Slots that stay what they were at the start.
         may_rest: Whether an entry may rest for a step, after which its slots stand at a corner.
         forgets_start: Whether the first update leaves nothing of a slot as it was.
         starts_moving: Whether its momentum does not start at zero: then parameters move without
             gradients, too.
         rests: How many steps at the start move nothing, and only fill slots.
+        occasional: The number that says how many steps apart there is more to do, if there is one:
+            the compiler makes a graph with it, and one without.
         formula: What it does in closed form, or ``None``.
         reference: A slow copy that follows the paper, in ``references/``: the oracle of values and
             derivatives for what torch has not.
@@ -86,6 +90,7 @@ class Algorithm:
     shapes: Mapping[str, Callable[[torch.Size], tuple[int, ...]]] = dataclasses.field(
         default_factory=dict
     )
+    definite: tuple[str, ...] = ()
     size: str = "entry"
     fused: bool = True
     needs_params: bool = False
@@ -98,10 +103,12 @@ class Algorithm:
     flat: tuple[str, ...] = ()
     in_places: tuple[str, ...] = ()
     read_once: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
     may_rest: bool = False
     forgets_start: bool = False
     starts_moving: bool = False
     rests: int = 0
+    occasional: str = ""
     formula: ClosedForm | None = None
     reference: Callable[..., Any] | None = None
     oracle: str = ""

@@ -1,8 +1,8 @@
 """The one table of algorithms, multiplied by the laws of the test files.
 
-To put a new optimizer under every law, add one row: to ``rows_of_torch.py`` or to
-``rows_of_papers.py``. What is special about it stands in the row (``Algorithm`` in
-``algorithms.py`` says what can); no law knows a name.
+To put a new optimizer under every law, add one row: to ``rows_of_torch.py``, to
+``rows_of_papers.py`` or to ``rows_of_dimensions.py``. What is special about it stands in the row
+(``Algorithm`` in ``algorithms.py`` says what can); no law knows a name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from algorithms import F64 as F64
 from algorithms import Algorithm
 from algorithms import Case as Case
+from rows_of_dimensions import ROWS_OF_DIMENSIONS
 from rows_of_papers import ROWS_OF_PAPERS
 from rows_of_torch import ROWS_OF_TORCH
 
 import torchopt
 
 
-ALGORITHMS = ROWS_OF_TORCH + ROWS_OF_PAPERS
+ALGORITHMS = ROWS_OF_TORCH + ROWS_OF_PAPERS + ROWS_OF_DIMENSIONS
 
 #: Those that take matrices only. The laws of arguments hold for them, and what else does is in the
 #: file that the row names: trees of parameters have vectors, too.
@@ -182,6 +183,8 @@ every_fused_kind = every(lambda case: case.algorithm.fused, each=kind)
 every_fused_state = every(lambda case: case.algorithm.fused, each=state_kind)
 #: Those whose rule treats each entry by itself.
 every_entrywise_case = every(lambda case: case.algorithm.size == "entry")
+#: Those that treat each parameter by itself.
+every_independent_case = every(lambda case: case.algorithm.size != "all")
 #: Those that are known in closed form.
 every_formula_case = every(lambda case: case.algorithm.formula)
 #: Those that take dense gradients only, and the others.

@@ -160,6 +160,7 @@ def test_numbers_of_a_parameter_as_a_whole_have_no_value_per_entry(algorithm: Al
             continue
         default = algorithm.defaults()[name]
         number = default[-1] if spec.length else default
+        number = 0.5 if number is None else number
         for shape in ((2, 3), (3,), (2, 1)):
             value = {"w": torch.full(shape, number), "b": number}
             given = (*default[:-1], value) if spec.length else value

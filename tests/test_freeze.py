@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, Case, every_case, every_torch_case
+from cases import F64, Case, every_independent_case, every_torch_case
 from conftest import nonzero
 from pointwise import evaluate_kernel, program_of
 from tolerances import META_GRADIENT, assert_close
 from torch import Tensor, nn
 
 import torchopt
+from torchopt.base.numerics import over_root
 
 
 BODY = {"body": True, "head": False}
@@ -59,7 +60,7 @@ class Net(nn.Module):
 
 @pytest.mark.sampled(1)
 @every_stop
-@every_case
+@every_independent_case
 @pytest.mark.parametrize("spoilt", SPOILT, ids=str)
 def test_the_functional_face(case: Case, stop: Any, spoilt: float) -> None:
     params = make_params()
@@ -77,7 +78,7 @@ def test_the_functional_face(case: Case, stop: Any, spoilt: float) -> None:
 
 @pytest.mark.sampled(1)
 @every_stop
-@every_case
+@every_independent_case
 def test_the_differentiable_face(case: Case, stop: Any) -> None:
     net = Net(make_params())
     other = Net({"body": net.body.detach(), "head": net.head.detach()})
@@ -182,7 +183,7 @@ def test_one_factor_for_each_parameter() -> None:
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("accelerated", [None, False])
 @pytest.mark.parametrize("ends", ["last", "both"])
-@every_case
+@every_independent_case
 def test_meta_gradients(case: Case, ends: str, accelerated: bool | None) -> None:
     """Against central differences of the head trained alone, beside a body that is constant."""
     params = make_params()
@@ -215,6 +216,28 @@ def test_meta_gradients(case: Case, ends: str, accelerated: bool | None) -> None
     for name, slope in (("body", by_body[0]), ("head", by_head[0]), ("rate", by_lr)):
         difference = (trained(**{name: h}) - trained(**{name: -h})) / (2 * h)
         assert abs(slope.item() - difference) <= META_GRADIENT * max(1.0, abs(difference)), name
+
+
+@torchopt.transformation
+class OverItsRoot(torchopt.TensorTransformation):
+    """A rule of whole tensors, after which a kernel takes all parameters as one node."""
+
+    def rule(self, g: Tensor, p: Any, t: Any, slots: tuple) -> tuple[Tensor, tuple]:
+        return over_root(g, g.square(), 1.0, 0.1), slots
+
+
+def test_a_rule_of_whole_tensors_says_nothing_of_what_is_frozen() -> None:
+    """No gradient comes back to it, and it must not go on with one of zeros: 0 * nan is nan."""
+    net = Net(make_params())
+    start = net.body
+    rate = torchopt.scale_by_learning_rate(0.1)
+    inner = torchopt.MetaOptimizer(
+        net, torchopt.chain(OverItsRoot(), rate, torchopt.scale(0.5), torchopt.freeze(BODY))
+    )
+    for _ in range(2):
+        inner.step(net.loss())
+    (by_body,) = torch.autograd.grad((net.head**3).sum() + net.body.square().sum(), start)
+    assert by_body.isfinite().all()
 
 
 @every_stop

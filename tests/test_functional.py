@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from any_trees import b, every_tree, leaves_of, random_like, structure_of, tensors_of, w
-from cases import Case, every_case
+from cases import Case, every_case, every_independent_case
 from conftest import nonzero, nonzero_like
 from tolerances import assert_close
 
@@ -124,7 +124,7 @@ def test_dicts_match_by_key_whatever_their_order() -> None:
         assert_close(new[name], params[name] - 0.5 * 1.9 * grads[name], what=name)
 
 
-@every_case
+@every_independent_case
 def test_a_missing_gradient_leaves_its_parameter_alone(case: Case) -> None:
     """Every parameter behaves as if it had an optimizer of its own that counts its own steps."""
     tx = case.tx()

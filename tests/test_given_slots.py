@@ -18,9 +18,11 @@ def slots_of(case, params):
     """Return a state with random slots above zero, at count 0 if they matter then."""
     state = case.tx().init(params)
     state.step = 3 if case.algorithm.forgets_start else 0
-    for slot in state.slots.values():
+    for key, slot in state.slots.items():
         for name, value in slot.items():
             slot[name] = value if value is None else 0.3 + torch.rand_like(value)
+            if value is not None and key in case.algorithm.definite:
+                slot[name] = slot[name] @ slot[name].mT
     return state
 
 

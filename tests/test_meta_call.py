@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import nonzero
 from fusing import needs_library
+from tolerances import assert_close
 from torch import nn
 
 import torchopt
 from torchopt.core import engine
-from torchopt.kernels import fused
+from torchopt.kernels import cached_call, fused
 
 
 pytestmark = needs_library
@@ -141,6 +142,7 @@ def test_meta_gradients_are_those_of_the_rules():
 
 
 def test_like_steps_are_repeated_also_in_the_next_task(repeats):
+    cached_call.executable.cache_clear()
     net, optimizer = build(None)
     for task in range(3):
         with torchopt.inner_loop(net, optimizer) as inner:
@@ -149,6 +151,49 @@ def test_like_steps_are_repeated_also_in_the_next_task(repeats):
     first, *others = repeats
     assert not first
     assert others[1:] == [True] * 7  # the second step has other guards than the first
+
+
+@pytest.mark.parametrize("recipe", [torchopt.adam, torchopt.sgd, torchopt.rmsprop])
+def test_other_numbers_begin_where_others_of_their_structure_left(repeats, recipe):
+    cached_call.executable.cache_clear()
+    results = {}
+    for use in (None, False):
+        for lr in (0.05, 0.3):
+            net, _ = build(use)
+            optimizer = torchopt.MetaOptimizer(net, recipe(lr, use_accelerated_op=use))
+            repeats.clear()
+            for step in range(3):
+                optimizer.step(loss_of(net, step))
+            if lr == 0.3 and use is None:
+                assert repeats == [True] * 3
+            results[use, lr] = [*net.parameters()]
+    for lr in (0.05, 0.3):
+        for fast, slow in zip(results[None, lr], results[False, lr]):
+            torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
+
+
+def test_structures_are_told_apart(repeats):
+    """By shapes, flags, slots that there are, fields that are no hyperparameters, and dtype."""
+    cached_call.executable.cache_clear()
+    kinds = [
+        lambda use: torchopt.adam(0.05, use_accelerated_op=use),
+        lambda use: torchopt.adam(0.05, amsgrad=True, use_accelerated_op=use),
+        lambda use: torchopt.adam(0.05, maximize=True, use_accelerated_op=use),
+        lambda use: torchopt.sgd(0.05, use_accelerated_op=use),
+        lambda use: torchopt.sgd(0.05, momentum=0.9, use_accelerated_op=use),
+        lambda use: torchopt.sgd(0.05, momentum=0.9, nesterov=True, use_accelerated_op=use),
+    ]
+    for dtype in (torch.float64, torch.float32):
+        for kind in kinds:
+            results = []
+            for use in (None, False):
+                net, _ = build(use, dtype)
+                optimizer = torchopt.MetaOptimizer(net, kind(use))
+                for step in range(3):
+                    optimizer.step(loss_of(net, step))
+                results.append([*net.parameters()])
+            for fast, slow in zip(*results):
+                assert_close(fast, slow)
 
 
 def test_a_task_after_another_starts_anew():

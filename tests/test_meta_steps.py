@@ -61,8 +61,10 @@ def test_equals_the_functional_face(case):
     optimizer = case.meta(net, **case.kwargs)
     for data in support:
         optimizer.step(mse(net, data))
+    # sums over all parameters are rounded in their order, which is that of a sorted tree there
+    same = torch.equal if case.algorithm.size != "all" else torch.allclose
     for n, p in net.named_parameters():
-        assert torch.equal(p, params[n])
+        assert same(p, params[n])
     found = torch.autograd.grad(mse(net, query), list(start.values()))
     all_close(found, expected)
     (own,) = torchopt.extract_state_dict(optimizer)
@@ -71,7 +73,7 @@ def test_equals_the_functional_face(case):
     for slot, column in state.slots.items():
         for n in params:
             found = own.slots[slot][n]
-            assert found is column[n] is None or torch.equal(found, column[n])
+            assert found is column[n] is None or same(found, column[n])
     assert own.counters == state.counters
 
 

@@ -38,6 +38,7 @@ from torchopt.diff.hessian_diagonal import (
     gauss_newton_bartlett as gauss_newton_bartlett,
     hutchinson_diagonal as hutchinson_diagonal,
 )
+from torchopt.nn.buffers import keep_buffers as keep_buffers
 from torchopt.nn.snapshot import (
     extract_state_dict as extract_state_dict,
     module_clone as module_clone,
@@ -46,8 +47,10 @@ from torchopt.nn.snapshot import (
     stop_gradient as module_detach_,
     stop_gradient as stop_gradient,
 )
+from torchopt.optim.from_torch import from_torch as from_torch
 from torchopt.optim.func_optimizer import FuncOptimizer as FuncOptimizer
 from torchopt.optim.inner_loop import inner_loop as inner_loop
+from torchopt.optim.learned import LearnedHyperparameters as LearnedHyperparameters
 from torchopt.optim.meta_optimizer import MetaOptimizer as MetaOptimizer
 from torchopt.optim.optimizer import Optimizer as Optimizer
 from torchopt.optimizers.adabelief import (
@@ -111,6 +114,19 @@ from torchopt.optimizers.adopt import (
     scale_by_adopt as scale_by_adopt,
 )
 from torchopt.optimizers.asgd import ASGD as ASGD, asgd as asgd, MetaASGD as MetaASGD
+from torchopt.optimizers.dadapt import (
+    DAdaptAdagrad as DAdaptAdagrad,
+    dadapt_adagrad as dadapt_adagrad,
+    DAdaptSGD as DAdaptSGD,
+    dadapt_sgd as dadapt_sgd,
+    MetaDAdaptAdagrad as MetaDAdaptAdagrad,
+    MetaDAdaptSGD as MetaDAdaptSGD,
+)
+from torchopt.optimizers.dadapt_adamw import (
+    DAdaptAdamW as DAdaptAdamW,
+    dadapt_adamw as dadapt_adamw,
+    MetaDAdaptAdamW as MetaDAdaptAdamW,
+)
 from torchopt.optimizers.lamb import LAMB as LAMB, lamb as lamb, MetaLAMB as MetaLAMB
 from torchopt.optimizers.lars import LARS as LARS, lars as lars, MetaLARS as MetaLARS
 from torchopt.optimizers.lbfgs import LBFGS as LBFGS
@@ -157,6 +173,11 @@ from torchopt.optimizers.polyak import (
     PolyakSGD as PolyakSGD,
     scale_by_polyak as scale_by_polyak,
 )
+from torchopt.optimizers.prodigy import (
+    MetaProdigy as MetaProdigy,
+    Prodigy as Prodigy,
+    prodigy as prodigy,
+)
 from torchopt.optimizers.radam import (
     MetaRAdam as MetaRAdam,
     RAdam as RAdam,
@@ -173,6 +194,7 @@ from torchopt.optimizers.rmsprop import (
     scale_by_stddev as scale_by_stddev,
 )
 from torchopt.optimizers.rprop import MetaRprop as MetaRprop, Rprop as Rprop, rprop as rprop
+from torchopt.optimizers.sam import MetaSAM as MetaSAM, SAM as SAM
 from torchopt.optimizers.schedule_free import (
     AdamWScheduleFree as AdamWScheduleFree,
     MetaAdamWScheduleFree as MetaAdamWScheduleFree,
@@ -182,6 +204,12 @@ from torchopt.optimizers.schedule_free import (
     SGDScheduleFree as SGDScheduleFree,
 )
 from torchopt.optimizers.sgd import MetaSGD as MetaSGD, SGD as SGD, sgd as sgd
+from torchopt.optimizers.shampoo import (
+    MetaShampoo as MetaShampoo,
+    scale_by_shampoo as scale_by_shampoo,
+    Shampoo as Shampoo,
+    shampoo as shampoo,
+)
 from torchopt.optimizers.sign_sgd import (
     MetaSignSGD as MetaSignSGD,
     MetaSignum as MetaSignum,
@@ -196,6 +224,12 @@ from torchopt.optimizers.sm3 import (
     scale_by_sm3 as scale_by_sm3,
     SM3 as SM3,
     sm3 as sm3,
+)
+from torchopt.optimizers.soap import (
+    MetaSOAP as MetaSOAP,
+    scale_by_soap as scale_by_soap,
+    SOAP as SOAP,
+    soap as soap,
 )
 from torchopt.optimizers.sophia import (
     MetaSophia as MetaSophia,
@@ -256,6 +290,11 @@ from torchopt.transforms.lookahead import lookahead as lookahead
 from torchopt.transforms.momentum import ema as ema, trace as trace
 from torchopt.transforms.named import named_chain as named_chain
 from torchopt.transforms.partition import partition as partition
+from torchopt.transforms.per_example import (
+    per_example_global_norm_clip as per_example_global_norm_clip,
+)
+from torchopt.transforms.plateau import reduce_on_plateau as reduce_on_plateau
+from torchopt.transforms.sam import sam as sam
 from torchopt.transforms.selective import selective_transform as selective_transform
 from torchopt.transforms.stateless import (
     stateless as stateless,

@@ -108,7 +108,7 @@ def group_of(symbol: Symbol) -> str:
         return "Transformations" if last.startswith("scale_by") else "Functional optimizers"
     if module.startswith("torchopt.transforms") or value is torchopt.chain:
         return "Transformations"
-    if module in ("torchopt.nn.snapshot", "torchopt.optim.inner_loop"):
+    if module in ("torchopt.nn.snapshot", "torchopt.optim.inner_loop", "torchopt.optim.learned"):
         return "Inner loops and state"
     if symbol.module == "torchopt.schedules":
         return "Schedules"

@@ -122,12 +122,16 @@ class _OverRoot(torch.autograd.Function):
         r = v.sqrt()
         d = torch.mul(r, scale).add_(shift)
         u = m / d
+        # a result that nothing depends on has no gradient, and not zero: zero times nan is nan
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(m, v, u, r, d)
         ctx.scale, ctx.shift = scale, shift
         return u
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return None, None, None, None
         m, v, u, r, d = ctx.saved_tensors
         if torch.is_grad_enabled():
             r = root(v)

@@ -23,9 +23,13 @@ class KnownSignatures:
 
     Of a tensor the kind is its class, dispatch keys (device type, layout, conjugate and negative
     bits), dtype, device, ``requires_grad``, sizes and strides. Tensors are not kept.
+
+    Args:
+        kinds: How many are remembered.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: int = KINDS) -> None:
+        self._kinds = kinds
         self._known: list[tuple[int, Any]] = []
 
     def knows(self, tensors: Sequence[Tensor]) -> bool:
@@ -41,4 +45,4 @@ class KnownSignatures:
             dynamic_dims_sizes=[list(x.shape) for x in tensors],
             dynamic_dims_strides=[list(x.stride()) for x in tensors],
         )
-        self._known = [*self._known[1 - KINDS :], (len(tensors), kind)]
+        self._known = [*self._known[1 - self._kinds :], (len(tensors), kind)]

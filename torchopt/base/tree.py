@@ -191,11 +191,24 @@ def flatten_like(tree: PyTree, reference: PyTree, spec: Any, what: str, like: st
 
 def unflatten_like(target: PyTree, reference: PyTree, spec: Any, leaves: Sequence[Any]) -> PyTree:
     """Build a tree like ``target`` from leaves in the order of ``reference``; same leaf paths."""
+    return each_unflattened_like(target, reference, spec, [leaves])[0]
+
+
+def each_unflattened_like(
+    target: PyTree, reference: PyTree, spec: Any, columns: Sequence[Sequence[Any]]
+) -> list[PyTree]:
+    """Do what :func:`unflatten_like` does with each of several lists of leaves."""
+    if not columns:
+        return []
     target_spec = flatten(target)[1]
-    if _equal(target_spec, spec):
-        return unflatten(target_spec, leaves)  # dicts that are equal may differ in their order
-    by_path = dict(zip(leaf_paths(reference), leaves))
-    return unflatten(target_spec, [by_path[path] for path in leaf_paths(target)])
+    if _equal(target_spec, spec):  # dicts that are equal may differ in their order
+        return [unflatten(target_spec, leaves) for leaves in columns]
+    from_paths, to_paths = leaf_paths(reference), leaf_paths(target)
+    result: list[PyTree] = []
+    for leaves in columns:
+        by_path = dict(zip(from_paths, leaves))
+        result.append(unflatten(target_spec, [by_path[path] for path in to_paths]))
+    return result
 
 
 def first_difference(paths: Sequence[Any], expected: Sequence[Any]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from torchopt.core import hyper
 from torchopt.core.pair import Pair, as_transformation
@@ -55,6 +58,26 @@ class Chain(GradientTransformation):
         return Chain(
             tuple(part.with_accelerated_op(use_accelerated_op) for part in self.transformations)
         )
+
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        own = [
+            {name: values[public] for name, public in fields.items() if public in values}
+            for fields in self.plan.fields
+        ]
+        return Chain(tuple(p._exchanged(v) for p, v in zip(self.transformations, own)))
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        parts = [
+            part._with_dtypes(
+                {
+                    slot.name: dtypes[public]
+                    for slot, public in zip(part.kept(part.slots), names)
+                    if public in dtypes
+                }
+            )
+            for part, names in zip(self.transformations, self.plan.slots)
+        ]
+        return Chain(tuple(parts))
 
     def renewed(self) -> GradientTransformation:
         """Return the same with slots for all parameters together of its own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,7 @@ def initialise_packed(
             return None
     packing = packing or Packing(common.shapes)
     flat: Tensor | None = None
+    shapes = dict.fromkeys(common.shapes)
     columns: dict[str, Any] = {}
     for position, names in enumerate(tx.plan.slots):
         if not names:
@@ -137,7 +138,7 @@ def initialise_packed(
             if slot.shape is not None or slot.dtype is not None:
                 return None
             columns[name] = [None] * len(call.p)
-            if not all(slot.needed(shape, own) for shape in common.shapes):
+            if not all(slot.needed(shape, own) for shape in shapes):
                 continue
             if slot.is_number:
                 dtype = torch.float32 if common.dtype in HALF else common.dtype
@@ -179,8 +180,8 @@ def advance(
     With ``apply`` the new parameters are returned instead of the updates.
     """
     # whether the slots are no longer as they were given
-    refreshes = bool(tx.plan.refreshing) and _any_given(call, tx.plan.reads)
-    if call.pack_slots and not refreshes and accelerates(tx.plan):
+    refreshes = bool(tx.plan.refreshing) and any(name in call.extra for name in tx.plan.reads)
+    if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
         again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
             return again
@@ -198,7 +199,8 @@ def advance(
         columns = {name: [column[i] for i in index] for name, column in columns.items()}
     first_node = step_tags.begin()
     fused = None
-    if not refreshes and accelerates(tx.plan):  # a kernel reads half precision as it is
+    # a kernel reads half precision as it is, but no slots in a dtype of their own
+    if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
         fused = accelerator.take_whole(tx.plan, leaves, columns, apply)
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)
@@ -236,7 +238,7 @@ def accelerates(plan: Plan) -> bool:
 
 def packs(plan: Plan) -> bool:
     """Whether packed slots pay: kernels compute the whole plan, and read them as they are."""
-    return accelerates(plan) and accelerator.covers(plan)
+    return accelerates(plan) and not plan.narrow and accelerator.covers(plan)
 
 
 def _leaves(call: Call, index: list[int]) -> Leaves:
@@ -258,15 +260,17 @@ def _advance_by_parts(
     is_complex = [g.is_complex() for g in given.g]
     enter = [_view_as_real if c else to_compute_dtype for c in is_complex]
 
-    def entered(column: Any) -> Any:
+    def entered(column: Any, like: Sequence[Any] | None = None) -> Any:
         if isinstance(column, Packed) and not any(is_complex):
             return column  # slots in half precision are float32 already
-        return [None if x is None else convert(x) for convert, x in zip(enter, column)]
+        found = [None if x is None else convert(x) for convert, x in zip(enter, column)]
+        return found if like is None else _widened(found, like)
 
     g, p = entered(given.g), entered(given.p)
     same = all(x is y for x, y in zip(g, given.g))
     leaves = given.with_tensors(g, p, given.common if same else None)
-    own = {name: entered(column) for name, column in columns.items()}
+    narrow = tx.plan.narrow
+    own = {n: entered(c, leaves.g if n in narrow else None) for n, c in columns.items()}
     # the sum is taken in the parameters' own dtype
     applies = apply and same
     updates, applied = run(tx.plan, leaves, own, applies)
@@ -284,7 +288,9 @@ def _advance_by_parts(
         for position, (c, value) in enumerate(zip(is_complex, column)):
             if value is not None and type(value) is not ChangedSlot:
                 old = columns[name][position]
-                if old is not None:
+                if name in narrow:
+                    dtype = narrow[name]
+                elif old is not None:
                     dtype = old.dtype
                 else:  # made in this call, in the dtype of computation unless it is no such number
                     dtype = leaves.g[position].dtype if value.is_floating_point() else value.dtype
@@ -323,16 +329,12 @@ def _refresh(plan: Plan, leaves: Leaves, columns: dict[str, list[Any]]) -> None:
     """Let parts change their slots by the extra values of a call, before the step."""
     for position in plan.refreshing:
         part, names = plan.parts[position], plan.slots[position]
-        if _any_given(leaves.call, part.reads):
+        if any(name in leaves.call.extra for name in part.reads):
             slots = list(zip(*(columns[name] for name in names)))
             rows = plan.rows_of(position, leaves.hyper)
             own = Leaves(leaves.g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
             for name, column in zip(names, zip(*part.refreshed(own))):
                 columns[name] = list(column)
-
-
-def _any_given(call: Call, names: Iterable[str]) -> bool:
-    return any([name in call.extra for name in names])  # noqa: C419 - torch 2.6 compiles this
 
 
 def run_by_rules(
@@ -373,6 +375,14 @@ def _like(u: Any, g: Tensor) -> Any:
     """Return an update in the dtype of its gradient, in which the next part expects it."""
     wider = isinstance(u, Tensor) and u.dtype != g.dtype and u.is_floating_point()
     return u.to(g.dtype) if wider else u
+
+
+def _widened(column: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    """Return slots that are kept in a dtype of their own as a rule sees them."""
+    return [
+        x if x is None or y is None else x.to(torch.promote_types(x.dtype, y.dtype))
+        for x, y in zip(column, like)
+    ]
 
 
 def _view_as_real(x: Tensor) -> Tensor:

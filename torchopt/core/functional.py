@@ -174,11 +174,12 @@ def slot_trees(
 ) -> dict[str, TensorTree]:
     """Build the slots of a state with the structure of ``like``; unneeded ones are left out."""
     slots = tx.plan.slot_of
-    return {
-        name: tree.unflatten_like(like, reference, spec, column)
+    kept = {
+        name: column
         for name, column in columns.items()
         if not slots[name].may_be_absent or any(value is not None for value in column)
     }
+    return dict(zip(kept, tree.each_unflattened_like(like, reference, spec, [*kept.values()])))
 
 
 def eval_trees(tx: TransformationLike, state: Any, params: PyTree) -> PyTree:

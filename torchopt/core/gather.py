@@ -56,6 +56,9 @@ def gather(
     plan = tx.plan
     rows: list[dict[str, Any]] = []
     for one in members:
+        if one.values is plan.values and plan.row is not None:
+            rows += [plan.row] * len(one.leaves)
+            continue
         rows += resolve(one.values, plan.hyper_specs, one.leaves, one.names, one.count, one.known)
     if order is not None:
         rows = [rows[k] for k in order]
@@ -68,7 +71,7 @@ def gather(
 def _fill_slots(tx: TransformationLike, call: Call, fresh: Sequence[bool]) -> None:
     """Give the parameters that have taken no step their first slots."""
     if call.pack_slots and all(fresh):
-        packed = initialise_packed(tx, call)
+        packed = initialise_packed(tx, call, call.packing)
         if packed is not None:
             call.slots = packed
             return

@@ -34,18 +34,17 @@ def common_of(call: CallLike) -> Common | None:
     g, p = call.g, call.p
     if not g or any(x is None for x in p):
         return None
-    types = {*map(type, g), *map(type, p)}
+    both = g if g is p else [*g, *p]
+    types = {type(x) for x in both}
     if not all(issubclass(t, Tensor) for t in types):
         return None
     shapes = [x.shape for x in g]
-    dtypes = {x.dtype for x in g} | {x.dtype for x in p}
-    devices = {x.device for x in g} | {x.device for x in p}
     if (
-        len(dtypes) > 1
-        or len(devices) > 1
+        len({x.dtype for x in both}) > 1
+        or len({x.device for x in both}) > 1
         or not g[0].is_floating_point()
-        or {x.layout for x in g} | {x.layout for x in p} != {torch.strided}
-        or [x.shape for x in p] != shapes
+        or {x.layout for x in both} != {torch.strided}
+        or (g is not p and [x.shape for x in p] != shapes)
     ):
         return None
     return Common(types, shapes, g[0].dtype, g[0].device)
@@ -80,7 +79,8 @@ def check_gradients(tx: TransformationLike, call: CallLike, index: Sequence[int]
             _check_same("parameter", g, p, call, i)
         else:
             for name, column in call.slots.items():
-                if column[i] is not None and tx.plan.slot_of[name].shape is None:
+                slot = tx.plan.slot_of[name]
+                if column[i] is not None and slot.shape is None and slot.dtype is None:
                     _check_same("state", g, column[i], call, i)
                     break
         if g.is_complex():

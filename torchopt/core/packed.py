@@ -33,9 +33,17 @@ class Packing:
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.shapes = list(shapes)
+        self.shapes_key = tuple(self.shapes)
         self.sizes = [shape.numel() for shape in self.shapes]
         self.offsets = [0, *itertools.accumulate(self.sizes)][:-1]
         self.total = sum(self.sizes)
+        self._places: dict[int, list[int]] = {}
+
+    def places(self, size: int) -> list[int]:
+        """Return where each tensor begins, in bytes, if an entry has so many."""
+        if size not in self._places:
+            self._places[size] = [size * offset for offset in self.offsets]
+        return self._places[size]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "cached"}

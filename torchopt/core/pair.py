@@ -17,6 +17,7 @@ from torch import Tensor
 from torchopt.base import tree
 from torchopt.base.numerics import to_compute_dtype
 from torchopt.core.apply import apply_updates
+from torchopt.core.call_trees import as_list, as_tree
 from torchopt.core.engine import Call, Leaves
 from torchopt.core.slots import Slot
 from torchopt.core.transform import GradientTransformation
@@ -179,27 +180,14 @@ class Pair(GradientTransformation):
         return found, leaves.slots
 
     def _tree(self, call: Call, values: list[Any]) -> PyTree:
-        if self.flat:
-            return values
-        order = _order(call)
-        if order is not None:
-            values = [values[k] for k in order]
-        return tree.unflatten(tree.flatten(call.reference)[1], values)
+        return values if self.flat else as_tree(call, values)
 
     def _leaves(self, call: Call, updates: Any) -> list[Any]:
-        if self.flat:
-            reference: Any = [None] * len(call.g)
-        else:
-            reference = call.reference
-        spec = tree.flatten(reference)[1]
-        found = tree.flatten_like(updates, reference, spec, f"The updates of {self!r}", "the grads")
-        order = None if self.flat else _order(call)
-        if order is None:
-            return found
-        result: list[Any] = [None] * len(found)
-        for k, value in zip(order, found):
-            result[k] = value
-        return result
+        what = f"The updates of {self!r}"
+        if not self.flat:
+            return as_list(call, updates, what, "the grads")
+        reference = [None] * len(call.g)
+        return tree.flatten_like(updates, reference, tree.flatten(reference)[1], what, "the grads")
 
     def __repr__(self) -> str:
         names = (getattr(f, "__name__", type(f).__name__) for f in (self.init_fn, self.update_fn))
@@ -215,15 +203,6 @@ def as_transformation(tx: T) -> T | Pair:
 
 def _takes(chosen: frozenset[int] | None, i: int) -> bool:
     return chosen is None or i in chosen
-
-
-def _order(call: Call) -> list[int] | None:
-    """Return where the leaves of ``call.reference`` stand in the lists; ``None`` if in order."""
-    own, names = tree.leaf_names(call.reference), list(call.names())
-    if own == names or set(own) != set(names):
-        return None  # in the object-oriented API names are others, and the order is the same
-    places = {name: k for k, name in enumerate(names)}
-    return [places[name] for name in own]
 
 
 def _arguments_of(function: Callable[..., Any]) -> tuple[frozenset[str], bool, int]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
-from torchopt.core.slots import Counter, Slot, as_slot
+from torchopt.base.values import is_plain
+from torchopt.core.slots import Counter, Slot
 
 
 class Plan:
@@ -55,7 +56,7 @@ class Plan:
             latest.update(fields)
             specs = {name: spec for name, spec in specs.items() if fields[name] not in taken}
             self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
-            slots, counters = tuple(map(as_slot, part.slots)), part.counters
+            slots, counters = part.kept(part.slots), part.counters
             kept = {*self.slot_of, *self.counters, "step"}
             names = tuple(_free_name(slot.name, kept) for slot in slots)
             self.fields.append(fields)
@@ -75,6 +76,15 @@ class Plan:
             )
             self.counted.append(counted)
             fields.update(counted)  # a rule gets them as it gets its hyperparameters
+        #: The values as a rule gets them, if they are the same for all parameters at every step.
+        self.row: dict[str, Any] | None = None
+        if all(map(is_plain, self.values.values())):
+            self.row = dict(self.values)
+
+        #: Slots that are kept in a dtype of their own, and computed with in that of the parameters.
+        self.narrow: dict[str, torch.dtype] = {
+            name: s.dtype for name, s in self.slot_of.items() if s.dtype is not None and s.is_narrow
+        }
 
     def renamed_slots(self, optional: bool = False) -> tuple[Slot, ...]:
         """Return the slots of all parts under their public names."""

@@ -30,7 +30,8 @@ class Slot:
             this name is the number 0 or ``False``; or those for which a function
             ``(shape, **hyperparameters)`` says so. The others have ``None``.
         shape: Its shape as a function of the parameter's; ``None`` for the same.
-        dtype: Its dtype; ``None`` for that of the parameter, float32 for half precision.
+        dtype: The dtype it is kept in; ``None`` for that of the parameter, float32 for half
+            precision. The rule sees a floating one in the dtype of the parameter, if that is wider.
 
     Example:
         >>> import torch, torchopt
@@ -64,6 +65,11 @@ class Slot:
         """Whether it starts as one number everywhere, in the parameter's shape and dtype."""
         return isinstance(self.start, (int, float)) and self.shape is None and self.dtype is None
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it is kept in a floating dtype of its own; the rule sees it in a wider one."""
+        return self.dtype is not None and self.dtype.is_floating_point
+
     def needed(self, shape: torch.Size, hyperparameters: Mapping[str, Any]) -> bool:
         """Whether a parameter of a shape has it."""
         if self.when is None:
@@ -84,19 +90,28 @@ class Slot:
         """Return what it is before the first update; ``param`` is in the dtype of computation."""
         if not self.needed(param.shape, hyperparameters):
             return None
+        if self.is_narrow and param.is_complex():
+            raise TypeError(
+                f"The slot {self.name!r} is kept in {self.dtype}, which a complex parameter cannot "
+                "be: leave it in the dtype of the parameters, or optimize torch.view_as_real of it."
+            )
         if self.start == PARAM:
-            return param.clone()
+            return param.clone() if self.dtype is None else param.to(self.dtype, copy=True)
         if not param.is_complex() or self.dtype is not None:
             return self._begun(param, self.shape_for(param), hyperparameters)
         # a rule sees two real numbers in the place of a complex one, and so does a start
+        if self.shape is not None and callable(self.start):  # of another shape there are no pairs
+            return self.start(param.real, **hyperparameters).to(param.dtype)
         pairs, shape = torch.view_as_real(param), (*self.shape_for(param), 2)
-        return torch.view_as_complex(self._begun(pairs, shape, hyperparameters))
+        begun = self._begun(pairs, shape, hyperparameters)
+        return torch.view_as_complex(begun) if begun.dim() else begun  # one number stays real
 
     def _begun(
         self, param: Tensor, shape: Sequence[int], hyperparameters: Mapping[str, Any]
     ) -> Tensor:
         if callable(self.start):
-            return self.start(param, **hyperparameters)
+            first = self.start(param, **hyperparameters)
+            return first if self.dtype is None else first.to(self.dtype)
         start: Any = self.start  # a number
         dtype = self.dtype or param.dtype
         if self.shape is None:  # in the layout of the parameter

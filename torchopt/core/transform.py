@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
@@ -14,6 +15,7 @@ from torchopt.base.values import describe, same
 from torchopt.core import hyper, whole
 from torchopt.core.apply import apply_updates
 from torchopt.core.engine import Leaves, initialise
+from torchopt.core.exchange import Exchanging
 from torchopt.core.functional import advance_trees, eval_trees, gather_tree, slot_trees
 from torchopt.core.opt_state import OptState
 from torchopt.core.plan import Plan
@@ -46,8 +48,12 @@ def transformation(cls: type) -> type:
     return decorated
 
 
+#: Fields that are shown where they say something.
+_SELDOM = ("use_accelerated_op", "slot_dtypes")
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class GradientTransformation:
+class GradientTransformation(Exchanging):
     r"""A rule that turns gradients into updates, written once and used through three APIs.
 
     A subclass is a frozen dataclass (decorate it with :func:`transformation`). Fields declared with
@@ -68,6 +74,8 @@ class GradientTransformation:
     #: ``None`` uses fused kernels where they are available, ``True`` requires and ``False`` forbids
     #: them.
     use_accelerated_op: bool | None = dataclasses.field(default=None, kw_only=True, compare=False)
+    #: The dtypes of slots that are kept in another one; see :meth:`with_slot_dtypes`.
+    slot_dtypes: tuple[tuple[str, torch.dtype], ...] = dataclasses.field(default=(), kw_only=True)
 
     #: The class of a pair of functions, and what joins transformations: both are built on this
     #: class, so their modules set them.
@@ -184,7 +192,7 @@ class GradientTransformation:
 
     def first_slots(self, param: Tensor, **hyperparameters: Any) -> tuple[Tensor | None, ...]:
         """Return the initial buffers of one parameter, in the order of ``slots``."""
-        return tuple(as_slot(slot).first(param, hyperparameters) for slot in self.slots)
+        return tuple(slot.first(param, hyperparameters) for slot in self.kept(self.slots))
 
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return the slots that are one tree for all parameters; see ``torchopt.core.whole``."""
@@ -346,7 +354,7 @@ class GradientTransformation:
         fields = ", ".join(
             f"{field.name}={describe(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
-            if field.name != "use_accelerated_op" or self.use_accelerated_op is not None
+            if field.name not in _SELDOM or getattr(self, field.name) not in (None, ())
         )
         return f"{type(self).__name__}({fields})"
 

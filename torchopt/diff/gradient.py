@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from torchopt.base import misuse
+from torchopt.base.torch_internals import engine_run_backward
 
 
 def differentiate(
@@ -41,9 +43,7 @@ def differentiate(
             "from the network's outputs, with torch.enable_grad()."
         )
     try:
-        grads = torch.autograd.grad(
-            loss, tensors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
-        )
+        grads = _derivative(loss, tensors, create_graph, retain_graph)
     except RuntimeError as error:
         if "backward through the graph a second time" not in str(error):
             raise
@@ -57,3 +57,26 @@ def differentiate(
     if all(grad is None for grad in grads):
         raise ValueError(misuse.unrelated_loss(loss, tensors))
     return grads
+
+
+def _derivative(
+    loss: Tensor, tensors: Sequence[Tensor], create_graph: bool, retain_graph: bool | None
+) -> tuple[Tensor | None, ...]:
+    """Do what ``torch.autograd.grad`` does of a scalar.
+
+    What that looks into first, for any number of outputs of any kind, takes longer than the engine
+    needs for a small layer.
+    """
+    run: Any = engine_run_backward
+    if (
+        run is None
+        or torch.compiler.is_compiling()
+        or loss.is_nested
+        or has_torch_function((loss, *tensors))
+    ):
+        return torch.autograd.grad(
+            loss, tensors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+        )
+    retain = create_graph if retain_graph is None else retain_graph
+    one = torch.ones_like(loss)
+    return run((loss,), (one,), retain, create_graph, tuple(tensors), True, accumulate_grad=False)

@@ -1,10 +1,16 @@
-"""An update of packed slots like the one before: what that one found out need only be compared."""
+"""Updates like earlier ones: what those found out need only be compared.
+
+What a kernel call depends on, but for its numbers and its tensors, is its signature. For each there
+is one executable: which programs run, on which operands. Transformations of the same structure and
+all three APIs ask for them in one bounded table; numbers are arguments and no part of a signature.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,155 +20,296 @@ from torchopt.core.engine import Call
 from torchopt.core.packed import Packed, Packing
 from torchopt.core.plan import Plan
 from torchopt.kernels.assignment import inputs_of
+from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.backends.memory import slot_dtype
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.generate.program import UPDATE, Program
-from torchopt.kernels.matching import Segment
+from torchopt.kernels.matching import Segment, whole_segment
 from torchopt.kernels.reading import PLAIN
 from torchopt.kernels.rows import Rows, read_rows, unfit_hypers
 from torchopt.kernels.rules import Rules
 
 
-#: How many programs a cached tells about: those of a first step, of later ones, of other numbers.
+#: How many programs are noted for one signature: those of a first step, of later ones, of other
+#: numbers.
 PROGRAMS = 16
+#: How many kinds of lists of tensors are known for one, and how often one may be added.
+KINDS, ADDED = 8, 64
+#: How many calls of one transformation are kept, where no packing keeps them.
+CALLS = 4
+
+
+class Signature(NamedTuple):
+    """What a kernel call for all parameters depends on, but for its numbers and its tensors.
+
+    Attributes:
+        parts: What tells apart transformations whose programs differ.
+        shapes: Of the parameters.
+        present: For each slot, whether it is a tensor.
+        has_params: Whether there are parameters.
+        packed: Whether slots are packed.
+        apply: Whether the updates are added to the parameters.
+        dtype: Of gradients and parameters.
+        device: Of everything.
+    """
+
+    parts: Hashable
+    shapes: tuple[torch.Size, ...]
+    present: tuple[bool, ...]
+    has_params: bool
+    packed: bool
+    apply: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Executable:
+    """What the calls of one signature have found out.
+
+    Attributes:
+        operands: For each program that ran, its inputs and outputs that are packed.
+    """
+
+    def __init__(self) -> None:
+        self.operands: dict[Program, tuple[frozenset[str], frozenset[str]]] = {}
+        self._known = KnownSignatures(KINDS)
+        self._left = ADDED
+        self._seen = False
+
+    def knows(self, tensors: Sequence[Any]) -> bool:
+        """Whether tensors are like others that fitted."""
+        return self._known.knows(tensors)
+
+    def add(self, tensors: Sequence[Any]) -> None:
+        """Remember tensors that fit."""
+        if self._left and not self._known.knows(tensors):
+            self._left -= 1
+            self._known.add(tensors)
+
+    def add_columns(self, columns: Sequence[Sequence[Any]]) -> None:
+        """Remember all tensors of a call, if it is not the only one of its kind."""
+        for column in columns if self._seen else ():
+            self.add(column)
+        self._seen = True
+
+
+@functools.lru_cache(maxsize=256)
+def executable(signature: Signature) -> Executable:
+    """Return the executable of a signature."""
+    return Executable()
 
 
 @dataclasses.dataclass
 class CachedCall:
-    """What an update found out.
-
-    Attributes:
-        segment: All parts of the plan.
-        rows: The hyperparameters of all parameters.
-        dtype: Of gradients and parameters.
-        device: Of everything.
-        present: For each slot, whether it is a tensor.
-        apply: Whether the updates were added to the parameters.
-        operands: For each program that ran, its inputs and outputs that are packed.
-        known: Gradients and parameters that fitted.
-    """
+    """An executable and the hyperparameters of one transformation."""
 
     segment: Segment
     rows: Rows
-    dtype: torch.dtype
-    device: torch.device
-    present: tuple[bool, ...]
-    apply: bool
-    operands: dict[Program, tuple[frozenset[str], frozenset[str]]]
-    known: KnownSignatures
+    signature: Signature
+    executable: Executable
 
-    def is_like(self, other: CachedCall | None) -> bool:
-        """Whether another cached tells of the same updates: other programs may have run."""
-        return (
-            other is not None
-            and self.segment is other.segment
-            and self.rows.are(other.rows)
-            and (self.dtype, self.device) == (other.dtype, other.device)
-            and (self.present, self.apply) == (other.present, other.apply)
-        )
+    def is_of(self, plan: Plan, call: Call, apply: bool) -> bool:
+        """Whether a call is one of this transformation, for as many parameters."""
+        own = self.signature
+        return self.segment.plan is plan and own.apply == apply and len(own.shapes) == len(call.g)
 
-    def fits(self, tensors: Sequence[Any], shapes: list[torch.Size]) -> bool:
-        """Whether these are plain tensors of the same shapes, dtype and device as before."""
-        if self.known.knows(tensors):
+    def group(self, call: Call, packing: Packing | None) -> Group | None:
+        """Return what the kernel call needs, or ``None`` if something differs."""
+        if not self._takes_slots(call, packing) or not self._fits(call.g, packing):
+            return None
+        if self.signature.has_params:
+            if not self._fits(call.p, packing):
+                return None
+        elif {*map(type, call.p)} != {type(None)}:
+            return None
+        if not self.rows.stand_for(call.hyper):
+            rows = read_rows(self.segment, call.hyper)
+            if rows is None:
+                return None
+            self.rows = rows
+        return self._group(call, packing)
+
+    def _takes_slots(self, call: Call, packing: Packing | None) -> bool:
+        own = self.signature
+        for name, there in zip(self.segment.slots, own.present):
+            column: Any = call.slots[name]
+            if not there:
+                if any(value is not None for value in column):
+                    return False
+            elif packing is None:
+                if type(column) is not list or not self.executable.knows(column):
+                    return False
+            elif (
+                type(column) is not Packed
+                or column.packing is not packing
+                or column.flat.dtype != slot_dtype(own.dtype)
+                or column.flat.device != own.device
+            ):
+                return False
+        return True
+
+    def _fits(self, tensors: list[Any], packing: Packing | None) -> bool:
+        """Whether these are plain tensors of the shapes, dtype and device of the signature."""
+        if self.executable.knows(tensors):
             return True
+        if packing is None:
+            return False
+        own = self.signature
         fit = (
             PLAIN.issuperset(map(type, tensors))
-            and [x.shape for x in tensors] == shapes
-            and {x.dtype for x in tensors} == {self.dtype}
+            and [x.shape for x in tensors] == packing.shapes
+            and {x.dtype for x in tensors} == {own.dtype}
             and {x.layout for x in tensors} == {torch.strided}
-            and {x.device for x in tensors} == {self.device}
+            and {x.device for x in tensors} == {own.device}
         )
         if fit:
-            self.known.add(tensors)
+            self.executable.add(tensors)
         return fit
 
-
-def remember(segment: Segment, call: Call, group: Group, apply: bool) -> None:
-    """Keep what an update of all parameters at once found out with the packing of its slots."""
-    rule = group.rule
-    packing = rule.packing or call.packing
-    if packing is None or group.count != len(call.g):
-        return
-    packed_out = frozenset(s for s in group.kernel.output_operands if s != UPDATE)
-    rows = None if rule.packed_out != packed_out else read_rows(segment, call.hyper)
-    if rows is None:
-        return
-    cached = CachedCall(
-        segment, rows, call.g[0].dtype, call.g[0].device, rule.present, apply, {}, KnownSignatures()
-    )
-    if cached.is_like(packing.cached):
-        cached.operands, cached.known = packing.cached.operands, packing.cached.known
-        if len(cached.operands) >= PROGRAMS:
-            cached.operands = {}
-    cached.operands[group.program] = rule.packed_in, packed_out
-    packing.cached = cached
+    def _group(self, call: Call, packing: Packing | None) -> Group | None:
+        t: Any = call.t[0]
+        own, segment, rows = self.signature, self.segment, self.rows
+        mode = "apply" if own.apply else "update"
+        values = rows.values()
+        program = rows.program(segment, values, t, own.present, own.has_params)
+        operands = None if program is None else self.executable.operands.get(program)
+        if program is None or operands is None:
+            return None
+        tensors: dict[str, list[Tensor]] = {}
+        if program.kinds:
+            tensors = {operand: rows.of_each(operand) for operand in program.hypers(mode)}
+            if unfit_hypers(program, mode, tensors, call.g):
+                return None
+        rules = Rules(
+            segment,
+            call.hyper,
+            [t] * len(call.t),
+            own.present,
+            own.has_params,
+            own.apply,
+            inputs_of(program, mode),
+            program.kernels[mode].output_operands,
+            {operand: [x.dim() for x in column] for operand, column in tensors.items()},
+            *operands,
+            packing if any(operands) else None,
+        )
+        steps = [(row, t) for row in values]
+        return Group(program, mode, len(call.g), rows.indices, steps, rules)
 
 
 def cached_group(plan: Plan, call: Call, apply: bool) -> tuple[Segment, Group] | None:
-    """Return what one kernel call needs if everything is as the last update had it, else ``None``.
+    """Return what one kernel call needs if everything is as an earlier one had it, else ``None``.
 
-    Only the gradients, the parameters, the slots and the step count are other ones.
+    Only the numbers, the tensors and the step count are other ones.
     """
+    if not call.g or type(call.t[0]) is not int or call.t.count(call.t[0]) != len(call.t):
+        return None
     packing = call.packing or _packing_of(call)
-    cached: CachedCall | None = None if packing is None else packing.cached
-    if (
-        packing is None
-        or cached is None
-        or cached.segment.plan is not plan
-        or cached.apply != apply
-    ):
+    if packing is None:
+        kept = _calls_of(plan)
+    else:
+        kept = () if packing.cached is None else (packing.cached,)
+    for cached in reversed(kept):
+        if cached.is_of(plan, call, apply):
+            group = cached.group(call, packing)
+            if group is not None:
+                return cached.segment, group
+    cached = _begun(plan, packing, call, apply)
+    group = None if cached is None else cached.group(call, packing)
+    if cached is None or group is None:
         return None
-    t = call.t[0]
-    if not cached.rows.stand_for(call.hyper):
-        return None
-    if type(t) is not int or call.t.count(t) != len(call.t):
-        return None
-    dtype = slot_dtype(cached.dtype)
-    for name, there in zip(cached.segment.slots, cached.present):
-        column: Any = call.slots[name]
-        if not there:
-            if any(value is not None for value in column):
-                return None
-            continue
-        if type(column) is not Packed or column.packing is not packing:
-            return None
-        if column.flat.dtype != dtype or column.flat.device != cached.device:
-            return None
-    if not cached.fits(call.g, packing.shapes) or not cached.fits(call.p, packing.shapes):
-        return None
-    return _grouped(cached, packing, call, t)
+    _keep(cached, packing)
+    return cached.segment, group
 
 
-def _grouped(
-    cached: CachedCall, packing: Packing, call: Call, t: int
-) -> tuple[Segment, Group] | None:
-    segment, mode = cached.segment, "apply" if cached.apply else "update"
-    values = cached.rows.values()
-    program = cached.rows.program(segment, values, t, cached.present, True)
-    operands = None if program is None else cached.operands.get(program)
-    if program is None or operands is None:
+def remember(segment: Segment, call: Call, group: Group, apply: bool) -> None:
+    """Keep what an update of all parameters at once found out."""
+    rule = group.rule
+    packing = rule.packing or call.packing
+    if group.count != len(call.g):
+        return
+    packed_out = frozenset(s for s in group.kernel.output_operands if s != UPDATE)
+    if rule.packed_out != (packed_out if packing is not None else frozenset()):
+        return
+    cached = _made(segment, packing, call, rule.present, apply)
+    if cached is None:
+        return
+    found = cached.executable
+    if group.program not in found.operands:
+        if len(found.operands) >= PROGRAMS:
+            found.operands.clear()
+        found.operands[group.program] = rule.packed_in, rule.packed_out
+    if packing is None:
+        slots = [call.slots[n] for n, there in zip(segment.slots, rule.present) if there]
+        columns = [call.g, *([call.p] if rule.has_params else []), *slots]
+        if not all(type(column) is list for column in columns):
+            return
+        found.add_columns(columns)
+    _keep(cached, packing)
+
+
+def _made(
+    segment: Segment, packing: Packing | None, call: Call, present: tuple[bool, ...], apply: bool
+) -> CachedCall | None:
+    """Return a call as it may be known already; ``None`` if each parameter has to be looked at."""
+    rows = read_rows(segment, call.hyper)
+    if rows is None:
         return None
-    tensors: dict[str, list[Tensor]] = {}
-    if program.kinds:
-        tensors = {operand: cached.rows.of_each(operand) for operand in program.hypers(mode)}
-        if unfit_hypers(program, mode, tensors, call.g):
-            return None
-    kernel = program.kernels[mode]
-    rules = Rules(
-        segment,
-        call.hyper,
-        [t] * len(call.t),
-        cached.present,
-        True,
-        cached.apply,
-        inputs_of(program, mode),
-        kernel.output_operands,
-        {operand: [x.dim() for x in column] for operand, column in tensors.items()},
-        *operands,
-        packing if any(operands) else None,
+    shapes = tuple([x.shape for x in call.g]) if packing is None else packing.shapes_key
+    signature = Signature(
+        segment.structure,
+        shapes,
+        present,
+        call.p[0] is not None,
+        packing is not None,
+        apply,
+        call.g[0].dtype,
+        call.g[0].device,
     )
-    steps = [(row, t) for row in values]
-    return segment, Group(program, mode, len(call.g), cached.rows.indices, steps, rules)
+    if segment.structure is not None:
+        return CachedCall(segment, rows, signature, executable(signature))
+    # parts that nobody but this transformation has
+    kept = _calls_of(segment.plan) if packing is None else [packing.cached]
+    for cached in kept:
+        if cached is not None and cached.segment is segment and cached.signature == signature:
+            return CachedCall(segment, rows, signature, cached.executable)
+    return CachedCall(segment, rows, signature, Executable())
+
+
+def _begun(plan: Plan, packing: Packing | None, call: Call, apply: bool) -> CachedCall | None:
+    """Return the first call of a transformation, if others of its signature have been made."""
+    segment = whole_segment(plan)
+    if segment is None or segment.structure is None or type(None) in map(type, call.g):
+        return None
+    if not isinstance(call.g[0], Tensor) or backends.unavailable(call.g[0].device.type):
+        return None
+    columns = [call.slots[name] for name in segment.slots]
+    present = tuple(type(c) is Packed or c[0] is not None for c in columns)
+    if packing is None and any(map(_is_packed, columns)):
+        return None
+    cached = _made(segment, packing, call, present, apply)
+    return cached if cached is not None and cached.executable.operands else None
+
+
+def _is_packed(column: Any) -> bool:
+    return type(column) is Packed
+
+
+def _calls_of(plan: Plan) -> list[CachedCall]:
+    """Return the last calls of a transformation whose slots are not packed."""
+    return plan.__dict__.setdefault("cached_calls", [])
+
+
+def _keep(cached: CachedCall, packing: Packing | None) -> None:
+    if packing is not None:
+        packing.cached = cached
+        return
+    kept = _calls_of(cached.segment.plan)
+    same = [k for k, one in enumerate(kept) if one.signature == cached.signature]
+    for k in reversed(same):
+        del kept[k]
+    del kept[: max(0, len(kept) - CALLS + 1)]
+    kept.append(cached)
 
 
 def _packing_of(call: Call) -> Packing | None:

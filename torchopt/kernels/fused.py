@@ -116,7 +116,7 @@ def take_whole(
     groups, unfit = assign(segment, leaves, columns, apply)
     if unfit:
         return None
-    if leaves.call.pack_slots and len(groups) == 1:
+    if len(groups) == 1 and groups[0][0] == list(range(len(leaves.call.g))):
         remember(segment, leaves.call, groups[0][1], apply)
     return compute(segment, leaves, columns, groups, {}, apply)
 

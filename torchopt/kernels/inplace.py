@@ -77,6 +77,8 @@ class Prepared:
     def make(plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> Prepared | None:
         """Return the prepared group, or ``None`` if kernels cannot overwrite it."""
         segment = whole_segment(plan)
+        if plan.narrow:
+            return None  # slots that have been given in another dtype would stay so
         if segment is None or not params or backends.unavailable("cpu"):
             return None
         if not all(p.is_cpu and p.layout == torch.strided for p in params):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torchopt.base.values import is_plain, same
@@ -80,7 +80,9 @@ class Segment:
         self.plan, self.first, self.last = plan, first, last
         self.parts = plan.parts[first:last]
         self.slots = [name for names in plan.slots[first:last] for name in names]
-        self.variants = _variants_of(self.parts)
+        #: What is the same for transformations of the same structure; ``None`` if nobody can say.
+        self.structure = _structure_of(self.parts)
+        self.variants = [] if self.structure is None else _known_variants(self.structure)
         self.own_variants: list[Variant] = []  # where a rule reads what is no number from itself
         self._own: Any = None
         self._places: list[tuple[str, int | None]] | None = None
@@ -213,8 +215,8 @@ class Segment:
         return self._own
 
 
-def _variants_of(parts: tuple[Any, ...]) -> list[Variant]:
-    """Return where to keep the programs of a segment: one list for parts of one structure.
+def _structure_of(parts: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Return what tells apart parts whose programs differ, whatever their numbers are.
 
     Transformations are often made anew in each call, with other numbers, and tracing takes a
     millisecond. A rule is given its hyperparameters, so their values do not count; those of all
@@ -222,34 +224,57 @@ def _variants_of(parts: tuple[Any, ...]) -> list[Variant]:
     """
     key: list[Any] = []
     for part in parts:
-        fields = [f.name for f in dataclasses.fields(part) if f.name not in part.declared]
+        fields = _fields_of(type(part))
         values = [getattr(part, name) for name in fields]
         if not all(map(is_plain, values)):
-            return []  # nothing that holds a graph, or code, is kept for good
+            return None  # nothing that holds a graph, or code, is kept for good
         key.append((type(part), *zip(map(type, values), values)))
-    return _known_variants(tuple(key))
+    return tuple(key)
+
+
+@functools.lru_cache(maxsize=512)
+def _fields_of(part: type) -> list[str]:
+    """Return the names of the fields of a class of transformations that are no hyperparameters."""
+    declared: Any = getattr(part, "declared")  # noqa: B009
+    unread = {*declared, "slot_dtypes"}  # slots are converted around the rule
+    return [f.name for f in dataclasses.fields(part) if f.name not in unread]
 
 
 @functools.lru_cache(maxsize=512)
 def _known_variants(key: tuple[Any, ...]) -> list[Variant]:
+    """Return where to keep the programs of a segment: one list for parts of one structure."""
     return []
 
 
-def segments_from(plan: Plan, first: int) -> list[Segment]:
-    """Return the segments that begin at a part, the longest first."""
-    cache: dict[int, list[Segment]] = plan.__dict__.setdefault("segments", {})
-    if first not in cache:
-        last = first
-        while last < len(plan.parts) and not unjoined(plan.parts[last]):
-            last += 1
-        cache[first] = [Segment(plan, first, end) for end in range(last, first, -1)]
-    return cache[first]
+def segments_from(plan: Plan, first: int) -> Iterator[Segment]:
+    """Yield the segments that begin at a part, the longest first; each is made when asked for."""
+    end = _joined_end(plan, first)
+    return (_segment(plan, first, last) for last in range(end, first, -1))
 
 
 def whole_segment(plan: Plan) -> Segment | None:
     """Return the segment that is the whole plan, if all its parts can be in one."""
-    segments = segments_from(plan, 0) if plan.parts else []
-    return segments[0] if segments and segments[0].last == len(plan.parts) else None
+    count = len(plan.parts)
+    return _segment(plan, 0, count) if count and _joined_end(plan, 0) == count else None
+
+
+def _joined_end(plan: Plan, first: int) -> int:
+    """Return where the longest segment that begins at a part ends."""
+    known: dict[int, int] = plan.__dict__.setdefault("joined_ends", {})
+    if first not in known:
+        last = first
+        while last < len(plan.parts) and not unjoined(plan.parts[last]):
+            last += 1
+        known[first] = last
+    return known[first]
+
+
+def _segment(plan: Plan, first: int, last: int) -> Segment:
+    """Return a segment of a plan; there is one only."""
+    known: dict[tuple[int, int], Segment] = plan.__dict__.setdefault("segments", {})
+    if (first, last) not in known:
+        known[first, last] = Segment(plan, first, last)
+    return known[first, last]
 
 
 def unjoined(part: GradientTransformation) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,21 @@ class ParameterSite:
             place_parameter(owner, attribute, tensor)
 
 
+def place_each(sites: Sequence[ParameterSite], tensors: Sequence[Tensor | None]) -> None:
+    """Put tensors where the old ones were; ``None`` leaves the old one."""
+    noted = bool(moments.references or moments.noting)
+    for site, tensor in zip(sites, tensors):
+        if tensor is None:
+            continue
+        owner, attribute = site.owners[0]
+        if noted or len(site.owners) > 1 or isinstance(owner, nn.RNNBase):
+            site.place(tensor)
+            continue
+        if type(tensor) is Tensor:
+            tensor.__class__ = FastWeight  # as place_parameter does it
+        owner._parameters[attribute] = tensor  # pyright: ignore[reportArgumentType]
+
+
 def parameter_sites(module: nn.Module) -> dict[str, ParameterSite]:
     """Return the distinct parameters of a module by their first dotted name."""
     sites: dict[int, ParameterSite] = {}
@@ -121,13 +136,18 @@ def _collect_modules(module: nn.Module, seen: dict[nn.Module, None]) -> None:
                 _collect_modules(child, seen)
 
 
-def refuse_scripted(what: str, module: nn.Module) -> None:
+def refuse_scripted(what: str, module: nn.Module, modules: Sequence[nn.Module] = ()) -> None:
     """Refuse a module that keeps its parameters in TorchScript, where no others can be put.
+
+    Args:
+        what: Who refuses it.
+        module: The module.
+        modules: It and its sub-modules, if they are known.
 
     Raises:
         TypeError: If there is one.
     """
-    for part in modules_of(module):
+    for part in modules or modules_of(module):
         if isinstance(part, torch.jit.ScriptModule):
             name = next(name for name, other in module.named_modules() if other is part)
             where = f"its part {name!r} is" if name else "it is"
@@ -140,15 +160,20 @@ def refuse_scripted(what: str, module: nn.Module) -> None:
 class ParameterWalk:
     """The parameters of a module, found again at little cost while its structure is the same.
 
+    Args:
+        module: The module.
+        modules: It and its sub-modules, if they are known.
+
     Attributes:
         module: The module.
+        modules: It and its sub-modules.
         sites: Its distinct parameters as they were at first.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, modules: list[nn.Module] | None = None) -> None:
         self.module = module
         self.sites = list(parameter_sites(module).values())
-        modules = modules_of(module)
+        self.modules = modules = modules or modules_of(module)
         self._inner = [m for m in modules if m._modules]
         self._outer = [m for m in modules if not m._modules]
         self._children = [list(map(id, m._modules.values())) for m in self._inner]
@@ -158,12 +183,15 @@ class ParameterWalk:
         self._absent = [t is None for m in modules for t in m._parameters.values()]
         self._tied = any(len(site.owners) > 1 for site in self.sites)
 
+    def has_same_modules(self) -> bool:
+        """Whether the network consists of the same modules."""
+        # the modules are held by this walk, so that an id stands for one of them only
+        now = [list(map(id, m._modules.values())) for m in self._inner]
+        return now == self._children and not any(m._modules for m in self._outer)
+
     def tensors(self) -> list[Tensor] | None:
         """Return the present tensors, in the order of the sites; ``None`` to walk anew."""
-        if self._tied or any(m._modules for m in self._outer):
-            return None
-        # the modules are held by this walk, so that an id stands for one of them only
-        if [list(map(id, m._modules.values())) for m in self._inner] != self._children:
+        if self._tied or not self.has_same_modules():
             return None
         dicts = [m._parameters for m in self._holders]
         if list(map(list, dicts)) != self._names or any(m._parameters for m in self._others):

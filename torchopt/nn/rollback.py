@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from torchopt.nn import moments
-from torchopt.nn.parameters import modules_of
 from torchopt.nn.values_before import ValuesBefore
 
 
@@ -21,20 +20,17 @@ class Rollback:
     """A network as it is now: its structure, values of parameters, flags and modes.
 
     Args:
-        modules: The network, or several.
+        modules: All modules of the network, or of several, each once.
         with_buffers: Let the network work on copies of its buffers from now on.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], with_buffers: bool) -> None:
-        found = {id(m): m for module in modules for m in modules_of(module)}
-        self._modules = [_Module(m, with_buffers) for m in found.values()]
-        tensors = {
-            id(t): t for m in found.values() for t in m._parameters.values() if t is not None
-        }
+    def __init__(self, modules: Sequence[nn.Module], with_buffers: bool) -> None:
+        self._modules = [_Module(m, with_buffers) for m in modules]
+        tensors = {id(t): t for m in modules for t in m._parameters.values() if t is not None}
         self._values = ValuesBefore(list(tensors.values()))
         if with_buffers:
             copies: dict[int, Tensor] = {}
-            for module in found.values():
+            for module in modules:
                 for name, buffer in module._buffers.items():
                     if buffer is None or nn.parameter.is_lazy(buffer):
                         continue

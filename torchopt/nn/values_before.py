@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import operator
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ from torchopt.nn.parameters import FastWeight
 
 _COMPARABLE = {Tensor, nn.Parameter, FastWeight}
 _version_of = operator.attrgetter("_version")
+_memcmp: Any = ctypes.CDLL(None).memcmp if os.name == "posix" else ctypes.cdll.msvcrt.memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _SMALL = 1 << 16  # elements; tensors below are copied and compared together, in one call
 
 
@@ -31,13 +36,8 @@ class ValuesBefore:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._flags = [(t, t.requires_grad) for t in tensors]
-        batches: dict[object, list[Tensor]] = {}
-        for t in tensors:
-            if nn.parameter.is_lazy(t) or t.is_inference() or t.is_meta:
-                continue
-            small = t.numel() < _SMALL and _is_plain(t) and t.is_contiguous()
-            batches.setdefault((t.dtype, t.device) if small else id(t), []).append(t)
-        self._batches = [_Batch(batch) for batch in batches.values()]
+        together = [list(tensors)] if _are_alike(tensors) else _batches(tensors)
+        self._batches = [_Batch(batch) for batch in together]
 
     def undo(self) -> list[Tensor]:
         """Put values and flags back; return the tensors whose values had changed."""
@@ -46,6 +46,30 @@ class ValuesBefore:
             if tensor.requires_grad != flag and tensor.is_leaf:
                 tensor.requires_grad_(flag)
         return list(itertools.chain.from_iterable(changed))
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether all can be copied together: the usual case, seen at little cost."""
+    return (
+        _COMPARABLE.issuperset(map(type, tensors))
+        and len({t.dtype for t in tensors}) == 1
+        and {t.device.type for t in tensors} == {"cpu"}
+        and {t.layout for t in tensors} == {torch.strided}
+        and all(map(Tensor.is_contiguous, tensors))
+        and max(map(Tensor.numel, tensors)) < _SMALL
+        and not any(map(Tensor.is_inference, tensors))
+    )
+
+
+def _batches(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors that have values, those together that can be copied in one call."""
+    batches: dict[object, list[Tensor]] = {}
+    for t in tensors:
+        if nn.parameter.is_lazy(t) or t.is_inference() or t.is_meta:
+            continue
+        small = t.numel() < _SMALL and _is_plain(t) and t.is_contiguous()
+        batches.setdefault((t.dtype, t.device) if small else id(t), []).append(t)
+    return list(batches.values())
 
 
 class _Batch:
@@ -67,8 +91,20 @@ class _Batch:
             return True
         if not self._plain or (self._copy.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False  # told by the version alone: no memory, or nobody may wait for it
+        if self._copy.is_cpu and self._memory[0].is_contiguous():
+            return not self._same_bytes()
         present = self._together() if len(self._memory) > 1 else self._memory[0]
         return not torch.equal(present, self._copy)
+
+    def _same_bytes(self) -> bool:
+        """Compare contiguous tensors of the CPU with their copies where they are."""
+        begin, size = self._copy.data_ptr(), self._copy.element_size()
+        for address, memory in zip(self._addresses, self._memory):
+            count = size * memory.numel()
+            if _memcmp(address, begin, count):
+                return False
+            begin += count
+        return True
 
     def undo(self) -> list[Tensor]:
         """Write the tensors that have changed; return them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.diff.gradient import differentiate
 from torchopt.nn.snapshot import extract_state_dict
+from torchopt.optim.second_gradient import evaluated, gradients_of_function
 from torchopt.typing import TensorTree
 
 
@@ -56,12 +58,17 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         self.state = self.transformation.init(params)
 
     def step(
-        self, loss: torch.Tensor, params: TensorTree, inplace: bool | None = None, **extra: Any
+        self,
+        loss: torch.Tensor | Callable[[Any], torch.Tensor],
+        params: TensorTree,
+        inplace: bool | None = None,
+        **extra: Any,
     ) -> TensorTree:
         """Differentiate the loss and return the updated parameters.
 
         Args:
-            loss: A scalar computed from ``params``.
+            loss: A scalar computed from ``params``; or the function of them that computes it, as a
+                rule needs that asks for gradients at other parameters (:func:`torchopt.sam`).
             params: Any pytree of tensors that require grad. Those it does not depend on stay.
             inplace: Change ``params`` in place, and record nothing; ``None`` means the attribute
                 ``inplace``. Otherwise the result is differentiable; under ``torch.no_grad()`` it
@@ -77,18 +84,23 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         misuse.check_trees({"params": params})
         leaves, spec = tree.flatten(params)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        found = iter(
-            differentiate(loss, tensors, create_graph=not inplace and torch.is_grad_enabled())
-        )
+        create_graph = not inplace and torch.is_grad_enabled()
+        value, function = evaluated(loss, params)
+        if function is not None:
+            extra["grad_fn"] = gradients_of_function(function, params, create_graph)
+        found = iter(differentiate(value, tensors, create_graph))
         grads = [
             next(found) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else None
             for leaf in leaves
         ]
         state = self.transformation.init(params) if self.state is None else self.state
         gradient_tree = tree.unflatten(spec, grads)
-        extra = {"value": loss.detach() if inplace else loss, **extra}
         new_params, self.state = self.transformation.apply_gradients(
-            gradient_tree, state, params, inplace=inplace, **extra
+            gradient_tree,
+            state,
+            params,
+            inplace=inplace,
+            **{"value": value.detach() if inplace else value, **extra},
         )
         if not inplace:
             step_tags.note_create_graph(tree.flatten(new_params)[0], True)

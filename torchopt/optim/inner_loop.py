@@ -61,8 +61,9 @@ def inner_loop(
     if optimizer is tx:  # else it has been refused there
         refuse_scripted("inner_loop", module)
     groups = list(optimizer.param_groups)
-    modules = {id(m): m for m in (module, *(group["params"] for group in groups))}
-    rollback = Rollback(modules.values(), restore_buffers)
+    networks = {id(m): m for m in (module, *(group["params"] for group in groups))}
+    modules = optimizer._trainable.modules(list(networks.values()))
+    rollback = Rollback(modules, restore_buffers)
     groups_before = [dict(group) for group in groups]
     # states are replaced at each step and never changed, so that they need no copy
     states_before, pairs_before = list(optimizer._states), optimizer._pairs

@@ -63,3 +63,9 @@ def apart(column: list[Any], params: list[Tensor], grads: list[Any]) -> list[Any
         x.clone() if x is not None and (x is p or x is g) else x
         for x, p, g in zip(column, params, grads)
     ]
+
+
+def slots_of(state: Mapping[Any, Any], params: Iterable[Tensor]) -> set[int]:
+    """Return the identities of the tensors in an optimizer's state of parameters."""
+    entries = [state.get(p, {}) for p in params]
+    return {id(x) for entry in entries for x in entry.values() if isinstance(x, Tensor)}

@@ -1,7 +1,4 @@
-"""What a differentiable step asks the engine for, and the state after it.
-
-A step like the one before takes a short way: what that one found out need only be compared.
-"""
+"""What a differentiable step asks the engine for, and the state after it."""
 
 from __future__ import annotations
 
@@ -13,21 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchopt.base.signatures import KnownSignatures
-from torchopt.base.values import is_plain
 from torchopt.core import hyper, resolving
-from torchopt.core.engine import Call, initialise_packed, packs
+from torchopt.core.engine import Call, packs
 from torchopt.core.gather import Members, gather
 from torchopt.core.packed import Packed, PackedDict, Packing
 from torchopt.core.plan import Plan
 from torchopt.core.transform import GradientTransformation
-from torchopt.nn.parameters import ParameterSite, ParameterWalk, named_places
+from torchopt.nn.parameters import ParameterSite, ParameterWalk, modules_of, named_places
 from torchopt.optim.meta_state import GroupState
 
 
-_shape_of = operator.attrgetter("shape")
 _requires_grad = operator.attrgetter("requires_grad")
-_name_of = operator.attrgetter("name")
 
 
 class Entry(NamedTuple):
@@ -71,6 +64,14 @@ class Trainable:
                     self.frozen.setdefault(index, set()).add(entry.name)
         return entries, params
 
+    def modules(self, networks: Sequence[nn.Module]) -> list[nn.Module]:
+        """Return networks and their sub-modules, each once."""
+        if len(networks) == len(self._walks) == 1:
+            walk = self._walks[0]
+            if walk.module is networks[0] and walk.has_same_modules():
+                return walk.modules
+        return list({id(m): m for network in networks for m in modules_of(network)}.values())
+
     def _look_up(self, index: int, module: Any) -> list[Tensor] | None:
         if index < len(self._walks) and self._walks[index].module is module:
             return self._walks[index].tensors()
@@ -105,8 +106,16 @@ def known_names(module: nn.Module) -> resolving.Known:
     return resolving.Known(list(names.values()), others)
 
 
-def _known_of_all(groups: Sequence[dict[str, Any]]) -> resolving.Known:
-    """Return the names of all parameters of several networks, as masks see them."""
+def names_of(groups: Sequence[dict[str, Any]], entries: Sequence[Entry]) -> list[str]:
+    """Return names of parameters, with the number of the group if there are several."""
+    single = len(groups) == 1
+    return [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
+
+
+def known_of_all(groups: Sequence[dict[str, Any]]) -> resolving.Known:
+    """Return the names of all parameters of all networks, as masks see them."""
+    if len(groups) == 1:
+        return known_names(groups[0]["params"])
     names: list[str] = []
     others: dict[str, list[str]] = {}
     for index, group in enumerate(groups):
@@ -131,7 +140,7 @@ def new_call(
     states = _without_reshaped(plan, states, entries, params)
     known = [state.steps for state in states]
     single = len(groups) == 1
-    names = [entry.name if single else f"{entry.group}.{entry.name}" for entry in entries]
+    names = names_of(groups, entries)
     before = [known[entry.group].get(entry.name, 0) for entry in entries]
     members = []
     for index, group in enumerate(groups):
@@ -146,7 +155,7 @@ def new_call(
     reference = dict(zip(names, params))
     slots: dict[str, Any] = {}
     call = Call(grads, params, [n + 1 for n in before], slots, [], lambda: names, reference)
-    call.known = members[0].known if single else partial(_known_of_all, groups)
+    call.known = members[0].known if single else partial(known_of_all, groups)
     fresh = [entry.name not in known[entry.group] for entry in entries]
     # what is packed is contiguous, and so is what a kernel computes with it; a kernel would pack
     # the pairs of reals that it sees of complex numbers
@@ -154,6 +163,9 @@ def new_call(
     complete = single and (not known[0] or known[0].keys() == set(names))
     call.pack_slots = complete and dense and packs(plan)
     packed = states[0].packed_slots(names) if call.pack_slots and known[0] else {}
+    if call.pack_slots:
+        of_slots = next(iter(packed.values()), None)
+        call.packing = Packing([p.shape for p in params]) if of_slots is None else of_slots.packing
     for slot in plan.slot_names:
         slots[slot] = packed.get(slot) or [
             states[entry.group].slots[slot].get(entry.name) for entry in entries
@@ -170,6 +182,8 @@ def _without_reshaped(
 ) -> Sequence[GroupState]:
     """Leave out parameters of another shape than their slots: new ones under an old name."""
     kept = list(states)
+    if not any(state.steps for state in states) and not any(map(_has_slots, states)):
+        return kept
     for slot in plan.slot_names:
         shapes = [_shapes_of(state.slots[slot]) for state in states]
         for entry, param in zip(entries, params):
@@ -177,6 +191,10 @@ def _without_reshaped(
             if shape is not None and shape != plan.slot_of[slot].shape_for(param):
                 kept[entry.group] = kept[entry.group].without(entry.name)
     return kept
+
+
+def _has_slots(state: GroupState) -> bool:
+    return any(len(column) for column in state.slots.values())
 
 
 def _shapes_of(column: Any) -> dict[str, torch.Size]:
@@ -228,153 +246,3 @@ def next_states(
             kept = value if track or value is None else value.detach()
             following[entry.group].slots[slot][entry.name] = kept
     return following
-
-
-def _entries(tree: Mapping[str, Any]) -> list[Any]:
-    """Return names and values, one after the other, and where they end."""
-    return [*tree, *tree.values(), None]
-
-
-def _is_steady(value: Any) -> bool:
-    """Whether a hyperparameter is one that is the same at the next step if it is the same object.
-
-    Or holds the same objects, if it is a dict.
-    """
-    if type(value) is dict:
-        return all(is_plain(x) or isinstance(x, Tensor) for x in value.values())
-    if type(value) is tuple:
-        return all(is_plain(x) or isinstance(x, Tensor) for x in value)
-    return is_plain(value) or isinstance(value, Tensor)
-
-
-class Steady:
-    """The hyperparameters and the slots of a step whose next one may be like it.
-
-    Args:
-        group: The only group of the optimizer.
-        rows: Its hyperparameters, of each parameter.
-        names: The names of the parameters.
-        packing: How the slots are packed.
-        absent: Slots that no parameter has, as the state keeps them.
-    """
-
-    def __init__(
-        self,
-        group: dict[str, Any],
-        rows: list[dict[str, Any]],
-        names: tuple[str, ...],
-        packing: Packing,
-        absent: dict[str, Any],
-    ) -> None:
-        self.rows, self.names, self.packing, self.absent = rows, names, packing, absent
-        self._fields = list(rows[0])
-        self._values = [group[name] for name in self._fields]
-        # what may get other entries by name; the tensors in it are read at each step
-        self._trees = [(v, _entries(v)) for v in self._values if isinstance(v, Mapping)]
-        self._initial: dict[str, Any] = {}  # the slots of parameters like those in known
-        self._known = KnownSignatures()
-
-    @classmethod
-    def after(
-        cls, groups: Sequence[dict[str, Any]], call: Call, states: Sequence[GroupState]
-    ) -> Steady | None:
-        """Return what a step found out; ``None`` if the next one must look again.
-
-        Numbers cannot change behind our back, and the entries of a tensor are read anew; a schedule
-        can.
-        """
-        columns = states[0].slots
-        packed = [column for column in columns.values() if type(column) is PackedDict]
-        absent = {slot: c for slot, c in columns.items() if type(c) is not PackedDict}
-        if not call.pack_slots or any(g is None for g in call.g):
-            return None
-        if states[0].counters:  # which are other numbers at each step
-            return None
-        row = call.hyper[0]
-        if any(value is not None for column in absent.values() for value in column.values()):
-            return None
-        if not all(_is_steady(groups[0][name]) for name in row):
-            return None
-        if packed:
-            names, packing = packed[0].names, packed[0].packed.packing
-        else:  # no slots
-            names, packing = tuple(call.names()), Packing([p.shape for p in call.p])
-        return cls(groups[0], call.hyper, names, packing, absent)
-
-    def call(
-        self,
-        tx: GradientTransformation,
-        groups: Sequence[dict[str, Any]],
-        states: Sequence[GroupState],
-        entries: Sequence[Entry],
-        params: list[Tensor],
-        grads: list[Any],
-    ) -> Call | None:
-        """Return the call of the next step, or ``None`` if something differs."""
-        names = self.names
-        if len(groups) != 1 or len(entries) != len(names) or type(None) in map(type, grads):
-            return None
-        if not all(map(operator.is_, map(groups[0].get, self._fields), self._values)):
-            return None
-        if not all(all(map(operator.is_, _entries(v), known)) for v, known in self._trees):
-            return None
-        if not all(map(operator.eq, names, map(_name_of, entries))):
-            return None
-        if list(map(_shape_of, params)) != self.packing.shapes:
-            return None
-        known = states[0].steps
-        counts = set(known.values()) or {0}
-        step = counts.pop()
-        if counts or (known and len(known) != len(names)):
-            return None
-        reference = dict(zip(names, params))
-        call = Call(
-            grads, params, [step + 1] * len(params), {}, self.rows, lambda: names, reference
-        )
-        call.pack_slots, call.packing = True, self.packing
-        # a count of 0 may come with slots that somebody gave
-        slots = self._slots(states[0]) if known else self._fresh_slots(tx, call)
-        if slots is None:
-            return None
-        call.slots = slots
-        return call
-
-    def _slots(self, state: GroupState) -> dict[str, Any] | None:
-        slots: dict[str, Any] = {}
-        for slot, column in state.slots.items():
-            if slot in self.absent:
-                if column is not self.absent[slot]:
-                    return None
-                slots[slot] = [None] * len(self.names)
-            elif type(column) is not PackedDict or column.names is not self.names:
-                return None
-            else:
-                slots[slot] = column.packed
-        return slots
-
-    def _fresh_slots(self, tx: GradientTransformation, call: Call) -> dict[str, Any] | None:
-        """Return the slots of a first step; the numbers that they are have no memory to share."""
-        if self._known.knows(call.p):
-            return {
-                slot: column.unread() if type(column) is Packed else column
-                for slot, column in self._initial.items()
-            }
-        slots = initialise_packed(tx, call, self.packing)
-        if slots is None or {slot for slot, c in slots.items() if type(c) is not Packed} != set(
-            self.absent
-        ):
-            return None
-        if tx.plan.constant:
-            self._initial = slots
-            self._known.add(call.p)
-        return slots
-
-    def next_state(self, call: Call, slots: dict[str, Any], track: bool) -> GroupState | None:
-        """Return the state after a step, ``None`` if the slots are no longer packed."""
-        columns = dict(self.absent)
-        for slot, column in slots.items():
-            if slot not in columns:
-                if type(column) is not Packed:
-                    return None
-                columns[slot] = PackedDict(self.names, column if track else column.detach())
-        return GroupState(dict.fromkeys(self.names, int(call.t[0])), columns)

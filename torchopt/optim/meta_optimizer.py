@@ -14,23 +14,32 @@ from typing_extensions import ParamSpec
 from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
 from torchopt.base.values import describe, same
-from torchopt.core import hyper, resolving, step_tags, whole
+from torchopt.core import step_tags, whole
 from torchopt.core.engine import Call, advance
 from torchopt.core.evaluation import converted_call
 from torchopt.core.extra_values import check_extra
-from torchopt.core.gradient_checks import refuse_parameters
 from torchopt.core.opt_state import OptState
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
-from torchopt.diff.gradient import differentiate
 from torchopt.nn import marks
 from torchopt.nn.checkpointing import remember_weights
-from torchopt.nn.parameters import ParameterWalk, parameter_sites, refuse_scripted
+from torchopt.nn.parameters import place_each
 from torchopt.nn.snapshot import extract_state_dict
-from torchopt.optim.meta_call import Entry, Steady, Trainable, known_names, new_call, next_states
+from torchopt.optim import given_gradients
+from torchopt.optim.meta_call import (
+    Entry,
+    Trainable,
+    known_of_all,
+    names_of,
+    new_call,
+    next_states,
+)
+from torchopt.optim.meta_groups import checked_group
 from torchopt.optim.meta_saved import loaded_form, saved_form
 from torchopt.optim.meta_state import GroupState, checked_state, state_of
+from torchopt.optim.second_gradient import evaluated, extra_of_network
+from torchopt.optim.steady import Steady
 
 
 P = ParamSpec("P")
@@ -102,38 +111,10 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             TypeError: If there is no module in it, or an unknown hyperparameter.
             ValueError: If the module has no parameters or shares one with another group.
         """
-        given = dict(group) if isinstance(group, Mapping) else {"params": group}
-        module = given.pop("params", None)
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                misuse.not_a_module(group if module is None else module, type(self).__name__)
-            )
-        refuse_scripted(type(self).__name__, module)
-        specs = self.transformation.hyper_specs()
-        given = {name: hyper.plain(value) for name, value in given.items()}
-        for name, value in given.items():
-            if name not in specs:
-                raise TypeError(misuse.unknown_hyperparameter(name, self, list(specs)))
-            hyper.check(name, value, specs[name])
-        walk = ParameterWalk(module)
-        if not walk.sites:
-            raise ValueError(f"The module {type(module).__name__} has no parameters to optimize.")
-        taken = {
-            id(s.tensor) for g in self.param_groups for s in parameter_sites(g["params"]).values()
-        }
-        for site in walk.sites:
-            if id(site.tensor) in taken:
-                raise ValueError(f"Parameter {site.name!r} belongs to another group already.")
-        hyperparameters = {**self.transformation.hyperparameters(), **given}
-        trained = {s.name: s.tensor for s in walk.sites if s.tensor.requires_grad}
-        refuse_parameters(self.transformation, trained.items())
-        around = partial(known_names, module)
-        resolving.resolve(
-            hyperparameters, specs, list(trained.values()), lambda: list(trained), 0, around
-        )
+        whole_group, walk = checked_group(self, group)
         if self._trainable.count == len(self.param_groups):
             self._trainable.add(walk)
-        self.param_groups.append({"params": module, **hyperparameters})
+        self.param_groups.append(whole_group)
         plan = self.transformation.plan
         slots, counters = (
             {name: {} for name in names} for names in (plan.slot_names, plan.counters)
@@ -154,13 +135,19 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
 
     def step(
         self,
-        loss: Tensor,
+        loss: Tensor | Callable[[], Tensor] | None = None,
         *,
+        grads: given_gradients.Gradients | None = None,
+        value: Any = None,
         create_graph: bool | None = None,
         retain_graph: bool | None = None,
         **extra: Any,
     ) -> None:
         """Differentiate the loss, update, and put the new tensors into the network.
+
+        Or update from gradients that are given instead: accumulated over parts of the data, made by
+        ``torch.func``, averaged over machines. From those that ``torch.autograd.grad`` returns with
+        ``create_graph=True`` it is the same step. They are copied, so that buffers may be reused.
 
         Under ``torch.no_grad()`` nothing is recorded: the new tensors are leaves, for adapting
         without a meta-gradient at the memory of one step.
@@ -171,30 +158,55 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         arrives at the parameter itself.
 
         Args:
-            loss: A scalar computed with the network's present tensors.
+            loss: A scalar computed with the network's present tensors; or a function that computes
+                it, as a rule needs that asks for gradients at other weights (:func:`torchopt.sam`).
+            grads: Gradients in the place of a loss: a sequence in the order of
+                ``net.parameters()``, or a dict by the names of ``net.named_parameters()``, for
+                several networks with the number of the group before it (``"0.weight"``). ``None``
+                leaves a parameter and its slots alone.
+            value: The value of the loss beside ``grads``, for transformations that read it.
             create_graph: ``False`` treats the gradient as a constant (the first-order
                 approximation); ``None`` means the attribute ``create_graph``.
             retain_graph: As in :func:`torch.autograd.grad`; ``None`` means ``create_graph``.
             **extra: Further values for rules that read them (``hessian`` of ``torchopt.sophia``).
 
         Raises:
-            TypeError: If ``loss`` is no tensor, or nothing reads an extra value.
-            ValueError: If ``loss`` is not scalar, has no graph or does not depend on the weights.
+            TypeError: If ``loss`` is no tensor, nor its function returns one, or a gradient is
+                none; if both are given, or nothing reads an extra value.
+            ValueError: If ``loss`` is not scalar, has no graph or does not depend on the weights;
+                if ``grads`` are not those of the parameters.
             RuntimeError: If its graph has been freed. The network and this optimizer have not
                 changed then, nor in any other case of refusal.
+
+        Example:
+            >>> import torch, torchopt
+            >>> net, x = torch.nn.Linear(2, 1), torch.randn(6, 2)
+            >>> inner = torchopt.MetaSGD(net, lr=0.1)
+            >>> grads = [torch.zeros_like(p) for p in net.parameters()]
+            >>> for part in x.split(2):
+            ...     loss = net(part).square().sum() / len(x)
+            ...     found = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+            ...     grads = [a + b for a, b in zip(grads, found)]
+            >>> inner.step(grads=grads)
         """
         if extra:
             check_extra(self.transformation, extra, type(self).__name__)
         track = torch.is_grad_enabled()
         create_graph = (self.create_graph if create_graph is None else create_graph) and track
+        loss, closure = evaluated(loss)
         entries, params = self._trainable.now(self.param_groups)
         marked = marks.any_marked(params)
-        grads = list(differentiate(loss, params, create_graph, retain_graph))
+        names = partial(names_of, self.param_groups, entries)
+        known = partial(known_of_all, self.param_groups)
+        value, g = given_gradients.gradients(
+            loss, grads, value, params, names, known, create_graph, retain_graph
+        )
         if marked:
-            grads = marks.filtered(params, grads, create_graph)
-        steady, call = self._next_call(entries, params, grads)
+            g = marks.filtered(params, g, create_graph)
+        steady, call = self._next_call(entries, params, g)
         whole.begin(self.transformation.plan, self._pairs, call)
-        call.extra = {"value": loss if create_graph else loss.detach(), **extra}
+        own = extra_of_network(closure, self.param_groups, entries, call, create_graph)
+        call.extra = {**extra, **own} if value is None else {"value": value, **extra, **own}
         weights, slots = advance(self.transformation, call, apply=True)
         call.extra = {}  # calls are kept, and would keep the graph of the loss
         new_weights = [
@@ -205,22 +217,21 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
                 marks.carry(old, new)
         if track:
             step_tags.note_create_graph(new_weights, create_graph)
+        steady = steady or Steady.after(self.param_groups, call, slots)
         state = None if steady is None else steady.next_state(call, slots, track)
         if state is not None:
             states = [state]
         else:
             kept_at = self.transformation.plan.kept_at
             states = next_states(self._states, entries, call, slots, track, kept_at)
-            steady = Steady.after(self.param_groups, call, states)
-
+            steady = None
         pairs = whole.end(self.transformation.plan, call)
         pairs = pairs if track else tree.tree_map(_detached, pairs)
+        sites = [entry.site for entry in entries]
 
         def write() -> None:
             self._states, self._steady, self._pairs = states, steady, pairs
-            for entry, weight in zip(entries, new_weights):
-                if weight is not None:
-                    entry.site.place(weight)
+            place_each(sites, new_weights)
 
         all_or_nothing(write)
 

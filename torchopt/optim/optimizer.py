@@ -24,9 +24,16 @@ from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.optim.checkpoint import load, saved
 from torchopt.optim.evaluation import refuse_step, swap_in_place
-from torchopt.optim.memory import apart, refuse_released, slots_to_keep
-from torchopt.optim.part_groups import PLACES, PartGroups, divide, warn_of_hidden_rates
+from torchopt.optim.memory import apart, refuse_released, slots_of, slots_to_keep
+from torchopt.optim.part_groups import (
+    PLACES,
+    PartGroups,
+    divide,
+    parameter_names,
+    warn_of_hidden_rates,
+)
 from torchopt.optim.schedules import LiveSchedules
+from torchopt.optim.second_gradient import extra_of_step
 
 
 P = ParamSpec("P")
@@ -187,7 +194,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             closure: Re-evaluates the model and returns the loss. Rules that read the loss (as
-                ``value``, of :func:`torchopt.polyak_sgd`) get it from here.
+                ``value``, of :func:`torchopt.polyak_sgd`) get it from here; :func:`torchopt.sam`
+                calls it twice.
             **extra: Further values for rules that read them (``hessian`` of ``torchopt.sophia``).
 
         Returns:
@@ -198,8 +206,8 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: For a parameter that cannot be changed by itself (expanded), or whose
                 memory has been given back. Nothing has changed then, nor in the first case.
         """
-        loss = None
         refuse_step(self)
+        loss = None
         if extra:
             check_extra(self.transformation, extra, type(self).__name__)
         if closure is not None:
@@ -214,8 +222,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._schedules.any:
             self._schedules.write(self.param_groups, self._count)
         if type(None) in types or self._lent or extra or not self._step_in_place(grads):
-            own = extra if loss is None else {"value": loss, **extra}
-            self._step_by_engine(params, grads, own)
+            self._step_by_engine(params, grads, loss, closure, extra)
         if self._schedules.any:
             self._schedules.write(self.param_groups, self._count, soon=True)
         return loss
@@ -239,14 +246,19 @@ class Optimizer(torch.optim.Optimizer):
             params = [params[k] for k in self._parts.order(self.param_groups)]
         swap_in_place(self, self._call(params, [None] * len(params)), to_eval)
 
-    def _step_by_engine(self, params: list[Tensor], grads: list[Any], extra: dict) -> None:
+    def _extra(self, params: list[Tensor], loss: Any, closure: Any) -> dict[str, Any]:
+        return extra_of_step(params, loss, closure)
+
+    def _step_by_engine(
+        self, params: list[Tensor], grads: list[Any], loss: Any, closure: Any, extra: dict[str, Any]
+    ) -> None:
         """Compute updates and slots, then write them: new tensors for slots."""
         self._adopt_schedules(self.param_groups)
         if self._parts is not None:
             order = self._parts.order(self.param_groups)
             params, grads = [params[k] for k in order], [grads[k] for k in order]
         call = self._call(params, grads)
-        call.overwrites, call.extra = True, extra
+        call.overwrites, call.extra = True, {**self._extra(params, loss, closure), **extra}
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)
@@ -255,7 +267,7 @@ class Optimizer(torch.optim.Optimizer):
         changed = [k for k, u in enumerate(updates) if u is not None]
         refuse_unwritable([params[k] for k in changed], lambda k: call.names()[changed[k]])
         versions = [None if compiling or p.is_inference() else p._version for p in params]
-        lent = self._slots_lent(params)
+        lent = slots_of(self.state, params) if self._lent else set()
         begun = False
 
         def write() -> None:
@@ -284,11 +296,6 @@ class Optimizer(torch.optim.Optimizer):
         all_or_nothing(write)
         self._lent = False
 
-    def _slots_lent(self, params: list[Tensor]) -> set[int]:
-        """Return the identities of the slots that stand in a state dict as well."""
-        entries = [self.state.get(p, {}) for p in params] if self._lent else []
-        return {id(x) for entry in entries for x in entry.values() if isinstance(x, Tensor)}
-
     def _step_in_place(self, grads: list[Tensor]) -> bool:
         """Let a fused kernel overwrite parameters and slots; return whether one could."""
         if not engine.accelerates(self.transformation.plan):
@@ -305,7 +312,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _call(self, params: list[Tensor], grads: list[Any]) -> Call:
         """Gather the update of all groups, with parameters in the order they were given in."""
-        plan, names = self.transformation.plan, _parameter_names(self.param_groups)
+        plan, names = self.transformation.plan, parameter_names(self.param_groups)
         members: list[Members] = []
         for group in self.param_groups:
             row = plan.values | self._row(group)
@@ -388,13 +395,3 @@ class Optimizer(torch.optim.Optimizer):
         # torch.optim.Optimizer keeps only its own attributes in pickles and deep copies
         own = ("transformation", "_parts", "_schedules", "_lent")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-
-def _parameter_names(groups: list[dict[str, Any]]) -> list[str]:
-    names = []
-    for index, group in enumerate(groups):
-        given = group.get("param_names")
-        names += given or [
-            f"param_groups[{index}]['params'][{k}]" for k in range(len(group["params"]))
-        ]
-    return names

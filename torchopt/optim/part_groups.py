@@ -298,3 +298,14 @@ def _free(name: str, taken: Iterable[str]) -> str:
         occurrence += 1
         candidate = f"{name}_{occurrence}"
     return candidate
+
+
+def parameter_names(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a name of each parameter: its own, or where it stands."""
+    names: list[str] = []
+    for index, group in enumerate(groups):
+        given = group.get("param_names")
+        names += given or [
+            f"param_groups[{index}]['params'][{k}]" for k in range(len(group["params"]))
+        ]
+    return names

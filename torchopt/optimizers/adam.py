@@ -122,6 +122,7 @@ def adam(
     *,
     eps_root: Hyperparameter = 0.0,
     maximize: bool = False,
+    exp_avg_dtype: torch.dtype | None = None,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
     r"""Adam, with L2 weight decay.
@@ -139,6 +140,8 @@ def adam(
         amsgrad: Use the running maximum of the second moment.
         eps_root: Added inside the root, >= 0.
         maximize: Ascend instead of descend.
+        exp_avg_dtype: The dtype that the first moment is kept in, such as ``torch.bfloat16``; see
+            :meth:`torchopt.GradientTransformation.with_slot_dtypes`.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
             ``False`` never.
 
@@ -166,6 +169,8 @@ def adam(
         scale_by_adam(betas, eps, eps_root, amsgrad),
         scale_by_learning_rate(lr),
     )
+    if exp_avg_dtype is not None:
+        tx = tx.with_slot_dtypes({"exp_avg": exp_avg_dtype})
     return accelerated(tx, use_accelerated_op)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.recipe import ignoring_moment_requires_grad
@@ -27,6 +29,7 @@ def adamw(
     eps_root: Hyperparameter = 0.0,
     mask: Any = None,
     maximize: bool = False,
+    exp_avg_dtype: torch.dtype | None = None,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
     r"""Adam with weight decay that does not pass through the moments.
@@ -45,6 +48,8 @@ def adamw(
         eps_root: Added inside the root, >= 0.
         mask: Which parameters decay; see :func:`torchopt.masked`. ``None`` means all.
         maximize: Ascend instead of descend.
+        exp_avg_dtype: The dtype that the first moment is kept in, such as ``torch.bfloat16``; see
+            :meth:`torchopt.GradientTransformation.with_slot_dtypes`.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
             ``False`` never.
 
@@ -73,6 +78,8 @@ def adamw(
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(lr),
     )
+    if exp_avg_dtype is not None:
+        tx = tx.with_slot_dtypes({"exp_avg": exp_avg_dtype})
     return accelerated(tx, use_accelerated_op)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchopt.base.numerics import moving_average
@@ -82,6 +83,7 @@ def lion(
     *,
     mask: Any = None,
     maximize: bool = False,
+    exp_avg_dtype: torch.dtype | None = None,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
     r"""Lion (evolved sign momentum), with decoupled weight decay.
@@ -101,6 +103,8 @@ def lion(
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
         mask: Which parameters decay; see :func:`torchopt.masked`. ``None`` means all.
         maximize: Ascend instead of descend.
+        exp_avg_dtype: The dtype that the momentum is kept in, such as ``torch.bfloat16``; see
+            :meth:`torchopt.GradientTransformation.with_slot_dtypes`.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
             ``False`` never.
 
@@ -138,6 +142,8 @@ def lion(
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(lr),
     )
+    if exp_avg_dtype is not None:
+        tx = tx.with_slot_dtypes({"exp_avg": exp_avg_dtype})
     return accelerated(tx, use_accelerated_op)
 
 

@@ -43,8 +43,8 @@ class ScaleByPolyak(GradientTransformation):
             given = "none" if value is None else f"{value!r:.60}"
             raise ValueError(
                 f"The Polyak step needs the value of the loss, a single number, got {given}. Write "
-                "tx.update(grads, state, params, value=loss), or optimizer.step(closure) with a "
-                "closure that returns the loss."
+                "tx.update(grads, state, params, value=loss), optimizer.step(closure) with a "
+                "closure that returns the loss, or inner.step(grads=..., value=loss)."
             )
         total = square_sum(leaves.g)
         value = torch.as_tensor(value, dtype=total.dtype, device=total.device).reshape(())
@@ -92,7 +92,7 @@ def scale_by_polyak(
 
     The value :math:`f` of the loss comes with each update: ``update(grads, state, params,
     value=loss)``; :meth:`torchopt.Optimizer.step` takes that of its closure, and
-    :meth:`torchopt.MetaOptimizer.step` its loss.
+    :meth:`torchopt.MetaOptimizer.step` its loss, or what ``value`` says beside ``grads``.
 
     No slots. Differentiable in gradients, the value and every number; with the gradient that is
     zero everywhere no derivative passes.

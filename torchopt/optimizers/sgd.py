@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.recipe import ignoring_moment_requires_grad
@@ -25,6 +27,7 @@ def sgd(
     nesterov: bool = False,
     *,
     maximize: bool = False,
+    momentum_buffer_dtype: torch.dtype | None = None,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
     r"""Stochastic gradient descent, with momentum and L2 weight decay.
@@ -44,6 +47,9 @@ def sgd(
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
         nesterov: Use Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
         maximize: Ascend instead of descend.
+        momentum_buffer_dtype: The dtype that the momentum is kept in, such as
+            ``torch.bfloat16``; see
+            :meth:`torchopt.GradientTransformation.with_slot_dtypes`.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
             ``False`` never.
 
@@ -73,6 +79,8 @@ def sgd(
         trace(momentum, dampening, nesterov),
         scale_by_learning_rate(lr),
     )
+    if momentum_buffer_dtype is not None:
+        tx = tx.with_slot_dtypes({"momentum_buffer": momentum_buffer_dtype})
     return accelerated(tx, use_accelerated_op)
 
 

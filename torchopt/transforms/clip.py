@@ -68,29 +68,30 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     first = tensors[0]
     if order == math.inf:
         parts = [g.abs().max() for g in tensors if g.numel()]
-        parts = [_whole(part).to(device=first.device) for part in parts]
-        return torch.stack(parts or [_whole(first.new_zeros(()))]).max()
+        parts = [whole_number(part).to(device=first.device) for part in parts]
+        return torch.stack(parts or [whole_number(first.new_zeros(()))]).max()
     if order == 2.0:
         return root(square_sum(tensors))
     if order == 1.0:
         parts = [g.abs().sum() for g in tensors]
     else:
         parts = [_safe_power(g.abs(), order).sum() for g in tensors]
-    total = _sum(parts)
+    total = sum_of_parts(parts)
     return total if order == 1.0 else _safe_power(total, 1.0 / order)
 
 
 def square_sum(tensors: list[Tensor]) -> Tensor:
     """Return the squared norm of all tensors taken as one vector; see :func:`global_norm`."""
-    return _sum([g.square().sum() for g in tensors])
+    return sum_of_parts([g.square().sum() for g in tensors])
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
+def sum_of_parts(parts: list[Tensor]) -> Tensor:
+    """Return the sum of 0-d tensors that may be on several devices, or distributed."""
     device = parts[0].device
-    return torch.stack([_whole(part).to(device=device) for part in parts]).sum()
+    return torch.stack([whole_number(part).to(device=device) for part in parts]).sum()
 
 
-def _whole(part: Tensor) -> Tensor:
+def whole_number(part: Tensor) -> Tensor:
     """Return a 0-d tensor as a plain one: that of a DTensor, the same on every process.
 
     Plain and distributed tensors, or those of two meshes, cannot be added otherwise.

@@ -7,7 +7,7 @@ therefore kept as slots of the wrapper: 0-d tensors, one for each parameter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torchopt.core.sparse_entries import ChangedSlot
 from torchopt.core.step_count import read_number
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.schedules.base import Comparable
+from torchopt.typing import Step
 
 
 def of_number(size: torch.Size) -> tuple[int, ...]:
@@ -74,6 +75,18 @@ class Wrapper(GradientTransformation):
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
 
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        own = {name: x for name, x in values.items() if name in self.declared}
+        inside = {name: x for name, x in values.items() if name not in self.declared}
+        return dataclasses.replace(self, inner=self.inner.with_hyperparameters(inside), **own)
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        names = {self._names[name]: name for name in self.inner.plan.slot_names}
+        inside = {names[public]: dtype for public, dtype in dtypes.items() if public in names}
+        own = {name: dtype for name, dtype in dtypes.items() if name not in names}
+        found = dataclasses.replace(self, inner=self.inner.with_slot_dtypes(inside))
+        return super(Wrapper, found)._with_dtypes(own)
+
     def whole_slots(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return those of the inner transformation."""
         return {self._names[name]: value for name, value in self.inner.plan.whole.items()}
@@ -121,7 +134,8 @@ class Wrapper(GradientTransformation):
         plan = self.inner.plan
         starts = {name: counter.start for name, counter in plan.counters.items()}
         rows: list[list[Any]] = [
-            [slot.first(p, h) for slot in self.own_slots] for p, h in zip(leaves.p, leaves.hyper)
+            [slot.first(p, h) for slot in self.kept(self.own_slots)]
+            for p, h in zip(leaves.p, leaves.hyper)
         ]
         inside = _with_rows(leaves, [{**row, **starts} for row in leaves.hyper])
         for position, part in enumerate(plan.parts):
@@ -136,7 +150,7 @@ class Wrapper(GradientTransformation):
     # Running ------------------------------------------------------------------------------------
 
     def run_inner(
-        self, leaves: Leaves, g: Sequence[Tensor], t: Sequence[int], chosen: Sequence[int]
+        self, leaves: Leaves, g: Sequence[Tensor], t: Sequence[Step], chosen: Sequence[int]
     ) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
         """Run the inside for the parameters at some positions.
 

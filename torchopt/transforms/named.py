@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchopt.base import misuse
@@ -95,6 +97,16 @@ class Delegating(GradientTransformation):
         """Return the same with another setting of the fused kernels inside."""
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
+
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        names = {name: self.public(name) for name in self.inner.hyper_specs()}
+        own = {name: values[public] for name, public in names.items() if public in values}
+        return dataclasses.replace(self, inner=self.inner.with_hyperparameters(own))
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        names = {name: self.public(name) for name in self.inner.plan.slot_names}
+        own = {name: dtypes[public] for name, public in names.items() if public in dtypes}
+        return dataclasses.replace(self, inner=self.inner.with_slot_dtypes(own))
 
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether all rules inside are right for sparse gradients."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Union
 
+import torch
 from torch import Tensor
 
 from torchopt.base import tree
@@ -127,6 +128,23 @@ class Partition(GradientTransformation):
             if not all(part.takes_sparse(**own) for part, own in zip(tx.plan.parts, rows)):
                 return False
         return True
+
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        transforms = {
+            label: tx.with_hyperparameters(
+                {n: values[f"{label}.{n}"] for n in tx.hyper_specs() if f"{label}.{n}" in values}
+            )
+            for label, tx in self.transforms.items()
+        }
+        return dataclasses.replace(self, transforms=transforms)
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        transforms = {}
+        for label, tx in self.transforms.items():
+            names = self._slots_of(label)
+            own = {n: dtypes[public] for n, public in names.items() if public in dtypes}
+            transforms[label] = tx.with_slot_dtypes(own)
+        return dataclasses.replace(self, transforms=transforms)
 
     def _has_label(self, label: str, call: Call) -> list[bool]:
         return [one == label for one in label_leaves(self, call)]

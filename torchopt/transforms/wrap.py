@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Union
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -75,6 +76,12 @@ class Masked(GradientTransformation):
         """Return the same with another setting of the fused kernels inside."""
         inner = self.inner.with_accelerated_op(use_accelerated_op)
         return dataclasses.replace(self, inner=inner)
+
+    def _exchanged(self, values: Mapping[str, Any]) -> GradientTransformation:
+        return dataclasses.replace(self, inner=self.inner.with_hyperparameters(values))
+
+    def _with_dtypes(self, dtypes: Mapping[str, torch.dtype | None]) -> GradientTransformation:
+        return dataclasses.replace(self, inner=self.inner.with_slot_dtypes(dtypes))
 
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether all rules inside are right for sparse gradients."""

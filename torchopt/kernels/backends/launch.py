@@ -132,7 +132,7 @@ def run(
         sizes,
         list(chain.from_iterable(in_places)),
         list(chain.from_iterable(out_places)),
-        [number for row in numbers for number in row],
+        list(chain.from_iterable(numbers)),
         rows,
         len(kernel.numbers),
         sum(1 << k for k in summed),

@@ -21,8 +21,8 @@ Column = Union[list[Any], Packed]
 def addresses(tensors: Column) -> list[int]:
     """Return the address of every tensor, 0 for ``None``."""
     if isinstance(tensors, Packed):
-        start, size = tensors.flat.data_ptr(), tensors.flat.element_size()
-        return [start + size * offset for offset in tensors.packing.offsets]
+        flat = tensors.flat
+        return list(map(flat.data_ptr().__add__, tensors.packing.places(flat.element_size())))
     try:
         found = list(map(Tensor.data_ptr, tensors))  # pyright: ignore[reportArgumentType]
     except TypeError:
