@@ -161,6 +161,37 @@ def test_a_compiled_update_and_one_of_a_batch() -> None:
     torch._dynamo.reset()
 
 
+@torchopt.transformation
+class OfStep(torchopt.ElementwiseTransformation):
+    """Gradients times a number that is made from the step count alone."""
+
+    counters = (Counter("rate", 1.0, ahead=True),)
+
+    def count(self, t: Any, *, rate: Any) -> dict[str, Any]:
+        return {"rate": 1 / (1 + t)}
+
+    def rule(self, g: Tensor, p: Any, t: Any, slots: tuple, *, rate: Any) -> tuple[Tensor, tuple]:
+        return g * rate, slots
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_number_that_forgets_the_old_one_is_no_constant_when_compiled(backend: str) -> None:
+    torch._dynamo.reset()
+    tx, p, counter = OfStep(), nonzero(3), CompileCounterWithBackend(backend)
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def update(g: Tensor, state: Any) -> Any:
+        return tx.update(g, state, g, inplace=False)
+
+    state, graphs = tx.init(p), []
+    for t in range(1, 6):
+        u, state = update(p, state)
+        assert_close(u, p / t)
+        graphs.append(counter.frame_count)
+    assert graphs[2:] == graphs[1:2] * 3
+    torch._dynamo.reset()
+
+
 @pytest.mark.usefixtures("float64_by_default")
 @pytest.mark.parametrize("per", ["all", "entry"])
 def test_a_learned_number_has_its_derivative_through_the_kept_one(per: str) -> None:

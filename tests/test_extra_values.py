@@ -45,6 +45,15 @@ def test_most_read_nothing() -> None:
         inner.step(net["w"].sum(), creat_graph=False)  # pyright: ignore[reportCallIssue]
 
 
+def test_a_functional_optimizer_that_keeps_its_state() -> None:
+    tx = torchopt.sophia(0.1, (0.0, 0.0), gamma=1.0, weight_decay=0.0)
+    w = nonzero(2).requires_grad_()
+    optimizer, estimate = torchopt.FuncOptimizer(tx), torch.full((2,), 4.0).double()
+    with refused(TypeError, r"FuncOptimizer\.step got an unexpected argument 'hesian'", w):
+        optimizer.step((2 * w).sum(), w, hesian=estimate)
+    assert_close(optimizer.step((2 * w).sum(), w, hessian=estimate), w - 0.1 * 2 / 4)
+
+
 def test_the_value_of_the_loss_without_a_closure() -> None:
     p, twin = (nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer, peer = torchopt.PolyakSGD([p]), torchopt.PolyakSGD([twin])

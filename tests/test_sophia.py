@@ -10,6 +10,7 @@ from conftest import nonzero
 from refusing import refused
 from tolerances import all_finite, assert_close
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchopt
 from torchopt.kernels import why
@@ -214,6 +215,26 @@ def test_all_of_it_is_fused_with_an_estimate_and_without() -> None:
     tx, params = torchopt.sophia(**NUMBERS), {"w": nonzero(2, 3)}
     assert not why(tx, params, params=params)
     assert not why(tx, params, params=params, hessian=params)
+
+
+def test_a_compiled_update_is_given_its_estimate() -> None:
+    torch._dynamo.reset()
+    tx, p = torchopt.sophia(**NUMBERS), {"w": nonzero(3), "b": nonzero(2)}
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def update(g: Any, state: Any, p: Any, h: Any) -> Any:
+        return tx.apply_gradients(g, state, p, inplace=False, hessian=h)
+
+    state, q, expected, graphs = tx.init(p), p, tx.init(p), []
+    for _ in range(4):
+        g, h = ({n: nonzero(*x.shape) for n, x in p.items()} for _ in range(2))
+        p, state = update(g, state, p, h)
+        q, expected = tx.apply_gradients(g, expected, q, inplace=False, hessian=h)
+        assert_close(p, q)
+        graphs.append(counter.frame_count)
+    assert graphs[2:] == graphs[1:2] * 2
+    torch._dynamo.reset()
 
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {

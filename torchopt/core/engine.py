@@ -180,7 +180,7 @@ def advance(
     With ``apply`` the new parameters are returned instead of the updates.
     """
     # whether the slots are no longer as they were given
-    refreshes = bool(tx.plan.refreshing) and not tx.plan.reads.isdisjoint(call.extra)
+    refreshes = bool(tx.plan.refreshing) and any(name in call.extra for name in tx.plan.reads)
     if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
         again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
@@ -329,7 +329,7 @@ def _refresh(plan: Plan, leaves: Leaves, columns: dict[str, list[Any]]) -> None:
     """Let parts change their slots by the extra values of a call, before the step."""
     for position in plan.refreshing:
         part, names = plan.parts[position], plan.slots[position]
-        if not leaves.call.extra.keys().isdisjoint(part.reads):
+        if any(name in leaves.call.extra for name in part.reads):
             slots = list(zip(*(columns[name] for name in names)))
             rows = plan.rows_of(position, leaves.hyper)
             own = Leaves(leaves.g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)

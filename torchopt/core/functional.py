@@ -127,6 +127,8 @@ def _next_counters(
             numbers = all(type(x) is float for x in own)
             one = all(x is first or (numbers and x == first) for x in own)
         found[name] = first if one else new
+        if compiling:  # a number that does not come from the old one: it would be a constant
+            found[name] = step_count.as_tensor(found[name])
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 
 from torchopt.base import misuse, tree
 from torchopt.core import step_tags
+from torchopt.core.extra_values import check_extra
 from torchopt.core.functional import as_state
 from torchopt.core.opt_state import OptState
 from torchopt.core.pair import Pair, as_transformation
@@ -61,6 +62,7 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         loss: torch.Tensor | Callable[[Any], torch.Tensor],
         params: TensorTree,
         inplace: bool | None = None,
+        **extra: Any,
     ) -> TensorTree:
         """Differentiate the loss and return the updated parameters.
 
@@ -71,15 +73,18 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
             inplace: Change ``params`` in place, and record nothing; ``None`` means the attribute
                 ``inplace``. Otherwise the result is differentiable; under ``torch.no_grad()`` it
                 consists of leaves that require grad.
+            **extra: Further values for rules that read them (``hessian`` of ``torchopt.sophia``).
 
         Raises:
             TypeError, ValueError, RuntimeError: As :meth:`torchopt.MetaOptimizer.step`.
         """
+        if extra:
+            check_extra(self.transformation, extra, type(self).__name__)
         inplace = self.inplace if inplace is None else inplace
         misuse.check_trees({"params": params})
         leaves, spec = tree.flatten(params)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        create_graph, extra = not inplace and torch.is_grad_enabled(), {}
+        create_graph = not inplace and torch.is_grad_enabled()
         value, function = evaluated(loss, params)
         if function is not None:
             extra["grad_fn"] = gradients_of_function(function, params, create_graph)
@@ -95,8 +100,7 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
             state,
             params,
             inplace=inplace,
-            value=value.detach() if inplace else value,
-            **extra,
+            **{"value": value.detach() if inplace else value, **extra},
         )
         if not inplace:
             step_tags.note_create_graph(tree.flatten(new_params)[0], True)
