@@ -42,6 +42,7 @@ def test_defaults_are_those_of_the_paper() -> None:
         "betas": (0.9, 0.99),
         "weight_decay": 0.0,
         "maximize": False,
+        "exp_avg_dtype": None,
     }
 
 

@@ -231,7 +231,12 @@ STEPS: dict[str, Entry] = {
         TypeError,
         ("Adam.step", "shape ()", "loss.backward(), optimizer.step()", "torchopt.MetaAdam"),
     ),
-    "closure": (step_with(lambda: loss(net())), TypeError, ("got function", "step(closure())")),
+    "closure": (step_with(lambda: 0.5), TypeError, ("got float", "without item()")),
+    "closure-of-another": (
+        step_with(lambda: loss(net())),
+        ValueError,
+        ("does not depend on the present parameters", "another network"),
+    ),
     "number": (step_with(0.5), TypeError, ("got float", "without item()")),
     "none": (step_with(None), TypeError, ("got NoneType", "return it?")),
     "several": (step_with([torch.ones(())]), TypeError, ("got list", "added up")),

@@ -78,7 +78,10 @@ class Plan:
             fields.update(counted)  # a rule gets them as it gets its hyperparameters
         #: The values as a rule gets them, if they are the same for all parameters at every step.
         self.row: dict[str, Any] | None = None
-        if all(map(is_plain, self.values.values())):
+        if all(
+            is_plain(value) and (type(value) is not tuple or self.hyper_specs[name].length)
+            for name, value in self.values.items()
+        ):
             self.row = dict(self.values)
 
         #: Slots that are kept in a dtype of their own, and computed with in that of the parameters.

@@ -61,6 +61,8 @@ def gradients(
     if loss is None or grads is not None or value is not None:
         check_source(loss, grads, value, retain_graph)
         found = in_order(grads, names(), known, create_graph)
+    elif isinstance(loss, (Mapping, list, tuple)):
+        raise TypeError(f"{misuse.not_a_loss(loss)} From gradients of your own: step(grads=...).")
     else:
         value, found = loss, list(differentiate(loss, params, create_graph, retain_graph))
     if isinstance(value, Tensor) and not create_graph:

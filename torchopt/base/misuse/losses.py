@@ -20,7 +20,7 @@ def not_a_loss(value: Any) -> str:
     elif value is None:
         advice = " Does the function that computes it return it?"
     elif isinstance(value, (Mapping, list, tuple)):
-        advice = " Add up the parts of a loss; gradients are given by name: step(grads=...)."
+        advice = " Its parts have to be added up; the loss comes first: step(loss)."
     return f"step expects the loss as a tensor, got {type(value).__name__}.{advice}"
 
 
