@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import gc
+import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -212,3 +216,47 @@ def test_hyperparameters_changed_from_call_to_call(cached: list[bool]) -> None:
         made.append((params, state.slots))
     assert cached[2:5] == [True] * 3
     assert_close(*made)
+
+
+def test_no_graph_is_kept_by_a_transformation() -> None:
+    """A learned rate may be made anew at each step; its graph goes with whoever holds it."""
+    made: list[weakref.ref[Any]] = []
+
+    def schedule(step: Any) -> Any:
+        rate = (torch.tensor(0.1, dtype=torch.float64, requires_grad=True) * 2).sqrt()
+        made.append(weakref.ref(rate))
+        return rate
+
+    tx = torchopt.adam(schedule)
+    params = tensors(0)
+    state = tx.init(params)
+    for k in range(4):
+        params, state = tx.apply_gradients(tensors(k), state, params, inplace=False)
+    del params, state
+    gc.collect()
+    assert len(made) >= 4
+    assert {reference() for reference in made} == {None}
+
+
+def test_threads_that_share_a_transformation() -> None:
+    """Each goes on with the numbers of its own step."""
+    tx = torchopt.adam(lambda step: 0.1 / (step + 1))
+
+    def run(first: int) -> Any:
+        params = tensors(first)
+        state = tx.init(params)
+        for k in range(30):
+            g = {name: 0.1 * (k + 1) * x for name, x in params.items()}
+            params, state = tx.apply_gradients(g, state, params, inplace=False)
+        return params
+
+    alone = [run(k) for k in range(4)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(run, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    for a, b in zip(together, alone):
+        assert_close(a, b)

@@ -101,10 +101,17 @@ def executable(signature: Signature) -> Executable:
 
 @dataclasses.dataclass
 class CachedCall:
-    """An executable and the hyperparameters of one transformation."""
+    """An executable and the transformation that asks for it.
+
+    Attributes:
+        segment: All parts of the transformation.
+        rows: The hyperparameters of the last call; ``None`` if they may hold a graph alive.
+        signature: That of the calls.
+        executable: What is known of it.
+    """
 
     segment: Segment
-    rows: Rows
+    rows: Rows | None
     signature: Signature
     executable: Executable
 
@@ -122,12 +129,14 @@ class CachedCall:
                 return None
         elif {*map(type, call.p)} != {type(None)}:
             return None
-        if not self.rows.stand_for(call.hyper):
+        rows = self.rows
+        if rows is None or not rows.stand_for(call.hyper):
             rows = read_rows(self.segment, call.hyper)
             if rows is None:
                 return None
-            self.rows = rows
-        return self._group(call, packing)
+            # for the next call; this one goes on with its own, whatever another thread asks for
+            self.rows = _without_graph(rows, packing)
+        return self._group(call, packing, rows)
 
     def _takes_slots(self, call: Call, packing: Packing | None) -> bool:
         own = self.signature
@@ -166,9 +175,9 @@ class CachedCall:
             self.executable.add(tensors)
         return fit
 
-    def _group(self, call: Call, packing: Packing | None) -> Group | None:
+    def _group(self, call: Call, packing: Packing | None, rows: Rows) -> Group | None:
         t: Any = call.t[0]
-        own, segment, rows = self.signature, self.segment, self.rows
+        own, segment = self.signature, self.segment
         mode = "apply" if own.apply else "update"
         values = rows.values()
         program = rows.program(segment, values, t, own.present, own.has_params)
@@ -255,6 +264,7 @@ def _made(
     rows = read_rows(segment, call.hyper)
     if rows is None:
         return None
+    kept_rows = _without_graph(rows, packing)
     shapes = tuple([x.shape for x in call.g]) if packing is None else packing.shapes_key
     signature = Signature(
         segment.structure,
@@ -267,13 +277,13 @@ def _made(
         call.g[0].device,
     )
     if segment.structure is not None:
-        return CachedCall(segment, rows, signature, executable(signature))
+        return CachedCall(segment, kept_rows, signature, executable(signature))
     # parts that nobody but this transformation has
     kept = _calls_of(segment.plan) if packing is None else [packing.cached]
     for cached in kept:
         if cached is not None and cached.segment is segment and cached.signature == signature:
-            return CachedCall(segment, rows, signature, cached.executable)
-    return CachedCall(segment, rows, signature, Executable())
+            return CachedCall(segment, kept_rows, signature, cached.executable)
+    return CachedCall(segment, kept_rows, signature, Executable())
 
 
 def _begun(plan: Plan, packing: Packing | None, call: Call, apply: bool) -> CachedCall | None:
@@ -291,25 +301,27 @@ def _begun(plan: Plan, packing: Packing | None, call: Call, apply: bool) -> Cach
     return cached if cached is not None and cached.executable.operands else None
 
 
+def _without_graph(rows: Rows, packing: Packing | None) -> Rows | None:
+    """Return rows to keep: a transformation may live longer than the graph of a learned number."""
+    return rows if packing is not None or not rows.tensors else None
+
+
 def _is_packed(column: Any) -> bool:
     return type(column) is Packed
 
 
 def _calls_of(plan: Plan) -> list[CachedCall]:
     """Return the last calls of a transformation whose slots are not packed."""
-    return plan.__dict__.setdefault("cached_calls", [])
+    return plan.__dict__.get("cached_calls", [])
 
 
 def _keep(cached: CachedCall, packing: Packing | None) -> None:
     if packing is not None:
         packing.cached = cached
         return
-    kept = _calls_of(cached.segment.plan)
-    same = [k for k, one in enumerate(kept) if one.signature == cached.signature]
-    for k in reversed(same):
-        del kept[k]
-    del kept[: max(0, len(kept) - CALLS + 1)]
-    kept.append(cached)
+    plan = cached.segment.plan
+    others = [one for one in _calls_of(plan) if one.signature != cached.signature]
+    plan.__dict__["cached_calls"] = [*others[1 - CALLS :], cached]  # another thread may read it
 
 
 def _packing_of(call: Call) -> Packing | None:
