@@ -62,16 +62,6 @@ def mean(grads: list[Any]) -> dict[str, torch.Tensor]:
 # MultiSteps ---------------------------------------------------------------------------------------
 
 
-def test_multi_steps_gives_the_updates_of_optax() -> None:
-    """``MultiSteps(sgd(1.0, momentum=0.9), 3)`` of Optax 0.2.8 with gradients 1 to 7."""
-    tx, p = torchopt.MultiSteps(torchopt.sgd(1.0, momentum=0.9), 3), torch.zeros(1, dtype=F64)
-    state, found = tx.init(p), []
-    for g in range(1, 8):
-        u, state = tx.update(torch.full((1,), float(g), dtype=F64), state, p)
-        found.append(u.item())
-    assert found == pytest.approx([0.0, 0.0, -2.0, 0.0, 0.0, -6.8, 0.0], abs=1e-15)
-
-
 @every_inside
 def test_multi_steps_is_the_inside_with_the_mean_gradients(name: str) -> None:
     p, grads = start(), [start() for _ in range(7)]

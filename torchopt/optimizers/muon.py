@@ -136,6 +136,11 @@ def scale_by_muon(
             to three digits; so does a derivative taken through it. For meta-gradients take
             ``torch.float32`` or ``torch.float64``.
 
+    Optax takes matrices as inputs by outputs, so there :math:`m` and :math:`n` change places, adds
+    :math:`\epsilon` to the norm, leaves the scale :math:`s` to its ``muon``, and corrects the bias
+    of the momentum, which is of effect with ``nesterov`` only. It iterates in the dtype of the
+    gradient.
+
     Slots: ``momentum_buffer``. Differentiable in gradients, slots, ``momentum``,
     ``ns_coefficients`` and ``eps``; a gradient that is zero everywhere passes no derivative.
 
@@ -191,6 +196,10 @@ def muon(
         ns_dtype: The dtype of the iteration; for meta-gradients ``torch.float32`` or more.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
             ``False`` never. The rule of a whole matrix has none.
+
+    Optax's ``muon`` decays weights by 0 unless told otherwise, gives what is no matrix to AdamW
+    itself, has ``consistent_rms=0.2`` for ``"match_rms_adamw"``, and differs as
+    :func:`torchopt.scale_by_muon` says.
 
     Slots: ``momentum_buffer``. Differentiable in gradients, parameters, slots and every number.
 

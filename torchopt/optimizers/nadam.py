@@ -145,6 +145,9 @@ def nadam(
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
             ``False`` never.
 
+    Optax's ``nadam`` has no ``momentum_decay``: its momentum is constant, as it is here in the
+    limit of a large one (``1e9``); its ``nadamw`` is ``decoupled_weight_decay``.
+
     Slots: ``exp_avg``, ``exp_avg_sq``, and the number ``mu_product``. Differentiable in gradients,
     parameters, slots and every number.
 

@@ -144,7 +144,7 @@ def radam(
     with :math:`u_t` of :func:`torchopt.scale_by_radam`; with ``decoupled_weight_decay`` the decay
     does not pass through the moments: :math:`p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})`.
     The function of this name in TorchOpt 0.7.3 had the default ``eps=1e-6``; its classes had that
-    of torch, as everything here.
+    of torch, as everything here. Optax adds ``eps`` to the root of the corrected moment.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.

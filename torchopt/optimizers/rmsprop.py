@@ -69,6 +69,9 @@ def scale_by_rms(
     .. math::
         v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2, \qquad u_t = \frac{g_t}{\sqrt{v_t} + \epsilon}
 
+    Optax's ``scale_by_rms`` has ``decay`` for :math:`\alpha`, 0.9 by default, and
+    :math:`\epsilon` inside the root unless it is given ``eps_in_sqrt=False``.
+
     Args:
         alpha: Decay rate :math:`\alpha` in [0, 1).
         eps: :math:`\epsilon \ge 0`, outside the root.
@@ -103,6 +106,9 @@ def scale_by_stddev(
         v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2, \qquad
         a_t = \alpha a_{t-1} + (1 - \alpha) g_t, \qquad
         u_t = \frac{g_t}{\sqrt{v_t - a_t^2} + \epsilon}
+
+    Optax's ``scale_by_stddev`` has ``decay`` for :math:`\alpha`, 0.9 by default, and
+    :math:`\epsilon` inside the root unless it is given ``eps_in_sqrt=False``.
 
     Args:
         alpha: Decay rate :math:`\alpha` in [0, 1).
@@ -150,6 +156,9 @@ def rmsprop(
 
     with :math:`u_t` of :func:`torchopt.scale_by_rms`, or of :func:`torchopt.scale_by_stddev` if
     ``centered``.
+
+    Optax's ``rmsprop`` has ``decay=0.9`` for ``alpha``, and ``eps`` inside the root unless it is
+    given ``eps_in_sqrt=False``.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.

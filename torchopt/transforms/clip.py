@@ -117,7 +117,7 @@ def clip_grad_norm(
 
     The norm is over all parameters taken as one vector, in the object-oriented API over all
     parameter groups. It is differentiated, not treated as a constant. Also called
-    ``clip_by_global_norm``.
+    ``clip_by_global_norm``, as in Optax, which adds nothing to the norm; torch does.
 
     Args:
         max_norm: :math:`c \ge 0`.
