@@ -40,8 +40,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Prodigy": {"lr": 1.0},
 }
 
+#: The factor for such a one where it diverges.
+CAREFUL = 0.3
+
 #: Every how many steps an optimizer gets an estimate of the curvature, and what that costs.
 CURVATURE_EVERY, CURVATURE_COST = 10, 2
+
+
+#: At how many measurements in succession a loss is to be low: once may be by chance.
+STAYS = 3
 
 
 def optimizers() -> dict[str, Any]:
@@ -73,6 +80,8 @@ class Problem:
     loss: Callable[[Sequence[Tensor], int], Tensor]
     #: What is to be low: the loss on all data.
     whole: Callable[[Sequence[Tensor]], Tensor]
+    #: The share that is right of what was kept for testing.
+    accuracy: Callable[[Sequence[Tensor]], float] | None = None
 
 
 SIZE, CONDITION = 8, 100.0
@@ -92,7 +101,7 @@ def _bowl() -> tuple[Tensor, Tensor]:
 def _quadratic(params: Sequence[Tensor], step: int = 0) -> Tensor:
     matrix, solution = _bowl()
     away = params[0] - solution
-    return 0.5 * (away * (matrix @ away)).sum() / SIZE
+    return 0.5 * (away * (matrix @ away)).sum()
 
 
 def _rosenbrock(params: Sequence[Tensor], step: int = 0) -> Tensor:
@@ -124,7 +133,8 @@ def _network(params: Sequence[Tensor], x: Tensor) -> Tensor:
 def _digits_start() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(i, o, generator=generator) * (2 / i) ** 0.5 for i, o in ((65, HIDDEN), (HIDDEN, 10))
+        torch.randn(i, o, generator=generator) * (2 / i) ** 0.5
+        for i, o in ((65, HIDDEN), (HIDDEN, 10))
     ]
 
 
@@ -139,8 +149,7 @@ def _digits_whole(params: Sequence[Tensor]) -> Tensor:
     return torch.nn.functional.cross_entropy(_network(params, x), y)
 
 
-def accuracy(params: Sequence[Tensor]) -> float:
-    """Return the share of digits kept for testing that a network reads right."""
+def _accuracy(params: Sequence[Tensor]) -> float:
     _, _, x, y = _digits()
     return (_network(params, x).argmax(1) == y).float().mean().item()
 
@@ -148,7 +157,7 @@ def accuracy(params: Sequence[Tensor]) -> float:
 PROBLEMS = {
     "quadratic": Problem(
         "Quadratic",
-        1e-3,
+        1e-2,
         500,
         lambda: [torch.zeros(SIZE, SIZE, dtype=torch.float64) + 0.1],
         _quadratic,
@@ -162,7 +171,7 @@ PROBLEMS = {
         _rosenbrock,
         _rosenbrock,
     ),
-    "digits": Problem("Digits", 0.1, 300, _digits_start, _digits_loss, _digits_whole),
+    "digits": Problem("Digits", 0.1, 300, _digits_start, _digits_loss, _digits_whole, _accuracy),
 }
 
 
@@ -179,6 +188,11 @@ class Run:
     reached: int | None = None
     accuracy: float | None = None
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss has left all bounds."""
+        return not self.losses[-1] < 1e4 * self.losses[0]
+
     def rank(self) -> tuple[float, float]:
         """Return what is least for the best run."""
         last = self.losses[-1]
@@ -188,7 +202,7 @@ class Run:
 def made(name: str, params: list[Tensor], lr: float) -> torch.optim.Optimizer:
     """Return an optimizer of the parameters, without weight decay."""
     cls = optimizers()[name]
-    settings: dict[str, Any] = {"lr": lr, **SETTINGS.get(name, {})}
+    settings: dict[str, Any] = {**SETTINGS.get(name, {}), "lr": lr}
     signature = inspect.signature(cls)
     if "base" in signature.parameters:  # which takes the step with the learning rate
         return cls(params, base=torchopt.sgd(settings.pop("lr")), **settings)
@@ -204,13 +218,12 @@ def takes_curvature(optimizer: Any) -> bool:
 
 
 def run(name: str, problem: Problem, lr: float, budget: int | None = None) -> Run:
-    """Minimise, until the loss is low enough or the gradients are used up."""
+    """Minimise, until the loss stays low enough or the gradients are used up."""
     params = [x.clone().requires_grad_() for x in problem.start()]
     optimizer: Any = made(name, params, lr)
     curvature = takes_curvature(optimizer)
     generator = torch.Generator().manual_seed(0)
-    first = problem.whole(params).item()
-    found = Run(lr, [0], [first])
+    found = Run(lr, [0], [problem.whole(params).item()])
     count = step = 0
 
     def closure() -> Tensor:
@@ -221,7 +234,8 @@ def run(name: str, problem: Problem, lr: float, budget: int | None = None) -> Ru
             param.grad = grad
         return loss
 
-    while count < (budget or problem.budget):
+    # what is low when they are used up has some more, to show that it stays
+    while count < (budget or problem.budget) or found.losses[-1] <= problem.tolerance:
         extra = {}
         if curvature and step % CURVATURE_EVERY == 0:
             extra["hessian"] = torchopt.hutchinson_diagonal(
@@ -237,13 +251,13 @@ def run(name: str, problem: Problem, lr: float, budget: int | None = None) -> Ru
         loss = evaluated(optimizer, lambda: problem.whole(params).item())
         found.gradients.append(count)
         found.losses.append(loss)
-        if loss <= problem.tolerance:
-            found.reached = count
+        if all(x <= problem.tolerance for x in found.losses[-STAYS:]):
+            found.reached = found.gradients[-STAYS]
             break
-        if not loss < 1e4 * first:
+        if found.diverged:
             break
-    if problem is PROBLEMS["digits"]:
-        found.accuracy = evaluated(optimizer, lambda: accuracy(params))
+    if (score := problem.accuracy) is not None:
+        found.accuracy = evaluated(optimizer, lambda: score(params))
     return found
 
 
@@ -263,12 +277,13 @@ def best(name: str, problem: Problem) -> Run:
     """Return the run from the best learning rate."""
     fixed = SETTINGS.get(name, {}).get("lr")
     if fixed is not None:
-        return run(name, problem, fixed)
+        trial = run(name, problem, fixed)
+        return run(name, problem, CAREFUL * fixed) if trial.diverged else trial
     found: Run | None = None
 
     def attempt(lr: float) -> None:
         nonlocal found
-        trial = run(name, problem, lr, found and found.reached)
+        trial = run(name, problem, lr, found.gradients[-1] if found and found.reached else None)
         if found is None or trial.rank() < found.rank():
             found = trial
 

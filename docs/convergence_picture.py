@@ -1,4 +1,4 @@
-"""The picture of ``docs/convergence.json``: ``python docs/convergence_picture.py`` draws it anew."""
+"""Draw ``docs/convergence.json``: ``python docs/convergence_picture.py``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from convergence import DATA, PROBLEMS, SETTINGS, made, optimizers, recorded, ta
 
 
 PICTURE = Path(__file__).parent / "images" / "convergence.png"
+
+#: Where the axis begins.
+LEFT = 0.7
 
 #: Families in the order of the picture; :func:`family` tells which an optimizer is of.
 PLAIN = "the gradient, its average"
@@ -40,7 +43,7 @@ def family(name: str) -> str:
 def _calls_twice(name: str) -> bool:
     calls = 0
     weight = torch.ones(2, 2, requires_grad=True)
-    optimizer = made(name, [weight], 1e-3)
+    optimizer: Any = made(name, [weight], 1e-3)
 
     def closure() -> torch.Tensor:
         nonlocal calls
@@ -60,6 +63,7 @@ def _moved(name: str, seed: int = 1, scale: float = 1.0) -> torch.Tensor:
     """
     weight = torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
     optimizer: Any = made(name, [weight], 1e-4)
+    before = weight.detach().clone()
     first, others = (torch.Generator().manual_seed(s) for s in (0, seed))
     for step in range(24):
         if step == 12:
@@ -111,7 +115,7 @@ def draw(path: Path = PICTURE) -> None:
     )
     for ax, (key, problem) in zip(axes, PROBLEMS.items()):
         norm = LogNorm(problem.tolerance, data["SGD"][key]["losses"][0])
-        image = None
+        image: Any = None
         for name, place in places.items():
             image = _strip(ax, data[name][key], place, problem, norm)
         _axis(ax, problem, at)
@@ -121,8 +125,8 @@ def draw(path: Path = PICTURE) -> None:
     axes[0].set_yticks(list(places.values()), list(places), fontsize=8.5)
     for title, place in titles.items():
         axes[0].text(
-            *(-0.02, place, title), transform=axes[0].get_yaxis_transform(), ha="right", va="center",
-            fontsize=8.5, color="#0b5d7a", fontweight="bold",
+            *(-0.02, place, title), transform=axes[0].get_yaxis_transform(), ha="right",
+            va="center", fontsize=8.5, color="#0b5d7a", fontweight="bold",
         )  # fmt: skip
     path.parent.mkdir(exist_ok=True)
     digest = hashlib.sha256(DATA.read_bytes()).hexdigest()  # so that a test sees what it is of
@@ -134,20 +138,18 @@ def draw(path: Path = PICTURE) -> None:
 
 def _strip(ax: Any, row: dict[str, Any], place: float, problem: Any, norm: Any) -> Any:
     """Draw the loss of one run as colours along its gradients, and write how many they were."""
-    edges = [max(x, 1) for x in row["gradients"]]
-    if len(edges) > 1 and edges[1] == 1:
-        edges[0] = 0.85  # the first gradient ends where the axis begins
-    high = norm.vmax
-    losses = [min(max(x, problem.tolerance), high) if math.isfinite(x) else high for x in row["losses"]]
-    image = ax.pcolormesh(
-        edges, [place - 0.4, place + 0.4], [losses[1:]], cmap="viridis_r", norm=norm, shading="flat"
-    )
     reached = row.get("reached")
+    count = len(row["losses"]) if reached is None else row["gradients"].index(reached) + 1
+    edges = [LEFT, *row["gradients"][1:count]]  # the axis has no place for 0 gradients
+    losses = [min(x, norm.vmax) if math.isfinite(x) else norm.vmax for x in row["losses"]]
+    ends, colours = [place - 0.4, place + 0.4], [losses[: count - 1]]
+    image = ax.pcolormesh(edges, ends, colours, cmap="viridis_r", norm=norm, shading="flat")
+    text, style = str(reached), {"fontsize": 7.5, "color": "#222222"}
     if reached is None:
-        text = f"{row['losses'][-1]:.2g}"
-        ax.text(edges[-1] * 1.06, place, text, va="center", fontsize=7, color="#b3261e", style="italic")
-    else:
-        ax.text(reached * 1.06, place, str(reached), va="center", fontsize=7.5, color="#222")
+        last = row["losses"][-1]
+        text = f"{last:.2g}" if last < row["losses"][0] else "diverged"
+        style = {"fontsize": 7, "color": "#b3261e", "style": "italic"}
+    ax.text(edges[-1] * 1.06, place, text, va="center", **style)
     rate = f"{row['lr']:g}"
     ax.text(1.0, place, f"{rate} ", transform=ax.get_yaxis_transform(), va="center", ha="right",
             fontsize=6.5, color="#777")  # fmt: skip
@@ -156,7 +158,7 @@ def _strip(ax: Any, row: dict[str, Any], place: float, problem: Any, norm: Any) 
 
 def _axis(ax: Any, problem: Any, height: float) -> None:
     ax.set_xscale("log")
-    ax.set_xlim(0.85, problem.budget * 6)
+    ax.set_xlim(LEFT, problem.budget * 10)
     ax.set_ylim(height - 0.4, -0.8)
     ticks = [x for x in (1, 10, 100, 1000) if x <= problem.budget]
     ax.set_xticks(ticks, [str(x) for x in ticks], fontsize=8)

@@ -17,28 +17,23 @@ import torchopt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
 
-import convergence  # noqa: E402
-import convergence_picture as picture  # noqa: E402
+import convergence
+import convergence_picture as picture
 
 
 RECORDED = convergence.recorded()
-QUADRATIC, ROSENBROCK, DIGITS = convergence.PROBLEMS.values()
+QUADRATIC = convergence.PROBLEMS["quadratic"]
 
 every_optimizer = pytest.mark.parametrize("name", convergence.optimizers())
 
 
-def again(name: str, key: str) -> convergence.Run:
+def again(name: str, key: str, tolerance: float | None = None) -> convergence.Run:
     """Run an optimizer anew from the learning rate that the figure shows."""
     assert name in RECORDED, f"run `python docs/convergence.py {name}`"
-    return convergence.run(name, convergence.PROBLEMS[key], RECORDED[name][key]["lr"])
-
-
-def assert_as_recorded(name: str, key: str, found: convergence.Run) -> None:
-    """Rounding may differ between machines, and chaos enlarge it: hence some leeway."""
-    expected = RECORDED[name][key].get("reached")
-    if expected is not None:
-        assert found.reached is not None
-        assert 0.7 * expected - 4 <= found.reached <= 1.4 * expected + 4
+    problem = convergence.PROBLEMS[key]
+    if tolerance is not None:
+        problem = replace(problem, tolerance=tolerance)
+    return convergence.run(name, problem, RECORDED[name][key]["lr"])
 
 
 def test_the_list_leaves_none_out() -> None:
@@ -62,40 +57,53 @@ def test_the_figure_is_of_the_optimizers_of_today() -> None:
 
 @every_optimizer
 def test_the_quadratic_is_minimised(name: str) -> None:
-    """To a hundredth of the loss at the beginning, by the budget of 500 gradients."""
-    found = again(name, "quadratic")
-    assert found.gradients[-1] <= 1.1 * QUADRATIC.budget
-    assert found.losses[-1] < 0.01 * found.losses[0]
-    assert_as_recorded(name, "quadratic", found)
+    """To a hundredth of the loss at the beginning, where it stays, in 500 gradients."""
+    found = again(name, "quadratic", 0.01 * RECORDED[name]["quadratic"]["losses"][0])
+    assert found.reached is not None
+    assert found.reached <= QUADRATIC.budget
 
 
 @every_optimizer
 def test_rosenbrock_is_descended(name: str) -> None:
-    """From 24.2 into the valley, and along it at least some way."""
-    found = again(name, "rosenbrock")
+    """From 24.2 into the valley, and some way along it."""
+    found = again(name, "rosenbrock", 4.0)
     assert found.losses[0] == pytest.approx(24.2)
-    assert found.losses[-1] < 2.0
-    assert_as_recorded(name, "rosenbrock", found)
+    assert found.reached is not None
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("key", convergence.PROBLEMS)
 @every_optimizer
-def test_digits_are_learned(name: str) -> None:
-    """Chance is a loss of 2.3 and an accuracy of a tenth."""
-    pytest.importorskip("sklearn")
-    found = again(name, "digits")
-    assert found.losses[-1] < 0.5
-    assert found.accuracy is not None
-    assert found.accuracy > 0.85
-    assert_as_recorded(name, "digits", found)
+def test_the_figure_shows_what_happens(name: str, key: str) -> None:
+    """Rounding may differ between machines, and grow from step to step: hence the leeway."""
+    if key == "digits":
+        pytest.importorskip("sklearn")
+    found, expected = again(name, key), RECORDED[name][key].get("reached")
+    if expected is not None:
+        assert found.reached is not None
+        assert 0.7 * expected - 4 <= found.reached <= 1.4 * expected + 4
+    if key == "digits":  # chance is a tenth
+        assert found.accuracy is not None
+        assert found.accuracy > 0.85
 
 
 @pytest.mark.parametrize("lr", [1e-6, 100.0])
 def test_what_does_not_converge_is_not_said_to(lr: float) -> None:
     found = convergence.run("SGD", QUADRATIC, lr)
     assert found.reached is None
-    assert not found.losses[-1] < 0.5 * found.losses[0]
     assert found.rank()[0] == math.inf
+
+
+def test_a_loss_that_is_low_by_chance_is_not_low_enough() -> None:
+    """It is to stay low for some measurements."""
+    losses = [4.0, 0.0, 4.0, 4.0, 0.0, 4.0, 0.0, 0.0, 0.0, 9.0]
+    given = iter([*losses, *[9.0] * 9])
+    problem = replace(
+        QUADRATIC, tolerance=1.0, budget=20, whole=lambda params: torch.tensor(next(given))
+    )
+    found = convergence.run("SGD", problem, 1e-3)
+    assert found.losses == losses[:9]
+    assert found.reached == 6
 
 
 def test_gradients_are_counted() -> None:
@@ -107,7 +115,7 @@ def test_gradients_are_counted() -> None:
 
 
 def test_averages_are_measured_where_they_are_to_be_evaluated() -> None:
-    few = replace(QUADRATIC, tolerance=-1.0, budget=30)
+    few = replace(QUADRATIC, tolerance=-1.0, budget=15)
     found = convergence.run("SGDScheduleFree", few, 0.5)
     params = [x.requires_grad_() for x in few.start()]
     tx = torchopt.schedule_free_sgd(0.5)
