@@ -57,16 +57,16 @@ def test_the_figure_is_of_the_optimizers_of_today() -> None:
 
 @every_optimizer
 def test_the_quadratic_is_minimised(name: str) -> None:
-    """To a hundredth of the loss at the beginning, where it stays, in 500 gradients."""
-    found = again(name, "quadratic", 0.01 * RECORDED[name]["quadratic"]["losses"][0])
+    """To a fiftieth of the loss at the beginning, where it stays, in 500 gradients."""
+    found = again(name, "quadratic", 0.02 * RECORDED[name]["quadratic"]["losses"][0])
     assert found.reached is not None
     assert found.reached <= QUADRATIC.budget
 
 
 @every_optimizer
 def test_rosenbrock_is_descended(name: str) -> None:
-    """From 24.2 into the valley, and some way along it."""
-    found = again(name, "rosenbrock", 4.0)
+    """From 24.2 into the valley, whose floor is at 4.1 there, in 1000 gradients."""
+    found = again(name, "rosenbrock", 4.5)
     assert found.losses[0] == pytest.approx(24.2)
     assert found.reached is not None
 
