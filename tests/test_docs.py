@@ -122,6 +122,14 @@ def test_named_classes_show_equation_arguments_and_example_of_their_recipe():
     assert "[torch.Size([1, 2]), torch.Size([])]" in text
 
 
+def test_a_class_with_an_example_of_its_own_is_left_as_it_is():
+    """Its arguments are others than those of its recipe, of which the usual example is made."""
+    lines = torchopt.MetaSAM.__doc__.splitlines()
+    before = list(lines)
+    api_pages.complete_docstring(None, "class", "", torchopt.MetaSAM, None, lines)
+    assert lines == before
+
+
 def test_a_transcript_shows_what_was_printed():
     text = transcripts.transcript("a = 2\nfor k in range(a):\n    print(k)\n\na + 1")
     assert text.splitlines() == [

@@ -235,8 +235,8 @@ def complete_docstring(
     for index, line in enumerate(lines):
         lines[index] = re.sub(r"^(Slots):", r"**\1:**", line)
     recipe = recipe_of(value)
-    if recipe is None or what != "class":
-        return
+    if recipe is None or what != "class" or "Example:" in (value.__doc__ or ""):
+        return  # the last: one whose arguments are others than those of its recipe says it itself
     first = "module" if issubclass(value, torchopt.MetaOptimizer) else "params"
     body = inspect.getdoc(recipe) or ""
     body = body.split("\n\n", 1)[1]  # without the summary
