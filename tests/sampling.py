@@ -6,10 +6,11 @@ is marked ``thorough``, which ``pyproject.toml`` leaves out.
 
 So that a table of forty optimizers does not take ten times as long as one of four, values with a
 ``kind`` (the rows of ``cases.py``) are sampled in two ways: of the first of each kind about one of
-``n`` combinations is kept, of every other row ``each`` (one), not the same for all.
+``n`` combinations is kept, of every other row ``each`` (one), not the same for all. With
+``by="family"`` rows are alike more easily.
 
-Laws of the library's mechanisms are thinned without a mark, too: a row that is not the first of its
-family keeps one combination, and where it has one only every third law takes it, not the same ones
+Laws of the library's mechanisms are thinned without a mark, too: of a row that is not the first of
+its family every second law takes one combination, every sixth if it has one only, not the same ones
 for all rows. Laws of what a row says itself (values, derivatives, bounds) are ``complete``.
 """
 
@@ -63,9 +64,11 @@ def some(members: Sequence[int], turn: int, each: int) -> list[int]:
     return [members[(turn + j * len(members) // each) % len(members)] for j in range(each)]
 
 
-def sample(combinations: Sequence[dict[str, Any]], n: int, each: int = 1) -> set[int]:
-    """Return which combinations of values to keep."""
-    behind = followers(combinations)
+def sample(
+    combinations: Sequence[dict[str, Any]], n: int, each: int = 1, by: str = "kind"
+) -> set[int]:
+    """Return which combinations of values to keep; ``by`` says what makes rows alike."""
+    behind = followers(combinations, by)
     aside = {k for members in behind.values() for k in members}
     ahead = [k for k in range(len(combinations)) if k not in aside]
     chosen = {ahead[k] for k in kept(positions([combinations[k] for k in ahead]), n)}
@@ -79,7 +82,7 @@ def thinned(combinations: Sequence[dict[str, Any]], start: int) -> set[int]:
     behind = followers(combinations, "family")
     chosen = set(range(len(combinations))) - {k for members in behind.values() for k in members}
     for turn, members in enumerate(behind.values(), start):
-        if len(members) > 1 or turn % 3 == 0:
+        if turn % (2 if len(members) > 1 else 6) == 0:
             chosen.update(some(members, turn, 1))
     return chosen
 

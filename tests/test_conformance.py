@@ -201,7 +201,7 @@ WRT_AND_FACE = [
 ]
 
 
-@pytest.mark.sampled(7, each=3)
+@pytest.mark.sampled(7, each=2)
 @pytest.mark.parametrize(("wrt", "face"), WRT_AND_FACE, ids=lambda value: value)
 @pytest.mark.parametrize("steps", STEPS, ids=lambda steps: f"{steps}-steps")
 @pytest.mark.parametrize("kind", LOSSES)

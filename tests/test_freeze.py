@@ -58,7 +58,7 @@ class Net(nn.Module):
 # The three faces ----------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(3)
 @every_stop
 @every_independent_case
 @pytest.mark.parametrize("spoilt", SPOILT, ids=str)
@@ -76,7 +76,7 @@ def test_the_functional_face(case: Case, stop: Any, spoilt: float) -> None:
         assert_close(params["head"], head["head"])
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(3)
 @every_stop
 @every_independent_case
 def test_the_differentiable_face(case: Case, stop: Any) -> None:
@@ -180,7 +180,7 @@ def test_one_factor_for_each_parameter() -> None:
 # Derivatives --------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("accelerated", [None, False])
 @pytest.mark.parametrize("ends", ["last", "both"])
 @every_independent_case

@@ -17,7 +17,7 @@ import torchopt
 from torchopt.base import tree
 
 
-@pytest.mark.sampled(1, each=2)
+@pytest.mark.sampled(3)
 @every_tree
 @every_case
 def test_a_tree_is_updated_leaf_by_leaf(case: Case, make: Any) -> None:

@@ -63,7 +63,7 @@ def test_opcheck_of_the_update(case: Case, dtype: torch.dtype, requires_grad: bo
     torch.library.opcheck(torch.ops.torchopt.update, arguments(case.tx, dtype, requires_grad))
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(5, each=0, by="family")
 @every_fused_state
 @every_dtype
 @recorded

@@ -87,7 +87,7 @@ class UpdateAsFunction:
         assert gradgradcheck(self, self.inputs, check_fwd_over_rev=True, **GRADCHECK)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(4, each=0, by="family")
 @pytest.mark.parametrize("steps_before", [0, 2], ids=["first-step", "third-step"])
 @every_kind
 def test_every_algorithm(case: Case, steps_before: int) -> None:

@@ -105,7 +105,7 @@ def into_another(optimizer: Any, params: list[nn.Parameter]) -> None:
 BETWEEN = (many_steps, now_and_then, by_rules_and_kernels, nothing, into_another)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(3)
 @every_case
 @pytest.mark.parametrize("setting", [None, False], ids=["fused", "rules"])
 @pytest.mark.parametrize("between", BETWEEN, ids=lambda f: f.__name__)

@@ -123,7 +123,7 @@ def test_the_signs_of_a_basis_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("frequency", [1, 2])
+@pytest.mark.parametrize("frequency", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_meta_gradients_of_matrices_of_low_rank(rank: int, frequency: int) -> None:
     """The bases of 4 x 3 matrices are completed, from unit vectors and from the bases before."""
     w, loss = low_rank_problem(rank)

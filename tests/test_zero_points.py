@@ -192,7 +192,7 @@ def test_unrolled_first_order(case: Case, zero: str) -> None:
     assert (reverse[:3] != 0).all()  # the first parameters always matter
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(2, each=0, by="family")
 @pytest.mark.parametrize("zero", ZEROS)
 @every_entrywise_case
 def test_unrolled_second_order(case: Case, zero: str) -> None:
