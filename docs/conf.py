@@ -32,7 +32,7 @@ exclude_patterns = ["_build", "extensions", "generated"]
 nitpicky = True  # a reference that leads nowhere is a warning
 # what lies outside this site; inventories of other sites would need the network
 nitpick_ignore_regex = [
-    (r"py:.*", r"torch(\.(?!opt).*)?$"),
+    (r"py:.*", r"torch(\..*)?$"),
     (r"py:.*", r"(?:.*\.)?(Tensor|Module|Parameter|device|dtype|Size)$"),
     (
         r"py:.*",

@@ -148,8 +148,13 @@ def _heading(text: str) -> str:
 def _page(symbol: Symbol, everything: list[Symbol]) -> str:
     directive = "autoclass" if inspect.isclass(symbol.value) else "autofunction"
     text = _heading(symbol.short) + f".. {directive}:: {symbol.name}\n"
-    if directive == "autoclass" and recipe_of(symbol.value) is None:
+    if directive == "autoclass" and (recipe_of(symbol.value) is None or _methods(symbol.value)):
         text += "   :members:\n"
+        if any(
+            base.__module__.startswith("torchopt.") and all(s.value is not base for s in everything)
+            for base in symbol.value.__bases__
+        ):
+            text += "   :inherited-members:\n"  # what a class without a page of its own defines
     for internal in _returned(symbol.value, everything):
         text += f"\n.. autoclass:: {internal.__module__}.{internal.__name__}\n   :members:\n"
     if symbol.aliases:
@@ -159,6 +164,11 @@ def _page(symbol: Symbol, everything: list[Symbol]) -> str:
         text += "\n.. rubric:: The same in the other faces\n\n"
         text += "".join(f"* :py:obj:`{s.name}`\n" for s in others)
     return text
+
+
+def _methods(value: type) -> list[str]:
+    """Return the names of the public methods that a class defines itself."""
+    return [name for name, x in vars(value).items() if inspect.isfunction(x) and name[0] != "_"]
 
 
 def _returned(value: Any, everything: list[Symbol]) -> list[type]:
