@@ -34,7 +34,7 @@ def common_of(call: CallLike) -> Common | None:
     g, p = call.g, call.p
     if not g or any(x is None for x in p):
         return None
-    both = g if g is p else [*g, *p]
+    both = [*g, *p]
     types = {type(x) for x in both}
     if not all(issubclass(t, Tensor) for t in types):
         return None
@@ -44,7 +44,7 @@ def common_of(call: CallLike) -> Common | None:
         or len({x.device for x in both}) > 1
         or not g[0].is_floating_point()
         or {x.layout for x in both} != {torch.strided}
-        or (g is not p and [x.shape for x in p] != shapes)
+        or [x.shape for x in p] != shapes
     ):
         return None
     return Common(types, shapes, g[0].dtype, g[0].device)
