@@ -47,7 +47,8 @@ def gather_tree(
     if counters is None:
         counters = {name: [c.start] * len(steps) for name, c in tx.plan.counters.items()}
     leaves = params if params is not None else grads
-    members = Members(tx.plan.values, leaves or [], names, _count_of(steps))
+    plan = tx.plan
+    members = Members(plan.values, leaves or [], names, _count_of(steps), row=plan.row)
     return gather(tx, [members], call, counters, uniform=uniform)
 
 

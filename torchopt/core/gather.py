@@ -23,6 +23,7 @@ class Members:
         names: A function that returns their names.
         count: How often they have been updated, for schedules.
         known: What a dict of hyperparameters may name besides; see ``resolving.match_by_name``.
+        row: The hyperparameters of each parameter, if they are known to be the same for all.
     """
 
     values: Mapping[str, Any]
@@ -30,6 +31,7 @@ class Members:
     names: Callable[[], Sequence[str]]
     count: Step = 0
     known: Sequence[str] | Callable[[], Known] = ()
+    row: dict[str, Any] | None = None
 
 
 def gather(
@@ -56,8 +58,8 @@ def gather(
     plan = tx.plan
     rows: list[dict[str, Any]] = []
     for one in members:
-        if one.values is plan.values and plan.row is not None:
-            rows += [plan.row] * len(one.leaves)
+        if one.row is not None:
+            rows += [one.row] * len(one.leaves)
             continue
         rows += resolve(one.values, plan.hyper_specs, one.leaves, one.names, one.count, one.known)
     if order is not None:
