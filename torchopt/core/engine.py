@@ -181,7 +181,9 @@ def advance(
     """
     # whether the slots are no longer as they were given
     refreshes = bool(tx.plan.refreshing) and any(name in call.extra for name in tx.plan.reads)
-    if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
+    # a kernel reads half precision as it is, but no slots in a dtype of their own
+    by_kernels = not refreshes and not tx.plan.narrow and accelerates(tx.plan)
+    if by_kernels:
         again = accelerator.take_cached(tx.plan, call, apply)
         if again is not None:
             return again
@@ -198,10 +200,7 @@ def advance(
     if not whole:
         columns = {name: [column[i] for i in index] for name, column in columns.items()}
     first_node = step_tags.begin()
-    fused = None
-    # a kernel reads half precision as it is, but no slots in a dtype of their own
-    if not refreshes and not tx.plan.narrow and accelerates(tx.plan):
-        fused = accelerator.take_whole(tx.plan, leaves, columns, apply)
+    fused = accelerator.take_whole(tx.plan, leaves, columns, apply) if by_kernels else None
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)
         if first_node >= 0:

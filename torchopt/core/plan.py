@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,29 @@ from torch import Tensor
 from torchopt.base import misuse, tree
 from torchopt.base.values import is_plain
 from torchopt.core.slots import Counter, Slot
+
+
+class Named(Protocol):
+    """A part, as to what it has by name."""
+
+    slots: ClassVar[Sequence[Slot]]
+    counters: ClassVar[Sequence[Counter]]
+
+    def hyper_specs(self) -> Mapping[str, Any]:
+        """Return the declared hyperparameters."""
+        ...
+
+    def hyperparameters(self) -> Mapping[str, Any]:
+        """Return their values."""
+        ...
+
+    def kept(self, slots: Sequence[Slot]) -> Sequence[Slot]:
+        """Return slots as they are kept."""
+        ...
+
+    def whole_slots(self) -> Mapping[str, tuple[Any, tuple[Any, ...]]]:
+        """Return the slots that are one tree for all parameters."""
+        ...
 
 
 class Plan:
@@ -47,35 +70,7 @@ class Plan:
         self.whole: dict[str, tuple[Any, tuple[Any, ...]]] = {}
         latest: dict[str, str] = {}  # the public name of a part's own, as the last part had it
         for part in self.parts:
-            specs = part.hyper_specs()
-            taken = {*self.hyper_specs, *self.counters}
-            fields = {
-                name: latest[name] if s.shared and name in latest else _free_name(name, taken)
-                for name, s in specs.items()
-            }
-            latest.update(fields)
-            specs = {name: spec for name, spec in specs.items() if fields[name] not in taken}
-            self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
-            slots, counters = part.kept(part.slots), part.counters
-            kept = {*self.slot_of, *self.counters, "step"}
-            names = tuple(_free_name(slot.name, kept) for slot in slots)
-            self.fields.append(fields)
-            self.slots.append(names)
-            self.slot_names += names
-            values = part.hyperparameters()
-            self.values.update({fields[name]: values[name] for name in specs})
-            self.slot_of.update(zip(names, slots))
-            if whole := part.whole_slots():
-                own = zip(names, slots)
-                self.whole.update({n: whole[slot.name] for n, slot in own if slot.name in whole})
-            kept |= {*names, *self.hyper_specs}
-            counted = {c.name: _free_name(c.name, kept) for c in counters}
-            self.counters.update({counted[c.name]: c for c in counters})
-            self.kept_at.update(
-                {n: f"next {n}" if c.ahead else n for n, c in self.counters.items()}
-            )
-            self.counted.append(counted)
-            fields.update(counted)  # a rule gets them as it gets its hyperparameters
+            self._add(part, latest)
         #: The values as a rule gets them, if they are the same for all parameters at every step.
         self.row: dict[str, Any] | None = None
         if all(
@@ -88,6 +83,36 @@ class Plan:
         self.narrow: dict[str, torch.dtype] = {
             name: s.dtype for name, s in self.slot_of.items() if s.dtype is not None and s.is_narrow
         }
+
+    def _add(self, part: Named, latest: dict[str, str]) -> None:
+        """Find public names for what the next part has; ``latest`` has those of earlier parts."""
+        specs = part.hyper_specs()
+        taken = {*self.hyper_specs, *self.counters}
+        fields = {
+            name: latest[name] if s.shared and name in latest else _free_name(name, taken)
+            for name, s in specs.items()
+        }
+        latest.update(fields)
+        specs = {name: spec for name, spec in specs.items() if fields[name] not in taken}
+        self.hyper_specs.update({fields[name]: spec for name, spec in specs.items()})
+        slots, counters = part.kept(part.slots), part.counters
+        kept = {*self.slot_of, *self.counters, "step"}
+        names = tuple(_free_name(slot.name, kept) for slot in slots)
+        self.fields.append(fields)
+        self.slots.append(names)
+        self.slot_names += names
+        values = part.hyperparameters()
+        self.values.update({fields[name]: values[name] for name in specs})
+        self.slot_of.update(zip(names, slots))
+        if whole := part.whole_slots():
+            own = zip(names, slots)
+            self.whole.update({n: whole[slot.name] for n, slot in own if slot.name in whole})
+        kept |= {*names, *self.hyper_specs}
+        counted = {c.name: _free_name(c.name, kept) for c in counters}
+        self.counters.update({counted[c.name]: c for c in counters})
+        self.kept_at.update({counted[c.name]: _place_of(counted[c.name], c) for c in counters})
+        self.counted.append(counted)
+        fields.update(counted)  # a rule gets them as it gets its hyperparameters
 
     def renamed_slots(self, optional: bool = False) -> tuple[Slot, ...]:
         """Return the slots of all parts under their public names."""
@@ -199,6 +224,10 @@ class Plan:
                 previous = row
             result.append(picked)
         return result
+
+
+def _place_of(name: str, counter: Counter) -> str:
+    return f"next {name}" if counter.ahead else name
 
 
 def _free_name(name: str, taken: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -39,16 +39,22 @@ def keep_buffers(*modules: nn.Module) -> Iterator[None]:
     found = {id(part): part for module in modules for part in modules_of(module)}
     held = [(part, name, x) for part in found.values() for name, x in part._buffers.items()]
     held = [(part, name, x) for part, name, x in held if x is not None]
-    copies: dict[int, Tensor] = {}
     try:
-        for part, name, buffer in held:
-            if nn.parameter.is_lazy(buffer):
-                continue
-            if id(buffer) not in copies:  # one that two parts share stays shared
-                copies[id(buffer)] = buffer.clone()
-            moments.put(part, "_buffers", name, copies[id(buffer)])
+        put_copies(found.values())
         yield
     finally:
         for part, name, buffer in held:
             if not nn.parameter.is_lazy(buffer) and part._buffers.get(name) is not buffer:
                 moments.put(part, "_buffers", name, buffer)
+
+
+def put_copies(modules: Iterable[nn.Module]) -> None:
+    """Put copies of their buffers into modules; one that several share stays shared."""
+    copies: dict[int, Tensor] = {}
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is None or nn.parameter.is_lazy(buffer):
+                continue
+            if id(buffer) not in copies:
+                copies[id(buffer)] = buffer.clone()
+            moments.put(module, "_buffers", name, copies[id(buffer)])

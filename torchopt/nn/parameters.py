@@ -97,17 +97,9 @@ class ParameterSite:
 
 def place_each(sites: Sequence[ParameterSite], tensors: Sequence[Tensor | None]) -> None:
     """Put tensors where the old ones were; ``None`` leaves the old one."""
-    noted = bool(moments.references or moments.noting)
     for site, tensor in zip(sites, tensors):
-        if tensor is None:
-            continue
-        owner, attribute = site.owners[0]
-        if noted or len(site.owners) > 1 or isinstance(owner, nn.RNNBase):
+        if tensor is not None:
             site.place(tensor)
-            continue
-        if type(tensor) is Tensor:
-            tensor.__class__ = FastWeight  # as place_parameter does it
-        owner._parameters[attribute] = tensor  # pyright: ignore[reportArgumentType]
 
 
 def parameter_sites(module: nn.Module) -> dict[str, ParameterSite]:

@@ -6,10 +6,11 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from torchopt.nn import moments
+from torchopt.nn.buffers import put_copies
 from torchopt.nn.values_before import ValuesBefore
 
 
@@ -29,14 +30,7 @@ class Rollback:
         tensors = {id(t): t for m in modules for t in m._parameters.values() if t is not None}
         self._values = ValuesBefore(list(tensors.values()))
         if with_buffers:
-            copies: dict[int, Tensor] = {}
-            for module in modules:
-                for name, buffer in module._buffers.items():
-                    if buffer is None or nn.parameter.is_lazy(buffer):
-                        continue
-                    if id(buffer) not in copies:
-                        copies[id(buffer)] = buffer.clone()
-                    moments.put(module, "_buffers", name, copies[id(buffer)])
+            put_copies(modules)
 
     def undo(self) -> None:
         """Make the network what it was. It may be called again if it was interrupted."""

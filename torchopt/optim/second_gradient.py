@@ -14,6 +14,7 @@ from torchopt.core.engine import Call
 from torchopt.diff.gradient import differentiate
 from torchopt.nn import marks
 from torchopt.nn.buffers import keep_buffers
+from torchopt.nn.parameters import place_each
 from torchopt.optim.meta_call import Entry
 from torchopt.typing import PyTree
 
@@ -94,14 +95,13 @@ def gradients_in_network(
         for old, new in zip(params, there) if marked else ():
             if new is not old:
                 marks.carry(old, new)
+        sites = [entry.site for entry in entries]
         try:
-            for entry, weight in zip(entries, there):
-                entry.site.place(weight)
+            place_each(sites, there)
             with torch.enable_grad(), keep_buffers(*modules):
                 grads = list(differentiate(closure(), there, create_graph))
         finally:
-            for entry, p in zip(entries, params):
-                entry.site.place(p)
+            place_each(sites, params)
         if marked:
             grads = marks.filtered(there, grads, create_graph)
         return dict(zip(names, grads))
