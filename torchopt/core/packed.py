@@ -83,12 +83,12 @@ class Packed:
         self.flat, self.packing = flat, packing
         self._tensors: list[Tensor] | None = None
 
-    def readable(self) -> Packed | None:
-        """Return the same with its entries one after the other in memory, ``None`` for zeros."""
+    def readable(self) -> Packed | list[Any]:
+        """Return the same with its entries one after the other in memory; zeros have none."""
         if self.flat.is_contiguous():
             return self
         if self.packing.is_zero(self.flat):
-            return None
+            return [None] * len(self.packing.sizes)
         return Packed(self.flat.contiguous(), self.packing)
 
     def tensors(self) -> list[Tensor]:

@@ -71,7 +71,8 @@ class Prepared:
         self.program: Program | None = None
         self.call: native.KernelCall | None = None
         self.told: list[int] = []  # addresses of gradients that the call has been given
-        self.numbers: dict[str, float] = {}  # the counters of the step being taken
+        self.row: Sequence[float] = ()  # the kernel's numbers at the step being taken
+        self.numbers: dict[str, float] = {}  # and the counters
 
     @staticmethod
     def make(plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> Prepared | None:
@@ -213,8 +214,7 @@ class Prepared:
             if not kept.issuperset(program.kernels[MODE].output_operands[1:]):
                 return False  # a slot that is not there yet has to be made
             self.program, self.call, self.told = program, self._make_call(program), []
-        assert self.call is not None
-        self.call.set_numbers(program.numbers[MODE](read.values, t))
+        self.row = program.numbers[MODE](read.values, t)
         return True
 
     def _make_call(self, program: Program) -> native.KernelCall:
@@ -255,7 +255,7 @@ class Prepared:
         if GRADIENT in inputs and self.apart is not self.told:
             self.call.set_input(inputs.index(GRADIENT), self.apart)
             self.told = self.apart
-        self.call.run()
+        self.call.run(self.row)
 
 
 def _overlap(spans: Iterable[tuple[int, int]]) -> bool:

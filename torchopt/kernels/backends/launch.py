@@ -19,11 +19,13 @@ from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.backends import cpu as native
 from torchopt.kernels.backends import gpu
 from torchopt.kernels.backends.memory import (
+    OF_PARAMETERS,
     Column,
     addresses,
     divided,
     dtype_of,
     narrow_mask,
+    slot_dtype,
 )
 from torchopt.kernels.generate.bytecode import Code
 from torchopt.kernels.generate.graph import Kernel
@@ -58,15 +60,17 @@ def launch(
     """
     packed = pieces > 1 or Packed in map(type, inputs.values())
     packed = packed or Packing in map(type, wanted.values())
-    like, inputs = _same_layout(like, {s: _readable(c) for s, c in inputs.items()}, packed)
+    readable = {s: c.readable() if type(c) is Packed else c for s, c in inputs.items()}
+    like, inputs = _same_layout(like, readable, packed)
     own = like[0].dtype
+    wide = slot_dtype(own)
     outputs: dict[str, Column] = {}
     sums: Tensor | None = None
     summed = [k for k, operand in enumerate(kernel.output_operands) if wanted[operand] is SUM]
     if summed:
         sums = torch.empty((len(summed), len(like) * pieces), dtype=torch.float64)
     for operand in kernel.output_operands:
-        dtype = dtype_of(operand, own)
+        dtype = own if operand in OF_PARAMETERS else wide
         mask = wanted[operand]
         if mask is SUM:
             outputs[operand] = [None] * len(like)
@@ -124,7 +128,8 @@ def run(
             divided(p, sizes, bytes_of[s], pieces) for s, p in zip(kernel.inputs, in_places)
         ]
         out_places = [divided(p, sizes, bytes_of[s], pieces) for s, p in zip(outputs, out_places)]
-    native.library().run(
+    call = native.KernelCall(
+        native.library(),
         function,
         native.DTYPES[like[0].dtype],
         narrow_in,
@@ -132,12 +137,12 @@ def run(
         sizes,
         list(chain.from_iterable(in_places)),
         list(chain.from_iterable(out_places)),
-        list(chain.from_iterable(numbers)),
         rows,
         len(kernel.numbers),
         sum(1 << k for k in summed),
         0 if sums is None else sums.data_ptr(),
     )
+    call.run(list(chain.from_iterable(numbers)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -157,14 +162,6 @@ def _views(column: Column, pieces: int) -> list[Any]:
         for x in column
         for piece in ([None] * pieces if x is None else x.view(pieces, -1).unbind())
     ]
-
-
-def _readable(column: Column) -> Column:
-    """Return a column as kernels can read it, if it is packed."""
-    if not isinstance(column, Packed):
-        return column
-    readable = column.readable()
-    return [None] * len(column) if readable is None else readable
 
 
 def _same_layout(
