@@ -71,6 +71,8 @@ class Plan:
         latest: dict[str, str] = {}  # the public name of a part's own, as the last part had it
         for part in self.parts:
             self._add(part, latest)
+        #: What calls whose slots are not packed found out (torchopt.kernels.cached_call).
+        self.cached_calls: list[Any] = []
         #: The values as a rule gets them, if they are the same for all parameters at every step.
         self.row: dict[str, Any] | None = None
         if all(

@@ -3,7 +3,7 @@
 ``torch.autograd.Function.apply`` does the same for any tree of arguments, and takes it apart and
 puts it together again several times on each level, which took 5 to 8 % of a meta-step of 32 tasks
 under ``vmap``. What a level does to a tensor is torch's own; only the way there is shorter. Only
-``grad`` and ``vmap`` come here; the others go through the rules (``unsupported_by_derivatives``).
+``grad`` and ``vmap`` come here; the others go through the rules (``unsupported_reason``).
 """
 
 from __future__ import annotations
@@ -32,19 +32,34 @@ from torchopt.kernels.differentiable import BackwardCall, Group
 
 
 def apply(function: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Compute ``function.forward(call, *tensors)`` and record it wherever a graph is recorded.
+    """Compute ``call.run(tensors)`` and record it wherever a graph is recorded.
 
     Args:
-        function: A ``torch.autograd.Function`` with ``setup_context`` whose outputs, all of them
-            new tensors, have one batch dimension more, at the front, if all inputs have.
+        function: The ``torch.autograd.Function`` that does so, with ``setup_context``. Its outputs,
+            all of them new tensors, have one batch dimension more, at the front, if all inputs
+            have.
         call: What it does, its first argument; ``call.divided(tensors)`` says of which parameters
             each node may be, ``call.places_in`` and ``call.places_out`` where their tensors stand.
         tensors: The others.
     """
     # what a level saved that has ended since is still wrapped by it, and may be of another one
     tensors = list(map(unwrap_if_dead, tensors))
-    if peek_interpreter_stack() is None:
-        return _recorded(function, call, tensors)
+    if peek_interpreter_stack() is not None:
+        return _at_level(function, call, tensors)
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        return call.run(tensors)
+    # past the argument binding of Function.apply, which is for torch.func and costs time
+    record: Any = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+    parts = call.divided(tensors)
+    if len(parts) == 1:
+        return record(parts[0][1], *tensors)
+    return _recorded_apart(record, call, parts, tensors)
+
+
+def _at_level(
+    function: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Do what the innermost level of torch.func does."""
     interpreter: Any = current_interpreter()
     if interpreter.key() == TransformType.Vmap:
         return _batched(function, interpreter, call, tensors)
@@ -53,25 +68,8 @@ def apply(function: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]) 
         return _FusedAtLevel.apply(_Level(function, interpreter, call), *lifted)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _recorded(
-    function: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
-        return function.forward(call, *tensors)
-    # past the argument binding of Function.apply, which is for torch.func and costs time
-    record: Any = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
-    parts = call.divided(tensors)
-    if len(parts) == 1:
-        return record(parts[0][1], *tensors)
-    return _recorded_apart(function, record, call, parts, tensors)
-
-
 def _recorded_apart(
-    function: Any,
-    record: Any,
-    call: Group | BackwardCall,
-    parts: Sequence[Any],
-    tensors: Sequence[Tensor],
+    record: Any, call: Group | BackwardCall, parts: Sequence[Any], tensors: Sequence[Tensor]
 ) -> list[Tensor]:
     """Record parameters that do not depend on each other in nodes of their own."""
     places_in, places_out = call.places_in, call.places_out
@@ -79,7 +77,7 @@ def _recorded_apart(
     for rows, part in parts:
         own = [x for (_, row), x in zip(places_in, tensors) if row in rows]
         recorded = any(x.requires_grad for x in own)
-        results = (record if recorded else function.forward)(part, *own)
+        results = record(part, *own) if recorded else part.run(own)
         outputs.update(zip([place for place in places_out if place[1] in rows], results))
     return [outputs[place] for place in places_out]
 

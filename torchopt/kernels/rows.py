@@ -67,7 +67,7 @@ class Rows:
         if program is None:
             return None
         others_may_differ = not self._changing.isdisjoint(program.guarded)
-        if others_may_differ and not all(program.holds(row, t) for row in values):
+        if others_may_differ and not all(program.conditions.hold(row, t) for row in values):
             return None
         return program
 
