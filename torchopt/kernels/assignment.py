@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import get_interpreter_stack
-from torchopt.core.engine import Leaves
-from torchopt.core.gradient_checks import Common
+from torchopt.core.engine import Common, Leaves
 from torchopt.core.packed import Packed, Packing
 from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.backends import cpu as native

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from torchopt.base.torch_internals import (
     peek_interpreter_stack,
     register_constant,
 )
-from torchopt.core.engine import Call, Leaves, run_by_rules
+from torchopt.core.engine import Call, Leaves, asked, run_by_rules
 from torchopt.core.packed import Packed
 from torchopt.core.plan import Plan
 from torchopt.core.transform import GradientTransformation
@@ -274,7 +273,7 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
 
 def answer_for(segment: Segment, leaves: Leaves, unfit: dict[int, str]) -> None:
     """Tell why parameters are not fused, or refuse it if a part requires kernels."""
-    lines = _asked.get()
+    lines = asked.get()
     for k, reason in unfit.items():
         if lines is not None:
             names = ", ".join(type(part).__name__ for part in segment.parts)
@@ -302,22 +301,14 @@ def unavailable(device: str) -> str:
     return backends.unavailable(device)
 
 
-_asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)
-
-
-def is_asked() -> bool:
-    """Whether somebody wants to know why updates are not fused."""
-    return _asked.get() is not None
-
-
 @contextlib.contextmanager
 def asking(lines: list[str]) -> Iterator[None]:
     """Collect, inside a ``with`` block, why updates are not fused; nothing is refused there."""
-    token = _asked.set(lines)
+    token = asked.set(lines)
     try:
         yield
     finally:
-        _asked.reset(token)
+        asked.reset(token)
 
 
 @functools.lru_cache(maxsize=64)

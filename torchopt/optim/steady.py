@@ -10,7 +10,8 @@ from torch import Tensor
 
 from torchopt.base.signatures import KnownSignatures
 from torchopt.base.values import is_plain
-from torchopt.core.engine import Call, initialise_packed
+from torchopt.core.engine import Call
+from torchopt.core.gather import initialise_packed
 from torchopt.core.packed import Packed, PackedDict, Packing
 from torchopt.core.transform import GradientTransformation
 from torchopt.optim.meta_call import Entry
