@@ -96,8 +96,7 @@ def _assign_all(
     rows = read_rows(segment, leaves.hyper)
     if rows is None or (mode == "apply" and not has_params):
         return None
-    values = rows.values()
-    program = rows.program(segment, values, t, present, has_params)
+    program, values = rows.program(segment, t, present, has_params)
     if program is None or backends.missing(device, program, mode):
         return None
     if program.kinds:

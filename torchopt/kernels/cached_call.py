@@ -172,8 +172,7 @@ class CachedCall:
         t: Any = call.t[0]
         own, segment = self.signature, self.segment
         mode = "apply" if own.apply else "update"
-        values = rows.values()
-        program = rows.program(segment, values, t, own.present, own.has_params)
+        program, values = rows.program(segment, t, own.present, own.has_params)
         operands = None if program is None else self.executable.operands.get(program)
         if program is None or operands is None:
             return None

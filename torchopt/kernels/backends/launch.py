@@ -116,7 +116,7 @@ def run(
             like = _views(like, pieces)
         gpu.run(kernel, inputs, outputs, like, numbers, rows)
         return
-    function, narrow_in, narrow_out = _facts(kernel)
+    library, function, narrow_in, narrow_out = _facts(kernel)
     flat: Any = next((c for c in inputs.values() if isinstance(c, Packed)), None)
     sizes = list(map(Tensor.numel, like)) if flat is None else flat.packing.sizes
     in_places = [addresses(inputs[operand]) for operand in kernel.inputs]
@@ -129,7 +129,7 @@ def run(
         ]
         out_places = [divided(p, sizes, bytes_of[s], pieces) for s, p in zip(outputs, out_places)]
     call = native.KernelCall(
-        native.library(),
+        library,
         function,
         native.DTYPES[like[0].dtype],
         narrow_in,
@@ -146,9 +146,10 @@ def run(
 
 
 @functools.lru_cache(maxsize=256)
-def _facts(kernel: Kernel) -> tuple[int | Code, int, int]:
-    """Return what the library runs, and which operands have the parameters' dtype."""
+def _facts(kernel: Kernel) -> tuple[native.Library, int | Code, int, int]:
+    """Return the library, what it runs, and which operands have the parameters' dtype."""
     return (
+        native.library(),
         backends.function_of(kernel),
         narrow_mask(kernel.inputs),
         narrow_mask(kernel.output_operands),
