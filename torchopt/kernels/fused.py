@@ -30,7 +30,6 @@ from torchopt.core.engine import Call, Leaves, asked, run_by_rules
 from torchopt.core.packed import Packed
 from torchopt.core.plan import Plan
 from torchopt.core.transform import GradientTransformation
-from torchopt.kernels import levels
 from torchopt.kernels.assignment import assign
 from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.cached_call import cached_group, remember
@@ -38,7 +37,7 @@ from torchopt.kernels.differentiable import Group
 from torchopt.kernels.generate.program import GRADIENT, PARAMETER, UPDATE
 from torchopt.kernels.independent import divide, named
 from torchopt.kernels.matching import Segment, segments_from, unjoined, whole_segment
-from torchopt.kernels.nodes import Fused
+from torchopt.kernels.nodes import Fused, record
 from torchopt.kernels.places import spread
 
 
@@ -262,7 +261,7 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
     A new parameter gets a node of its own behind that of the step: a derivative by parameters of
     different steps, which autograd takes at their nodes, would else run through the later step.
     """
-    outputs = levels.apply(Fused, group, tensors)
+    outputs = record(Fused, group, tensors)
     if group.mode != "apply" or group.count == 1 or peek_interpreter_stack() is not None:
         return outputs
     n = group.count  # updates come first
