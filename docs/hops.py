@@ -46,9 +46,9 @@ class Hops(NamedTuple):
 #: The most that a path may enter: at its first calls, and later.
 LIMITS = {
     "adam().update by rules": (Hops(40, 12, 700), Hops(40, 12, 700)),
-    "adam().update with kernels": (Hops(74, 22, 1340), Hops(43, 19, 920)),
-    "Adam.step": (Hops(142, 37, 1920), Hops(33, 13, 400)),
-    "MetaAdam.step": (Hops(139, 37, 2180), Hops(55, 24, 1080)),
+    "adam().update with kernels": (Hops(72, 22, 1340), Hops(43, 19, 920)),
+    "Adam.step": (Hops(140, 37, 1920), Hops(33, 13, 400)),
+    "MetaAdam.step": (Hops(135, 37, 2180), Hops(53, 24, 1080)),
 }
 
 
