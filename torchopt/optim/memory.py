@@ -40,9 +40,9 @@ def refuse_released(call: Call) -> None:
 
 def _released(column: Iterable[Any]) -> Iterable[int]:
     for k, x in enumerate(column):
-        addressed = type(x) in _ADDRESSED and x.layout == torch.strided and not x.is_meta
-        if addressed and not x.data_ptr() and x.numel() and not x._is_zerotensor():
-            yield k
+        if type(x) in _ADDRESSED and x.layout == torch.strided and not x.data_ptr():
+            if x.numel() and not (x.is_meta or x._is_zerotensor()):
+                yield k
 
 
 def slots_to_keep(slots: Mapping[str, Any], index: int, lent: set[int]) -> dict[str, Any]:
