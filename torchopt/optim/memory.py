@@ -40,9 +40,10 @@ def refuse_released(call: Call) -> None:
 
 def _released(column: Iterable[Any]) -> Iterable[int]:
     for k, x in enumerate(column):
-        if type(x) in _ADDRESSED and x.layout == torch.strided and not x.data_ptr():
-            if x.numel() and not (x.is_meta or x._is_zerotensor()):
-                yield k
+        # the address first: it alone is asked of what has memory
+        unaddressed = type(x) in _ADDRESSED and x.layout == torch.strided and not x.data_ptr()
+        if unaddressed and x.numel() and not (x.is_meta or x._is_zerotensor()):
+            yield k
 
 
 def slots_to_keep(slots: Mapping[str, Any], index: int, lent: set[int]) -> dict[str, Any]:
