@@ -10,7 +10,7 @@ So that a table of forty optimizers does not take ten times as long as one of fo
 ``by="family"`` rows are alike more easily.
 
 Laws of the library's mechanisms are thinned without a mark, too: of a row that is not the first of
-its family every second law takes one combination, every sixth if it has one only, not the same ones
+its family every fourth law takes one combination, every twelfth if it has one only, not the same ones
 for all rows. Laws of what a row says itself (values, derivatives, bounds) are ``complete``.
 """
 
@@ -82,7 +82,7 @@ def thinned(combinations: Sequence[dict[str, Any]], start: int) -> set[int]:
     behind = followers(combinations, "family")
     chosen = set(range(len(combinations))) - {k for members in behind.values() for k in members}
     for turn, members in enumerate(behind.values(), start):
-        if turn % (2 if len(members) > 1 else 6) == 0:
+        if turn % (4 if len(members) > 1 else 12) == 0:
             chosen.update(some(members, turn, 1))
     return chosen
 
