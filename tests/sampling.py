@@ -10,8 +10,8 @@ So that a table of forty optimizers does not take ten times as long as one of fo
 ``by="family"`` rows are alike more easily.
 
 Laws of the library's mechanisms are thinned without a mark, too: of a row that is not the first of
-its family every fourth law takes one combination, every twelfth if it has one only, not the same ones
-for all rows. Laws of what a row says itself (values, derivatives, bounds) are ``complete``.
+its family every fourth law takes one combination, every twelfth if it has one only, not the same
+ones for all rows. Laws of what a row says itself (values, derivatives, bounds) are ``complete``.
 """
 
 from __future__ import annotations
