@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
+from torchopt.core import batching
 from torchopt.core.engine import Leaves
 from torchopt.core.sparse_entries import of_entries
 from torchopt.core.transform import GradientTransformation
@@ -28,6 +29,8 @@ class TensorTransformation(GradientTransformation):
         [tensor([0.6000, 0.8000])]
     """
 
+    #: Whether ``torch.func.vmap`` may run the rule over a batch of small tensors of one shape.
+    batches: ClassVar[bool] = False
     #: Whether the rule of one entry is right for those that a sparse gradient has; others stay.
     sparse_by_entry: ClassVar[bool] = False
 
@@ -70,9 +73,15 @@ class TensorTransformation(GradientTransformation):
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Apply :meth:`rule` to every parameter."""
+        done: dict[int, Any] = {}
+        for positions in batching.batches(leaves) if self.batches else ():
+            done.update(zip(positions, batching.in_one_batch(self.rule, leaves, positions)))
         updates, slots = [], []
-        for g, p, t, s, h in zip(leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper):
-            if self.sparse_by_entry and g.layout == torch.sparse_coo:
+        columns = (leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper)
+        for k, (g, p, t, s, h) in enumerate(zip(*columns)):
+            if k in done:
+                result = done[k]
+            elif self.sparse_by_entry and g.layout == torch.sparse_coo:
                 result = of_entries(self.rule, g, p, t, s, h, leaves.call.overwrites)
             else:
                 result = self.rule(g, p, t, s, **h)

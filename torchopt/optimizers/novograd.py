@@ -39,6 +39,7 @@ class ScaleByNovograd(TensorTransformation):
     slots = (Slot("exp_avg"), Slot("exp_avg_sq", shape=_of_a_number))
     uses_step = True
     accepts_complex = False
+    batches = True
 
     def rule(
         self,

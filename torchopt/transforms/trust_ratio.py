@@ -18,6 +18,8 @@ from torchopt.typing import Hyperparameter, Step
 class TrustRatio(TensorTransformation):
     """The rule of :func:`scale_by_trust_ratio`; subclasses say which of its numbers may be set."""
 
+    batches = True
+
     def rule(
         self,
         g: Tensor,
