@@ -190,11 +190,11 @@ def compute(
         for operand, column in group.columns(rule.outputs, outputs, rule.packed_out).items():
             if operand in rule.packed_out:
                 assert rule.packing is not None
-                new[segment.slot_of[operand]] = Packed(column[0], rule.packing)
+                new[segment.slot_by_operand[operand]] = Packed(column[0], rule.packing)
                 continue
             target = results
             if operand != UPDATE:
-                name = segment.slot_of[operand]
+                name = segment.slot_by_operand[operand]
                 if name not in new:
                     new[name] = list(columns[name])
                 target = new[name]
@@ -223,7 +223,7 @@ def _inputs(
 ) -> list[Tensor]:
     """Return the tensors of a group, operand by operand."""
     sources = {GRADIENT: leaves.g, PARAMETER: leaves.p}
-    sources.update({operand: columns[name] for operand, name in segment.slot_of.items()})
+    sources.update({operand: columns[name] for operand, name in segment.slot_by_operand.items()})
     rule = group.rule
     tensors: list[Tensor] = []
     whole = list(positions) == list(range(len(leaves.g)))

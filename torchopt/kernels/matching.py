@@ -78,7 +78,7 @@ class Segment:
         self.parts = plan.parts[first:last]
         self.slots = [name for names in plan.slots[first:last] for name in names]
         #: The slot that an operand is.
-        self.slot_of = {slot_operand(k): name for k, name in enumerate(self.slots)}
+        self.slot_by_operand = {slot_operand(k): name for k, name in enumerate(self.slots)}
         #: What is the same for transformations of the same structure; ``None`` if nobody can say.
         self.structure = _structure_of(self.parts)
         self.variants = [] if self.structure is None else _known_variants(self.structure)
