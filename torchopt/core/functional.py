@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,16 +81,39 @@ def state_slots(
     }
 
 
-def _counts(state: OptState, grads: PyTree, spec: Any) -> tuple[Any, list[Step]]:
-    """Return the step count so far, one for all or a list, and that of each at this update."""
+class _Counts(NamedTuple):
+    """Step counts: one for all parameters, or a list aligned with the gradients."""
+
+    before: Any
+    now: list[Any]  # always of each
+    after: Any
+
+
+def _counts(
+    state: OptState, grads: PyTree, spec: Any, g: Sequence[Any], p: Sequence[Any] | None
+) -> _Counts:
+    """Return the step counts before this update, at it, and to remember.
+
+    What is remembered is one number while all parameters agree.
+    """
     old: Any = state.step
-    if not isinstance(old, (int, Tensor)):
-        counts = tree.flatten_like(old, grads, spec, "The steps of the state", "grads")
-        old = [step_count.read(count) for count in counts]
-        return old, [step + 1 for step in old]
     if isinstance(old, Tensor):
         old = step_count.read(old)
-    return old, [(exact(old) if isinstance(old, Tensor) else old) + 1] * spec.num_leaves
+        if isinstance(old, Tensor):
+            return _Counts(old, [exact(old) + 1] * len(g), old + 1)
+    if isinstance(old, int):
+        previous, now = [old] * len(g), [old + 1] * len(g)
+    else:
+        counts = tree.flatten_like(old, grads, spec, "The steps of the state", "grads")
+        old = previous = [step_count.read(count) for count in counts]
+        now = [step + 1 for step in previous]
+    after = [before if x is None else step for before, step, x in zip(previous, now, g)]
+    # a place in the tree that has no parameter has no count to disagree with
+    own = after if p is None else [n for n, x in zip(after, p) if x is not None] or after
+    if not own:
+        return _Counts(old, now, old + 1 if isinstance(old, int) else old)
+    known = not any(isinstance(n, Tensor) for n in own)  # of a batch nothing can be known
+    return _Counts(old, now, own[0] if known and all(n == own[0] for n in own) else after)
 
 
 def _counters(state: OptState, grads: PyTree, spec: Any) -> dict[str, list[Any]]:
@@ -105,25 +128,6 @@ def _counters(state: OptState, grads: PyTree, spec: Any) -> dict[str, list[Any]]
             given = tree.flatten_like(value, grads, spec, f"The {name} of the state", "grads")
             columns[name] = [step_count.read_number(x) for x in given]
     return columns
-
-
-def _next_step(
-    old: Union[Step, list[Any]], grads: Sequence[Any], params: Sequence[Any] | None
-) -> Union[Step, list[Any]]:
-    """Return the step counts to remember: one number while all parameters agree."""
-    if isinstance(old, Tensor):
-        return old + 1
-    previous = old if isinstance(old, list) else [old] * len(grads)
-    steps = [step if g is None else step + 1 for step, g in zip(previous, grads)]
-    # a place in the tree that has no parameter has no count to disagree with
-    counts = steps
-    if params is not None:
-        counts = [n for n, p in zip(steps, params) if p is not None] or steps
-    if not counts:
-        return old + 1 if isinstance(old, int) else old
-    if any(isinstance(count, Tensor) for count in counts):
-        return steps  # of a batch: nothing can be known
-    return counts[0] if all(count == counts[0] for count in counts) else steps
 
 
 def _next_counters(
@@ -207,8 +211,8 @@ def eval_trees(tx: TransformationLike, state: Any, params: PyTree) -> PyTree:
     state = state if type(state) is OptState else as_state(tx, state)
     p, spec = tree.flatten(params)
     slots = state_slots(tx, state, params, spec)
-    steps = _counts(state, params, spec)[1]
-    call = gather_tree(tx, params, None, p, steps, slots)
+    steps = _counts(state, params, spec, p, p)
+    call = gather_tree(tx, params, None, p, steps.now, slots)
     return tree.unflatten(spec, converted_call(tx, call, True))
 
 
@@ -232,14 +236,14 @@ def advance_trees(
     g, spec = tree.flatten(grads)
     p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
     slots = state_slots(tx, state, grads, spec)
-    old_steps, steps = _counts(state, grads, spec)
+    steps = _counts(state, grads, spec, g, p)
     counters = _counters(state, grads, spec) if plan.counters else {}
     one = all(isinstance(x, (int, float, Tensor)) for x in state.counters.values())
-    uniform = one and not isinstance(old_steps, list)
-    call = gather_tree(tx, grads, g, p, steps, slots, counters, extra, params, uniform)
+    uniform = one and not isinstance(steps.before, list)
+    call = gather_tree(tx, grads, g, p, steps.now, slots, counters, extra, params, uniform)
     own, pairs = whole.split(plan, state.slots) if plan.whole else (state.slots, {})
     if inplace:
-        if old_steps == 0:  # an anchor may lead to the parameters, which may be leaves as well
+        if steps.before == 0:  # an anchor may lead to the parameters, which may be leaves as well
             for name, slot in plan.slot_of.items():
                 if slot.start == PARAM:
                     slots[name] = [x.detach() if isinstance(x, Tensor) else x for x in slots[name]]
@@ -256,10 +260,10 @@ def advance_trees(
     if plan.whole:
         whole.begin(plan, pairs, call)
     results, slots = advance(tx, call, apply)
-    step = _next_step(old_steps, g, p)
     like = grads if params is None else params
     if own:
         like = list(own.values())[0]  # noqa: RUF015 - torch 2.6 cannot compile next
+    step = steps.after
     if isinstance(step, list):
         step = tree.unflatten_like(like, grads, spec, step)
     new_slots = slot_trees(tx, like, grads, spec, slots)

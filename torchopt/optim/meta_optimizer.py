@@ -15,7 +15,7 @@ from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
 from torchopt.base.values import describe, same
 from torchopt.core import step_tags, whole
-from torchopt.core.engine import Call, advance
+from torchopt.core.engine import advance
 from torchopt.core.evaluation import converted_call
 from torchopt.core.extra_values import check_extra
 from torchopt.core.opt_state import OptState
@@ -32,7 +32,7 @@ from torchopt.optim.meta_groups import checked_group
 from torchopt.optim.meta_saved import loaded_form, saved_form
 from torchopt.optim.meta_state import GroupState, checked_state, state_of
 from torchopt.optim.second_gradient import evaluated, gradients_in_network
-from torchopt.optim.steady import Entry, Steady, Trainable
+from torchopt.optim.steady import Steady, Trainable
 
 
 P = ParamSpec("P")
@@ -196,8 +196,11 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         )
         if marked:
             g = marks.filtered(params, g, create_graph)
-        steady, call = self._next_call(entries, params, g)
-        plan = self.transformation.plan
+        tx, plan, steady = self.transformation, self.transformation.plan, self._steady
+        given = tx, self.param_groups, self._states, entries, params, g
+        call = None if steady is None else steady.call(*given)
+        if call is None:
+            steady, call = None, new_call(*given)
         if plan.whole:
             whole.begin(plan, self._pairs, call)
         call.extra = extra if value is None else {"value": value, **extra}
@@ -205,7 +208,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             modules = [group["params"] for group in self.param_groups]
             grad_fn = gradients_in_network(closure, modules, entries, call, create_graph)
             call.extra = {**call.extra, "grad_fn": grad_fn}
-        weights, slots = advance(self.transformation, call, apply=True)
+        weights, slots = advance(tx, call, apply=True)
         call.extra = {}  # calls are kept, and would keep the graph of the loss
         new_weights = [
             w if w is None or track else w.detach().requires_grad_(True) for w in weights
@@ -235,17 +238,6 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
     def _forget(self) -> None:
         """Drop what earlier steps found out: it belongs to the optimizer that this is a copy of."""
         self._trainable, self._steady = Trainable(self._trainable.frozen), None
-
-    def _next_call(
-        self, entries: list[Entry], params: list[Tensor], grads: list[Any]
-    ) -> tuple[Steady | None, Call]:
-        """Return the call of this step, and what is known of it if it is like the one before."""
-        steady, groups, states = self._steady, self.param_groups, self._states
-        if steady is not None:
-            call = steady.call(self.transformation, groups, states, entries, params, grads)
-            if call is not None:
-                return steady, call
-        return None, new_call(self.transformation, groups, states, entries, params, grads)
 
     # Evaluation -------------------------------------------------------------------------------
 
