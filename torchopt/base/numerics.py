@@ -83,20 +83,17 @@ def over_root(m: Tensor, v: Tensor, scale: Scalar, shift: Scalar) -> Tensor:
     Where plain reverse-mode differentiation is recorded, it is one node of the graph instead of
     eight: on large parameters its derivative costs a third of the passes over memory.
     """
-    if isinstance(scale, float) and isinstance(shift, float) and _only_reverse_mode(m, v):
-        return cast(Tensor, _OverRoot.apply(m, v, scale, shift))
-    return m / (root(v) * scale + shift)
-
-
-def _only_reverse_mode(*tensors: Tensor) -> bool:
-    """Whether a graph is being recorded, outside of torch.func, forward mode and torch.compile."""
-    return (
-        torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in tensors)
+    if (
+        isinstance(scale, float)
+        and isinstance(shift, float)
+        and torch.is_grad_enabled()
+        and (m.requires_grad or v.requires_grad)
         and not in_forward_mode()
         and not torch.compiler.is_compiling()
         and peek_interpreter_stack() is None
-    )
+    ):
+        return cast(Tensor, _OverRoot.apply(m, v, scale, shift))
+    return m / (root(v) * scale + shift)
 
 
 class _OverRoot(torch.autograd.Function):

@@ -85,7 +85,8 @@ class TensorTransformation(GradientTransformation):
                 result = of_entries(self.rule, g, p, t, s, h, leaves.call.overwrites)
             else:
                 result = self.rule(g, p, t, s, **h)
-            if not _is_result(result, s):
+            is_pair = isinstance(result, (tuple, list)) and len(result) == 2
+            if not is_pair or not isinstance(result[0], Tensor) or len(result[1]) != len(s):
                 raise TypeError(misuse.not_a_result(self, result, s))
             updates.append(result[0])
             slots.append(result[1])
@@ -111,10 +112,3 @@ class ElementwiseTransformation(TensorTransformation):
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether the rule is right for sparse gradients, or for the entries that they have."""
         return self.sparse_by_entry or super().takes_sparse(**hyperparameters)
-
-
-def _is_result(result: Any, slots: tuple[Any, ...]) -> bool:
-    """Whether a rule returned an update and as many slots as it was given."""
-    if not isinstance(result, (tuple, list)) or len(result) != 2:
-        return False
-    return isinstance(result[0], Tensor) and len(result[1]) == len(slots)

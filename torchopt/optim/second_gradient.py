@@ -15,7 +15,7 @@ from torchopt.diff.gradient import differentiate
 from torchopt.nn import marks
 from torchopt.nn.buffers import keep_buffers
 from torchopt.nn.parameters import place_each
-from torchopt.optim.meta_call import Entry
+from torchopt.optim.steady import Entry
 from torchopt.typing import PyTree
 
 
@@ -60,20 +60,6 @@ def gradients_in_place(
         finally:
             for k, value in zip(changed, before):
                 params[k].copy_(value)
-
-
-def extra_of_network(
-    closure: Callable[[], Tensor] | None,
-    groups: Sequence[Mapping[str, Any]],
-    entries: Sequence[Entry],
-    call: Call,
-    create_graph: bool,
-) -> dict[str, Any]:
-    """Return what rules may read of a differentiable step besides the value of the loss."""
-    if closure is None:
-        return {}
-    modules = [group["params"] for group in groups]
-    return {"grad_fn": gradients_in_network(closure, modules, entries, call, create_graph)}
 
 
 def gradients_in_network(

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from torchopt.base import misuse, tree
 from torchopt.core import hyper
-from torchopt.core.engine import Leaves, part_slots, run
+from torchopt.core.engine import Leaves, run
 from torchopt.core.evaluation import converted, evaluates
+from torchopt.core.gather import part_slots
 from torchopt.core.pair import as_transformation
 from torchopt.core.slots import Slot
 from torchopt.core.sparse_entries import ChangedSlot
