@@ -9,7 +9,7 @@ from cases import Case, every_case, every_torch_case
 from conftest import nonzero
 from stepping import data, pair, parameters, set_grads, twins
 from tolerances import assert_close
-from torch import Tensor, nn
+from torch import nn
 
 import torchopt
 
@@ -65,49 +65,6 @@ def test_averaged_model() -> None:
         path.append(net.weight.detach().clone())
     assert not torch.equal(path[0], path[1])
     assert_close(average.module.weight.detach(), torch.stack(path).mean(0), times=10)
-
-
-@every_torch_case
-def test_initialisation_as_in_distributed_checkpoints(case: Case) -> None:
-    """Zero gradients, lr 0, one step, restore: the state is made and no parameter moves."""
-    optimizer, _, params, _ = pair(case)
-    before = [x.clone() for x in data(params)]
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    kept = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], Tensor) else 0.0
-    optimizer.step(closure=None)
-    for group, lr in zip(optimizer.param_groups, kept):
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    assert all(torch.equal(x, y) for x, y in zip(data(params), before))
-    for p in params:
-        assert set(case.tx().init(p.detach()).slots) <= set(optimizer.state[p])
-
-
-@every_torch_case
-def test_distributed_checkpoint_functions(case: Case) -> None:
-    from torch.distributed.checkpoint.state_dict import (
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    net = nn.Linear(3, 2).double()
-    optimizer = case.cls(net.parameters(), **case.kwargs)
-    for _ in range(2):
-        set_grads(list(net.parameters()))
-        optimizer.step()
-    saved = get_optimizer_state_dict(net, optimizer)
-    twin = nn.Linear(3, 2).double()
-    twin.load_state_dict(net.state_dict())
-    other = case.cls(twin.parameters(), **case.kwargs)
-    set_optimizer_state_dict(twin, other, saved)
-    for _ in range(2):
-        set_grads(list(net.parameters()), list(twin.parameters()))
-        optimizer.step()
-        other.step()
-    assert_close(data(list(twin.parameters())), data(list(net.parameters())), times=10)
 
 
 @every_case

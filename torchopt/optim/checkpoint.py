@@ -12,7 +12,7 @@ from torchopt.base import misuse, tree
 from torchopt.core import hyper, whole
 from torchopt.core.plan import Plan
 from torchopt.core.slots import Slot
-from torchopt.optim.algorithm import ALGORITHM, check_mark, mark
+from torchopt.optim.algorithm import check_mark, mark, set_mark
 from torchopt.optim.evaluation import TRAINED
 from torchopt.optim.protocols import OptimizerLike
 from torchopt.optim.schedules import REPLACED
@@ -135,7 +135,8 @@ def _checked_group(
             f"that of {title} has {len(live['params'])}."
         )
     check_mark(optimizer, saved)
-    group = {n: value for n, value in saved.items() if n not in (REPLACED, ALGORITHM)}
+    group = {n: value for n, value in saved.items() if n != REPLACED}
+    set_mark(optimizer, group)
     if "label" in live and group.setdefault("label", live["label"]) != live["label"]:
         raise ValueError(
             f"Parameter group {index} of the state has the label {group['label']!r}, that of "

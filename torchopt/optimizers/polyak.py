@@ -16,7 +16,7 @@ from torchopt.optim.meta_optimizer import MetaOptimizer
 from torchopt.optim.named import from_recipe, meta_from_recipe
 from torchopt.optim.optimizer import Optimizer
 from torchopt.transforms.basic import scale_by_learning_rate
-from torchopt.transforms.clip import square_sum
+from torchopt.transforms.clip import all_zero, square_sum
 from torchopt.typing import Hyperparameter
 
 
@@ -37,6 +37,8 @@ class ScaleByPolyak(GradientTransformation):
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Multiply all gradients by the step size that the loss and their common norm give."""
         value = leaves.call.extra.get("value")
+        if value is None and all_zero(leaves.g):
+            return [torch.zeros_like(g) for g in leaves.g], leaves.slots
         if not isinstance(value, (int, float, Tensor)) or (
             isinstance(value, Tensor) and value.numel() != 1
         ):

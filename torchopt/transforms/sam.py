@@ -13,7 +13,7 @@ from torchopt.core.call_trees import as_list, as_tree
 from torchopt.core.engine import Leaves
 from torchopt.core.hyper import flag, hyper
 from torchopt.core.transform import GradientTransformation, transformation
-from torchopt.transforms.clip import global_norm
+from torchopt.transforms.clip import all_zero, global_norm
 from torchopt.transforms.inside import Wrapper, prepared
 from torchopt.typing import Hyperparameter
 
@@ -62,6 +62,8 @@ class SharpnessAware(Wrapper):
         """Return the gradients at the ascended point, as the inside takes them."""
         call = leaves.call
         grad_fn = call.extra.get("grad_fn")
+        if grad_fn is None and all_zero(leaves.g):
+            return leaves.g  # there is no way up, so these are the gradients there
         if not callable(grad_fn):
             given = "none" if grad_fn is None else misuse.short(grad_fn)
             raise ValueError(
