@@ -70,7 +70,8 @@ class SharpnessAware(Wrapper):
                 f"sam needs the gradients at a second point, got {given} of a function of the "
                 "parameters. Write tx.update(grads, state, params, grad_fn=...), or "
                 "optimizer.step(closure) with a closure that computes the loss anew; of a "
-                "torchopt.SAM also first_step() and second_step()."
+                "torchopt.SAM also first_step() and second_step(), or second_step(scaler) where a "
+                "torch.amp.GradScaler scales the losses."
             )
         values = list(call.p)
         for i, p, e in zip(leaves.index, leaves.p, self.ascents(leaves)):
