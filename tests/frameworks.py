@@ -87,8 +87,12 @@ def train(
     scheduler: Any = None,
     accumulate: int = 1,
     max_norm: float | None = None,
+    agree: Callable[[Tensor], Tensor] = torch.detach,
 ) -> None:
-    """Train as one does without a framework, with mean gradients of ``accumulate`` batches."""
+    """Train as one does without a framework, with mean gradients of ``accumulate`` batches.
+
+    ``agree`` makes of the loss what the optimizer is told.
+    """
     for group in groups_of(data, accumulate):
 
         def closure(group: list[Any] = group) -> Tensor:
@@ -98,7 +102,7 @@ def train(
                 loss.backward()
             if max_norm is not None:
                 nn.utils.clip_grad_norm_(net.parameters(), max_norm)
-            return torch.stack(losses).sum().detach()
+            return agree(torch.stack(losses).sum())
 
         optimizer.step(closure)
         if scheduler is not None:
@@ -107,7 +111,8 @@ def train(
 
 def one_cycle(optimizer: Any, total_steps: int) -> Any:
     """Return the scheduler that changes rate and momentum of every step."""
-    lr, momentum = 2 * optimizer.param_groups[0]["lr"], {"momentum", "betas"} & set(optimizer.defaults)
+    lr = 2 * optimizer.param_groups[0]["lr"]
+    momentum = {"momentum", "betas"} & set(optimizer.defaults)
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=lr, total_steps=total_steps, cycle_momentum=bool(momentum)
     )

@@ -1,4 +1,4 @@
-"""``torch.distributed.checkpoint``: states by name, nested and flat, and the step that makes them."""
+"""``torch.distributed.checkpoint``: states by name, nested and flat, and the step before them."""
 
 from __future__ import annotations
 

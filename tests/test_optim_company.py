@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from cases import Case, every_case, every_torch_case
 from conftest import nonzero
-from stepping import data, pair, parameters, set_grads, twins
+from stepping import data, parameters, set_grads, twins
 from tolerances import assert_close
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""``torch.optim.swa_utils``: averages of weights, the rate for them, and their running statistics."""
+"""``torch.optim.swa_utils``: averages of weights, their rates and running statistics."""
 
 from __future__ import annotations
 

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
-from frameworks import batches, every_optimizer, network, one_cycle, reads_loss, train, twin, weights
+from frameworks import (
+    batches,
+    every_optimizer,
+    network,
+    one_cycle,
+    reads_loss,
+    train,
+    twin,
+    weights,
+)
 from tolerances import assert_close
 from torch import Tensor, nn
 

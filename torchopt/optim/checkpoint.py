@@ -149,6 +149,7 @@ def _checked_group(
         )
     for name, spec in specs.items():
         if name in group:
+            group[name] = from_text(group[name], spec)
             check_saved(name, group[name], spec)
         elif name in optimizer.former_defaults and not is_recent(saved, specs):
             group[name] = optimizer.former_defaults[name]
@@ -180,6 +181,16 @@ def check_saved(name: str, value: Any, spec: hyper.HyperSpec) -> None:
         hyper.check(name, value, spec)
     except (TypeError, ValueError) as error:
         raise ValueError(f"The state belongs to another optimizer: {error}") from error
+
+
+def as_text(value: Any) -> Any:
+    """Return a hyperparameter as it is saved: a dtype by name, for checkpoints that know none."""
+    return str(value) if isinstance(value, torch.dtype) else value
+
+
+def from_text(value: Any, spec: hyper.HyperSpec) -> Any:
+    """Return what :func:`as_text` was given."""
+    return next((x for x in spec.choices if as_text(x) == value), value)
 
 
 def is_recent(group: Mapping[str, Any], specs: Mapping[str, Any]) -> bool:
@@ -223,7 +234,7 @@ def _reordered(group: dict[str, Any], order: list[int], specs: Mapping[str, Any]
 def saved_group(optimizer: OptimizerLike, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter group to save: tensors that schedulers change in place are copied."""
     names = optimizer.group_specs(group)
-    own = {name: _copied(value) if name in names else value for name, value in group.items()}
+    own = {n: as_text(_copied(value)) if n in names else value for n, value in group.items()}
     return {**optimizer.fixed_options, **own, **mark(optimizer)}
 
 

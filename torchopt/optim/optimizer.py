@@ -16,7 +16,7 @@ from torchopt.core import engine, hyper, whole
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.apply import refuse_unwritable
 from torchopt.core.engine import Call, advance
-from torchopt.core.extra_values import check_extra
+from torchopt.core.extra_values import agreed, check_extra
 from torchopt.core.gather import Members, gather
 from torchopt.core.gradient_checks import refuse_parameters
 from torchopt.core.pair import as_transformation
@@ -262,7 +262,7 @@ class Optimizer(torch.optim.Optimizer):
         call = self._call(params, grads)
         counts, plan = self._counts_steps(), self.transformation.plan
         call.overwrites = not plan.narrow  # of narrow slots a rule sees copies
-        call.extra = {**self._extra(params, loss, closure), **extra}
+        call.extra = agreed(plan.reads, params, {**self._extra(params, loss, closure), **extra})
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base.distributed import greatest
 from torchopt.base.distributed import whole as whole_number
 from torchopt.base.numerics import root
 from torchopt.base.torch_internals import peek_interpreter_stack
@@ -69,8 +70,7 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """
     first = tensors[0]
     if order == math.inf:
-        parts = [g.abs().max() for g in tensors if g.numel()]
-        parts = [whole_number(part).to(device=first.device) for part in parts]
+        parts = [greatest(g).to(device=first.device) for g in tensors if g.numel()]
         return torch.stack(parts or [whole_number(first.new_zeros(()))]).max()
     if order == 2.0:
         return root(square_sum(tensors))
