@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +46,8 @@ def gradients_in_place(
     """Let parameters have other values while a closure computes their gradients; return those.
 
     Raises:
-        RuntimeError: For a parameter that cannot be changed by itself, before any has changed.
+        RuntimeError: For a parameter that cannot be changed by itself, before any has changed; and
+            if the closure adds to the gradients that there are.
     """
     changed = [k for k, (p, value) in enumerate(zip(params, values)) if value is not p]
     refuse_unwritable([params[k] for k in changed], lambda k: f"params[{changed[k]}]")
@@ -53,13 +56,45 @@ def gradients_in_place(
         try:
             for k in changed:
                 params[k].copy_(values[k])
-            with torch.enable_grad():
+            with _marked(params), torch.enable_grad():
                 closure()
             # the gradients themselves may be written to again, as when the next ones are added
             return [None if p.grad is None else p.grad.detach().clone() for p in params]
         finally:
             for k, value in zip(changed, before):
                 params[k].copy_(value)
+
+
+@contextmanager
+def _marked(params: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse what is added to the gradients of parameters instead of taking their place.
+
+    Meanwhile they are infinite: an infinite one to which something finite was added still is.
+
+    Raises:
+        RuntimeError: With the gradients as they were.
+    """
+    dense = (p for p in params if p.grad is not None and p.grad.layout == torch.strided)
+    before = [(p, p.grad) for p in dense]
+    for p, g in before:
+        p.grad = torch.full_like(g, math.inf)
+    marks = [p.grad for p, _ in before]
+    try:
+        yield
+        kept = [(p, g, m) for (p, g), m in zip(before, marks) if p.grad is m]
+        if kept and all(bool((m == math.inf).all()) for *_, m in kept):
+            raise RuntimeError(
+                "The closure added the second gradient to the first one. Let it call "
+                "optimizer.zero_grad() each time before backward(). Where the gradients of several "
+                "batches are added up for one step, call first_step() and second_step() of a "
+                "torchopt.SAM behind the backward passes of all of them."
+            )
+    except BaseException:
+        for p, g in before:
+            p.grad = g
+        raise
+    for p, g, m in kept:  # set to zero in place: who holds the tensor still does
+        p.grad = g.copy_(m)
 
 
 def extra_of_network(
