@@ -94,7 +94,10 @@ def scale_by_polyak(
 
     The value :math:`f` of the loss comes with each update: ``update(grads, state, params,
     value=loss)``; :meth:`torchopt.Optimizer.step` takes that of its closure, and
-    :meth:`torchopt.MetaOptimizer.step` its loss, or what ``value`` says beside ``grads``.
+    :meth:`torchopt.MetaOptimizer.step` its loss, or what ``value`` says beside ``grads``. It is the
+    loss whose gradient is given: the mean, where gradients of several batches or processes are
+    averaged (parameters of FSDP2 tell the processes, and the mean is taken here). A step from
+    gradients that are all zero needs none.
 
     No slots. Differentiable in gradients, the value and every number; with the gradient that is
     zero everywhere no derivative passes.
