@@ -74,15 +74,15 @@ def _marked(params: Sequence[Tensor]) -> Iterator[None]:
     Raises:
         RuntimeError: With the gradients as they were.
     """
-    dense = (p for p in params if p.grad is not None and p.grad.layout == torch.strided)
-    before = [(p, p.grad) for p in dense]
-    for p, g in before:
-        p.grad = torch.full_like(g, math.inf)
-    marks = [p.grad for p, _ in before]
+    before: list[tuple[Tensor, Tensor, Tensor]] = []
+    for p in params:
+        if p.grad is not None and p.grad.layout == torch.strided:
+            before.append((p, p.grad, torch.full_like(p.grad, math.inf)))
+            p.grad = before[-1][2]
     try:
         yield
-        kept = [(p, g, m) for (p, g), m in zip(before, marks) if p.grad is m]
-        if kept and all(bool((m == math.inf).all()) for *_, m in kept):
+        kept = [(p, g, mark) for p, g, mark in before if p.grad is mark]
+        if kept and all(bool((mark == math.inf).all()) for *_, mark in kept):
             raise RuntimeError(
                 "The closure added the second gradient to the first one. Let it call "
                 "optimizer.zero_grad() each time before backward(). Where the gradients of several "
@@ -90,11 +90,11 @@ def _marked(params: Sequence[Tensor]) -> Iterator[None]:
                 "torchopt.SAM behind the backward passes of all of them."
             )
     except BaseException:
-        for p, g in before:
+        for p, g, _ in before:
             p.grad = g
         raise
-    for p, g, m in kept:  # set to zero in place: who holds the tensor still does
-        p.grad = g.copy_(m)
+    for p, g, mark in kept:  # set to zero in place: who holds the tensor still does
+        p.grad = g.copy_(mark)
 
 
 def extra_of_network(

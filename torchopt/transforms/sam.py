@@ -123,8 +123,8 @@ def sam(
       gradients, ``torch.func.grad(loss)``, say, on the same batch. Optax calls this opaque mode,
       and gives the function a number besides.
     * :class:`torchopt.SAM` and ``torchopt.Optimizer``: ``step(closure)``, which calls the closure
-      twice, and refuses one that does not begin with ``zero_grad()``; or :meth:`torchopt.SAM.first_step` and :meth:`torchopt.SAM.second_step` in a loop of
-      one's own.
+      twice, and refuses one that does not begin with ``zero_grad()``; or
+      :meth:`torchopt.SAM.first_step` and :meth:`torchopt.SAM.second_step` in a loop of one's own.
     * :class:`torchopt.MetaSAM` and ``torchopt.MetaOptimizer``: ``step(closure)``, where the closure
       returns the loss.
 
