@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import Case
 from frameworks import (
+    ROWS,
     batches,
     every_optimizer,
     loss_of,
@@ -85,3 +86,13 @@ def test_prepare_save_and_load(case: Case, tmp_path: Path) -> None:
         theirs.train(0, STEPS)
         assert_close(weights(nets[0]), weights(nets[3]), times=10, what="beside torch.optim")
         assert resumed.scheduler.get_last_lr() == theirs.scheduler.get_last_lr()
+
+
+def test_who_needs_the_loss_says_so(tmp_path: Path) -> None:
+    """Of gradients that are added up SAM would take the last batch's for those of all."""
+    net, data = network(ROWS[0]), batches(ACCUMULATE * STEPS)
+    run = Run(net, lambda params: torchopt.SAM(params, torchopt.sgd(0.1)), data, tmp_path)
+    before = weights(net)
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) each time .* first_step\(\)"):
+        run.train(0, STEPS)
+    assert all(map(torch.equal, weights(net), before))

@@ -104,3 +104,57 @@ def test_a_state_comes_back_by_name(case: Case, flat: bool, tmp_path: Path) -> N
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 def test_a_wrapper_comes_back_by_name(name: str, flat: bool, tmp_path: Path) -> None:
     assert_resumes(ROWS[0], WRAPPED[name], flat, tmp_path if flat else None)
+
+
+# What groups say, and what is no number -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_weights_to_evaluate_with_are_not_taken_for_those_to_train(flat: bool) -> None:
+    net = network(ROWS[0])
+    make = lambda params: torchopt.AdamWScheduleFree(params, 0.1)  # noqa: E731
+    optimizer = make(net.parameters())
+    train(net, optimizer, batches(3))
+    trained = weights(net)
+    optimizer.eval()
+    assert not torch.equal(weights(net)[0], trained[0])
+    saved = states.get_optimizer_state_dict(net, optimizer, options=options(flat))
+    other = twin(net, ROWS[0])
+    resumed = make(other.parameters())
+    states.set_optimizer_state_dict(other, resumed, saved, options=options(flat))
+    with pytest.raises(RuntimeError, match=r"call optimizer.train\(\)"):
+        train(other, resumed, batches(1))
+    resumed.train()
+    assert_close(weights(other), trained)
+
+
+def test_groups_say_their_algorithm_and_not_anothers() -> None:
+    params = [nn.Parameter(torch.ones(2))]
+    groups = torchopt.LAMB(params).param_groups
+    assert groups[0]["algorithm"] == "lamb"
+    for cls, mark in ((torchopt.Lion, "lion"), (torchopt.Adam, None)):
+        copied = [{"params": group["params"], "algorithm": "lamb"} for group in groups]
+        assert cls(copied).param_groups[0].get("algorithm") == mark
+    states_of = [cls(params).state_dict() for cls in (torchopt.LAMB, torchopt.Adam)]
+    for cls, state in zip((torchopt.Adam, torchopt.LAMB), states_of):
+        with pytest.raises(ValueError, match="belongs to another optimizer"):
+            cls(params).load_state_dict(state)
+
+
+def test_a_dtype_is_saved_by_name_and_comes_back(tmp_path: Path) -> None:
+    """What reads states knows numbers, text and tensors."""
+    net = nn.Linear(2, 3, bias=False)
+    optimizer = torchopt.Muon(net.parameters(), ns_dtype=torch.float32)
+    inner = torchopt.MetaMuon(copy.deepcopy(net), ns_dtype=torch.float32)
+    for state in (optimizer.state_dict(), inner.state_dict()):
+        assert state["param_groups"][0]["ns_dtype"] == "torch.float32"
+        torch.save(state, tmp_path / "state.pt")
+        loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+        for given in ("torch.float32", torch.float32):  # as former versions saved it
+            loaded["param_groups"][0]["ns_dtype"] = given
+            for other in (torchopt.Muon(net.parameters()), torchopt.MetaMuon(copy.deepcopy(net))):
+                other.load_state_dict(loaded)
+                assert other.param_groups[0]["ns_dtype"] is torch.float32
+    loaded["param_groups"][0]["ns_dtype"] = "torch.int8"
+    with pytest.raises(ValueError, match="ns_dtype must be"):
+        torchopt.Muon(net.parameters()).load_state_dict(loaded)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import Case
 from frameworks import (
+    ROWS,
     batches,
     every_optimizer,
     network,
@@ -91,3 +92,17 @@ def test_training_and_resumption(case: Case, tmp_path: Path) -> None:
         theirs = lambda params: case.torch_cls(params, **case.kwargs)  # noqa: E731
         trainer(nets[2], theirs, data, tmp_path / "torch").train()
         assert_close(weights(nets[0]), weights(nets[2]), times=10, what="beside torch.optim")
+
+
+@pytest.mark.parametrize("name", ["sam", "polyak"])
+def test_who_needs_the_loss_says_so(name: str, tmp_path: Path) -> None:
+    """The trainer steps without a closure."""
+    net = network(ROWS[0])
+    make = {
+        "sam": lambda params: torchopt.SAM(params, torchopt.sgd(0.1)),
+        "polyak": lambda params: torchopt.PolyakSGD(params, 0.1),
+    }
+    before = weights(net)
+    with pytest.raises(ValueError, match=r"optimizer.step\(closure\)"):
+        trainer(net, make[name], batches(ACCUMULATE * STEPS), tmp_path).train()
+    assert all(map(torch.equal, weights(net), before))

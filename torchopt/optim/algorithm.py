@@ -1,9 +1,7 @@
 """Of which algorithm a saved state is, where slots and hyperparameters do not tell.
 
 LAMB keeps what Adam keeps, under the same names. Groups of algorithms that ``torch.optim`` has not
-say so; those that it has are saved as it saves them. Live groups say so as well: what takes states
-apart and puts them together again, as ``torch.distributed.checkpoint`` does where it flattens them,
-keeps of a saved group what the live one has.
+say so; those that it has are saved as it saves them.
 """
 
 from __future__ import annotations

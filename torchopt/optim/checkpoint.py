@@ -10,10 +10,11 @@ from torch import Tensor
 
 from torchopt.base import misuse, tree
 from torchopt.core import hyper, whole
+from torchopt.core.evaluation import evaluates
 from torchopt.core.plan import Plan
 from torchopt.core.slots import Slot
 from torchopt.optim.algorithm import check_mark, mark, set_mark
-from torchopt.optim.evaluation import TRAINED
+from torchopt.optim.evaluation import TRAIN_MODE, TRAINED
 from torchopt.optim.protocols import OptimizerLike
 from torchopt.optim.schedules import REPLACED
 
@@ -169,6 +170,17 @@ def _checked_group(
     if names is None or own is None or list(names) == list(own):
         return group
     return _reordered(group, _order_by_name(index, list(names), list(own)), specs)
+
+
+def set_notes(optimizer: OptimizerLike, group: dict[str, Any]) -> None:
+    """Let a new group say what a saved one does: of which algorithm, and that it is in training.
+
+    It does from the start, for what takes states apart and puts them together again by the keys of
+    live groups, as ``torch.distributed.checkpoint`` where it flattens them.
+    """
+    set_mark(optimizer, group)
+    if evaluates(optimizer.transformation):
+        group.setdefault(TRAIN_MODE, True)
 
 
 def check_saved(name: str, value: Any, spec: hyper.HyperSpec) -> None:

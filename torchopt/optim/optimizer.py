@@ -22,8 +22,7 @@ from torchopt.core.gradient_checks import refuse_parameters
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
-from torchopt.optim.algorithm import set_mark
-from torchopt.optim.checkpoint import load, saved
+from torchopt.optim.checkpoint import load, saved, set_notes
 from torchopt.optim.evaluation import refuse_step, swap_in_place
 from torchopt.optim.memory import apart, refuse_released, slots_of, slots_to_keep
 from torchopt.optim.part_groups import (
@@ -153,7 +152,7 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             del self.param_groups[-1]
             raise
-        set_mark(self, self.param_groups[-1])
+        set_notes(self, self.param_groups[-1])
         if self._parts is not None:
             self._parts.place(self.param_groups[-1], places)
         self.transformation = tx
