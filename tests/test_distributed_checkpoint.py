@@ -74,9 +74,9 @@ def assert_resumes(case: Case, make: Any, flat: bool, folder: Path | None = None
     resumed = make(other.parameters())
     first = assert_initialised(other, resumed, flat)
     if folder is not None:
-        checkpoint.save({"optimizer": saved}, checkpoint_id=folder, no_dist=True)
+        checkpoint.save({"optimizer": saved}, checkpoint_id=folder)
         saved = {"optimizer": first}
-        checkpoint.load(saved, checkpoint_id=folder, no_dist=True)
+        checkpoint.load(saved, checkpoint_id=folder)
         saved = saved["optimizer"]
     elif not isinstance(optimizer, torchopt.Optimizer):
         saved = copy.deepcopy(saved)  # torch.optim's would go on in the tensors of the first one

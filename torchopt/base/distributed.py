@@ -85,7 +85,8 @@ def mean_of_processes(value: Any, tensors: Iterable[Any]) -> Any:
     like = next(filter(is_spread, tensors), None)
     if like is None:
         return value
-    total = torch.as_tensor(whole(value)).detach().to(device=like.device, copy=True)
+    dtype = value.dtype if isinstance(value, Tensor) else torch.float64
+    total = torch.as_tensor(whole(value), dtype=dtype).detach().to(device=like.device, copy=True)
     for dimension in range(like.device_mesh.ndim):
         torch.distributed.all_reduce(total, group=like.device_mesh.get_group(dimension))
     return total / like.device_mesh.size()
