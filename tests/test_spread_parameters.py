@@ -39,6 +39,17 @@ def whole(x: Any) -> Any:
     return x.full_tensor() if isinstance(x, tensors.DTensor) else x
 
 
+def step(optimizer: Any, given: dict[str, Any]) -> None:
+    """Take a step; a torch from before 2.13 may lack what the rule asks of spread tensors."""
+    try:
+        optimizer.step(**given)
+    except (NotImplementedError, RuntimeError) as error:
+        lacks = "sharding strategy" in str(error) or "ReduceOp.AVG" in str(error)
+        if lacks and torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
+            pytest.skip(f"torch {torch.__version__}: {error}")
+        raise
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @every_optimizer()
 def test_a_step_is_that_of_plain_tensors(case: Case, dtype: torch.dtype, mesh: Any) -> None:
@@ -57,7 +68,7 @@ def test_a_step_is_that_of_plain_tensors(case: Case, dtype: torch.dtype, mesh: A
         for given in grads:
             for p, g in zip(params, given):
                 p.grad = way(g)
-            optimizer.step(**({"value": 0.7} if reads_loss(case) else {}))
+            step(optimizer, {"value": 0.7} if reads_loss(case) else {})
         slots = [list(optimizer.state[p].values()) for p in params]
         found.append(([whole(p.detach()) for p in params], [list(map(whole, x)) for x in slots]))
         assert not spreads or all(p.placements == (tensors.Shard(0),) for p in params)
