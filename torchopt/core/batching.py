@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base.distributed import is_spread
 from torchopt.base.torch_internals import in_forward_mode, peek_interpreter_stack
 from torchopt.core.engine import Leaves
 
@@ -81,4 +82,4 @@ def _kind(x: Any) -> Any:
 
 
 def _is_small(g: Tensor) -> bool:
-    return g.numel() <= MOST_ENTRIES and g.layout == torch.strided
+    return g.numel() <= MOST_ENTRIES and g.layout == torch.strided and not is_spread(g)

@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from torchopt.base import tree
 from torchopt.base.numerics import HALF
+=======
+from torchopt.base import misuse, tree
+from torchopt.base.distributed import any_spread, placed
+from torchopt.base.numerics import HALF, to_compute_dtype
+>>>>>>> frameworks
 from torchopt.core import step_tags
 from torchopt.core.gradient_checks import check_gradients, refuse_update
 from torchopt.core.packed import Packed, Packing
@@ -229,6 +235,9 @@ def _advance_by_parts(
                 else:  # made in this call, in the dtype of computation unless it is no such number
                     dtype = leaves.g[position].dtype if value.is_floating_point() else value.dtype
                 columns[name][position] = _leave(value, c, dtype)
+    if any_spread(given.g):
+        results = list(map(placed, results, given.g))
+        columns.update({n: list(map(placed, columns[n], given.g)) for n in own})
     return results
 
 

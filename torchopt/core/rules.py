@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
+from torchopt.base.distributed import is_spread, spread_as, whole
 from torchopt.core import batching
 from torchopt.core.engine import Leaves
 from torchopt.core.sparse_entries import of_entries
@@ -33,6 +34,9 @@ class TensorTransformation(GradientTransformation):
     batches: ClassVar[bool] = False
     #: Whether the rule of one entry is right for those that a sparse gradient has; others stay.
     sparse_by_entry: ClassVar[bool] = False
+    #: Whether the rule is to see the whole gradient and whole slots where they are spread over
+    #: processes (``DTensor``), as decompositions must; sums and products are right as they are.
+    gathers: ClassVar[bool] = False
 
     def rule(
         self,
@@ -83,11 +87,15 @@ class TensorTransformation(GradientTransformation):
                 result = done[k]
             elif self.sparse_by_entry and g.layout == torch.sparse_coo:
                 result = of_entries(self.rule, g, p, t, s, h, leaves.call.overwrites)
+            elif self.gathers and is_spread(g):
+                result = self.rule(whole(g), p, t, tuple(map(whole, s)), **h)
             else:
                 result = self.rule(g, p, t, s, **h)
             is_pair = isinstance(result, (tuple, list)) and len(result) == 2
             if not is_pair or not isinstance(result[0], Tensor) or len(result[1]) != len(s):
                 raise TypeError(misuse.not_a_result(self, result, s))
+            if self.gathers:
+                result = spread_as(result[0], g), tuple(map(spread_as, result[1], s))
             updates.append(result[0])
             slots.append(result[1])
         return updates, slots

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import TypeAlias
 
 from torchopt.base import misuse, tree
+from torchopt.base.distributed import whole
 from torchopt.base.misuse.given import given
 from torchopt.base.numerics import to_compute_dtype
 from torchopt.typing import PyTree, TensorTree
@@ -65,6 +66,7 @@ class Layout:
         return torch.cat([self._reals(leaf) for leaf in leaves if leaf is not None])
 
     def _reals(self, leaf: Tensor) -> Tensor:
+        leaf = whole(leaf)  # every process has the vector of all
         if leaf.is_complex():
             leaf = torch.view_as_real(leaf.resolve_conj())
         return leaf.reshape(-1).to(self.dtype)
