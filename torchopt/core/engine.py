@@ -10,14 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from torchopt.base import tree
-from torchopt.base.numerics import HALF
-=======
-from torchopt.base import misuse, tree
 from torchopt.base.distributed import any_spread, placed
-from torchopt.base.numerics import HALF, to_compute_dtype
->>>>>>> frameworks
+from torchopt.base.numerics import HALF
 from torchopt.core import step_tags
 from torchopt.core.gradient_checks import check_gradients, refuse_update
 from torchopt.core.packed import Packed, Packing

@@ -65,8 +65,6 @@ def gradients_in_place(
                 params[k].copy_(value)
 
 
-<<<<<<< HEAD
-=======
 @contextmanager
 def _marked(params: Sequence[Tensor]) -> Iterator[None]:
     """Refuse what is added to the gradients of parameters instead of taking their place.
@@ -99,21 +97,6 @@ def _marked(params: Sequence[Tensor]) -> Iterator[None]:
         p.grad = g.copy_(mark)
 
 
-def extra_of_network(
-    closure: Callable[[], Tensor] | None,
-    groups: Sequence[Mapping[str, Any]],
-    entries: Sequence[Entry],
-    call: Call,
-    create_graph: bool,
-) -> dict[str, Any]:
-    """Return what rules may read of a differentiable step besides the value of the loss."""
-    if closure is None:
-        return {}
-    modules = [group["params"] for group in groups]
-    return {"grad_fn": gradients_in_network(closure, modules, entries, call, create_graph)}
-
-
->>>>>>> frameworks
 def gradients_in_network(
     closure: Callable[[], Tensor],
     modules: Sequence[nn.Module],
