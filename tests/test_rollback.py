@@ -11,6 +11,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 import torchopt
 
@@ -292,8 +293,13 @@ def test_a_fresh_parameter_under_an_old_name_begins_anew() -> None:
     assert steps["body.weight"] == 4
 
 
-def test_nothing_is_kept() -> None:
+@pytest.mark.parametrize("needed", [False, True], ids=["", "moment"])
+def test_nothing_is_kept(needed: bool) -> None:
+    """Nor does a graph whose checkpointed part may run again keep modules that came later."""
     net = Net()
+    kept = checkpoint(net, torch.ones(2, 3, dtype=torch.float64), use_reentrant=False)
+    if not needed:
+        del kept
     for _ in range(2):
         with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
             net.extra = nn.Linear(2, 2).double()
