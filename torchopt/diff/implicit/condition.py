@@ -1,0 +1,225 @@
+"""A user's condition of optimality as a system: which tensors it depends on, and its checks."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchopt.base import tree
+from torchopt.base.captured import Captured, stray_leaf
+from torchopt.base.levels import any_level, is_tracked, is_wrapped, physical
+from torchopt.base.misuse.given import given, short
+from torchopt.diff.implicit.pullback import Flat, Tensors, pullback
+from torchopt.diff.implicit.solution import System, differentiable
+from torchopt.diff.implicit.unknowns import Unknowns
+from torchopt.typing import PyTree
+
+
+class Argument(NamedTuple):
+    """What a condition is given besides the solution."""
+
+    key: int | str  #: Its position, or its keyword.
+    value: PyTree
+    wanted: bool  #: Whether the solution is differentiated by it.
+    name: str  #: What an error calls it.
+
+
+class Condition(System):
+    """That a function of a solution and of arguments is zero.
+
+    Its parameters are the floating-point tensors in the arguments that are wanted, and tensors
+    that the function uses without being given them.
+
+    Args:
+        function: Of the solution and the arguments; returns a tree like the solution.
+        solution: A tree of tensors, constants.
+        arguments: All that the function is given besides.
+        solve: ``solve(matvec, b)`` of a linear system of trees like the solution.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., PyTree],
+        solution: PyTree,
+        arguments: Sequence[Argument],
+        solve: Callable[..., PyTree],
+    ) -> None:
+        self.solve, self.title, self.arguments = solve, given(function), arguments
+        self.unknowns = Unknowns(solution, "The solution")
+        flat = [tree.flatten(argument.value) for argument in arguments]
+        self._specs = [spec for _, spec in flat]
+        self._sizes = [len(leaves) for leaves, _ in flat]
+        leaves = [x for leaves, _ in flat for x in leaves]
+        wanted = [a.wanted for a, (leaves, _) in zip(arguments, flat) for _ in leaves]
+        self._wanted = [k for k, x in enumerate(leaves) if wanted[k] and _has_derivative(x)]
+        # objects may hold tensors too: they are searched and rebuilt with the function
+        self._others = [k for k, x in enumerate(leaves) if not isinstance(x, Tensor)]
+        self._constants = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        self._captured = Captured(
+            functools.partial(_call, function, [leaves[k] for k in self._others])
+        )
+        found = self._captured.values
+        self._hidden = [k for k, x in enumerate(found) if is_tracked(x) or is_wrapped(x)]
+        self.parameters: Tensors = (
+            *(leaves[k] for k in self._wanted),
+            *(found[k] for k in self._hidden),
+        )
+
+    @property
+    def point(self) -> Tensors:
+        """The solution as a tuple of reals."""
+        return self.unknowns.values
+
+    def residual(self, x: Tensors, theta: Tensors) -> Tensors:
+        """Return what the function is of a solution and of parameters."""
+        call: Any = self._captured.function
+        given_, hidden = theta[: len(self._wanted)], theta[len(self._wanted) :]
+        if hidden:
+            values = list(self._captured.values)
+            for k, value in zip(self._hidden, hidden):
+                values[k] = value
+            call = self._captured.with_values(values)
+        leaves = list(self._constants)
+        for places, values in ((self._others, call.args[1]), (self._wanted, given_)):
+            for k, value in zip(places, values):
+                leaves[k] = value
+        args, keywords = self._arguments(leaves)
+        result = call(self.unknowns.tree(x), args, keywords)
+        return self.unknowns.flat(result, f"What {self.title} returned", ADVICE)
+
+    def _arguments(self, leaves: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        args: list[Any] = []
+        keywords: dict[str, Any] = {}
+        for argument, spec, size in zip(self.arguments, self._specs, self._sizes):
+            value = tree.unflatten(spec, leaves[:size])
+            del leaves[:size]
+            if isinstance(argument.key, str):
+                keywords[argument.key] = value
+            else:
+                args.append(value)
+        return args, keywords
+
+    def linear(self, product: Flat, b: Tensors, transposed: bool) -> Tensors:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Let the linear solver solve a system of trees like the solution."""
+        pairs, flat = self.unknowns.pairs, self.unknowns.flat_pairs
+
+        def matvec(v: PyTree) -> PyTree:
+            return pairs(product(flat(v, "What the linear solver asks the product of")))
+
+        v = flat(self.solve(matvec, pairs(b)), "What the linear solver returned")
+        if not all(bool(torch.isfinite(x).all()) for x in v):
+            raise RuntimeError(_not_finite(self, b))
+        return v
+
+    # Checks --------------------------------------------------------------------------------------
+
+    def check(self, bound: float | None) -> None:
+        """Evaluate the condition at the solution.
+
+        Raises:
+            TypeError: If it returns no tree of tensors.
+            ValueError: If that has another structure than the solution, does not depend on it,
+                or is larger than ``bound``.
+            RuntimeError: If a tensor whose derivative is recorded reaches it in a way that is not
+                seen.
+        """
+        x, theta = [v.detach() for v in self.point], [v.detach() for v in self.parameters]
+        n = len(x)
+        inputs: list[Tensor] = []
+
+        def residual(xs: Tensors) -> Tensors:
+            inputs[:] = xs
+            return self.residual(xs[:n], xs[n:])
+
+        value = pullback(residual, (*x, *theta))[0]
+        for y in value:
+            leaf = stray_leaf(y, inputs) if not any_level() else (y if is_tracked(y) else None)
+            if leaf is not None:
+                raise RuntimeError(_stray(self, leaf))
+        if bound is not None:
+            size = max(_largest(y) for y in value)
+            if not size <= bound:
+                raise ValueError(_unsatisfied(self, size, bound))
+
+    def warn_of_constants(self, argnums: str, start: PyTree) -> None:
+        """Warn of what requires grad, and does not get any."""
+        names = [a.name for a in self.arguments if not a.wanted and _any_tracked(a.value)]
+        for name in names:
+            warnings.warn(
+                f"The solution of {self.title} is not differentiated by {name}, which requires "
+                f"grad, for argnums={argnums} does not name it. Add it to argnums, or detach it.",
+                UserWarning,
+                stacklevel=3,
+            )
+        if not any(map(is_tracked, self.parameters)) and not names and _any_tracked(start):
+            warnings.warn(
+                f"Only the start of the solver requires grad. The solution of {self.title} has no "
+                "derivative by it: it satisfies the same condition wherever the solver began.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def solution(self) -> PyTree:
+        """Return the solution as a function of the parameters."""
+        return self.unknowns.tree(differentiable(self, self.point, self.parameters))
+
+
+#: What to look at when a condition returns another structure than the solution has.
+ADVICE = (
+    " The condition returns one entry for each entry of the solution, as the gradient of an "
+    "objective does. If the solver returns (solution, aux), pass has_aux=True."
+)
+
+
+def _call(
+    function: Callable[..., PyTree], _: list[Any], x: PyTree, args: list[Any], keywords: Any
+) -> PyTree:
+    return function(x, *args, **keywords)
+
+
+def _any_tracked(value: PyTree) -> bool:
+    return any(map(is_tracked, tree.flatten(value)[0]))
+
+
+def _has_derivative(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _largest(x: Tensor) -> float:
+    x = physical(x)
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _unsatisfied(condition: Condition, size: float, bound: float) -> str:
+    found = "is not finite" if not math.isfinite(size) else f"has an entry of {size:.3g}"
+    return (
+        f"The solution does not satisfy the condition {condition.title}, which {found} there "
+        f"(residual_check={bound:g}). Its derivative would be that of another point. Let the "
+        "solver go on for longer, with a smaller tolerance, or allow more by residual_check."
+    )
+
+
+def _stray(condition: Condition, leaf: Tensor) -> str:
+    return (
+        f"{short(leaf)[:1].upper()}{short(leaf)[1:]}, which requires grad, reaches the condition "
+        f"{condition.title} in a way that is not seen from outside (not as an argument, closure, "
+        "default, global or attribute). Hand it over as an argument and name it in argnums, or "
+        "detach it."
+    )
+
+
+def _not_finite(condition: Condition, b: Tensors) -> str:
+    where = "" if all(bool(torch.isfinite(x).all()) for x in b) else (
+        " The derivative that came in is not finite itself."
+    )
+    return (
+        f"The linear solver {given(condition.solve)} returned numbers that are not finite for the "
+        f"derivative of a solution of {condition.title}.{where} Its Jacobian may be singular "
+        "there: add a regularisation to the problem, or a ridge to the solver."
+    )
