@@ -3,6 +3,7 @@
 
 from torchopt import (
     kernels as kernels,
+    linear_solve as linear_solve,
     projections as projections,
     schedules as schedule,
     schedules as schedules,
