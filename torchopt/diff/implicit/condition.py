@@ -16,8 +16,9 @@ from torchopt.base.captured import Captured, stray_leaf
 from torchopt.base.levels import any_level, is_tracked, is_wrapped, physical
 from torchopt.base.misuse.given import given, short
 from torchopt.diff.implicit.pullback import Flat, Tensors, pullback
-from torchopt.diff.implicit.solution import System, differentiable
+from torchopt.diff.implicit.solution import LinearSystem, System, differentiable
 from torchopt.diff.implicit.unknowns import Unknowns
+from torchopt.linear_solve import LinearOperator, solve_lu
 from torchopt.typing import PyTree
 
 
@@ -41,6 +42,7 @@ class Condition(System):
         solution: A tree of tensors, constants.
         arguments: All that the function is given besides.
         solve: ``solve(matvec, b)`` of a linear system of trees like the solution.
+        tags: What is known of its Jacobian, as of a :class:`torchopt.linear_solve.LinearOperator`.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class Condition(System):
         function: Callable[..., PyTree],
         solution: PyTree,
         arguments: Sequence[Argument],
-        solve: Callable[..., PyTree],
+        solve: Callable[..., PyTree] | None = None,
+        tags: Sequence[str] = (),
     ) -> None:
-        self.solve, self.title, self.arguments = solve, given(function), arguments
+        self.solve, self.tags = solve or default_solve(), tags
+        self.title, self.arguments = given(function), arguments
         self.unknowns = Unknowns(solution, "The solution")
         flat = [tree.flatten(argument.value) for argument in arguments]
         self._specs = [spec for _, spec in flat]
@@ -61,6 +65,12 @@ class Condition(System):
         # objects may hold tensors too: they are searched and rebuilt with the function
         self._others = [k for k, x in enumerate(leaves) if not isinstance(x, Tensor)]
         self._constants = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        # below a level of torch.func nothing may come from it: what it has wrapped is handed down
+        self._wrapped = [
+            k
+            for k, x in enumerate(self._constants)
+            if isinstance(x, Tensor) and is_wrapped(x) and k not in self._wanted
+        ]
         self._captured = Captured(
             functools.partial(_call, function, [leaves[k] for k in self._others])
         )
@@ -69,6 +79,7 @@ class Condition(System):
         self.parameters: Tensors = (
             *(leaves[k] for k in self._wanted),
             *(found[k] for k in self._hidden),
+            *(self._constants[k] for k in self._wrapped),
         )
 
     @property
@@ -78,15 +89,16 @@ class Condition(System):
 
     def residual(self, x: Tensors, theta: Tensors) -> Tensors:
         """Return what the function is of a solution and of parameters."""
+        n, m = len(self._wanted), len(self._wanted) + len(self._hidden)
         call: Any = self._captured.function
-        given_, hidden = theta[: len(self._wanted)], theta[len(self._wanted) :]
-        if hidden:
+        if self._hidden:
             values = list(self._captured.values)
-            for k, value in zip(self._hidden, hidden):
+            for k, value in zip(self._hidden, theta[n:m]):
                 values[k] = value
             call = self._captured.with_values(values)
         leaves = list(self._constants)
-        for places, values in ((self._others, call.args[1]), (self._wanted, given_)):
+        changes = ((self._others, call.args[1]), (self._wanted, theta), (self._wrapped, theta[m:]))
+        for places, values in changes:
             for k, value in zip(places, values):
                 leaves[k] = value
         args, keywords = self._arguments(leaves)
@@ -105,15 +117,30 @@ class Condition(System):
                 args.append(value)
         return args, keywords
 
-    def linear(self, product: Flat, b: Tensors, transposed: bool) -> Tensors:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def solve_linear(self, system: LinearSystem, point: Tensors, b: Tensors) -> Tensors:
         """Let the linear solver solve a system of trees like the solution."""
         pairs, flat = self.unknowns.pairs, self.unknowns.flat_pairs
 
-        def matvec(v: PyTree) -> PyTree:
-            return pairs(product(flat(v, "What the linear solver asks the product of")))
+        def function(adjoint: bool) -> Callable[..., PyTree]:
+            made: list[Flat] = []  # the condition is evaluated once for all products
 
+            def fn(v: PyTree, *point_: Tensor) -> PyTree:
+                if point_:
+                    product = system.product(point_, adjoint)
+                else:
+                    made.extend([system.product(point, adjoint)] if not made else [])
+                    product = made[0]
+                return pairs(product(flat(v, "What the linear solver asks the product of")))
+
+            return fn
+
+        # batches have to see what is batched: there the product is a function of all its tensors
+        consts = point if any_level() else ()
+        matvec = LinearOperator(
+            _Sealed(function(False)), *consts, tags=self.tags, adjoint=_Sealed(function(True))
+        )
         v = flat(self.solve(matvec, pairs(b)), "What the linear solver returned")
-        if not all(bool(torch.isfinite(x).all()) for x in v):
+        if not any_level() and not all(bool(torch.isfinite(x).all()) for x in v):
             raise RuntimeError(_not_finite(self, b))
         return v
 
@@ -168,6 +195,23 @@ class Condition(System):
     def solution(self) -> PyTree:
         """Return the solution as a function of the parameters."""
         return self.unknowns.tree(differentiable(self, self.point, self.parameters))
+
+
+def default_solve() -> Callable[..., PyTree]:
+    """Return the linear solver where none is given."""
+    return solve_lu()
+
+
+class _Sealed:
+    """A function that is not searched for tensors: it is given all of them."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., PyTree]) -> None:
+        self.function = function
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        return self.function(*args)
 
 
 #: What to look at when a condition returns another structure than the solution has.

@@ -16,7 +16,6 @@ from torchopt.base.misuse.given import given, short
 from torchopt.core import hyper
 from torchopt.diff.implicit.binding import Argnums, Binding, check_argnums
 from torchopt.diff.implicit.condition import Condition
-from torchopt.diff.implicit.dense import solve_dense
 from torchopt.diff.implicit.pullback import Tensors
 from torchopt.diff.implicit.running import run
 from torchopt.typing import PyTree
@@ -50,7 +49,7 @@ def custom_root(
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             positional, keywords, arguments = binding(args, kwargs)
             solution, aux = solved(solver, positional, keywords, has_aux)
-            condition = Condition(optimality_fn, solution, arguments, solve or solve_dense)
+            condition = Condition(optimality_fn, solution, arguments, solve)
             condition.warn_of_constants(short(argnums), positional[0])
             tracked = any(map(is_tracked, condition.parameters))
             if tracked or residual_check is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,22 +16,35 @@ Tensors: TypeAlias = tuple[Tensor, ...]
 Flat: TypeAlias = Callable[[Tensors], Tensors]  #: A function of a tuple of tensors to another.
 
 
+def inexact(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the places of tensors that can have a derivative."""
+    return [k for k, x in enumerate(tensors) if x.is_floating_point() or x.is_complex()]
+
+
 def pullback(function: Flat, primals: Sequence[Tensor]) -> tuple[Tensors, Flat]:
     """Return what a function is at ``primals``, and its product with the transposed Jacobian.
 
-    The product may be called often. It can be differentiated, in what it is given and in
-    ``primals``, wherever grad mode is on when it is called.
+    The Jacobian is that by the :func:`inexact` ones. The product may be called often. It can be
+    differentiated, in what it is given and in ``primals``, where grad mode is on when it is called.
 
     Where no level of ``torch.func`` is open this is done by plain autograd: it knows
     checkpoints, hooks of saved tensors and modules that change buffers, which ``torch.func.vjp``
     refuses.
     """
+    places = inexact(primals)
+
+    def called(xs: Sequence[Tensor]) -> Tensors:
+        values = list(primals)
+        for k, x in zip(places, xs):
+            values[k] = x
+        return tuple(function(tuple(values)))
+
     if any_level():
-        value, product = torch.func.vjp(lambda *xs: tuple(function(xs)), *primals)
-        return value, lambda v: _func_product(product, v)
-    inputs = tuple(_alias(x) for x in primals)
+        value, product = torch.func.vjp(lambda *xs: called(xs), *(primals[k] for k in places))
+        return value, lambda v: product(tuple(v))
+    inputs = tuple(_alias(primals[k]) for k in places)
     with torch.enable_grad():
-        value = tuple(function(inputs))
+        value = called(inputs)
     return value, lambda v: _autograd_product(value, inputs, v)
 
 
@@ -46,10 +57,6 @@ def _alias(x: Tensor) -> Tensor:
         with torch.enable_grad():
             return forward_ad.make_dual(alias, tangent)
     return alias
-
-
-def _func_product(product: Callable[[Tensors], Tensors], v: Tensors) -> Tensors:
-    return product(tuple(v))
 
 
 def _autograd_product(value: Tensors, inputs: Tensors, v: Tensors) -> Tensors:
@@ -70,7 +77,7 @@ def _autograd_product(value: Tensors, inputs: Tensors, v: Tensors) -> Tensors:
 
 
 def pushforward(function: Flat, primals: Sequence[Tensor]) -> Flat:
-    """Return the product with the Jacobian of a function at ``primals``.
+    """Return the product with the Jacobian of a function at ``primals``, by the inexact ones.
 
     It is the transpose of the transposed product, which asks for second derivatives in reverse
     mode only: more operations have those than have rules for forward mode.

@@ -17,7 +17,7 @@ has to stay connected in the backward pass: it is an output of the node, saved a
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,20 +25,21 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torchopt.base.levels import primal
-from torchopt.base.torch_internals import set_forward_grad_enabled
-from torchopt.diff.implicit.pullback import Flat, Tensors, pullback, pushforward
+from torchopt.base.torch_internals import is_legacy_batchedtensor, set_forward_grad_enabled
+from torchopt.diff.implicit.pullback import Flat, Tensors, inexact, pullback, pushforward
 from torchopt.diff.implicit.running import run
 
 
 class System(abc.ABC):
-    """A condition for unknowns: lists of tensors in, a list of the shapes of the unknowns out."""
-
-    #: From a product, a right-hand side (lists) and whether the product is transposed: a solution.
-    linear: Callable[[Flat, Tensors, bool], Tensors]
+    """A condition for unknowns, as a function of tuples of tensors."""
 
     @abc.abstractmethod
     def residual(self, x: Tensors, theta: Tensors) -> Tensors:
-        """Return what is zero at the solution."""
+        """Return what is zero at the solution, in the shapes of ``x``."""
+
+    @abc.abstractmethod
+    def solve_linear(self, system: LinearSystem, point: Tensors, b: Tensors) -> Tensors:
+        """Return the solution, as numbers, of a linear system that a derivative asks for."""
 
 
 class LinearSystem(System):
@@ -49,26 +50,30 @@ class LinearSystem(System):
 
     def __init__(self, of: System, n: int, transposed: bool) -> None:
         self.of, self.n, self.transposed = of, n, transposed
-        self.linear = of.linear
 
     def residual(self, x: Tensors, theta: Tensors) -> Tensors:
         """Return the product with ``x`` less the right-hand side."""
         point, b = theta[: -self.n], theta[-self.n :]
         return tuple(a - c for a, c in zip(self.product(point)(x), b))
 
-    def product(self, point: Tensors) -> Flat:
-        """Return the product of the system."""
+    def product(self, point: Tensors, adjoint: bool = False) -> Flat:
+        """Return the product with the matrix of the system at a point, or with its transpose."""
         x, theta = point[: self.n], point[self.n :]
 
         def residual(x: Tensors) -> Tensors:
             return self.of.residual(x, theta)
 
-        return pullback(residual, x)[1] if self.transposed else pushforward(residual, x)
+        if self.transposed is not adjoint:
+            return pullback(residual, x)[1]
+        return pushforward(residual, x)
 
     def solved(self, *theta: Tensor) -> Tensors:
         """Return the solution, as numbers."""
-        point, b = theta[: -self.n], theta[-self.n :]
-        return self.linear(self.product(point), b, self.transposed)
+        return self.solve_linear(self, theta[: -self.n], theta[-self.n :])
+
+    def solve_linear(self, system: LinearSystem, point: Tensors, b: Tensors) -> Tensors:
+        """Let the system do it that this one belongs to."""
+        return self.of.solve_linear(system, point, b)
 
 
 class _Root(Function):
@@ -89,6 +94,8 @@ class _Root(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if any(map(is_legacy_batchedtensor, cotangents)):
+            raise NotImplementedError(_LEGACY)
         n, saved = ctx.n, ctx.saved_tensors
         gradients = transposed_derivative(ctx.system, saved[:n], saved[n:], cotangents)
         return (None, None, *[None] * n, *gradients)
@@ -99,11 +106,13 @@ class _Root(Function):
         # word; with it on, the saved inputs must be taken without the tangent of this level
         with set_forward_grad_enabled(True):
             n, saved = ctx.n, tuple(primal(x) for x in ctx.saved_tensors)
-            moved = [
-                torch.zeros_like(x) if t is None else t
-                for t, x in zip(tangents[2 + n :], saved[n:])
-            ]
-            return derivative(ctx.system, saved[:n], saved[n:], moved)
+            return derivative(ctx.system, saved[:n], saved[n:], tangents[2 + n :])
+
+
+_LEGACY = (
+    "A solution has no derivative for is_grads_batched=True or vectorize=True; use "
+    "torch.func.jacrev, torch.func.jacfwd or torch.func.vmap."
+)
 
 
 def differentiable(system: System, x: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensors:
@@ -111,7 +120,7 @@ def differentiable(system: System, x: Sequence[Tensor], theta: Sequence[Tensor])
     return _Root.apply(system, len(x), *x, *theta)  # pyright: ignore[reportReturnType]
 
 
-def solve_linear(system: System, x: Tensors, theta: Tensors, b: Tensors, transposed: bool) -> Tensors:
+def linear_solution(system: System, x: Tensors, theta: Tensors, b: Tensors, transposed: bool) -> Tensors:
     """Return the solution of the linear system with the Jacobian at a point, differentiable."""
     linear = LinearSystem(system, len(x), transposed)
     parameters = (*x, *theta, *b)
@@ -120,17 +129,21 @@ def solve_linear(system: System, x: Tensors, theta: Tensors, b: Tensors, transpo
 
 def transposed_derivative(
     system: System, x: Tensors, theta: Tensors, cotangents: Sequence[Tensor]
-) -> Tensors:
+) -> tuple[Tensor | None, ...]:
     r"""Return :math:`-B^\top v` with :math:`A^\top v = \bar x`."""
-    v = solve_linear(system, x, theta, tuple(cotangents), True)
+    v = linear_solution(system, x, theta, tuple(cotangents), True)
     product = pullback(lambda theta: system.residual(x, theta), theta)[1]
-    return tuple(-u for u in product(v))
+    gradients: list[Tensor | None] = [None] * len(theta)
+    for k, u in zip(inexact(theta), product(v)):
+        gradients[k] = -u
+    return tuple(gradients)
 
 
 def derivative(
-    system: System, x: Tensors, theta: Tensors, tangents: Sequence[Tensor]
+    system: System, x: Tensors, theta: Tensors, tangents: Sequence[Tensor | None]
 ) -> Tensors:
-    r"""Return :math:`-A^{-1} B \dot\theta`."""
+    r"""Return :math:`-A^{-1} B \dot\theta`; ``None`` is a tangent of zero."""
+    moved = [(tangents[k], theta[k]) for k in inexact(theta)]
     product = pushforward(lambda theta: system.residual(x, theta), theta)
-    b = tuple(-u for u in product(tuple(tangents)))
-    return solve_linear(system, x, theta, b, False)
+    b = product(tuple(torch.zeros_like(x) if t is None else t for t, x in moved))
+    return linear_solution(system, x, theta, tuple(-u for u in b), False)

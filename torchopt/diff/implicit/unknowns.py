@@ -42,6 +42,8 @@ class Unknowns:
         if not present:
             raise ValueError(f"{what} holds no tensor, got {given(solution)}.")
         self.values: Tensors = tuple(_real(x) for x in present)
+        # of one member, also where the values are a batch
+        self.likes = [(x.shape, x.dtype) for x in self.values]
         self.complex = [None if x is None else x.is_complex() for x in leaves]
 
     def tree(self, values: Tensors) -> PyTree:
@@ -80,15 +82,15 @@ class Unknowns:
                 raise TypeError(
                     f"{what} must hold tensors, got {given(x)} at {tree.quoted(name)}.{advice}"
                 )
-            expected = self.values[len(result)]
+            shape, dtype = self.likes[len(result)]
             if kind and not pairs:
                 x = torch.view_as_real((x if x.is_complex() else torch.complex(x, 0 * x)).resolve_conj())
-            if x.shape != expected.shape:
+            if x.shape != shape:
                 raise ValueError(
-                    f"{what} must have the shapes of the solution: {tuple(expected.shape)} at "
+                    f"{what} must have the shapes of the solution: {tuple(shape)} at "
                     f"{tree.quoted(name)}, got {tuple(x.shape)}.{advice}"
                 )
-            result.append(x.to(expected.dtype))
+            result.append(x.to(dtype))
         return tuple(result)
 
     def _matched(self, like: PyTree, what: str, advice: str) -> list[Any]:
