@@ -66,10 +66,10 @@ def primal(x: Tensor) -> Tensor:
 
 def physical(x: Tensor) -> Tensor:
     """Return what is inside of all levels: no history, and the entries of all members of a batch."""
-    while any_level():
-        level: Any = current_interpreter()
-        batched = level.key() == TransformType.Vmap
-        inside = unwrap_batched(x, level.level())[0] if batched else unwrap_for_grad(x, level.level())
-        with level.lower():
-            return physical(inside)
-    return x.detach()
+    if not any_level():
+        return x.detach()
+    level: Any = current_interpreter()
+    batched = level.key() == TransformType.Vmap
+    inside = unwrap_batched(x, level.level())[0] if batched else unwrap_for_grad(x, level.level())
+    with level.lower():
+        return physical(inside)

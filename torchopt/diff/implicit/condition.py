@@ -192,6 +192,28 @@ class Condition(System):
                 stacklevel=3,
             )
 
+    def like_arguments(self, values: Sequence[Tensor | None]) -> tuple[PyTree, ...]:
+        """Return values for the parameters that were given as a tuple of trees like the arguments.
+
+        Other leaves become ``None``.
+        """
+        leaves: list[Any] = [None] * len(self._constants)
+        for k, value in zip(self._wanted, values):
+            leaves[k] = value
+        return tuple(self._arguments(leaves)[0])
+
+    def argument_leaves(self, trees: Sequence[PyTree]) -> list[Tensor | None]:
+        """Return trees like the arguments, or ``None`` for one, as values for the parameters."""
+        found: list[Any] = []
+        for argument, spec, size, value in zip(self.arguments, self._specs, self._sizes, trees):
+            if value is None:
+                found += [None] * size
+            else:
+                what, like = f"The tangent of {argument.name}", argument.name
+                found += tree.flatten_like(value, argument.value, spec, what, like)
+        moved: list[Tensor | None] = [found[k] for k in self._wanted]
+        return [*moved, *[None] * (len(self.parameters) - len(moved))]
+
     def solution(self) -> PyTree:
         """Return the solution as a function of the parameters."""
         return self.unknowns.tree(differentiable(self, self.point, self.parameters))

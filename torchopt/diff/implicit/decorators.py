@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from torchopt.base import tree
-from torchopt.base.captured import Captured
-from torchopt.base.levels import any_level, is_tracked, is_wrapped
+from torchopt.base.levels import is_tracked
 from torchopt.base.misuse.given import given, short
 from torchopt.core import hyper
 from torchopt.diff.implicit.binding import Argnums, Binding, check_argnums
 from torchopt.diff.implicit.condition import Condition
-from torchopt.diff.implicit.pullback import Tensors
-from torchopt.diff.implicit.running import run
+from torchopt.diff.implicit.solving import solved
 from torchopt.typing import PyTree
 
 
@@ -29,6 +24,72 @@ def custom_root(
     *,
     residual_check: float | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    r"""Differentiate the solutions of a solver by the condition that they satisfy.
+
+    .. math::
+        F(x^\star(\theta), \theta) = 0 \quad\Longrightarrow\quad
+        \frac{\partial x^\star}{\partial\theta}
+        = -\Big(\frac{\partial F}{\partial x}\Big)^{-1} \frac{\partial F}{\partial \theta}
+        \quad\text{at } (x^\star, \theta)
+
+    However the solver came there, a derivative costs one linear system, in memory that does not
+    grow with its iterations. It is that of the exact solution: as good as the solution is.
+
+    The result has derivatives of every order in reverse and forward mode, in any nesting, plain or
+    by :mod:`torch.func`, and under ``vmap`` (where the solver is called once for each member if it
+    cannot take all at once). Tensors that require grad and that ``optimality_fn`` closes over, in
+    variables, globals, attributes or modules, are differentiated as arguments are.
+
+    Args:
+        optimality_fn: :math:`F`, called as ``optimality_fn(x, *args)`` with the arguments of the
+            solver after the start; returns a tree like ``x``. Such as
+            ``torch.func.grad(objective)``. Arguments are matched by name where the names are the
+            same, else by position; what only the solver knows (a limit) is left out.
+        argnums: What to differentiate by: positions (or names) in the call of the solver, or a
+            tuple of them. 0 is the start, by which a solution has no derivative. The arguments are
+            any trees; tensors in them that hold no real or complex numbers, and other objects, are
+            constants.
+        has_aux: Whether the *solver* returns ``(x, aux)``. ``aux`` is handed on, without derivative.
+        solve: The linear solver, called as ``solve(matvec, b)``, such as
+            :func:`torchopt.linear_solve.solve_cg`; the matrix is the Jacobian of ``optimality_fn``
+            by ``x``, or its transpose. By default a solver is chosen by size.
+        residual_check: The largest absolute entry of :math:`F` that is accepted at the solution;
+            ``None`` does not look. The derivative of a point that is no solution is wrong.
+
+    Returns:
+        A decorator of ``solver(x0, *args, **kwargs)``. The solver runs as under
+        ``torch.no_grad()``, on tensors without history; only the start keeps ``requires_grad``. Its
+        solution is any tree of floating-point or complex tensors.
+
+    Raises:
+        TypeError: If an argument is of another type; when called, if the solution holds no tensors,
+            or an argument that requires grad has no place in ``optimality_fn``.
+        ValueError: If ``argnums`` is out of range or names the start; when called, if
+            ``optimality_fn`` returns another structure than the solution has, or more than
+            ``residual_check`` at the solution.
+        RuntimeError: If a tensor that requires grad reaches ``optimality_fn`` unseen; in a backward
+            pass, if the linear solver returns numbers that are not finite.
+
+    Example:
+        The root of :math:`x^2 - \theta`, whose derivative is :math:`1 / (2 \sqrt\theta)`:
+
+        >>> import torch, torchopt
+        >>> def condition(x, theta):
+        ...     return x * x - theta
+        >>> @torchopt.diff.implicit.custom_root(condition, argnums=1)
+        ... def root(x, theta):
+        ...     while (x * x - theta).abs() > 1e-6 * theta:  # no graph is recorded in here
+        ...         x = (x + theta / x) / 2
+        ...     return x
+        >>> theta = torch.tensor(4.0, requires_grad=True)
+        >>> x = root(torch.tensor(1.0), theta)
+        >>> torch.autograd.grad(x, theta)
+        (tensor(0.2500),)
+
+    Reference:
+        Blondel et al., Efficient and modular implicit differentiation, NeurIPS 2022,
+        https://arxiv.org/abs/2105.15183.
+    """
     if not callable(optimality_fn):
         raise TypeError(
             f"optimality_fn must be a function of the solution, got {given(optimality_fn)}."
@@ -71,6 +132,55 @@ def custom_fixed_point(
     *,
     residual_check: float | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    r"""Differentiate the solutions of a solver as fixed points of a map.
+
+    .. math::
+        x^\star = T(x^\star, \theta) \quad\Longrightarrow\quad
+        \frac{\partial x^\star}{\partial\theta}
+        = \Big(I - \frac{\partial T}{\partial x}\Big)^{-1} \frac{\partial T}{\partial \theta}
+
+    It is :func:`custom_root` with :math:`F(x, \theta) = x - T(x, \theta)`; see there for all
+    arguments and errors.
+
+    Args:
+        fixed_point_fn: :math:`T`, called as ``fixed_point_fn(x, *args)``; returns a tree like ``x``.
+        argnums: What to differentiate by, in the call of the solver.
+        has_aux: Whether the solver returns ``(x, aux)``.
+        solve: The linear solver.
+        residual_check: The largest absolute entry of :math:`x - T(x)` that is accepted.
+
+    Returns:
+        A decorator of ``solver(x0, *args, **kwargs)``.
+
+    Raises:
+        TypeError: As of :func:`custom_root`.
+        ValueError: As of :func:`custom_root`.
+
+    Example:
+        A layer that is defined by an equilibrium, with weights that it closes over:
+
+        >>> import torch, torchopt
+        >>> w = torch.tensor(0.5, requires_grad=True)
+        >>> def layer(z, x):
+        ...     return torch.tanh(w * z + x)
+        >>> @torchopt.diff.implicit.custom_fixed_point(layer, argnums=1)
+        ... def equilibrium(z, x):
+        ...     for _ in range(50):
+        ...         z = layer(z, x)
+        ...     return z
+        >>> x = torch.tensor(0.25, requires_grad=True)
+        >>> z = equilibrium(torch.tensor(0.0), x)
+        >>> slope = 1 - z.item() ** 2
+        >>> by_x, by_w = torch.autograd.grad(z, [x, w])
+        >>> abs(by_x.item() - slope / (1 - 0.5 * slope)) < 1e-5
+        True
+        >>> abs(by_w.item() - z.item() * by_x.item()) < 1e-5
+        True
+
+    Reference:
+        Bai, Kolter and Koltun, Deep equilibrium models, NeurIPS 2019,
+        https://arxiv.org/abs/1909.01377.
+    """
     if not callable(fixed_point_fn):
         raise TypeError(
             f"fixed_point_fn must be a function of the solution, got {given(fixed_point_fn)}."
@@ -104,74 +214,3 @@ def check_solve(solve: Any) -> None:
             f"solve must be a linear solver, called as solve(matvec, b), got {given(solve)}. Write "
             "solve=torchopt.linear_solve.solve_cg()."
         )
-
-
-# Running a solver --------------------------------------------------------------------------------
-
-
-class _Solve:
-    """A call of a solver as a function of the tensors that it is given or closes over."""
-
-    def __init__(
-        self, solver: Callable[..., Any], args: Sequence[Any], keywords: dict[str, Any], aux: bool
-    ) -> None:
-        self.has_aux, self.solver = aux, solver
-        self.leaves, self.spec = tree.flatten((list(args), keywords))
-        self.places = [k for k, x in enumerate(self.leaves) if isinstance(x, Tensor)]
-        self.start = len(tree.flatten(args[0])[0])
-        # below the levels of torch.func nothing may come from one
-        self.captured = Captured(solver) if any_level() else None
-        found = self.captured.values if self.captured else []
-        self.hidden = [k for k, x in enumerate(found) if is_wrapped(x)]
-        self.tensors = (*(self.leaves[k] for k in self.places), *(found[k] for k in self.hidden))
-
-    def __call__(self, *tensors: Tensor) -> Tensors:
-        """Call the solver, and return the tensors of what it returns."""
-        solver, leaves = self.solver, list(self.leaves)
-        for k, x in zip(self.places, tensors):
-            asked = k < self.start and self.leaves[k].requires_grad and not any_level()
-            leaves[k] = x.detach().requires_grad_() if asked else x
-        if self.captured is not None and self.hidden:
-            values = list(self.captured.values)
-            for k, x in zip(self.hidden, tensors[len(self.places) :]):
-                values[k] = x
-            solver = self.captured.with_values(values)
-        args, keywords = tree.unflatten(self.spec, leaves)
-        self.result = self._checked(solver(*args, **keywords))
-        found, self.result_spec = tree.flatten(self.result)
-        self.found = [x if not isinstance(x, Tensor) else None for x in found]
-        self.is_tensor = [isinstance(x, Tensor) for x in found]
-        return tuple(x.detach() for x in found if isinstance(x, Tensor))
-
-    def _checked(self, result: Any) -> Any:
-        if not self.has_aux:
-            return result
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(
-                f"With has_aux=True the solver must return (solution, aux), got {given(result)}."
-            )
-        return result
-
-    def restored(self, tensors: Sequence[Tensor]) -> Any:
-        """Return what the solver returned, with other tensors."""
-        parts = iter(tensors)
-        leaves = [next(parts) if t else x for t, x in zip(self.is_tensor, self.found)]
-        return tree.unflatten(self.result_spec, leaves)
-
-
-def solved(
-    solver: Callable[..., Any], args: Sequence[Any], keywords: dict[str, Any], has_aux: bool
-) -> tuple[PyTree, Any]:
-    """Return a solution and ``aux`` (or ``None``), with constants for tensors."""
-    call = _Solve(solver, args, keywords, has_aux)
-    try:
-        tensors = run(call, call.tensors)
-    except RuntimeError as error:
-        if "does not require grad" not in str(error):
-            raise
-        raise RuntimeError(
-            f"{error} A solver under custom_root runs as under torch.no_grad(): write `with "
-            "torch.enable_grad():` around what it differentiates by backward or autograd.grad."
-        ) from error
-    result = call.restored(tensors)
-    return result if has_aux else (result, None)

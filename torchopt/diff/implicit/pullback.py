@@ -42,13 +42,13 @@ def pullback(function: Flat, primals: Sequence[Tensor]) -> tuple[Tensors, Flat]:
     if any_level():
         value, product = torch.func.vjp(lambda *xs: called(xs), *(primals[k] for k in places))
         return value, lambda v: product(tuple(v))
-    inputs = tuple(_alias(primals[k]) for k in places)
+    inputs = tuple(alias(primals[k]) for k in places)
     with torch.enable_grad():
         value = called(inputs)
     return value, lambda v: _autograd_product(value, inputs, v)
 
 
-def _alias(x: Tensor) -> Tensor:
+def alias(x: Tensor) -> Tensor:
     """Return the same entries as an input of a graph, which is connected where one is recorded."""
     if x.requires_grad and torch.is_grad_enabled():
         return x.view_as(x)
