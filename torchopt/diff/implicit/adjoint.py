@@ -12,9 +12,8 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.levels import is_tracked
-from torchopt.core import hyper
 from torchopt.diff.implicit.condition import Argument, Condition
-from torchopt.diff.implicit.decorators import check_solve
+from torchopt.diff.implicit.decorators import check_residual, check_solve
 from torchopt.diff.implicit.solving import solved
 from torchopt.typing import PyTree, TensorTree
 
@@ -63,8 +62,7 @@ class Implicit:
 
     def __post_init__(self) -> None:
         check_solve(self.solve)
-        if self.residual_check is not None:
-            hyper.check_number("residual_check", self.residual_check, hyper.HyperSpec(ge=0))
+        check_residual(self.residual_check)
 
     def __call__(
         self, solver: Any, fn: Callable[..., Tensor], params: TensorTree, args: tuple[PyTree, ...]

@@ -43,6 +43,7 @@ class Condition(System):
         arguments: All that the function is given besides.
         solve: ``solve(matvec, b)`` of a linear system of trees like the solution.
         tags: What is known of its Jacobian, as of a :class:`torchopt.linear_solve.LinearOperator`.
+        title: What errors call the function.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class Condition(System):
         arguments: Sequence[Argument],
         solve: Callable[..., PyTree] | None = None,
         tags: Sequence[str] = (),
+        title: str = "",
     ) -> None:
         self.solve, self.tags = solve or default_solve(), tags
-        self.title, self.arguments = given(function), arguments
+        self.title, self.arguments = title or given(function), arguments
         self.unknowns = Unknowns(solution, "The solution")
         flat = [tree.flatten(argument.value) for argument in arguments]
         self._specs = [spec for _, spec in flat]
