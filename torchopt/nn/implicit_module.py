@@ -15,7 +15,7 @@ from torchopt.base.misuse.given import given, some
 from torchopt.diff.implicit.condition import Argument, Condition
 from torchopt.diff.implicit.decorators import check_residual, check_solve
 from torchopt.diff.implicit.solving import asking_for_grad
-from torchopt.diff.implicit.stationarity import gradient_of, scalar
+from torchopt.diff.stationarity import gradient_of, scalar
 from torchopt.nn.buffers import keep_buffers
 from torchopt.nn.meta_module import MetaGradientModule
 from torchopt.nn.parameters import parameter_sites, place_parameter

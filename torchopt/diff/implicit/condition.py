@@ -15,7 +15,7 @@ from torchopt.base import tree
 from torchopt.base.captured import Captured, stray_leaf
 from torchopt.base.levels import any_level, is_tracked, is_wrapped, physical
 from torchopt.base.misuse.given import given, short
-from torchopt.diff.implicit.pullback import Flat, Tensors, pullback
+from torchopt.diff.pullback import Flat, Tensors, pullback
 from torchopt.diff.implicit.solution import LinearSystem, System, differentiable
 from torchopt.diff.implicit.unknowns import Unknowns
 from torchopt.linear_solve import LinearOperator, solve_lu
