@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.levels import is_tracked
+from torchopt.base.misuse.given import given
 from torchopt.diff.implicit.condition import Argument, Condition
 from torchopt.diff.implicit.decorators import check_residual, check_solve
 from torchopt.diff.implicit.solving import solved
@@ -87,7 +88,8 @@ class Implicit:
         end = (failed or ends)[-1]  # of a batch, one that has not converged
         arguments = [Argument(k, value, True, f"args[{k}]") for k, value in enumerate(args)]
         function, tags = solver.condition(fn)
-        condition = Condition(function, found, arguments, self.solve, tags)
+        title = f"the gradient of {given(fn)}" if tags else ""
+        condition = Condition(function, found, arguments, self.solve, tags, title)
         condition.warn_of_constants("all", params)
         tracked = any(map(is_tracked, condition.parameters))
         if not tracked and self.residual_check is None:
