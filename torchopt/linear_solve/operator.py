@@ -1,4 +1,4 @@
-"""Linear operators: a product, the tensors that it depends on, its adjoint, and what is known of it.
+"""Linear operators: a product, the tensors it depends on, its adjoint, and what is known of it.
 
 :class:`LinearOperator` is what a user gives; :class:`Product` is the same over flat vectors, as a
 function of explicit tensors, so that it can be batched and differentiated.
@@ -34,6 +34,19 @@ TAGS = {
     "upper_triangular": frozenset({"upper_triangular"}),
 }
 _TRANSPOSED = {"lower_triangular": "upper_triangular", "upper_triangular": "lower_triangular"}
+
+
+def tags_of(tags: Iterable[str]) -> frozenset[str]:
+    """Return tags with those that follow from them.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
+    tags = (tags,) if isinstance(tags, str) else tuple(tags)
+    for tag in tags:
+        if tag not in TAGS:
+            raise ValueError(f"tags must be of {', '.join(map(repr, TAGS))}, got {tag!r}.")
+    return frozenset().union(*(TAGS[tag] for tag in tags))
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -86,14 +99,10 @@ class LinearOperator:
                     f"{name} must be a function of a vector that returns its product, got "
                     f"{given(function)}. Of a matrix A it is lambda v: A @ v."
                 )
-        tags = (tags,) if isinstance(tags, str) else tuple(tags)
-        for tag in tags:
-            if tag not in TAGS:
-                raise ValueError(f"tags must be of {', '.join(map(repr, TAGS))}, got {tag!r}.")
         for name, value in (
             ("fn", fn),
             ("consts", consts),
-            ("tags", frozenset().union(*(TAGS[tag] for tag in tags))),
+            ("tags", tags_of(tags)),
             ("adjoint", adjoint),
         ):
             object.__setattr__(self, name, value)
@@ -105,7 +114,9 @@ class LinearOperator:
     def adjoint_product(self, u: TensorTree) -> TensorTree:
         """Return the product of the adjoint with a vector."""
         product, layout = Product.of(self, u)
-        return layout.unflatten(product.transposed().bind(product.values)[0](layout.flatten(u, "u")))
+        return layout.unflatten(
+            product.transposed().bind(product.values)[0](layout.flatten(u, "u"))
+        )
 
     def check(self, like: TensorTree, rtol: float = 1e-4) -> None:
         r"""Look with random vectors whether tags and adjoint are true.
@@ -216,10 +227,13 @@ class Product:
             def forward(v: Tensor) -> Tensor:
                 return layout.flatten(fn(layout.unflatten(v), *consts), "matvec(v)")
 
+            if adjoint is None:
+                return forward, Transposed(forward)
+
             def backward(u: Tensor) -> Tensor:
                 return layout.flatten(adjoint(layout.unflatten(u), *consts), "adjoint(u)")
 
-            return forward, Transposed(forward) if adjoint is None else backward
+            return forward, backward
 
         values = captured.values if captured else []
         return Product(bind, values, operator.tags), layout

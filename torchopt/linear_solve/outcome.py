@@ -54,6 +54,11 @@ class Outcome(enum.Enum):
         "a solver that needs no step: solve_cg(), solve_gmres()."
     )
 
+    APPROXIMATE = (
+        "An approximate inverse was applied, which solves within no tolerance. Raise rank or rho, "
+        "or use it as a preconditioner of solve_cg()."
+    )
+
     @property
     def text(self) -> str:
         """What it means, with likely causes and the argument to change."""

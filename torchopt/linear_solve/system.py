@@ -66,6 +66,7 @@ class Solved:
     code: Tensor  #: Of outcomes.
     residual: Tensor | None = None  #: The norm of ``b - A x``; ``None``: to be computed.
     extra: Tensor | None = None  #: A number that the algorithm reports besides.
+    method: str | None = None  #: What was chosen to solve it.
 
 
 @dataclass(frozen=True)

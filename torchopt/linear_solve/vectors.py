@@ -1,9 +1,9 @@
-"""Trees as flat vectors of reals, and arithmetic of batches of such vectors.
+r"""Trees as flat vectors of reals, and arithmetic of batches of such vectors.
 
 A complex number is a pair of reals, so that every operator that is linear over the reals can be
 solved with (the Hessian of a real function of complex parameters is not linear over the complex
-numbers), and the inner product :math:`\\mathrm{Re} \\langle x, y \\rangle` conjugates what has to be.
-Its adjoint is what autograd computes.
+numbers), and the inner product :math:`\mathrm{Re} \langle x, y \rangle` conjugates what has to
+be. Its adjoint is what autograd computes.
 """
 
 from __future__ import annotations
