@@ -6,7 +6,7 @@ word. So tensors are looked for wherever Python keeps what a function uses: cell
 globals that its code names, ``partial``, the object of a bound method, modules, and plain
 containers. Functions are rebuilt around other values, nothing is changed in place. What the methods
 of a class use besides their object is not seen, nor is a graph that exists already:
-:func:`stray_leaf` finds what was missed.
+:func:`leaves_of` helps to find what was missed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -189,19 +188,20 @@ class _Rebuilding:
         return new
 
 
-def stray_leaf(result: Tensor, known: Sequence[Tensor]) -> Tensor | None:
-    """Return a leaf of a result's graph that is none of those known, or ``None``."""
-    leaves = {id(x) for x in known}
-    waiting, seen = [result.grad_fn], set()
+def leaves_of(result: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
+    """Return the leaves of a result's graph that are none of those known."""
+    seen: set[Any] = {id(x) for x in known}
     if result.grad_fn is None:
-        return result if result.requires_grad and id(result) not in leaves else None
+        return [result] if result.requires_grad and id(result) not in seen else []
+    found: list[Tensor] = []
+    waiting = [result.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if isinstance(leaf, torch.Tensor) and id(leaf) not in leaves:
-            return leaf
+        if isinstance(leaf, Tensor) and id(leaf) not in seen:
+            found.append(leaf)
         waiting.extend(following for following, _ in node.next_functions)
-    return None
+    return found

@@ -27,7 +27,7 @@ from torchopt.base.torch_internals import (
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
 )
-from torchopt.linear_solve.operator import Map, Product, Transposed, pull_back
+from torchopt.linear_solve.operator import Map, Product, Transposed, copies_of, pull_back
 from torchopt.linear_solve.system import Solved, System
 from torchopt.linear_solve.vectors import is_inexact, norm
 
@@ -126,8 +126,7 @@ def _quiet(function: Map) -> Map:
 
 def _solved(job: Job, b: Tensor, start: Tensor | None, values: Sequence[Tensor]) -> Tensor:
     """Solve systems of plain tensors; nothing is recorded to the outside."""
-    plain = [x.detach().requires_grad_(x.requires_grad) for x in values]
-    of_product, of_other = job.parts(plain)
+    of_product, of_other = job.parts(copies_of(values))
     forward, backward = map(_quiet, job.product.bind(of_product))
     precondition = _same if job.precondition is None else _quiet(job.precondition.bind(of_other)[0])
     with torch.no_grad():

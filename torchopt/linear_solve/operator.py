@@ -12,12 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from typing_extensions import TypeAlias
 
 from torchopt.base import tree
-from torchopt.base.captured import Captured, stray_leaf
+from torchopt.base.captured import Captured, leaves_of
 from torchopt.base.misuse.given import given
-from torchopt.base.torch_internals import in_forward_mode, peek_interpreter_stack
+from torchopt.base.torch_internals import (
+    get_unwrapped,
+    in_forward_mode,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+)
 from torchopt.linear_solve.vectors import Layout
 from torchopt.typing import PyTree, TensorTree
 
@@ -212,13 +218,25 @@ class Product:
     tags: frozenset[str] = frozenset()
 
     @staticmethod
-    def of(matvec: Any, like: TensorTree, layout: Layout | None = None) -> tuple[Product, Layout]:
-        """Return the product of an operator or a function, and the layout of vectors."""
+    def of(
+        matvec: Any, like: TensorTree, layout: Layout | None = None, differentiated: bool = False
+    ) -> tuple[Product, Layout]:
+        """Return the product of an operator or a function, and the layout of vectors.
+
+        Args:
+            matvec: The operator or function.
+            like: A tree of the shapes of a vector.
+            layout: Of ``like``, if it is there.
+            differentiated: Whether the derivative in the tensors that it depends on may be asked
+                for, so that all of them have to be known.
+        """
         operator = as_operator(matvec)
         layout = layout or Layout(like)
         leaves, spec = tree.flatten(operator.consts)
         thing = (operator.fn, operator.adjoint, leaves)
-        captured = Captured(thing) if derivatives_possible() else None
+        inside = peek_interpreter_stack() is not None or in_forward_mode()
+        recording = differentiated and torch.is_grad_enabled()
+        captured = Captured(thing) if inside or recording else None
 
         def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
             fn, adjoint, found = captured.with_values(values) if captured else thing
@@ -236,7 +254,14 @@ class Product:
             return forward, backward
 
         values = captured.values if captured else []
-        return Product(bind, values, operator.tags), layout
+        product = Product(bind, values, operator.tags)
+        if differentiated and captured:
+            example = torch.linspace(0.5, 1.5, layout.numel, dtype=layout.dtype)
+            seen = Sighting(product, example.to(layout.device))
+            if not inside and not seen.recorded:  # so it may work on a graph recorded before
+                return Product.of(matvec, like, layout)[0], layout
+            seen.check()
+        return product, layout
 
     def transposed(self) -> Product:
         """Return the adjoint."""
@@ -292,29 +317,95 @@ class Product:
 
         return Product(bind, self.values, self.tags)
 
-    def refuse_strays(self, n: int, like: Layout) -> None:
-        """Refuse an operator with a tensor that requires grad and was not found.
+
+class Sighting:
+    """One product looked at: whether all tensors that it depends on have been found.
+
+    Attributes:
+        recorded: Whether its derivative is being recorded.
+    """
+
+    def __init__(self, product: Product, v: Tensor) -> None:
+        self.product, self.v = product, v
+        with torch.enable_grad():
+            self.value = product.bind(product.values)[0](v)
+        self.recorded = is_tracked(self.value)
+
+    def check(self) -> None:
+        """Refuse a product that does not follow when other tensors are put into its function.
 
         Raises:
-            ValueError: Saying how to name it.
+            ValueError: Saying how to name them.
         """
-        if not torch.is_grad_enabled() or peek_interpreter_stack() is not None:
-            return
-        v = torch.zeros(n, dtype=like.dtype, device=like.device)
-        copies = [x.detach().requires_grad_(x.requires_grad) for x in self.values]
-        stray = stray_leaf(self.bind(copies)[0](v), copies)
-        if stray is not None:
-            raise ValueError(
-                f"The product depends on {given(stray)} that requires grad and was not found in "
-                "the function: it stands in a graph that was recorded before, or where the "
-                "methods of a class look it up. Name it, LinearOperator(fn, tensor) with "
-                "fn(v, tensor), to have its derivative; or solve under torch.no_grad()."
-            )
+        values = self.product.values
+        copies = copies_of(values)
+        with torch.enable_grad():
+            try:
+                other = self.product.bind(copies)[0](self.v)
+            except RuntimeError as error:
+                raise ValueError(_unknown("tensors")) from error
+            if not _alike(self.value, other):
+                raise ValueError(_unknown("tensors"))
+            if peek_interpreter_stack() is not None or in_forward_mode():
+                if is_tracked(other):
+                    raise ValueError(_unknown("a tensor"))
+                return
+            leaves = leaves_of(other, copies)
+            if leaves:  # those made inside of the function are others each time
+                again = self.product.bind(copies)[0](self.v)
+                known = {id(x) for x in leaves}
+                stray = [x for x in leaves_of(again, copies) if id(x) in known]
+                if stray:
+                    raise ValueError(_unknown(given(stray[0])))
 
 
-def derivatives_possible() -> bool:
-    """Whether a graph may be recorded, or a transform of torch.func is at work."""
-    return torch.is_grad_enabled() or peek_interpreter_stack() is not None or in_forward_mode()
+def copies_of(values: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors without their history.
+
+    They are leaves that require grad where the tensors do: a function may ask autograd for the
+    gradient in one of them.
+    """
+    plain = peek_interpreter_stack() is None
+    return [
+        x.detach().requires_grad_() if plain and x.requires_grad else x.detach() for x in values
+    ]
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    x, y = (unwrapped(value).detach() for value in (x, y))
+    if x.shape != y.shape:
+        return False
+    gap, size = torch.linalg.vector_norm(x - y), torch.linalg.vector_norm(x)
+    return bool((gap <= 1e-3 * size) | ~torch.isfinite(size))
+
+
+def _unknown(what: str) -> str:
+    return (
+        f"The product depends on {what} with a derivative, which cannot be exchanged in the "
+        "function: in a graph that was recorded before (torch.func.vjp, a gradient with "
+        "create_graph=True), or where the methods of a class look it up. Name it, "
+        "LinearOperator(fn, tensor) with fn(v, tensor), and compute all that depends on it inside "
+        "of fn, to have its derivative; or solve under torch.no_grad()."
+    )
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """Return what is inside of all levels of torch.func."""
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x
+
+
+def is_tracked(x: Tensor) -> bool:
+    """Whether a derivative is being recorded through a tensor, on any level."""
+    if in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    while True:
+        if x.requires_grad:
+            return True
+        if not is_functorch_wrapped_tensor(x):
+            return False
+        x = get_unwrapped(x)
 
 
 def pull_back(

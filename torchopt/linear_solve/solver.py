@@ -134,8 +134,7 @@ class LinearSolver(abc.ABC):
         """Return ``x`` with iterations, residual and outcome; arguments as in a call."""
         operator = as_operator(matvec)
         layout = Layout(b)
-        product, _ = Product.of(operator, b, layout)
-        product.refuse_strays(layout.numel, layout)
+        product, _ = Product.of(operator, b, layout, differentiated=True)
         product, right = self.prepared(product, layout.flatten(b, "b"))
         precondition = None
         if self.preconditioner is not None:
