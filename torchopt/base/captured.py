@@ -205,3 +205,8 @@ def leaves_of(result: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
             found.append(leaf)
         waiting.extend(following for following, _ in node.next_functions)
     return found
+
+
+def stray_leaf(result: Tensor, known: Sequence[Tensor]) -> Tensor | None:
+    """Return a leaf of a result's graph that is none of those known, or ``None``."""
+    return next(iter(leaves_of(result, known)), None)
