@@ -194,7 +194,7 @@ def leaves_of(result: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
     if result.grad_fn is None:
         return [result] if result.requires_grad and id(result) not in seen else []
     found: list[Tensor] = []
-    waiting = [result.grad_fn]
+    waiting: list[Any] = [result.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

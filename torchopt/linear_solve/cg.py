@@ -8,8 +8,8 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from torchopt.linear_solve.operator import Product
 from torchopt.linear_solve.outcome import Outcome, code_of
+from torchopt.linear_solve.product import Product
 from torchopt.linear_solve.solver import LinearSolver, OnFailure
 from torchopt.linear_solve.system import Cycle, Solved, System, restarted
 from torchopt.linear_solve.vectors import anything, dot, norm, over

@@ -10,8 +10,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from torchopt.linear_solve.operator import Map
 from torchopt.linear_solve.outcome import Outcome, code_of
+from torchopt.linear_solve.product import Map
 from torchopt.linear_solve.solver import LinearSolver, OnFailure
 from torchopt.linear_solve.system import CONVERGED, Solved, System
 from torchopt.linear_solve.vectors import norm

@@ -27,7 +27,8 @@ from torchopt.base.torch_internals import (
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
 )
-from torchopt.linear_solve.operator import Map, Product, Transposed, copies_of, pull_back
+from torchopt.linear_solve.product import Map, Product, Transposed
+from torchopt.linear_solve.pulling import copies_of, pull_back
 from torchopt.linear_solve.system import Solved, System
 from torchopt.linear_solve.vectors import is_inexact, norm
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from torchopt.base.misuse.given import given
 from torchopt.linear_solve.dense import columns
-from torchopt.linear_solve.operator import LinearOperator, Map, Product
+from torchopt.linear_solve.operator import LinearOperator, as_operator
 from torchopt.linear_solve.outcome import Outcome, code_of
+from torchopt.linear_solve.product import Map, Product
 from torchopt.linear_solve.solver import LinearSolver, OnFailure, check_count
 from torchopt.linear_solve.system import CONVERGED, Solved, System
-from torchopt.linear_solve.vectors import norm
+from torchopt.linear_solve.vectors import Layout, norm
 from torchopt.typing import TensorTree
 
 
@@ -195,7 +196,8 @@ def nystrom_preconditioner(
         Analysis and Applications 44, 2023, section 5.
     """
     check_rank(rank, rho, seed)
-    product, layout = Product.of(matvec, like)
+    layout = Layout(like, "like")
+    product = Product.of(as_operator(matvec), layout)
     with torch.no_grad():
         forward = product.bind([x.detach() for x in product.values])[0]
         zeros = torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)

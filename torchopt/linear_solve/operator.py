@@ -1,35 +1,19 @@
-"""Linear operators: a product, the tensors it depends on, its adjoint, and what is known of it.
-
-:class:`LinearOperator` is what a user gives; :class:`Product` is the same over flat vectors, as a
-function of explicit tensors, so that it can be batched and differentiated.
-"""
+"""Linear operators: a product, the tensors it depends on, its adjoint, and what is known of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from typing_extensions import TypeAlias
 
-from torchopt.base import tree
-from torchopt.base.captured import Captured, leaves_of
 from torchopt.base.misuse.given import given
-from torchopt.base.torch_internals import (
-    get_unwrapped,
-    in_forward_mode,
-    is_functorch_wrapped_tensor,
-    peek_interpreter_stack,
-)
+from torchopt.linear_solve.product import Map, Product
 from torchopt.linear_solve.vectors import Layout
 from torchopt.typing import PyTree, TensorTree
 
-
-#: A linear map of flat vectors, the last dimension being that of the vector.
-Map: TypeAlias = Callable[[Tensor], Tensor]
 
 #: What can be said of an operator, and what follows from it.
 TAGS = {
@@ -39,7 +23,6 @@ TAGS = {
     "lower_triangular": frozenset({"lower_triangular"}),
     "upper_triangular": frozenset({"upper_triangular"}),
 }
-_TRANSPOSED = {"lower_triangular": "upper_triangular", "upper_triangular": "lower_triangular"}
 
 
 def tags_of(tags: Iterable[str]) -> frozenset[str]:
@@ -119,7 +102,8 @@ class LinearOperator:
 
     def adjoint_product(self, u: TensorTree) -> TensorTree:
         """Return the product of the adjoint with a vector."""
-        product, layout = Product.of(self, u)
+        layout = Layout(u, "u")
+        product = Product.of(self, layout)
         return layout.unflatten(
             product.transposed().bind(product.values)[0](layout.flatten(u, "u"))
         )
@@ -134,7 +118,8 @@ class LinearOperator:
         Raises:
             ValueError: Naming what is not true, with the two numbers.
         """
-        product, layout = Product.of(self, like)
+        layout = Layout(like, "like")
+        product = Product.of(self, layout)
         forward, backward = product.bind(product.values)
         u, v = torch.randn(2, layout.numel, dtype=layout.dtype, device=layout.device)
         with torch.no_grad():
@@ -151,7 +136,7 @@ class LinearOperator:
                     f"The operator is not positive definite: <u, A u> = {float(u.dot(au)):.6g} for "
                     "a random u."
                 )
-            other = float(backward(u).dot(v)) if backward is not None else left
+            other = float(backward(u).dot(v))
             if not abs(left - other) <= rtol * scale:
                 raise ValueError(
                     f"adjoint is not the adjoint of fn: <u, A v> = {left:.6g} and <A^H u, v> = "
@@ -186,255 +171,3 @@ def as_operator(matvec: Any) -> LinearOperator:
             f"LinearOperator, got {given(matvec)}.{advice}"
         )
     return LinearOperator(matvec)
-
-
-class Transposed:
-    """The adjoint of a linear map of flat vectors, derived by autograd, with one forward run."""
-
-    def __init__(self, forward: Map) -> None:
-        self.forward = forward
-        self.pull: Callable[[Tensor], Tensor] | None = None
-
-    def __call__(self, u: Tensor) -> Tensor:
-        """Return the product; recorded where gradients are."""
-        if self.pull is None:
-            pull = pull_back(lambda v: self.forward(v), [torch.zeros_like(u)])
-            self.pull = lambda u: pull(u)[0]
-        return self.pull(u)
-
-
-@dataclass(frozen=True)
-class Product:
-    """A linear map of flat vectors as a function of tensors.
-
-    Attributes:
-        bind: Returns the product and the product with the adjoint, given tensors.
-        values: The tensors, as they were found.
-        tags: What is promised.
-    """
-
-    bind: Callable[[Sequence[Tensor]], tuple[Map, Map]]
-    values: list[Tensor]
-    tags: frozenset[str] = frozenset()
-
-    @staticmethod
-    def of(
-        matvec: Any, like: TensorTree, layout: Layout | None = None, differentiated: bool = False
-    ) -> tuple[Product, Layout]:
-        """Return the product of an operator or a function, and the layout of vectors.
-
-        Args:
-            matvec: The operator or function.
-            like: A tree of the shapes of a vector.
-            layout: Of ``like``, if it is there.
-            differentiated: Whether the derivative in the tensors that it depends on may be asked
-                for, so that all of them have to be known.
-        """
-        operator = as_operator(matvec)
-        layout = layout or Layout(like)
-        leaves, spec = tree.flatten(operator.consts)
-        thing = (operator.fn, operator.adjoint, leaves)
-        inside = peek_interpreter_stack() is not None or in_forward_mode()
-        recording = differentiated and torch.is_grad_enabled()
-        captured = Captured(thing) if inside or recording else None
-
-        def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
-            fn, adjoint, found = captured.with_values(values) if captured else thing
-            consts = tree.unflatten(spec, found)
-
-            def forward(v: Tensor) -> Tensor:
-                return layout.flatten(fn(layout.unflatten(v), *consts), "matvec(v)")
-
-            if adjoint is None:
-                return forward, Transposed(forward)
-
-            def backward(u: Tensor) -> Tensor:
-                return layout.flatten(adjoint(layout.unflatten(u), *consts), "adjoint(u)")
-
-            return forward, backward
-
-        values = captured.values if captured else []
-        product = Product(bind, values, operator.tags)
-        if differentiated and captured:
-            example = torch.linspace(0.5, 1.5, layout.numel, dtype=layout.dtype)
-            seen = Sighting(product, example.to(layout.device))
-            if not inside and not seen.recorded:  # so it may work on a graph recorded before
-                return Product.of(matvec, like, layout)[0], layout
-            seen.check()
-        return product, layout
-
-    def transposed(self) -> Product:
-        """Return the adjoint."""
-
-        def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
-            forward, backward = self.bind(values)
-            return backward, forward
-
-        tags = frozenset(_TRANSPOSED.get(tag, tag) for tag in self.tags)
-        return Product(bind, self.values, tags)
-
-    def shifted(self, ridge: float | Tensor) -> Product:
-        """Return the operator plus ``ridge`` times the identity; a tensor is one more value."""
-        learned = isinstance(ridge, Tensor)
-
-        def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
-            forward, backward = self.bind(values[:-1] if learned else values)
-            shift = values[-1] if learned else ridge
-            return lambda v: forward(v) + shift * v, lambda u: backward(u) + shift * u
-
-        tags = self.tags
-        return Product(bind, [*self.values, ridge] if learned else self.values, tags)
-
-    def normal(self) -> Product:
-        """Return the adjoint times the operator."""
-
-        def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
-            forward, backward = self.bind(values)
-
-            def both(v: Tensor) -> Tensor:
-                return backward(forward(v))
-
-            return both, both
-
-        return Product(bind, self.values, frozenset({"symmetric"}))
-
-    def batched(self, dims: Sequence[int | None], size: int) -> Product:
-        """Return the operator of a batch: each vector, and each value with a dim, has its own."""
-        in_dims = (tuple(dims), 0)
-
-        def each(k: int, values: Sequence[Tensor]) -> Map:
-            def one(vals: tuple[Tensor, ...], v: Tensor) -> Tensor:
-                return self.bind(vals)[k](v)
-
-            mapped = torch.func.vmap(one, in_dims, randomness="same") if values else None
-            alone = torch.func.vmap(lambda v: one((), v), randomness="same")
-            return lambda v: mapped(tuple(values), v) if mapped else alone(v)
-
-        def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
-            forward = each(0, values)
-            derived = isinstance(self.bind(values)[1], Transposed)
-            return forward, Transposed(forward) if derived else each(1, values)
-
-        return Product(bind, self.values, self.tags)
-
-
-class Sighting:
-    """One product looked at: whether all tensors that it depends on have been found.
-
-    Attributes:
-        recorded: Whether its derivative is being recorded.
-    """
-
-    def __init__(self, product: Product, v: Tensor) -> None:
-        self.product, self.v = product, v
-        with torch.enable_grad():
-            self.value = product.bind(product.values)[0](v)
-        self.recorded = is_tracked(self.value)
-
-    def check(self) -> None:
-        """Refuse a product that does not follow when other tensors are put into its function.
-
-        Raises:
-            ValueError: Saying how to name them.
-        """
-        values = self.product.values
-        copies = copies_of(values)
-        with torch.enable_grad():
-            try:
-                other = self.product.bind(copies)[0](self.v)
-            except RuntimeError as error:
-                raise ValueError(_unknown("tensors")) from error
-            if not _alike(self.value, other):
-                raise ValueError(_unknown("tensors"))
-            if peek_interpreter_stack() is not None or in_forward_mode():
-                if is_tracked(other):
-                    raise ValueError(_unknown("a tensor"))
-                return
-            leaves = leaves_of(other, copies)
-            if leaves:  # those made inside of the function are others each time
-                again = self.product.bind(copies)[0](self.v)
-                known = {id(x) for x in leaves}
-                stray = [x for x in leaves_of(again, copies) if id(x) in known]
-                if stray:
-                    raise ValueError(_unknown(given(stray[0])))
-
-
-def copies_of(values: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors without their history.
-
-    They are leaves that require grad where the tensors do: a function may ask autograd for the
-    gradient in one of them.
-    """
-    plain = peek_interpreter_stack() is None
-    return [
-        x.detach().requires_grad_() if plain and x.requires_grad else x.detach() for x in values
-    ]
-
-
-def _alike(x: Tensor, y: Tensor) -> bool:
-    x, y = (unwrapped(value).detach() for value in (x, y))
-    if x.shape != y.shape:
-        return False
-    gap, size = torch.linalg.vector_norm(x - y), torch.linalg.vector_norm(x)
-    return bool((gap <= 1e-3 * size) | ~torch.isfinite(size))
-
-
-def _unknown(what: str) -> str:
-    return (
-        f"The product depends on {what} with a derivative, which cannot be exchanged in the "
-        "function: in a graph that was recorded before (torch.func.vjp, a gradient with "
-        "create_graph=True), or where the methods of a class look it up. Name it, "
-        "LinearOperator(fn, tensor) with fn(v, tensor), and compute all that depends on it inside "
-        "of fn, to have its derivative; or solve under torch.no_grad()."
-    )
-
-
-def unwrapped(x: Tensor) -> Tensor:
-    """Return what is inside of all levels of torch.func."""
-    while is_functorch_wrapped_tensor(x):
-        x = get_unwrapped(x)
-    return x
-
-
-def is_tracked(x: Tensor) -> bool:
-    """Whether a derivative is being recorded through a tensor, on any level."""
-    if in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None:
-        return True
-    while True:
-        if x.requires_grad:
-            return True
-        if not is_functorch_wrapped_tensor(x):
-            return False
-        x = get_unwrapped(x)
-
-
-def pull_back(
-    function: Callable[..., Tensor], primals: Sequence[Tensor]
-) -> Callable[[Tensor], list[Tensor]]:
-    """Return the map from a cotangent of a function's value to those of its arguments.
-
-    Where no transform of torch.func is at work it is autograd's own, under which functions may
-    call ``torch.autograd.grad`` themselves. It is recorded where gradients are when it is called.
-    """
-    if peek_interpreter_stack() is not None:
-        pull = torch.func.vjp(function, *primals)[1]
-        return lambda u: list(pull(u))
-    with torch.enable_grad():
-        # a name of its own for each: one may have been computed from another
-        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in primals]
-        value = function(*inputs)
-
-    def pull_plain(u: Tensor) -> list[Tensor]:
-        if not value.requires_grad:
-            return [torch.zeros_like(x) for x in inputs]
-        grads = torch.autograd.grad(
-            value,
-            inputs,
-            u,
-            retain_graph=True,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
-
-    return pull_plain

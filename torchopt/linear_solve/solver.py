@@ -14,13 +14,14 @@ from typing_extensions import TypeAlias
 
 from torchopt.base.misuse.given import given
 from torchopt.linear_solve.derivative import Job, solve_flat
-from torchopt.linear_solve.operator import Product, as_operator
+from torchopt.linear_solve.operator import as_operator
 from torchopt.linear_solve.outcome import (
     CODES,
     LinearSolveError,
     LinearSolveWarning,
     Outcome,
 )
+from torchopt.linear_solve.product import Product
 from torchopt.linear_solve.system import Solved, System
 from torchopt.linear_solve.vectors import Layout, norm
 from torchopt.typing import TensorTree
@@ -134,11 +135,11 @@ class LinearSolver(abc.ABC):
         """Return ``x`` with iterations, residual and outcome; arguments as in a call."""
         operator = as_operator(matvec)
         layout = Layout(b)
-        product, _ = Product.of(operator, b, layout, differentiated=True)
+        product = Product.of(operator, layout, differentiated=True)
         product, right = self.prepared(product, layout.flatten(b, "b"))
         precondition = None
         if self.preconditioner is not None:
-            precondition, _ = Product.of(self.preconditioner, b, layout)
+            precondition = Product.of(as_operator(self.preconditioner), layout)
         init = self.init if init is None else init
         start = None if init is None else layout.flatten(init, "init").detach()
         job = Job(self, product, precondition, layout.is_real)

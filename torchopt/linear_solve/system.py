@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchopt.linear_solve.operator import Map
 from torchopt.linear_solve.outcome import Outcome, code_of
+from torchopt.linear_solve.product import Map
 from torchopt.linear_solve.vectors import anything, norm
 
 
