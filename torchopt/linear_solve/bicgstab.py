@@ -47,8 +47,7 @@ def biconjugate_gradients(
     """
     d, p, shadow = torch.zeros_like(r), r, r
     rho, best, least = dot(r, r), d, norm(r)
-    first = least
-    code, iterations, eps = system.zeros(), system.zeros(), torch.finfo(r.dtype).eps
+    reason, iterations, eps = system.zeros(), system.zeros(), torch.finfo(r.dtype).eps
     broken = system.none()
     for _ in range(most):
         going = going & (norm(r) > tol) & ~broken & torch.isfinite(rho)
@@ -56,7 +55,9 @@ def biconjugate_gradients(
             break
         v = system.product(system.precondition(p))
         divisor = dot(shadow, v)
-        bad = divisor.abs() <= eps * norm(shadow) * norm(v)
+        finite = torch.isfinite(norm(v))
+        reason = torch.where(going & ~finite, code_of(Outcome.NON_FINITE), reason)
+        bad = (divisor.abs() <= eps * norm(shadow) * norm(v)) | ~finite
         alpha = over(rho, divisor)
         s = r - alpha * v
         t = system.product(system.precondition(s))
@@ -73,9 +74,8 @@ def biconjugate_gradients(
         rho = torch.where(taken, new_rho, rho)
         better = taken & (norm(r) < least)
         best, least = torch.where(better, d, best), torch.where(better, norm(r), least)
-    in_vain = broken & (least >= first)
-    code = torch.where(in_vain, code_of(Outcome.BREAKDOWN), code)
-    return Cycle(system.precondition(best), iterations, code)
+    reason = torch.where(broken & (reason == 0), code_of(Outcome.BREAKDOWN), reason)
+    return Cycle(system.precondition(best), iterations, system.zeros(), reason)
 
 
 def solve_bicgstab(

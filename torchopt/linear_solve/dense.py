@@ -60,9 +60,6 @@ class Dense(LinearSolver):
 
     def run(self, system: System) -> Solved:
         """Write the matrices down, factor them, solve, and look whether it is true."""
-        b = system.b
-        if system.n == 0:
-            return Solved(b, system.zeros(), system.zeros() + CONVERGED)
         return solved_by(system, self.factors(matrix_of(system)))
 
 
@@ -187,7 +184,7 @@ def solve_lu(
     Args:
         rtol: Solved where :math:`\lVert b - A x \rVert_2 \le \max(\text{rtol}\, \lVert b \rVert_2,
             \text{atol})`, or where the residual is no larger than rounding the matrix would make
-            it. ``None`` is 1e-10 in float64 and 1e-5 in float32.
+            it. ``None`` as for :func:`solve_cg`.
         atol: Absolute tolerance, in the units of ``b``.
         ridge: :math:`\lambda`, a number >= 0 or a 0-d tensor, which may be learned.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` where it was not solved. A matrix whose

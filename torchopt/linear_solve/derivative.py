@@ -29,7 +29,7 @@ from torchopt.base.torch_internals import (
 )
 from torchopt.linear_solve.product import Map, Product, Transposed
 from torchopt.linear_solve.pulling import copies_of, pull_back
-from torchopt.linear_solve.system import Solved, System
+from torchopt.linear_solve.system import CONVERGED, Solved, System
 from torchopt.linear_solve.vectors import is_inexact, norm
 
 
@@ -40,7 +40,7 @@ class Algorithm(Protocol):
         """Solve systems of flat vectors."""
         ...
 
-    def limits(self, b: Tensor) -> tuple[Tensor, int]:
+    def limits(self, b: Tensor, rtol: float) -> tuple[Tensor, int]:
         """Return the largest norms of residuals, and the most iterations."""
         ...
 
@@ -58,6 +58,7 @@ class Job:
         product: The operator.
         precondition: An approximate inverse, or ``None``.
         is_real: Whether no entry belongs to a complex number.
+        rtol: A relative tolerance for the dtypes, where the solver has none.
         of: What it is, in words for warnings.
         report: Where the solver leaves iterations, residuals and codes.
     """
@@ -66,6 +67,7 @@ class Job:
     product: Product
     precondition: Product | None
     is_real: bool
+    rtol: float
     of: str = " was"
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -127,11 +129,15 @@ def _quiet(function: Map) -> Map:
 
 def _solved(job: Job, b: Tensor, start: Tensor | None, values: Sequence[Tensor]) -> Tensor:
     """Solve systems of plain tensors; nothing is recorded to the outside."""
+    if not b.numel():
+        nothing = torch.zeros_like(b[..., :1].sum(-1, keepdim=True), dtype=torch.int64)
+        job.report.update(code=nothing + CONVERGED, iterations=nothing, residual=nothing)
+        return b.clone()
     of_product, of_other = job.parts(copies_of(values))
     forward, backward = map(_quiet, job.product.bind(of_product))
     precondition = _same if job.precondition is None else _quiet(job.precondition.bind(of_other)[0])
     with torch.no_grad():
-        tol, most = job.solver.limits(b)
+        tol, most = job.solver.limits(b, job.rtol)
         rest = tol, most, job.product.tags, job.is_real
         found = job.solver.run(System(forward, backward, b, start, precondition, *rest))
         residual = norm(b - forward(found.x)) if found.residual is None else found.residual

@@ -56,13 +56,13 @@ class _Arnoldi:
         self.upper = r.new_zeros(*batch, size + 1, size)
         self.turn = torch.eye(size + 1, dtype=r.dtype, device=r.device).repeat(*batch, 1, 1)
         self.count = system.zeros()
-        self.code = system.zeros()
+        self.reason = system.zeros()  # why a system ended too early
 
     def run(self, tol: Tensor, going: Tensor) -> Cycle:
         """Add vectors until all systems are done, and return the corrections."""
         for j in range(self.size):
             estimate = (self.beta * self.turn[..., j, :1]).abs()
-            going = going & (estimate > tol) & (self.code == 0)
+            going = going & (estimate > tol) & (self.reason == 0)
             if not anything(going):
                 self.upper[..., j:, j:] += torch.eye(
                     self.size + 1, dtype=tol.dtype, device=tol.device
@@ -75,7 +75,7 @@ class _Arnoldi:
         square = self.upper[..., : self.size, :]
         y = torch.linalg.solve_triangular(square, right, upper=True)
         step = (self.vectors[..., : self.size, :].mT @ y).squeeze(-1)
-        return Cycle(self.system.precondition(step), self.count, self.code)
+        return Cycle(self.system.precondition(step), self.count, self.system.zeros(), self.reason)
 
     def _extend(self, j: int, going: Tensor) -> Tensor:
         """Add one vector; return which systems go on."""
@@ -95,10 +95,10 @@ class _Arnoldi:
         a, b = column[..., j : j + 1], column[..., j + 1 : j + 2]
         radius = torch.hypot(a, b)
         # the new product depends on the old ones: A is singular on what was reached
-        lost = going & ~(radius > 10 * eps * before)
+        lost = going & ~(radius > 1e3 * eps * before)
         fine = torch.isfinite(before)
         reason = torch.where(fine, code_of(Outcome.SINGULAR), code_of(Outcome.NON_FINITE))
-        self.code = torch.where(lost, reason, self.code)
+        self.reason = torch.where(lost, reason, self.reason)
         taken = going & ~lost
         self._rotate(j, taken, over(a, radius), over(b, radius))
         column[..., j : j + 1], column[..., j + 1 : j + 2] = radius, 0.0

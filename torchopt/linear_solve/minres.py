@@ -71,7 +71,7 @@ def minimal_residuals(system: System, r: Tensor, tol: Tensor, going: Tensor, mos
         delta, gbar = cos * dbar + sin * alpha, sin * dbar - cos * alpha
         epsilon, dbar = sin * beta, -cos * beta
         # the product of A with the residual has vanished, and the residual has not
-        flat = going & (torch.hypot(gbar, dbar) <= 10 * eps * size.sqrt())
+        flat = going & (torch.hypot(gbar, dbar) <= eps**0.75 * size.sqrt())
         gamma = torch.hypot(gbar, beta)
         code = torch.where(flat & finite, code_of(Outcome.SINGULAR), code)
         going = going & ~flat & finite

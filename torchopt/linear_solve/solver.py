@@ -30,9 +30,6 @@ from torchopt.typing import TensorTree
 #: What happens when a system was not solved.
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
 
-#: Where no ``rtol`` is given.
-RTOL = {torch.float64: 1e-10, torch.float32: 1e-5}
-
 
 @dataclass(frozen=True, eq=False)
 class LinearSolution:
@@ -142,9 +139,10 @@ class LinearSolver(abc.ABC):
             precondition = Product.of(as_operator(self.preconditioner), layout)
         init = self.init if init is None else init
         start = None if init is None else layout.flatten(init, "init").detach()
-        job = Job(self, product, precondition, layout.is_real)
+        job = Job(self, product, precondition, layout.is_real, layout.rtol)
         x = solve_flat(job, right, start)
         report = job.report
+        extra = report.get("extra")
         codes = [CODES[k - 1] for k in report["code"].reshape(-1).tolist()]
         failed = [outcome for outcome in codes if not outcome.success]
         return LinearSolution(
@@ -155,17 +153,17 @@ class LinearSolver(abc.ABC):
             report["iterations"].squeeze(-1),
             report["residual"].squeeze(-1),
             tuple(codes),
-            report["method"] or self.title,
-            report["extra"] if report["extra"] is None else report["extra"].squeeze(-1),
+            report.get("method") or self.title,
+            None if extra is None else extra.squeeze(-1),
         )
 
     def prepared(self, product: Product, b: Tensor) -> tuple[Product, Tensor]:
         """Return the system that is solved in the place of a given one."""
         return (product if self.ridge is None else product.shifted(self.ridge)), b
 
-    def limits(self, b: Tensor) -> tuple[Tensor, int]:
+    def limits(self, b: Tensor, rtol: float) -> tuple[Tensor, int]:
         """Return the largest norms of residuals, and the most iterations."""
-        rtol = RTOL.get(b.dtype, 1e-5) if self.rtol is None else self.rtol
+        rtol = rtol if self.rtol is None else self.rtol
         most = max(5000, min(10 * b.shape[-1], 20000)) if self.maxiter is None else self.maxiter
         return torch.clamp_min(rtol * norm(b), self.atol), most
 
@@ -186,7 +184,7 @@ class LinearSolver(abc.ABC):
         )
         residual = float(report["residual"].reshape(-1)[k])
         message = (
-            f"{count}{of} not solved by {report['method'] or self.title}: {outcome.name.lower()} "
+            f"{count}{of} not solved by {name}: {outcome.name.lower()} "
             f"after {int(report['iterations'].reshape(-1)[k])} iterations, with a residual of "
             f"{residual:.3g} instead of at most {float(tol.reshape(-1)[k]):.3g}. {outcome.text}"
         )

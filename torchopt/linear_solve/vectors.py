@@ -21,6 +21,10 @@ from torchopt.base.numerics import to_compute_dtype
 from torchopt.typing import TensorTree
 
 
+#: Relative tolerances where none is given.
+RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
 class Layout:
     """How the leaves of a tree lie in one vector; ``None`` stays.
 
@@ -54,6 +58,8 @@ class Layout:
         self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in present]
         self.numel = sum(self.sizes)
         self.is_real = not any(leaf.is_complex() for leaf in present)
+        #: A relative tolerance that can be reached in the coarsest of their dtypes.
+        self.rtol = max(RTOL[torch.empty(0, dtype=leaf.dtype).real.dtype] for leaf in present)
 
     def flatten(self, given_tree: TensorTree, what: str) -> Tensor:
         """Return the entries of a tree of the same structure and shapes as a new vector.
