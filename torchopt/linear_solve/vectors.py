@@ -1,9 +1,9 @@
-"""Trees as flat vectors of reals, and arithmetic of batches of such vectors.
+r"""Trees as flat vectors of reals, and arithmetic of batches of such vectors.
 
 A complex number is a pair of reals, so that every operator that is linear over the reals can be
 solved with (the Hessian of a real function of complex parameters is not linear over the complex
-numbers), and the inner product :math:`\\mathrm{Re} \\langle x, y \\rangle` conjugates what has to be.
-Its adjoint is what autograd computes.
+numbers), and the inner product :math:`\mathrm{Re} \langle x, y \rangle` conjugates what has to
+be. Its adjoint is what autograd computes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from torchopt.base import tree
 from torchopt.base.misuse.given import given
 from torchopt.base.numerics import to_compute_dtype
 from torchopt.typing import TensorTree
+
+
+#: Relative tolerances where none is given.
+RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 class Layout:
@@ -54,6 +58,8 @@ class Layout:
         self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in present]
         self.numel = sum(self.sizes)
         self.is_real = not any(leaf.is_complex() for leaf in present)
+        #: A relative tolerance that can be reached in the coarsest of their dtypes.
+        self.rtol = max(RTOL[torch.empty(0, dtype=leaf.dtype).real.dtype] for leaf in present)
 
     def flatten(self, given_tree: TensorTree, what: str) -> Tensor:
         """Return the entries of a tree of the same structure and shapes as a new vector.
