@@ -16,9 +16,10 @@ from torchopt.base.captured import Captured, stray_leaf
 from torchopt.base.levels import any_level, is_tracked, is_wrapped, physical
 from torchopt.base.misuse.given import given, short
 from torchopt.diff.pullback import Flat, Tensors, pullback
+from torchopt.base.torch_internals import in_forward_mode
 from torchopt.diff.implicit.solution import LinearSystem, System, differentiable
 from torchopt.diff.implicit.unknowns import Unknowns
-from torchopt.linear_solve import LinearOperator, solve_lu
+from torchopt.linear_solve import LinearOperator, solve_auto
 from torchopt.typing import PyTree
 
 
@@ -136,8 +137,8 @@ class Condition(System):
 
             return fn
 
-        # batches have to see what is batched: there the product is a function of all its tensors
-        consts = point if any_level() else ()
+        # where batches or derivatives are looked for, the product is a function of all its tensors
+        consts = point if any_level() or in_forward_mode() else ()
         matvec = LinearOperator(
             _Sealed(function(False)), *consts, tags=self.tags, adjoint=_Sealed(function(True))
         )
@@ -223,7 +224,7 @@ class Condition(System):
 
 def default_solve() -> Callable[..., PyTree]:
     """Return the linear solver where none is given."""
-    return solve_lu()
+    return solve_auto()
 
 
 class _Sealed:
