@@ -244,7 +244,9 @@ class _Problem:
         tags = () if self.by_optimality else ("symmetric",)
         solve, bound = type(self.module).linear_solve, self.module.residual_check
         title = f"{self.title}.{kind}"
-        condition = Condition(_Evaluated(self), solution, arguments, solve, tags, title)
+        condition = Condition(
+            _Evaluated(self), solution, arguments, solve, tags, title, self.holding
+        )
         tracked = any(map(is_tracked, condition.parameters))
         if tracked or bound is not None:
             condition.check(bound)
@@ -258,9 +260,11 @@ class _Problem:
 
     # Evaluating the condition --------------------------------------------------------------------
 
-    def evaluated(self, x: Mapping[str, Tensor], metas: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def evaluated(
+        self, x: Mapping[str, Tensor], metas: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Return what is zero at the solution, for given tensors."""
-        with keep_buffers(*self._parts()), self._holding(x, metas):
+        with self.holding(x, metas):
             if self.by_optimality:
                 return self._by_name(self.module.optimality(*args, **kwargs))
 
@@ -273,8 +277,13 @@ class _Problem:
             return dict(zip(x, gradient_of(objective, list(x.values()))))
 
     @contextlib.contextmanager
-    def _holding(self, x: Mapping[str, Tensor], metas: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let the module hold given tensors, and be in the modes it was solved in."""
+    def holding(
+        self, x: Mapping[str, Tensor], metas: Mapping[str, Tensor], *_: Any, **__: Any
+    ) -> Iterator[None]:
+        """Let the module hold given tensors, in the modes that it was solved in.
+
+        Also while products are taken: checkpointed blocks are computed again then.
+        """
         places = [(self.sites[name], tensor) for name, tensor in x.items()]
         places += [(self.metas[name], tensor) for name, tensor in metas.items()]
         before = [(site, site.now()) for site, _ in places]
@@ -284,7 +293,8 @@ class _Problem:
                 part.training = mode
             for site, tensor in places:
                 site.place(tensor)
-            yield
+            with keep_buffers(*self._parts()):
+                yield
         finally:
             for site, tensor in before:
                 site.place(tensor)

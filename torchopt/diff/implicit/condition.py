@@ -6,6 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class Condition(System):
         solve: ``solve(matvec, b)`` of a linear system of trees like the solution.
         tags: What is known of its Jacobian, as of a :class:`torchopt.linear_solve.LinearOperator`.
         title: What errors call the function.
+        context: Called as the function is; in the context that it returns products are taken.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Condition(System):
         solve: Callable[..., PyTree] | None = None,
         tags: Sequence[str] = (),
         title: str = "",
+        context: Callable[..., AbstractContextManager[None]] | None = None,
     ) -> None:
+        self.context = context
         self.solve, self.tags = solve or default_solve(), tags
         self.title, self.arguments = title or given(function), arguments
         self.unknowns = Unknowns(solution, "The solution")
@@ -92,6 +96,19 @@ class Condition(System):
 
     def residual(self, x: Tensors, theta: Tensors) -> Tensors:
         """Return what the function is of a solution and of parameters."""
+        call, args, keywords = self._called_with(theta)
+        result = call(self.unknowns.tree(x), args, keywords)
+        return self.unknowns.flat(result, f"What {self.title} returned", ADVICE)
+
+    def holding(self, x: Tensors, theta: Tensors) -> AbstractContextManager[None]:
+        """Return the context of the function at a point, if it has one."""
+        if self.context is None:
+            return nullcontext()
+        _, args, keywords = self._called_with(theta)
+        return self.context(self.unknowns.tree(x), *args, **keywords)
+
+    def _called_with(self, theta: Tensors) -> tuple[Any, list[Any], dict[str, Any]]:
+        """Return the function and its arguments, for parameters."""
         n, m = len(self._wanted), len(self._wanted) + len(self._hidden)
         call: Any = self._captured.function
         if self._hidden:
@@ -104,9 +121,7 @@ class Condition(System):
         for places, values in changes:
             for k, value in zip(places, values):
                 leaves[k] = value
-        args, keywords = self._arguments(leaves)
-        result = call(self.unknowns.tree(x), args, keywords)
-        return self.unknowns.flat(result, f"What {self.title} returned", ADVICE)
+        return call, *self._arguments(leaves)
 
     def _arguments(self, leaves: list[Any]) -> tuple[list[Any], dict[str, Any]]:
         args: list[Any] = []

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,10 @@ class System(abc.ABC):
     def residual(self, x: Tensors, theta: Tensors) -> Tensors:
         """Return what is zero at the solution, in the shapes of ``x``."""
 
+    def holding(self, x: Tensors, theta: Tensors) -> AbstractContextManager[None]:
+        """Return the context in which products of derivatives at a point are taken."""
+        return nullcontext()
+
     @abc.abstractmethod
     def solve_linear(self, system: LinearSystem, point: Tensors, b: Tensors) -> Tensors:
         """Return the solution, as numbers, of a linear system that a derivative asks for."""
@@ -55,6 +60,11 @@ class LinearSystem(System):
         """Return the product with ``x`` less the right-hand side."""
         point, b = theta[: -self.n], theta[-self.n :]
         return tuple(a - c for a, c in zip(self.product(point)(x), b))
+
+    def holding(self, x: Tensors, theta: Tensors) -> AbstractContextManager[None]:
+        """Return the context of the system that this one belongs to, at its point."""
+        point = theta[: -self.n]
+        return self.of.holding(point[: self.n], point[self.n :])
 
     def product(self, point: Tensors, adjoint: bool = False) -> Flat:
         """Return the product with the matrix of the system at a point, or with its transpose."""
@@ -97,7 +107,8 @@ class _Root(Function):
         if any(map(is_legacy_batchedtensor, cotangents)):
             raise NotImplementedError(_LEGACY)
         n, saved = ctx.n, ctx.saved_tensors
-        gradients = transposed_derivative(ctx.system, saved[:n], saved[n:], cotangents)
+        with ctx.system.holding(saved[:n], saved[n:]):
+            gradients = transposed_derivative(ctx.system, saved[:n], saved[n:], cotangents)
         return (None, None, *[None] * n, *gradients)
 
     @staticmethod
@@ -106,7 +117,8 @@ class _Root(Function):
         # word; with it on, the saved inputs must be taken without the tangent of this level
         with set_forward_grad_enabled(True):
             n, saved = ctx.n, tuple(primal(x) for x in ctx.saved_tensors)
-            return derivative(ctx.system, saved[:n], saved[n:], tangents[2 + n :])
+            with ctx.system.holding(saved[:n], saved[n:]):
+                return derivative(ctx.system, saved[:n], saved[n:], tangents[2 + n :])
 
 
 _LEGACY = (
