@@ -140,8 +140,8 @@ utils                         nn.snapshot          ModuleState extract_state_dic
 utils                         nn.snapshot          stop_gradient module_clone
 utils                         nn.snapshot          module_detach_=stop_gradient
 utils                         -                    extract_module_containers
-nn                            -                    MetaGradientModule ImplicitMetaGradientModule
-diff                          -                    implicit zero_order
+diff                          -                    zero_order
+diff.implicit                 nn.implicit_module   ImplicitMetaGradientModule
 """
 
 
@@ -166,6 +166,7 @@ HERE, ABSENT = parsed(TABLE)
 
 #: A module of today that 0.7.3 called otherwise.
 MODULES = {
+    "torchopt.diff.implicit.nn": "torchopt.nn",
     "torchopt.hook": "torchopt.transforms.hook",
     "torchopt.pytree": "torchopt.base.pytree",
     "torchopt.schedule": "torchopt.schedules",
@@ -260,7 +261,7 @@ def install() -> None:
             module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
             module.__path__ = []  # so that importing what is absent asks the finder below
     for module in (sys.modules[name] for name in names if name in sys.modules):
-        if "__getattr__" not in vars(module):
+        if not isinstance(vars(module).get("__getattr__"), _Finder):
             _teach(module)
     if not any(finder is Absent for finder in sys.meta_path):
         sys.meta_path.append(Absent)  # pyright: ignore[reportArgumentType]
@@ -273,9 +274,23 @@ def _is_of_today(name: str) -> bool:
         return False
 
 
-def _teach(module: ModuleType) -> None:
-    def find(name: str) -> Any:
-        return look_up(module, name)
+class _Finder:
+    """The ``__getattr__`` of a module: its own names first, then those of 0.7.3."""
 
-    vars(module)["__getattr__"] = find
+    def __init__(self, module: ModuleType, own: Any) -> None:
+        self.module, self.own = module, own
+
+    def __call__(self, name: str) -> Any:
+        if self.own is not None:
+            try:
+                return self.own(name)
+            except AttributeError:
+                pass
+        return look_up(self.module, name)
+
+
+def _teach(module: ModuleType) -> None:
+    if module.__name__ == "torchopt":
+        return  # asks here itself
+    vars(module)["__getattr__"] = _Finder(module, vars(module).get("__getattr__"))
     vars(module).setdefault("__path__", [])

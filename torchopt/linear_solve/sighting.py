@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from torchopt.base.captured import leaves_of
-from torchopt.base.levels import any_level, is_tracked, physical
+from torchopt.base.levels import any_level, has_tangent, is_tracked, physical
 from torchopt.base.misuse.given import given
-from torchopt.base.torch_internals import in_forward_mode
 from torchopt.linear_solve.pulling import copies_of
 
 
@@ -51,10 +50,12 @@ class Sighting:
                 raise ValueError(_unknown("tensors")) from error
             if not _alike(self.value, other):
                 raise ValueError(_unknown("tensors"))
-            if any_level() or in_forward_mode():
+            if any_level():
                 if is_tracked(other):
                     raise ValueError(_unknown("a tensor"))
                 return
+            if has_tangent(other):
+                raise ValueError(_unknown("a tensor"))
             leaves = leaves_of(other, copies)
             if leaves:  # those made inside of the function are others each time
                 again = self.product_of(copies)(self.v)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchopt.base import misuse
 from torchopt.base.misuse.given import given
 from torchopt.core import hyper
-from torchopt.diff.implicit.stationarity import stationarity
+from torchopt.diff.stationarity import stationarity
 from torchopt.solvers.flat import Layout, Number, Objective, TreeObjective
 from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
