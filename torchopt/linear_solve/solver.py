@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeAlias
 
+from torchopt.base.calling import level_of_user
 from torchopt.base.misuse.given import given
 from torchopt.linear_solve.derivative import Job, solve_flat
 from torchopt.linear_solve.operator import as_operator
@@ -179,9 +180,8 @@ class LinearSolver(abc.ABC):
             return
         k = int(wrong.nonzero()[0])
         outcome = CODES[int(codes[k]) - 1]
-        count = (
-            f"{int(wrong.sum())} of {codes.numel()} systems" if codes.numel() > 1 else "A system"
-        )
+        several, name = codes.numel() > 1, report.get("method") or self.title
+        count = f"{int(wrong.sum())} of {codes.numel()} systems" if several else "A system"
         residual = float(report["residual"].reshape(-1)[k])
         message = (
             f"{count}{of} not solved by {name}: {outcome.name.lower()} "
@@ -190,7 +190,7 @@ class LinearSolver(abc.ABC):
         )
         if self.on_failure == "raise":
             raise LinearSolveError(message, outcome)
-        warnings.warn(message, LinearSolveWarning, stacklevel=2)
+        warnings.warn(message, LinearSolveWarning, stacklevel=level_of_user())
 
     @property
     def title(self) -> str:
