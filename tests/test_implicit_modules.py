@@ -217,8 +217,10 @@ def test_modes_buffers_and_checkpointing_at_the_time_of_the_backward_pass() -> N
     x, y = data()
 
     class Normed(IMAML):
+        plain = True
+
         def forward(self, x: Tensor) -> Tensor:
-            if plain:
+            if self.plain:
                 return self.net(x)
             return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
 
@@ -227,6 +229,7 @@ def test_modes_buffers_and_checkpointing_at_the_time_of_the_backward_pass() -> N
     found = []
     for plain, evaluate in ((True, False), (False, False), (False, True)):
         inner = Normed(meta, steps=60)
+        inner.plain = plain
         optimal = inner.solve(x, y)
         counted = inner.net[1].num_batches_tracked.item()
         loss = sum(p.square().sum() for p in optimal.parameters())
@@ -359,9 +362,9 @@ def test_classes_that_cannot_be() -> None:
 
 def test_problems_that_cannot_be_solved() -> None:
     x, y = data()
-    with pytest.raises(RuntimeError, match="no meta-parameters.*eval"):
-        frozen = net().eval().requires_grad_(False)
-        Frozen(frozen).solve(x, y)
+    frozen = Frozen(net().eval().requires_grad_(False))
+    with pytest.raises(RuntimeError, match=r"no meta-parameters.*eval"):
+        frozen.solve(x, y)
     with pytest.raises(RuntimeError, match="no parameters to solve for"):
         Empty(torch.tensor(1.0, requires_grad=True)).solve()
     wide = IMAML(net())
@@ -371,7 +374,7 @@ def test_problems_that_cannot_be_solved() -> None:
         wide.solve(x, y)
     short = Ridge(torch.tensor(1.0, requires_grad=True))
     short.optimality = lambda x, y: (1, 2, 3)  # type: ignore[method-assign,assignment]
-    with pytest.raises(ValueError, match="one tensor for each of the 2 parameters.*got 3"):
+    with pytest.raises(ValueError, match=r"one tensor for each of the 2 parameters.*got 3"):
         short.solve(x, y[:, 0])
     with pytest.raises(RuntimeError, match="enable_grad"):
         Forgetful(net()).solve(x, y)

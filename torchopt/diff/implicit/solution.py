@@ -27,8 +27,8 @@ from torch.autograd import Function
 
 from torchopt.base.levels import primal
 from torchopt.base.torch_internals import is_legacy_batchedtensor, set_forward_grad_enabled
-from torchopt.diff.pullback import Flat, Tensors, inexact, pullback, pushforward
 from torchopt.diff.implicit.running import run
+from torchopt.diff.pullback import Flat, Tensors, inexact, pullback, pushforward
 
 
 class System(abc.ABC):
@@ -132,7 +132,9 @@ def differentiable(system: System, x: Sequence[Tensor], theta: Sequence[Tensor])
     return _Root.apply(system, len(x), *x, *theta)  # pyright: ignore[reportReturnType]
 
 
-def linear_solution(system: System, x: Tensors, theta: Tensors, b: Tensors, transposed: bool) -> Tensors:
+def linear_solution(
+    system: System, x: Tensors, theta: Tensors, b: Tensors, transposed: bool
+) -> Tensors:
     """Return the solution of the linear system with the Jacobian at a point, differentiable."""
     linear = LinearSystem(system, len(x), transposed)
     parameters = (*x, *theta, *b)
