@@ -91,6 +91,8 @@ GROUPS = {
     "Schedules": "Functions of the update count, for any hyperparameter; in `torchopt.schedules`.",
     "Core": "What everything else is made of.",
     "Solvers": "Minimise a function, which they call as often as they need; in `torchopt.solvers`.",
+    "Ways to differentiate": "How an inner problem is differentiated; in `torchopt.diff`, "
+    "`torchopt.nn` and `torchopt.linear_solve`.",
     "Visualization": "See the graph that a gradient flows through, and why it does not arrive.",
     "Fused kernels": "Whether and why updates are computed by kernels.",
 }
@@ -114,6 +116,8 @@ def group_of(symbol: Symbol) -> str:
         return "Schedules"
     if symbol.module == "torchopt.solvers":
         return "Solvers"
+    if symbol.module in ("torchopt.diff", "torchopt.nn", "torchopt.linear_solve"):
+        return "Ways to differentiate"
     if symbol.module == "torchopt.visual":
         return "Visualization"
     if symbol.module == "torchopt.kernels" or module == "torchopt.core.accelerated_op":

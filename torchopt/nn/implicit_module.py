@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchopt.base.levels import is_tracked
 from torchopt.base.misuse.given import given, some
 from torchopt.diff.implicit.condition import Argument, Condition
 from torchopt.diff.implicit.decorators import check_residual, check_solve
@@ -250,10 +249,7 @@ class _Problem:
         condition = Condition(
             _Evaluated(self), solution, arguments, solve, tags, title, self.holding
         )
-        tracked = any(map(is_tracked, condition.parameters))
-        if tracked or bound is not None:
-            condition.check(bound)
-        if tracked:
+        if condition.is_differentiated(bound):
             for name, tensor in condition.solution().items():
                 found[name].place(tensor)
 
