@@ -11,7 +11,7 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -103,6 +103,9 @@ class Solver(abc.ABC, Generic[S]):
         >>> outcome, state.params
         (<Outcome.CONVERGED>, {'w': tensor([2., 2.])})
     """
+
+    #: The function that runs it.
+    problem: ClassVar[str] = "minimize"
 
     tolerance_grad: float = 1e-7
     tolerance_change: float = 1e-9
@@ -314,6 +317,11 @@ def minimize(
         raise TypeError(
             f"solver must be a solver such as torchopt.solvers.LBFGS(), got {given(solver)}."
             " A transformation becomes one by torchopt.solvers.GradientDescent(tx)."
+        )
+    if solver.problem != "minimize":
+        raise TypeError(
+            f"{type(solver).__name__} does not minimise a function; it is a solver for "
+            f"torchopt.solvers.{solver.problem}."
         )
     if adjoint is not None:
         return adjoint(solver, fn, params, args)

@@ -7,12 +7,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from torchopt.base import tree
 from torchopt.base.misuse.given import given
 from torchopt.core import hyper
 from torchopt.diff.stationarity import stationarity
@@ -111,6 +110,8 @@ class LeastSquaresSolver(Solver[S], abc.ABC):
         (True, tensor(True))
     """
 
+    problem: ClassVar[str] = "least_squares"
+
     tolerance_change: float = 1e-12
     max_iter: int = 200
 
@@ -208,7 +209,7 @@ def low_enough(objective: Squares, state: State, x: Tensor, change: float) -> bo
     return value <= before + change + torch.finfo(x.dtype).eps * abs(before)
 
 
-def arrived(objective: Squares, state: State, x: Tensor, evaluations: int) -> State:
+def arrived(objective: Squares, state: S, x: Tensor, evaluations: int) -> S:
     """Return the state at a new point."""
     value, grad = objective(x)
     return dataclasses.replace(
@@ -224,7 +225,7 @@ def arrived(objective: Squares, state: State, x: Tensor, evaluations: int) -> St
     )
 
 
-def failed(state: State, evaluations: int) -> State:
+def failed(state: S, evaluations: int) -> S:
     """Return the state where no step lowers the value."""
     return dataclasses.replace(
         state,
@@ -234,19 +235,25 @@ def failed(state: State, evaluations: int) -> State:
     )
 
 
-def damped_step(near: Linearized, damping: float, solver: LinearSolver | None) -> Tensor:
-    r"""Return :math:`-(J^T J + \lambda I)^{-1} J^T r`.
+def damped_step(
+    near: Linearized,
+    damping: float,
+    solver: LinearSolver | None,
+    matrix: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    r"""Return :math:`-(J^T J + \lambda D^2)^{-1} J^T r`.
 
     With the matrix it is the least squares solution of :math:`J d = -r` with rows
-    :math:`\sqrt\lambda I` added, so that the condition number is not squared.
+    :math:`\sqrt\lambda D` added, so that the condition number is not squared; without it,
+    :math:`D = I`.
     """
     r = near.value
     if solver is None and near.x.numel() <= DENSE:
-        matrix = near.matrix()
-        if damping > 0:
-            n = matrix.shape[1]
-            eye = math.sqrt(damping) * torch.eye(n, dtype=r.dtype, device=r.device)
-            matrix, r = torch.cat([matrix, eye]), torch.cat([r, r.new_zeros(n)])
+        matrix = near.matrix() if matrix is None else matrix
+        if damping > 0 and scale is not None:
+            rows = torch.diag(math.sqrt(damping) * scale)
+            matrix, r = torch.cat([matrix, rows]), torch.cat([r, torch.zeros_like(scale)])
         return least_squares_of(matrix, -r, 0.0)
     gradient = near.pull(r)
 
@@ -271,6 +278,7 @@ class DampedState(State):
     """Where Levenberg and Marquardt's method is, with its damping."""
 
     damping: float | None = None
+    scale: Tensor | None = None  #: :math:`D`, where the Jacobian is written down.
     growth: float = 2.0  #: By how much the damping grows after a step that failed.
 
 
@@ -278,13 +286,16 @@ class DampedState(State):
 class LevenbergMarquardt(LeastSquaresSolver[DampedState]):
     r"""Levenberg and Marquardt's method: between Gauss-Newton and short steps downhill.
 
-    .. math:: p_{k+1} = p_k - (J^T J + \lambda_k I)^{-1} J^T r
+    .. math:: p_{k+1} = p_k - (J^T J + \lambda_k D_k^2)^{-1} J^T r
 
     :math:`\lambda` falls after a step that lowered the value as much as the linear model promised,
-    and grows until one lowers it (after Nielsen). It needs no independent columns.
+    and grows until one lowers it (after Nielsen). :math:`D` holds the largest norms of the columns
+    of :math:`J` so far (after Moré), so that the units of parameters do not matter; where :math:`J`
+    is not written down it is the identity. It needs no independent columns.
 
     Args:
-        damping: The first :math:`\lambda` over the largest diagonal entry of :math:`J^T J`, > 0.
+        damping: The first :math:`\lambda`, > 0; where :math:`D = I`, over the curvature along the
+            gradient.
         linear_solve: As for :class:`GaussNewton`.
         attempts: How often the damping may grow in one iteration.
         tolerance_grad: Converged where no entry of the gradient :math:`J^T r` is larger; >= 0.
@@ -307,6 +318,8 @@ class LevenbergMarquardt(LeastSquaresSolver[DampedState]):
 
     Reference:
         Nielsen, Damping parameter in Marquardt's method, Technical University of Denmark 1999;
+        Moré, The Levenberg-Marquardt algorithm: implementation and theory, Lecture Notes in
+        Mathematics 630, 1978;
         Nocedal and Wright, Numerical Optimization, 2nd edition, section 10.3.
     """
 
@@ -329,31 +342,38 @@ class LevenbergMarquardt(LeastSquaresSolver[DampedState]):
         assert isinstance(objective, Squares)
         near = objective.linearized(state.x)
         damping, growth, evaluations = state.damping, state.growth, state.evaluations + 1
+        matrix, scale = None, state.scale
+        if self.linear_solve is None and near.x.numel() <= DENSE:
+            matrix = near.matrix()
+            norms = torch.linalg.vector_norm(matrix.detach(), dim=0)
+            scale = norms if scale is None else torch.maximum(scale, norms)
+            scale = torch.where(scale > 0, scale, 1.0)
         if damping is None:
-            damping = self.damping * self._largest_diagonal(near)
+            damping = self.damping * (1.0 if matrix is not None else curvature(near))
+        square = 1.0 if scale is None else scale.square()
         before, least = plain(state.value), torch.finfo(state.x.dtype).tiny
         for _ in range(self.attempts):
             damping = max(damping, least)
-            d = damped_step(near, damping, self.linear_solve)
+            d = damped_step(near, damping, self.linear_solve, matrix, scale)
             x = state.x + d
             evaluations += 1
-            steep = damping * d.detach() - state.grad.detach()
+            steep = damping * square * d.detach() - state.grad.detach()
             promised = plain(d.detach().dot(steep)) / 2
             if is_finite(largest(d)) and low_enough(objective, state, x, 0.0):
                 new = arrived(objective, state, x, evaluations + 1)
                 gain = (before - plain(new.value)) / max(promised, least)
                 damping *= max(1 / 3, 1 - (2 * min(gain, 2.0) - 1) ** 3)
-                assert isinstance(new, DampedState)
-                return dataclasses.replace(new, damping=damping, growth=2.0)
+                return dataclasses.replace(new, damping=damping, growth=2.0, scale=scale)
             damping, growth = damping * growth, growth * 2
-        return dataclasses.replace(failed(state, evaluations), damping=damping, growth=growth)  # pyright: ignore[reportReturnType]
+        state = failed(state, evaluations)
+        return dataclasses.replace(state, damping=damping, growth=growth, scale=scale)
 
-    def _largest_diagonal(self, near: Linearized) -> float:
-        if self.linear_solve is None and near.x.numel() <= DENSE:
-            return plain(near.matrix().detach().square().sum(0).max()) or 1.0
-        u = near.pull(near.value).detach()  # of a large problem, the slope along the gradient
-        size = plain(u.norm()) ** 2
-        return plain(near.push(u).detach().norm()) ** 2 / size if size > 0 else 1.0
+
+def curvature(near: Linearized) -> float:
+    """Return the curvature of the linear model along its gradient; 1 where that is zero."""
+    u = near.pull(near.value).detach()
+    size = plain(u.norm()) ** 2
+    return plain(near.push(u).detach().norm()) ** 2 / size if size > 0 else 1.0
 
 
 def least_squares(
@@ -411,10 +431,6 @@ def least_squares(
     if adjoint is None:
         return solver.run(fn, params, *args)
     solution = adjoint(solver, fn, params, args)
-    if not tree.is_leaf(solution.value) or not _is_number(solution.value):
+    if solution.value is not solution.state.value:  # what fn returns at a connected solution
         solution = dataclasses.replace(solution, value=half_of_squares(solution.value))
     return solution
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float)

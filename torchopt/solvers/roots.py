@@ -106,6 +106,7 @@ class RootSolver(Solver[S], abc.ABC):
     tolerance_change: float = 1e-12
     max_iter: int = 100
 
+    problem: ClassVar[str] = "find_root"
     #: What it means if an iteration changes nothing.
     no_change: ClassVar[Outcome] = Outcome.STAGNATED
 
