@@ -78,6 +78,19 @@ def test_rosenbrock_from_afar() -> None:
         assert relative_error(solution.params, torch.ones(3, **F64)) < 1e-8
 
 
+@every
+def test_calls_are_counted(solver: Any) -> None:
+    calls: list[int] = []
+    y, start = decay_data()
+
+    def counted(p: Tensor) -> Tensor:
+        calls.append(1)
+        return decay(p, y)
+
+    solution = least_squares(counted, solver, start, adjoint=None)
+    assert solution.evaluations == len(calls)
+
+
 def test_dependent_columns() -> None:
     """Only the sum is determined: Gauss-Newton and its relative find one of the solutions."""
 

@@ -216,8 +216,29 @@ def test_anderson_takes_fewer_calls() -> None:
 # What goes wrong ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), *POINTS.values()], ids=[*SOLVERS, *POINTS])
+def test_calls_are_counted(solver: Any) -> None:
+    calls: list[int] = []
+    c, start = torch.linspace(0, 1, N, **F64), torch.zeros(N, **F64)
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(1)
+        return contraction(x, c) - x
+
+    solution = find_root(counted, solver, start, adjoint=None)
+    assert solution.evaluations == len(calls)
+    steps = iter(range(1000))
+    state = solver.init(lambda x: contraction(x, c) - x, start)
+    while solver.terminate(state) is None and next(steps) < 999:
+        state = solver.step(lambda x: contraction(x, c) - x, state)
+    assert torch.equal(state.params, solution.params)
+    assert state.iterations == solution.iterations
+
+
 def test_names_of_failures() -> None:
     start = torch.tensor(1.0, **F64)
+    still = FixedPointIteration(tolerance_grad=0.0)
+    assert fixed_point(lambda p: p + 1e-14, still, start).outcome is Outcome.STAGNATED
     none = find_root(lambda p: p**2 + 1, Newton(), start)
     assert not none.outcome.success
     with pytest.raises(RuntimeError, match=str(none.outcome)):

@@ -12,12 +12,11 @@ from torchopt.solvers.bisection import Bisection as Bisection
 from torchopt.solvers.broyden import Broyden as Broyden
 from torchopt.solvers.fixed_points import Anderson as Anderson
 from torchopt.solvers.fixed_points import FixedPointIteration as FixedPointIteration
+from torchopt.solvers.gauss_newton import GaussNewton as GaussNewton
 from torchopt.solvers.gradient_descent import GradientDescent as GradientDescent
 from torchopt.solvers.lbfgs import LBFGS as LBFGS
-from torchopt.solvers.least_squares import GaussNewton as GaussNewton
-from torchopt.solvers.least_squares import LeastSquaresSolver as LeastSquaresSolver
-from torchopt.solvers.least_squares import LevenbergMarquardt as LevenbergMarquardt
 from torchopt.solvers.least_squares import least_squares as least_squares
+from torchopt.solvers.levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
 from torchopt.solvers.line_search import Backtracking as Backtracking
 from torchopt.solvers.line_search import StrongWolfe as StrongWolfe
 from torchopt.solvers.newton import Newton as Newton
@@ -25,3 +24,4 @@ from torchopt.solvers.outcome import Outcome as Outcome
 from torchopt.solvers.roots import RootSolver as RootSolver
 from torchopt.solvers.roots import find_root as find_root
 from torchopt.solvers.roots import fixed_point as fixed_point
+from torchopt.solvers.squares import LeastSquaresSolver as LeastSquaresSolver

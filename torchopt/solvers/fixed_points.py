@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torchopt.solvers.flat import Objective
 from torchopt.solvers.newton import arrived
 from torchopt.solvers.outcome import Outcome
 from torchopt.solvers.roots import RootSolver
+
+
+S = TypeVar("S", bound=State)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ class FixedPointIteration(RootSolver[State]):
         return went(objective, state, state.x + self.damping * state.grad)
 
 
-def went(objective: Objective, state: State, x: Tensor) -> State:
+def went(objective: Objective, state: S, x: Tensor) -> S:
     """Return the state at a new point, or the old one where the function is not finite there."""
     value, r = objective(x)
     evaluations = state.evaluations + 1
@@ -94,7 +98,7 @@ class Anderson(RootSolver[AndersonState]):
     r"""Anderson's acceleration of a fixed-point iteration.
 
     .. math::
-        \gamma = \arg\min_\gamma \lVert f_k - \Delta F\, \gamma \rVert, \qquad
+        \gamma = \text{arg}\min_\gamma \lVert f_k - \Delta F\, \gamma \rVert, \qquad
         p_{k+1} = p_k + \beta f_k - (\Delta P + \beta\, \Delta F)\, \gamma
 
     with :math:`f = T(p) - p` and the last differences of points and residuals as columns of
@@ -163,9 +167,9 @@ class Anderson(RootSolver[AndersonState]):
             step = step - (dx + self.mixing * df) @ gamma
         new = went(objective, state, x + step)
         if new.outcome is not None and points:  # a step of the plain iteration instead
-            new = went(objective, dataclasses.replace(state), x + self.mixing * f)
+            again = dataclasses.replace(state, evaluations=new.evaluations)
+            new = went(objective, again, x + self.mixing * f)
             points, residuals = (), ()
-        assert isinstance(new, AndersonState)
         return dataclasses.replace(
             new,
             points=(*points, x)[-self.history_size :],
