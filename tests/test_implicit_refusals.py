@@ -1,4 +1,4 @@
-"""What an error about implicit derivatives says: what was given, what was expected, what to type."""
+"""What errors of implicit derivatives say: what was given and expected, and what to type."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ def call(condition: Any = root_of, solver: Any = sqrt, argnums: Any = 1, **optio
     x = wrapped(torch.ones((), dtype=torch.float64), number())
     leaf = x[0] if isinstance(x, tuple) else x
     return torch.autograd.grad(leaf, leaf)
+
+
+ONE = torch.ones((), dtype=torch.float64)
 
 
 class Hidden:
@@ -98,7 +101,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         ValueError,
         ("shapes of the solution: ()", "(1,)"),
     ),
-    "no-tensor": (lambda: call(condition=lambda x, t: 0.0), TypeError, ("must hold tensors", "0.0")),
+    "no-tensor": (
+        lambda: call(condition=lambda x, t: 0.0),
+        TypeError,
+        ("must hold tensors", "0.0"),
+    ),
     "aux": (
         lambda: call(solver=lambda x, t: (t.sqrt(), 7)),
         TypeError,
@@ -190,6 +197,20 @@ def test_an_argument_that_requires_grad_and_is_not_named_warns() -> None:
     assert torch.autograd.grad(x, a)[0] == 3
 
 
+def test_what_is_hidden_is_found_though_nothing_else_requires_grad() -> None:
+    solver = custom_root(Hidden(number()), argnums=1)(lambda x, t: t)
+    with pytest.raises(RuntimeError, match="not seen from outside"):
+        solver(torch.ones(()), torch.ones(()))
+
+
+def test_globals_of_code_without_a_module_are_seen() -> None:
+    """As in a notebook that is run by ``exec``."""
+    scope: dict[str, Any] = {"a": (a := number())}
+    exec("def condition(x, t):\n    return x - a * t", scope)
+    x = custom_root(scope["condition"], argnums=1)(lambda x, t: 4 * t)(ONE, ONE)
+    assert torch.autograd.grad(x, a)[0] == 1
+
+
 def test_only_the_start_warns() -> None:
     solver = custom_root(root_of, argnums=1)(sqrt)
     with pytest.warns(UserWarning, match="Only the start"):
@@ -209,7 +230,9 @@ def test_nothing_warns_and_nothing_is_recorded_where_nothing_requires_grad() -> 
 
 
 def test_an_unsolved_member_of_a_batch_is_found() -> None:
-    solver = custom_root(root_of, argnums=1, residual_check=1e-6)(lambda x, t: t.sqrt().clamp(max=2.0))
+    solver = custom_root(root_of, argnums=1, residual_check=1e-6)(
+        lambda x, t: t.sqrt().clamp(max=2.0)
+    )
     value = torch.func.vmap(lambda t: solver(t, t))
     assert torch.equal(value(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 2.0]))
     with pytest.raises(ValueError, match="does not satisfy"):

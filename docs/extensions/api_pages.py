@@ -94,6 +94,8 @@ GROUPS = {
     "as often as they need; in `torchopt.solvers`.",
     "Linear systems": "Solve with an operator that is known by its products; in "
     "`torchopt.linear_solve`.",
+    "Ways to differentiate": "How an inner problem is differentiated; in `torchopt.diff` and "
+    "`torchopt.nn`.",
     "Visualization": "See the graph that a gradient flows through, and why it does not arrive.",
     "Fused kernels": "Whether and why updates are computed by kernels.",
 }
@@ -119,6 +121,8 @@ def group_of(symbol: Symbol) -> str:
         return "Solvers"
     if symbol.module == "torchopt.linear_solve":
         return "Linear systems"
+    if symbol.module in ("torchopt.diff", "torchopt.nn"):
+        return "Ways to differentiate"
     if symbol.module == "torchopt.visual":
         return "Visualization"
     if symbol.module == "torchopt.kernels" or module == "torchopt.core.accelerated_op":

@@ -86,7 +86,12 @@ def _children(thing: Any) -> Iterator[Any]:
 
 
 def _is_foreign(thing: Any) -> bool:
-    return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] in _FOREIGN
+    if isinstance(thing, types.FunctionType):
+        # where its code stands: functools.wraps sets __module__, and exec may leave none
+        home = thing.__globals__.get("__name__") or ""
+    else:
+        home = getattr(thing, "__module__", None) or "builtins"
+    return home.partition(".")[0] in _FOREIGN
 
 
 def _is_plain_object(thing: Any) -> bool:
