@@ -29,10 +29,10 @@ every = pytest.mark.parametrize("row", ROWS, ids=IDS)
 KINDS = [
     row
     for row in ROWS
-    if row.name in ("solve_cg", "solve_gmres", "solve_normal_cg", "solve_lu", "solve_bicgstab")
+    if row.name in ("solve_cg", "solve_gmres", "solve_normal_cg", "solve_lu")
 ]
 kinds = pytest.mark.parametrize("row", KINDS, ids=[row.name for row in KINDS])
-N = 5
+N = 4
 
 
 def problem(row: Row, **options: Any) -> tuple[Any, Any, Tensor, Tensor]:
@@ -139,7 +139,7 @@ def test_batches_of_derivatives_and_derivatives_of_batches(row: Row) -> None:
 
 
 def test_a_member_that_is_not_solved_leaves_the_others() -> None:
-    a = torch.stack([definite(N), torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0]))]).double()
+    a = torch.stack([definite(N), torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]))]).double()
     b = nonzero(2, N)
     found: list[Any] = []
 

@@ -90,9 +90,12 @@ GROUPS = {
     "Transformations": "The parts that `torchopt.chain` puts together.",
     "Schedules": "Functions of the update count, for any hyperparameter; in `torchopt.schedules`.",
     "Core": "What everything else is made of.",
-    "Solvers": "Minimise a function, which they call as often as they need; in `torchopt.solvers`.",
-    "Ways to differentiate": "How an inner problem is differentiated; in `torchopt.diff`, "
-    "`torchopt.nn` and `torchopt.linear_solve`.",
+    "Solvers": "Minimise functions, or find roots, fixed points and least squares; they call them "
+    "as often as they need; in `torchopt.solvers`.",
+    "Linear systems": "Solve with an operator that is known by its products; in "
+    "`torchopt.linear_solve`.",
+    "Ways to differentiate": "How an inner problem is differentiated; in `torchopt.diff` and "
+    "`torchopt.nn`.",
     "Visualization": "See the graph that a gradient flows through, and why it does not arrive.",
     "Fused kernels": "Whether and why updates are computed by kernels.",
 }
@@ -116,7 +119,9 @@ def group_of(symbol: Symbol) -> str:
         return "Schedules"
     if symbol.module == "torchopt.solvers":
         return "Solvers"
-    if symbol.module in ("torchopt.diff", "torchopt.nn", "torchopt.linear_solve"):
+    if symbol.module == "torchopt.linear_solve":
+        return "Linear systems"
+    if symbol.module in ("torchopt.diff", "torchopt.nn"):
         return "Ways to differentiate"
     if symbol.module == "torchopt.visual":
         return "Visualization"

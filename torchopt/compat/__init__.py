@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 #: Module of 0.7.3, module of today (``-``: not here yet), and names; ``old=new`` where they differ.
 #: Modules stand without ``torchopt.``, which is the dot.
 TABLE = """
-.                             -                    distributed linalg
+.                             -                    distributed
 accelerated_op                core.accelerated_op  is_available=accelerated_op_available
 accelerated_op                -                    AdamOp adam_op
 alias                         optimizers.adam      adam
@@ -46,6 +46,7 @@ base                          transforms.basic     identity
 base                          compat.names         IdentityGradientTransformation
 clip                          transforms.clip      clip_grad_norm
 combine                       core.chaining        chain chain_flat
+linalg                        compat.linalg        cg ns ns_inv
 optim                         optimizers.adam      Adam
 optim                         optimizers.adamw     AdamW
 optim                         optimizers.rmsprop   RMSProp=RMSprop RMSprop
@@ -134,7 +135,8 @@ typing                        compat.names         OptionalTensor ListOfOptional
 typing                        compat.names         TupleOfOptionalTensors SequenceOfOptionalTensors
 typing                        compat.names         OptionalTensorOrOptionalTensors TensorContainer
 typing                        compat.names         ModuleTensorContainers
-typing                        -                    LinearSolver RRef SampleFunc Samplable
+typing                        linear_solve.solver  LinearSolver
+typing                        -                    RRef SampleFunc Samplable
 update                        core.apply           apply_updates
 utils                         nn.snapshot          ModuleState extract_state_dict recover_state_dict
 utils                         nn.snapshot          stop_gradient module_clone

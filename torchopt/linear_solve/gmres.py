@@ -37,7 +37,7 @@ class GMRES(LinearSolver):
 class _Arnoldi:
     r"""One cycle: orthonormal vectors :math:`A M V_k = V_{k+1} H`, and the least residual in them.
 
-    .. math:: d = M V_k\, y, \qquad y = \arg\min_y \lVert \beta e_1 - H y \rVert
+    .. math:: d = M V_k\, y, \qquad y = \text{arg}\min_y \lVert \beta e_1 - H y \rVert
 
     :math:`H` is kept as :math:`Q H = R`, by one rotation for each new column. Where a system is
     done, its further columns are unit vectors and change nothing.
@@ -129,7 +129,7 @@ def solve_gmres(
     r"""Solve any systems by generalised minimal residuals.
 
     .. math::
-        x_k = \arg\min_{x \in x_0 + \mathcal K_k} \lVert b - (A + \lambda I)\, x \rVert_2
+        x_k = \text{arg}\min_{x \in x_0 + \mathcal K_k} \lVert b - (A + \lambda I)\, x \rVert_2
 
     in the Krylov space :math:`\mathcal K_k` of the first residual. One product for each iteration,
     ``restart`` + 1 vectors of memory. With as many vectors as there are unknowns it solves every

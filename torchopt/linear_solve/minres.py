@@ -97,7 +97,7 @@ def solve_minres(
     r"""Solve symmetric (Hermitian) systems, also indefinite ones, by minimal residuals.
 
     .. math::
-        x_k = \arg\min_{x \in x_0 + \mathcal K_k} \lVert b - (A + \lambda I)\, x \rVert_2
+        x_k = \text{arg}\min_{x \in x_0 + \mathcal K_k} \lVert b - (A + \lambda I)\, x \rVert_2
 
     One product for each iteration, seven vectors of memory. For Hessians at saddle points and
     conditions of optimality with multipliers. Of a singular system that has solutions it finds the

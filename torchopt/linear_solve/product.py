@@ -94,8 +94,8 @@ class Product:
         """
         leaves, spec = tree.flatten(source.consts)
         thing = (source.fn, source.adjoint, leaves)
-        inside = any_level() or in_forward_mode()
-        recording = differentiated and torch.is_grad_enabled()
+        inside = any_level()
+        recording = differentiated and (torch.is_grad_enabled() or in_forward_mode())
         captured = Captured(thing) if inside or recording else None
 
         def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:

@@ -85,7 +85,9 @@ class Layout:
 
     def _reals(self, leaf: Tensor, dtype: torch.dtype | None) -> Tensor:
         if dtype is not None and dtype.is_complex:
-            leaf = torch.view_as_real(leaf.to(dtype).resolve_conj())
+            # not view_as_real, whose derivative refuses what begins at an odd place
+            leaf = leaf.to(dtype)
+            leaf = torch.stack([leaf.real, leaf.imag], -1)
         return leaf.reshape(-1).to(self.dtype)
 
     def unflatten(self, x: Tensor) -> TensorTree:
@@ -109,7 +111,9 @@ def _real_dtype(leaf: Tensor) -> torch.dtype:
 
 def _shaped(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
-        return torch.view_as_complex(part.reshape(*shape, 2)).to(dtype)
+        pairs = part.reshape(*shape, 2)
+        # not view_as_complex, which refuses what begins at an odd place
+        return torch.complex(pairs[..., 0], pairs[..., 1]).to(dtype)
     return part.reshape(shape).to(dtype)
 
 
