@@ -20,6 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
+#: What holds no tensor.
+_PLAIN = (int, float, complex, str, bytes, type(None), type, types.ModuleType)
 #: Code of these packages uses only what it is given.
 _FOREIGN = frozenset({"torch", "optree", "numpy", "scipy", "builtins", "functools", "math"})
 
@@ -48,6 +50,8 @@ class Captured:
                 self.values.append(thing)
                 continue
             for child in _children(thing):
+                if isinstance(child, _PLAIN):
+                    continue
                 parents.setdefault(id(child), []).append(id(thing))
                 waiting.append(child)
         self._rebuilt = set(self._places)  # what leads to a tensor
