@@ -293,7 +293,8 @@ def resolve_internal_name(app: Sphinx, env: Any, node: Any, contnode: Any) -> no
         return None
     name, domain = node["reftarget"], env.domains["py"]
     # a name by itself is one of the public ones, of the module of its page, or of a type alias
-    spellings = [name, f"torchopt.{name}", f"torchopt.schedules.{name}", f"torchopt.typing.{name}"]
+    rooms = ("", "schedules.", "typing.", "diff.", "nn.", "linear_solve.", "solvers.")
+    spellings = [name, *(f"torchopt.{room}{name}" for room in rooms)]
     value = next(filter(None, map(_look_up, spellings)), None)
     for symbol in symbols():
         if value is not None and symbol.value is value:

@@ -46,10 +46,11 @@ class ImplicitMetaGradientModule(MetaGradientModule):
     Arguments of ``solve`` that require grad are differentiated by as meta-parameters are. Frozen
     parameters are constants, and buffers are after each evaluation what they were before.
 
-    Args of the class:
-        linear_solve: As of :func:`torchopt.diff.implicit.custom_root`; subclasses inherit it.
-        residual_check: The largest absolute entry of the gradient, or of ``optimality``, that is
-            accepted at the solution; ``None`` does not look.
+    Options of the class, which subclasses inherit:
+
+    * ``linear_solve``: as ``solve`` of :func:`torchopt.diff.implicit.custom_root`;
+    * ``residual_check``: the largest absolute entry of the gradient, or of ``optimality``, that is
+      accepted at the solution; ``None`` does not look.
 
     Raises:
         TypeError: When the class is made, if a method is missing, static or a class method.
