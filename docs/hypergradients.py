@@ -3,7 +3,7 @@
 A causal transformer learns to continue a text that a small grammar makes; a part of the examples
 has been shuffled. The hypergradient is that of the loss on clean examples by a weight for each
 training example and by the logarithm of the weight decay. Every method is compared with the
-solution of the linear system to a relative residual of 1e-5, at the same weights, which 400
+solution of the linear system to a relative residual of 1e-5, at the same weights, which 1,000
 steps of Adam have found.
 """
 
@@ -24,7 +24,7 @@ from torchopt.linear_solve import solve_cg, solve_minres, solve_nystrom
 
 
 WORDS = ["the", "old", "cat", "dog", "sees", "hears", "a", "bird", "and", "sleeps"]
-CONTEXT, WIDTH, HEADS, LAYERS, STEPS = 16, 16, 2, 2, 400
+CONTEXT, WIDTH, HEADS, LAYERS, STEPS = 16, 16, 2, 2, 1000
 
 
 class Block(nn.Module):
@@ -96,7 +96,7 @@ def problem() -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor], Any]:
     def outer(w: dict[str, Tensor], _: dict[str, Tensor]) -> Tensor:
         return losses(w, clean).mean()
 
-    h = {"weights": torch.ones(24).double(), "log_decay": torch.tensor(math.log(1e-2)).double()}
+    h = {"weights": torch.ones(24).double(), "log_decay": torch.tensor(math.log(2e-2)).double()}
     tx = torchopt.adam(torchopt.schedules.cosine_decay(1e-2, STEPS))
     w, state = params, tx.init(params)
     for _ in range(STEPS):
@@ -106,12 +106,12 @@ def problem() -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor], Any]:
     return outer, inner, w, h, state
 
 
-def measured(call: Callable[[], dict[str, Tensor]]) -> tuple[Tensor, float]:
-    """Return a result as one vector, and the processor's seconds that it took."""
+def measured(call: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
+    """Return a result, and the processor's seconds that it took."""
     start = time.process_time()
     found = call()
     seconds = time.process_time() - start
-    return torch.cat([found["weights"], found["log_decay"].reshape(1)]), seconds
+    return found, seconds
 
 
 def main() -> None:
@@ -142,19 +142,21 @@ def main() -> None:
         "`FiniteDifference()`": FiniteDifference(),
         "`SAMA(adam)`": SAMA(torchopt.adam(1e-3), state),
     }
-    exact = torch.zeros(0)
-    print("| method | relative error | error with the best factor | cosine | seconds |")
+    exact: dict[str, Tensor] = {}
+    print("| method | weights: cosine | weights: error | weight decay: error | seconds |")
     print("| --- | --- | --- | --- | --- |")
     for name, method in methods.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found, seconds = measured(lambda m=method: hypergradient(outer, inner, w, h, m))
-        if not len(exact):
-            exact = found
-        error = (found - exact).norm() / exact.norm()
-        cosine = torch.nn.functional.cosine_similarity(found, exact, 0)
-        best = (1 - cosine**2).clamp_min(0).sqrt()
-        print(f"| {name} | {error:.2g} | {best:.2g} | {cosine:.3f} | {seconds:.2f} |", flush=True)
+        exact = exact or found
+        errors = {k: float((found[k] - x).norm() / x.norm()) for k, x in exact.items()}
+        cosine = nn.functional.cosine_similarity(found["weights"], exact["weights"], 0)
+        print(
+            f"| {name} | {cosine:.3f} | {errors['weights']:.2g} | {errors['log_decay']:.2g} "
+            f"| {seconds:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

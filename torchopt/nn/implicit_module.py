@@ -193,7 +193,8 @@ class _Problem:
             raise RuntimeError(
                 f"{self.title} has no meta-parameters to be differentiated by. Give its "
                 "constructor tensors that require grad, or modules, and assign them to "
-                "attributes; a module in eval() mode whose parameters are all frozen (requires_grad=False) is none."
+                "attributes; a module in eval() mode whose parameters are all frozen "
+                "(requires_grad=False) is none."
             )
 
     @contextlib.contextmanager
