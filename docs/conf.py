@@ -47,6 +47,7 @@ nitpick_ignore_regex = [
         r"py:class",
         r"torchopt\.solvers\.(base\.(State|Adjoint)|flat|lbfgs|line_search|gradient_descent).*",
     ),
+    (r"py:class", r"torchopt\.diff\.(hypergradients\.(Problem|Method)|estimates\.Estimate)"),
     (r"py:(class|obj)", r"(ellipsis|optional|function|Ellipsis)"),
 ]
 

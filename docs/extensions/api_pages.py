@@ -90,7 +90,12 @@ GROUPS = {
     "Transformations": "The parts that `torchopt.chain` puts together.",
     "Schedules": "Functions of the update count, for any hyperparameter; in `torchopt.schedules`.",
     "Core": "What everything else is made of.",
-    "Solvers": "Minimise a function, which they call as often as they need; in `torchopt.solvers`.",
+    "Solvers": "Minimise functions, or find roots, fixed points and least squares; they call them "
+    "as often as they need; in `torchopt.solvers`.",
+    "Linear systems": "Solve with an operator that is known by its products; in "
+    "`torchopt.linear_solve`.",
+    "Ways to differentiate": "How an inner problem is differentiated; in `torchopt.diff` and "
+    "`torchopt.nn`.",
     "Visualization": "See the graph that a gradient flows through, and why it does not arrive.",
     "Fused kernels": "Whether and why updates are computed by kernels.",
 }
@@ -114,6 +119,10 @@ def group_of(symbol: Symbol) -> str:
         return "Schedules"
     if symbol.module == "torchopt.solvers":
         return "Solvers"
+    if symbol.module == "torchopt.linear_solve":
+        return "Linear systems"
+    if symbol.module in ("torchopt.diff", "torchopt.nn"):
+        return "Ways to differentiate"
     if symbol.module == "torchopt.visual":
         return "Visualization"
     if symbol.module == "torchopt.kernels" or module == "torchopt.core.accelerated_op":
@@ -284,7 +293,8 @@ def resolve_internal_name(app: Sphinx, env: Any, node: Any, contnode: Any) -> no
         return None
     name, domain = node["reftarget"], env.domains["py"]
     # a name by itself is one of the public ones, of the module of its page, or of a type alias
-    spellings = [name, f"torchopt.{name}", f"torchopt.schedules.{name}", f"torchopt.typing.{name}"]
+    rooms = ("", "schedules.", "typing.", "diff.", "nn.", "linear_solve.", "solvers.")
+    spellings = [name, *(f"torchopt.{room}{name}" for room in rooms)]
     value = next(filter(None, map(_look_up, spellings)), None)
     for symbol in symbols():
         if value is not None and symbol.value is value:

@@ -1,0 +1,13 @@
+# The public names, which __init__.py imports when they are first asked for.
+
+from torchopt.diff import implicit as implicit
+from torchopt.diff.estimates import SAMA as SAMA
+from torchopt.diff.estimates import T1T2 as T1T2
+from torchopt.diff.estimates import FiniteDifference as FiniteDifference
+from torchopt.diff.estimates import Neumann as Neumann
+from torchopt.diff.hypergradients import hypergradient as hypergradient
+from torchopt.diff.implicit.adjoint import Implicit as Implicit
+from torchopt.diff.implicit.decorators import custom_fixed_point as custom_fixed_point
+from torchopt.diff.implicit.decorators import custom_root as custom_root
+from torchopt.diff.implicit.products import root_jvp as root_jvp
+from torchopt.diff.implicit.products import root_vjp as root_vjp
