@@ -21,7 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.base.torch_internals import graph_task_keeps_graph, peek_interpreter_stack
+from torchopt.base.torch_internals import (
+    graph_task_keeps_graph,
+    peek_interpreter_stack,
+    unwrap_if_dead,
+)
 from torchopt.diff.replay.job import Job, Point, _is_smooth
 from torchopt.diff.replay.random_state import RandomState, undisturbed
 from torchopt.diff.replay.store import Carry, Layered, Store
@@ -58,9 +62,8 @@ class Isolated(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Evaluate the derivative; as a node, if it is to be differentiated."""
         program: Program = ctx.program
-        tensors = ctx.saved_tensors
         derivative = program.derivative([c is not None for c in cotangents])
-        inputs = [*tensors, *(c for c in cotangents if c is not None)]
+        inputs = _alive([*ctx.saved_tensors, *(c for c in cotangents if c is not None)])
         with undisturbed(program.job.devices):
             if torch.is_grad_enabled():
                 grads = apply(derivative, inputs)
@@ -75,9 +78,18 @@ class Isolated(torch.autograd.Function):
         program: Program = ctx.program
         pushed = Pushed(program, [t is not None for t in tangents])
         with undisturbed(program.job.devices):
-            results = apply(pushed, [*ctx.saved_tensors, *(t for t in tangents if t is not None)])
+            along = (t for t in tangents if t is not None)
+            results = apply(pushed, _alive([*ctx.saved_tensors, *along]))
         rest = iter(results)
         return tuple(next(rest) if smooth else None for smooth in pushed.smooth)
+
+
+def _alive(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors without the wraps of levels of torch.func that have ended.
+
+    Operators of torch take them off, but levels that are opened inside of a program do not.
+    """
+    return [unwrap_if_dead(t) for t in tensors]
 
 
 def apply(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
