@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.base import misuse, tree
+from torchopt.base import tree
+from torchopt.base.misuse.given import given
 from torchopt.base.values import describe
 from torchopt.typing import PyTree
 
@@ -26,7 +27,7 @@ class Loop:
     def __init__(self, step: Step, carry: PyTree, xs: PyTree, length: int | None) -> None:
         if not callable(step):
             raise TypeError(
-                f"step must be a function step(carry, x) -> (carry, y), got {misuse.given(step)}."
+                f"step must be a function step(carry, x) -> (carry, y), got {given(step)}."
             )
         self.step = step
         self.start, self.spec = tree.flatten(carry)
@@ -34,6 +35,7 @@ class Loop:
         self.xs, self.xs_spec = tree.flatten(xs)
         self.length = _length(self.xs, tree.leaf_names(xs), length)
         self.y_spec: Any = None
+        self.y_names: list[str] = []
         self.y_likes: list[Any] = []
 
     def x(self, xs: Sequence[Any], index: int) -> PyTree:
@@ -52,13 +54,13 @@ class Loop:
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(
                 "step must return the pair (carry, y); return (carry, None) where there is no y. "
-                f"Got {misuse.given(result)}."
+                f"Got {given(result)}."
             )
         carry, y = result
         new = self._carry_leaves(carry)
         for path, old_leaf, new_leaf in zip(self.paths, leaves, new):
             if not _alike(old_leaf, new_leaf):
-                _refuse_leaf(f"leaf {tree.quoted(tree.dotted(path))} of the carry", old_leaf, new_leaf)
+                _refuse_leaf(called(tree.dotted(path), "the carry"), old_leaf, new_leaf)
         return new, self._y_leaves(y)
 
     def _carry_leaves(self, carry: PyTree) -> list[Any]:
@@ -70,8 +72,8 @@ class Loop:
         if len(paths) != len(self.paths) or by_path.keys() != set(self.paths):
             difference = tree.first_difference(paths, self.paths)
             raise ValueError(
-                "step must return a carry of the structure that it was given: "
-                f"{difference}. Return what it was given, with new values."
+                f"step must return a carry of the structure that it was given: {difference}. "
+                "Return what it was given, with new values."
             )
         return [by_path[path] for path in self.paths]
 
@@ -81,19 +83,19 @@ class Loop:
             for name, leaf in zip(tree.leaf_names(y), leaves):
                 if leaf is not None and not isinstance(leaf, (Tensor, bool, int, float, complex)):
                     raise TypeError(
-                        f"Leaf {tree.quoted(name)} of y must be a tensor, a number or None, which "
-                        f"can be stacked; got {misuse.given(leaf)}."
+                        f"What step returns as {called(name, 'y')} is stacked, so it must be a "
+                        f"tensor, a number or None; got {given(leaf)}."
                     )
             self.y_spec, self.y_likes, self.y_names = spec, _likes(leaves), tree.leaf_names(y)
             return leaves
-        if spec != self.y_spec:
+        if spec != self.y_spec and tree.leaf_names(y) != self.y_names:
             raise ValueError(
                 "step must return y of the same structure at every step: "
                 f"{tree.first_difference(tree.leaf_names(y), self.y_names)}."
             )
         for name, like, leaf in zip(self.y_names, self.y_likes, leaves):
             if not _alike(like, leaf):
-                _refuse_leaf(f"leaf {tree.quoted(name)} of y", like, leaf)
+                _refuse_leaf(called(name, "y"), like, leaf)
         return leaves
 
     def stacked(self, rows: Sequence[Sequence[Any]]) -> list[Any]:
@@ -113,6 +115,11 @@ class Loop:
         return leaves, self.stacked(rows)
 
 
+def called(name: str, of: str) -> str:
+    """Return how errors call a leaf."""
+    return f"leaf {name!r} of {of}" if name else of
+
+
 def _length(xs: list[Any], names: list[str], length: int | None) -> int:
     """Return how many steps there are.
 
@@ -121,18 +128,19 @@ def _length(xs: list[Any], names: list[str], length: int | None) -> int:
         ValueError: If lengths are missing, differ or are zero.
     """
     if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
-        raise TypeError(f"length must be an integer, got {misuse.given(length)}.")
+        raise TypeError(f"length must be an integer, got {given(length)}.")
     lengths = {} if length is None else {"length": length}
     for name, x in zip(names, xs):
         if x is None:
             continue
         if not isinstance(x, Tensor) or x.ndim == 0:
-            what = "a 0-d tensor" if isinstance(x, Tensor) else misuse.given(x)
+            what = "a 0-d tensor" if isinstance(x, Tensor) else given(x)
             raise TypeError(
-                f"Leaf {tree.quoted(name)} of xs must be a tensor whose first dimension counts the "
-                f"steps, got {what}. What is the same in all steps the step can close over."
+                f"What is given as {called(name, 'xs')} must be a tensor whose first dimension "
+                f"counts the steps, got {what}. What is the same in all steps the step can close "
+                "over."
             )
-        lengths[f"leaf {tree.quoted(name)} of xs"] = x.shape[0]
+        lengths[called(name, "xs")] = x.shape[0]
     if not lengths:
         raise ValueError("How many steps? Pass xs, or length=n where the steps take no input.")
     if len(set(lengths.values())) > 1:
@@ -177,8 +185,8 @@ def _refuse_leaf(what: str, old: Any, new: Any) -> None:
     if isinstance(new, Tensor) and isinstance(old, (int, float)):
         cure = f" Start from torch.tensor({old})."
     raise TypeError(
-        f"step must keep the kind of {what}: it was {misuse.given(old)} and is "
-        f"{misuse.given(new)}.{cure}"
+        f"step must keep the kind of {what}: it was {given(old)} and is "
+        f"{given(new)}.{cure}"
     )
 
 

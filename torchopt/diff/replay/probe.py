@@ -17,7 +17,7 @@ from torchopt.base.torch_internals import (
 )
 from torchopt.base.values import describe
 from torchopt.diff.replay import watch
-from torchopt.diff.replay.loop import Loop
+from torchopt.diff.replay.loop import Loop, called
 from torchopt.diff.replay.random_state import Autocast, RandomState
 
 
@@ -78,9 +78,10 @@ def _take(loop: Loop, functional: bool) -> tuple[tuple[list[Any], list[Any]], An
         if not isinstance(x, Tensor):
             return x
         if functional:
-            return x.view_as(x)
-        smooth = x.is_floating_point() or x.is_complex()
-        return x.detach().requires_grad_(smooth)
+            return x.clone()
+        if x.is_floating_point() or x.is_complex():
+            return x.detach().requires_grad_().clone()  # no leaf: autograd guards these itself
+        return x.detach().clone()
 
     start = [own(x) for x in loop.start]
     row = [None if x is None else own(x[0]) for x in loop.xs]
@@ -103,7 +104,7 @@ def _refuse_changes(
     for tensor in changed:
         place = at.get(id(tensor), len(paths))
         if place < len(paths):
-            shown.append(f"leaf {tree.quoted(tree.dotted(paths[place]))} of its carry")
+            shown.append(called(tree.dotted(paths[place]), "its carry"))
         elif id(tensor) in at:
             shown.append("its x")
         else:
@@ -153,10 +154,10 @@ def _difference(
     loop: Loop, one: tuple[list[Any], list[Any]], two: tuple[list[Any], list[Any]]
 ) -> str | None:
     names = [tree.dotted(path) for path in loop.paths], loop.y_names
-    for which, of, a, b in zip(("carry", "y"), names, one, two):
+    for which, of, a, b in zip(("the carry", "y"), names, one, two):
         for name, x, y in zip(of, a, b):
             if not _same(x, y):
-                return f"leaf {tree.quoted(name)} of the {which}"
+                return f"value of {called(name, which)}"
     return None
 
 

@@ -118,7 +118,7 @@ def reached(
     The walk ends at tensors of ``given`` and ``outside``, and at leaves. The second result is
     whether a leaf was reached by way of a tensor from outside that is not known.
     """
-    ends = {_edge(t): t for t in outside if t.grad_fn is not None}
+    ends = {_edge(t): t for t in (*outside, *given) if t.grad_fn is not None}
     known, inside = {id(t) for t in (*given, *outside)}, {id(t) for t in given}
     found: dict[int, Tensor] = {id(t): t for t in outputs if t.grad_fn is None and t.requires_grad}
     edges = [_edge(t) for t in outputs if t.grad_fn is not None]
