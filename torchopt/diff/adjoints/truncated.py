@@ -69,7 +69,7 @@ class Truncated:
 
 
 def _cut(x: Any) -> Any:
-    """Return a value without its history; it goes on requiring grad, for the step may rely on it."""
+    """Return a value without its history; it goes on requiring grad, as the step may expect."""
     if not isinstance(x, Tensor):
         return x
     if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:

@@ -185,8 +185,7 @@ def _refuse_leaf(what: str, old: Any, new: Any) -> None:
     if isinstance(new, Tensor) and isinstance(old, (int, float)):
         cure = f" Start from torch.tensor({old})."
     raise TypeError(
-        f"step must keep the kind of {what}: it was {given(old)} and is "
-        f"{given(new)}.{cure}"
+        f"step must keep the kind of {what}: it was {given(old)} and is {given(new)}.{cure}"
     )
 
 
