@@ -2,8 +2,8 @@
 
 Each measurement has a process of its own. It warms up with a loop of two steps, and then
 differentiates the loop once: memory is the highest resident memory over that before, time that of
-the processor, which includes what it costs to get fresh memory. Ratios are to the plain unroll of the
-same round, and the median of several rounds counts.
+the processor, which includes what it costs to get fresh memory. Ratios are to the plain unroll of
+the same round, and the median of several rounds counts.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Auto:
             if loop.length * saved <= budget:
                 return Choice(
                     Unrolled(),
-                    f"{loop.length} steps save {size(loop.length * saved)}, and {size(budget)} are there",
+                    f"{loop.length} steps save {size(loop.length * saved)}; {size(budget)} are there",
                 )
         else:
             saved = 10 * carry

@@ -135,7 +135,7 @@ class Checkpointed:
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop as one node of the graph."""
-        return replayed(loop, repr(self), self.schedule, STORES[self.store])
+        return replayed(loop, self, self.schedule, STORES[self.store])
 
 
 def _is_no_integer(value: object) -> bool:

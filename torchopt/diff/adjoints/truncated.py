@@ -64,11 +64,10 @@ class Truncated:
         def before(t: int, carry: PyTree) -> PyTree:
             return tree.tree_map(_cut, carry) if 0 < t <= first else carry
 
-        leaves, ys = loop.plain(before)
-        if first <= 0:
-            return leaves, ys
-        parts = [y if y is None else torch.cat([y[:first].detach(), y[first:]]) for y in ys]
-        return leaves, parts
+        def after(t: int, y: list[Any]) -> list[Any]:
+            return [x.detach() if t < first and isinstance(x, Tensor) else x for x in y]
+
+        return loop.plain(before, after)
 
 
 def _cut(x: Any) -> Any:

@@ -38,7 +38,7 @@ def is_recorded(loop: Loop) -> bool:
     )
 
 
-def refuse_levels(name: str) -> None:
+def refuse_levels(adjoint: object) -> None:
     """Refuse what a node of the graph cannot serve.
 
     Raises:
@@ -47,36 +47,38 @@ def refuse_levels(name: str) -> None:
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            f"unroll(..., adjoint={name}) cannot be compiled as a whole, for it decides itself "
-            "what is computed again. Compile the step, unroll(torch.compile(step), ...), or the whole "
+            f"unroll(..., adjoint={type(adjoint).__name__}(...)) cannot be compiled as a whole, "
+            "for it decides itself what is computed again. Compile the step, unroll(torch.compile(step), ...), or the whole "
             "loop with adjoint=Unrolled()."
         )
     levels = get_interpreter_stack() or ()
     forward = sum(level.key() == TransformType.Jvp for level in levels)
     if forward > 1:
         raise RuntimeError(
-            f"unroll(..., adjoint={name}) inside two levels of forward mode would have wrong "
+            f"unroll(..., adjoint={adjoint}) inside two levels of forward mode would have wrong "
             "derivatives, for PyTorch loses one of them at a hand-written node of the graph. Use "
             "adjoint=Unrolled(), or torch.func.jacrev for one of the two."
         )
     if not levels and in_forward_mode():
         raise RuntimeError(
-            f"unroll(..., adjoint={name}) knows no dual numbers of torch.autograd.forward_ad. Use "
+            f"unroll(..., adjoint={adjoint}) knows no dual numbers of torch.autograd.forward_ad. Use "
             "torch.func.jvp, or adjoint=Unrolled()."
         )
 
 
 def replayed(
     loop: Loop,
-    name: str,
+    adjoint: object,
     schedule: Callable[[int], Schedule],
     new_store: Callable[[], Store],
     check: bool = True,
 ) -> tuple[list[Any], list[Any]]:
     """Run a loop of which one node of the graph remembers a few carries."""
+    if not torch.is_grad_enabled():
+        return loop.plain()
+    refuse_levels(adjoint)
     if not is_recorded(loop):
         return loop.plain()
-    refuse_levels(name)
     job = prepared(loop, schedule, new_store, check)
     if not job.functional and not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts)):
         return loop.plain()
