@@ -38,6 +38,8 @@ ADJOINTS: dict[str, Any] = {
     'Checkpointed("sqrt")': Checkpointed("sqrt"),
     'Checkpointed("log")': Checkpointed("log"),
     'Checkpointed("revolve")': Checkpointed("revolve"),
+    "Checkpointed(16, graphs=16)": Checkpointed(16, graphs=16),
+    'Checkpointed("revolve", graphs=4)': Checkpointed("revolve", graphs=4),
 }
 
 #: What is promised: at most so much of the memory and of the time of the plain unroll.

@@ -57,36 +57,47 @@ def test_with_as_many_carries_revolve_takes_fewer_steps_than_halving() -> None:
 def every_schedule() -> list[schedules.Schedule]:
     lengths = [*range(1, 20), 33, 64]
     names: list[Any] = [1, 2, 3, 5, 100, "sqrt", "log"]
-    found = [schedules.make(name, None, n) for n in lengths for name in names]
-    return found + [schedules.make("revolve", c, n) for n in lengths for c in (1, 2, 3, 7)]
+    found = [schedules.make(name, None, n, g) for n in lengths for name in names for g in (1, 2, 5)]
+    slots = [(n, c, g) for n in lengths for c in (1, 2, 3, 7) for g in (1, 2, 5)]
+    return found + [schedules.make("revolve", c, n, g) for n, c, g in slots]
 
 
 def test_every_schedule_reverses_each_step_once_from_what_it_has() -> None:
     for schedule in every_schedule():
         kept, at_hand, left = set(schedule.kept()), None, schedule.length
+        recorded: list[int] = []
         for kind, step in schedule.backward():
+            assert len(recorded) <= schedule.graphs
             if kind == "load":
                 assert step in kept
                 at_hand = step
             elif kind == "drop":
                 kept.remove(step)
+            elif kind == "pull":
+                left -= 1
+                assert step == left == recorded.pop()
             else:
                 assert at_hand == step
                 if kind == "keep":
                     kept.add(step)
-                elif kind == "advance":
-                    at_hand = step + 1
                 else:
-                    left -= 1
-                    assert step == left
-                    at_hand = None
+                    recorded += [step] if kind == "record" else []
+                    at_hand = step + 1
         assert left == 0
         assert not kept
 
 
+def test_more_graphs_at_a_time_take_fewer_steps_again() -> None:
+    textbook = Checkpointed(16, graphs=16).plan(256)
+    assert (textbook.advances, textbook.carries, textbook.graphs) == (0, 16, 16)
+    assert Checkpointed("log", graphs=8).plan(256).advances < 769 / 1.5
+    assert str(textbook).endswith("and the graphs of 16 steps")
+
+
+@pytest.mark.parametrize("graphs", [1, 3])
 @pytest.mark.parametrize("every", [1, 3, "sqrt", "log", "revolve"])
-def test_what_runs_is_what_was_counted(every: Any) -> None:
-    adjoint, length, calls = Checkpointed(every), 12, []
+def test_what_runs_is_what_was_counted(every: Any, graphs: int) -> None:
+    adjoint, length, calls = Checkpointed(every, graphs=graphs), 12, []
 
     def step(w: Tensor, _: None) -> tuple[Tensor, None]:
         calls.append(torch.is_grad_enabled())

@@ -68,8 +68,8 @@ ANY_ADJOINT = {
     "xs of numbers": (
         lambda: unroll(no_y, W, [1.0, 2.0]), TypeError, "leaf '0' of xs must be a tensor",
     ),
-    "xs without a dimension": (lambda: unroll(no_y, W, HALF), TypeError, "got a 0-d tensor"),
-    "y is text": (lambda: unroll(lambda w, _: (w, "a"), W, length=2), TypeError, "stacked.*str: 'a'"),
+    "xs of a number": (lambda: unroll(no_y, W, HALF), TypeError, "got a 0-d tensor"),
+    "y is text": (lambda: unroll(lambda w, _: (w, "a"), W, length=2), TypeError, "str: 'a'"),
     "y changes": (
         lambda: unroll(lambda n, _: (n + 1, [HALF] * n), 1, length=2),
         ValueError, "y of the same structure",
@@ -87,6 +87,7 @@ ARGUMENTS = {
     "slots 0": (lambda: Checkpointed("revolve", slots=0), ValueError, "slots must be >= 1"),
     "slots of sqrt": (lambda: Checkpointed("sqrt", slots=3), ValueError, 'every="revolve"'),
     "slots half": (lambda: Checkpointed("revolve", slots=A_HALF), TypeError, "slots"),
+    "graphs": (lambda: Checkpointed(graphs=0), ValueError, "graphs must be >= 1, got 0"),
     "store": (lambda: Checkpointed(store="disc"), ValueError, "'memory', 'cpu'.*'disc'"),
     "plan": (lambda: Checkpointed().plan(0), ValueError, "length must be >= 1, got 0"),
     "last": (lambda: Truncated(0), ValueError, "last must be >= 1, got 0"),
@@ -183,8 +184,8 @@ def test_forward_names_an_operation_without_a_forward_derivative() -> None:
             pass
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return 2 * grad
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return 2 * grads[0]
 
     def grid(w: Tensor, _: None) -> Any:
         image, where = w.expand(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)

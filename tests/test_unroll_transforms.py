@@ -8,8 +8,10 @@ from typing import Any
 import loops
 import pytest
 import torch
+import torch._dynamo.testing
 from tolerances import relative_error
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from torchopt.diff import Checkpointed, Unrolled, unroll
 
@@ -28,7 +30,7 @@ def of_three(adjoint: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 
 def leaves_of(result: Any) -> Tensor:
-    return loops.flat(torch.utils._pytree.tree_leaves(result))
+    return loops.flat(tree_leaves(result))
 
 
 ALL = (0, 1, 2)
@@ -38,7 +40,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
         torch.func.grad(f, argnums=ALL), in_dims=(0, None, 0)
     )(torch.stack([w, -w, 2 * w]), lr, torch.stack([decay, decay, 2 * decay])),
     "grad(vmap)": lambda f: torch.func.grad(
-        lambda *a: torch.func.vmap(f, in_dims=(None, 0, None))(a[0], a[1] * torch.arange(3), a[2]).sum(),
+        lambda w, lr, d: torch.func.vmap(f, (None, 0, None))(w, lr * torch.arange(3), d).sum(),
         argnums=ALL,
     ),
     "jacrev(jacrev)": lambda f: torch.func.jacrev(torch.func.jacrev(f, argnums=1), argnums=ALL),

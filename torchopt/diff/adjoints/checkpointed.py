@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Union
 
+import torch
 from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
+from torchopt.base.torch_internals import peek_interpreter_stack
 from torchopt.diff.replay import schedules
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.run import replayed
@@ -59,6 +62,8 @@ class Checkpointed:
         slots: How many carries ``"revolve"`` keeps, the start included; by default as many as
             ``"log"``.
         store: Where: in ``"memory"``, where they are, or on the ``"cpu"``.
+        graphs: How many steps are recorded before they are differentiated. More take more memory,
+            and fewer steps are taken once more: ``Checkpointed(16, graphs=16)`` takes none.
 
     Raises:
         TypeError: If ``every`` or ``slots`` is of another kind.
@@ -85,6 +90,7 @@ class Checkpointed:
     every: Union[int, str] = 1
     slots: int | None = None
     store: str = "memory"
+    graphs: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.every, str):
@@ -104,6 +110,10 @@ class Checkpointed:
                     f'slots={self.slots} is for every="revolve"; every={self.every!r} says itself '
                     "how many carries are kept."
                 )
+        if _is_no_integer(self.graphs):
+            raise TypeError(f"graphs must be an integer, got {given(self.graphs)}.")
+        if self.graphs < 1:
+            raise ValueError(f"graphs must be >= 1, got {self.graphs}.")
         if self.store not in STORES:
             raise ValueError(f"store must be one of {tuple(STORES)}, got {self.store!r}.")
 
@@ -131,11 +141,13 @@ class Checkpointed:
 
     def schedule(self, length: int) -> schedules.Schedule:
         """Return which carries are kept, and what is done in which order."""
-        return schedules.make(self.every, self.slots, length)
+        return schedules.make(self.every, self.slots, length, self.graphs)
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop as one node of the graph."""
-        return replayed(loop, self, self.schedule, STORES[self.store])
+        alone = torch.compiler.is_compiling() or peek_interpreter_stack() is not None
+        one = dataclasses.replace(self, graphs=1) if alone else self  # torch.func ends its graphs
+        return replayed(loop, self, one.schedule, STORES[self.store])
 
 
 def _is_no_integer(value: object) -> bool:

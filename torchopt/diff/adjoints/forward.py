@@ -211,14 +211,12 @@ class _Step:
 
         def push(*directions: Tensor) -> Any:
             primals = tuple(tensors[i] for i in at)
-            _, pushed, values = torch.func.jvp(results, primals, directions, has_aux=True)
-            return pushed, values
+            return torch.func.jvp(results, primals, directions, has_aux=True)[1:]
 
         directions = [z for z in along if z is not None]
         try:
-            pushed, values = torch.func.vmap(push, out_dims=(0, None), randomness="same")(
-                *directions
-            )
+            dims: Any = (0, None)  # the values are the same for all directions
+            pushed, values = torch.func.vmap(push, out_dims=dims, randomness="same")(*directions)
         except RuntimeError as error:  # NotImplementedError is one
             found = re.search(r"forward AD with (\S+) that|vmap over (\S+), but", str(error))
             if found is None:

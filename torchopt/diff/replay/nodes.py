@@ -173,7 +173,7 @@ class Derivative(Program):
             results = self.program.recorded(here)
             return tuple(r for r, p in zip(results, self.present) if p)
 
-        _, pull = torch.func.vjp(outputs, *(inputs[i] for i in at))
+        pull = torch.func.vjp(outputs, *(inputs[i] for i in at))[1]
         return list(pull(tuple(cotangents)))
 
     def _at_consts(self) -> dict[int, int]:
@@ -210,8 +210,8 @@ class Pushed(Program):
             self.smooth = [is_smooth(r) for r in results]
             return tuple(r for r, smooth in zip(results, self.smooth) if smooth)
 
-        _, pushed = torch.func.jvp(outputs, tuple(inputs[i] for i in at), tuple(tangents))
-        return list(pushed)
+        primals = tuple(inputs[i] for i in at)
+        return list(torch.func.jvp(outputs, primals, tuple(tangents))[1])
 
 
 def _leaf(tensor: Tensor, differs: bool) -> Tensor:

@@ -48,21 +48,21 @@ def refuse_levels(adjoint: object) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError(
             f"unroll(..., adjoint={type(adjoint).__name__}(...)) cannot be compiled as a whole, "
-            "for it decides itself what is computed again. Compile the step, unroll(torch.compile(step), ...), or the whole "
-            "loop with adjoint=Unrolled()."
+            "for it decides itself what is computed again. Compile the step, "
+            "unroll(torch.compile(step), ...), or the whole loop with adjoint=Unrolled()."
         )
     levels = get_interpreter_stack() or ()
     forward = sum(level.key() == TransformType.Jvp for level in levels)
     if forward > 1:
         raise RuntimeError(
             f"unroll(..., adjoint={adjoint}) inside two levels of forward mode would have wrong "
-            "derivatives, for PyTorch loses one of them at a hand-written node of the graph. Use "
-            "adjoint=Unrolled(), or torch.func.jacrev for one of the two."
+            "derivatives, for PyTorch loses one of them at a hand-written node of the graph. "
+            "Use adjoint=Unrolled(), or torch.func.jacrev for one of the two."
         )
     if not levels and in_forward_mode():
         raise RuntimeError(
-            f"unroll(..., adjoint={adjoint}) knows no dual numbers of torch.autograd.forward_ad. Use "
-            "torch.func.jvp, or adjoint=Unrolled()."
+            f"unroll(..., adjoint={adjoint}) knows no dual numbers of torch.autograd.forward_ad. "
+            "Use torch.func.jvp, or adjoint=Unrolled()."
         )
 
 

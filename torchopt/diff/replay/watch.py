@@ -128,7 +128,7 @@ def reached(
     ends = {_edge(t): t for t in (*outside, *given) if t.grad_fn is not None}
     known, inside = {id(t) for t in (*given, *outside)}, {id(t) for t in given}
     found: dict[int, Tensor] = {id(t): t for t in outputs if t.grad_fn is None and t.requires_grad}
-    edges = [_edge(t) for t in outputs if t.grad_fn is not None]
+    edges: list[tuple[Any, int]] = [_edge(t) for t in outputs if t.grad_fn is not None]
     seen: set[Any] = set()
     alone = False
     while edges:
@@ -182,7 +182,8 @@ def depends(tensors: list[Tensor]) -> tuple[Tensor, Tensor] | None:
     for tensor in tensors:
         if tensor.grad_fn is None:
             continue
-        nodes, seen = [tensor.grad_fn], {tensor.grad_fn}
+        nodes: list[Any] = [tensor.grad_fn]
+        seen: set[Any] = {tensor.grad_fn}
         while nodes:
             for after, index in nodes.pop().next_functions:
                 if after is None:
