@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import torchopt
-from torchopt.diff import Checkpointed, Forward, unroll
+from torchopt.diff import Checkpointed, Forward, Mixed, grad_and_value, unroll
 
 
 STEPS = 5
@@ -25,7 +25,7 @@ REPLAYING = {
     "cpu": Checkpointed("sqrt", store="cpu"),
     "graphs": Checkpointed("log", graphs=2),
 }
-EXACT = {**REPLAYING, "forward": Forward(most=100)}
+EXACT = {**REPLAYING, "forward": Forward(most=100), "mixed": Mixed()}
 
 
 def inputs(seed: int = 0) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def meta_loss(adjoint: Any, autograd: bool = False) -> Callable[..., Tensor]:
                 loss = loss_fn(w, x)
                 (grads,) = torch.autograd.grad(loss, w, create_graph=True)
             else:
-                grads, loss = torch.func.grad_and_value(loss_fn)(w, x)
+                grads, loss = grad_and_value(loss_fn)(w, x)
             updates, state = tx.update(grads, state, w, inplace=False)
             y = {"loss": loss, "count": count, "nothing": None}
             return (w + lr * updates, state, count + 1, nothing), y

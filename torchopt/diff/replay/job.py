@@ -26,6 +26,21 @@ class Point:
 
 
 @dataclass
+class Scope:
+    """What a node of the graph has to know of the tensors that it is given.
+
+    They are some of its own (``carry_at`` and ``xs_at`` say how many), and those closed over.
+    """
+
+    consts: list[Tensor]
+    functional: bool  #: Whether levels of torch.func are open.
+    keeps_outside: bool  #: Whether a graph from outside is part of its own.
+    devices: list[int]
+    carry_at: list[int]
+    xs_at: list[int]
+
+
+@dataclass
 class Recorded:
     """A step with its graph; under torch.func only what it is to be taken with."""
 
