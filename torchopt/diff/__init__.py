@@ -1,4 +1,8 @@
-"""Ways to differentiate an inner problem."""
+"""Ways to differentiate an inner problem.
+
+How to differentiate is an object, handed to the loop: :func:`unroll` takes steps in a row, and its
+``adjoint`` says what is kept of them for the derivative, and what is computed again.
+"""
 
 import sys as _sys
 
