@@ -107,7 +107,7 @@ def test_forward_over_forward_is_refused() -> None:
         jacfwd(jacfwd(mine, 1), 1)(a, b)
 
 
-@every
+@kinds
 def test_batches(row: Row) -> None:
     """Each member ends by itself: systems of different condition, one with the solution zero."""
     a = torch.stack([row.of(N, c) for c in (2.0, 5.0, 10.0, 3.0)])
