@@ -117,6 +117,16 @@ class Checkpointed:
         if self.store not in STORES:
             raise ValueError(f"store must be one of {tuple(STORES)}, got {self.store!r}.")
 
+    def __repr__(self) -> str:
+        others = dataclasses.fields(self)[1:]
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in others
+            if getattr(self, f.name) != f.default
+        ]
+        first = [] if self.every == 1 else [repr(self.every)]
+        return f"Checkpointed({', '.join([*first, *shown])})"
+
     def plan(self, length: int, carry_bytes: int | PyTree = 0) -> schedules.Plan:
         """Return what a loop of this length takes, before anything runs.
 
