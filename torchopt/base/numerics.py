@@ -24,6 +24,20 @@ def to_compute_dtype(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
+def as_pairs(x: Tensor) -> Tensor:
+    """Return complex numbers as pairs of reals, in one more dimension; a copy.
+
+    Not ``view_as_real``, whose derivative refuses what begins at an odd place, as a piece of a
+    vector may that holds real numbers, too.
+    """
+    return torch.stack([x.real, x.imag], -1)
+
+
+def from_pairs(pairs: Tensor) -> Tensor:
+    """Return pairs of reals as complex numbers; a copy, wherever they begin."""
+    return torch.complex(pairs[..., 0], pairs[..., 1])
+
+
 def is_zero(value: object) -> bool:
     """Whether a hyperparameter is the Python number 0, so that its term can be left out.
 
