@@ -85,18 +85,17 @@ def test_the_meta_gradient_compiles_in_one_graph() -> None:
 @pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed("log")], ids=["plain", "log"])
 def test_a_compiled_step_is_compiled_once_for_all_steps(adjoint: Any) -> None:
     """Once in each way it is run: from a leaf or a result, recorded or not."""
-    counts = []
-    values = loops.inputs()
-    w0 = values["w"].requires_grad_()
+    values, counts = loops.inputs(), []
+    w0, lr = values["w"].requires_grad_(), torch.tensor(0.1, dtype=torch.float64)
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(sgd(lr), backend=counter)
     for length in (3, 5):
-        torch.compiler.reset()
-        counter = torch._dynamo.testing.CompileCounter()
-        step = torch.compile(sgd(torch.tensor(0.1, dtype=torch.float64)), backend=counter)
         w, _ = unroll(step, w0, values["xs"][:length], adjoint=adjoint)
         grad = torch.autograd.grad(w.sum(), w0)[0]
         counts.append(counter.frame_count)
-    plain = unroll(sgd(torch.tensor(0.1, dtype=torch.float64)), w0, values["xs"])[0]
-    assert relative_error(grad, torch.autograd.grad(plain.sum(), w0)[0]) <= 1e-12
+        plain = unroll(sgd(lr), w0, values["xs"][:length])[0]
+        assert relative_error(grad, torch.autograd.grad(plain.sum(), w0)[0]) <= 1e-12
     assert counts[0] == counts[1] <= 5
 
 

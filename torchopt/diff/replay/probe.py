@@ -47,8 +47,7 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
         _, again, _ = one_step(loop, functional)
         outside = [t for t in outside if id(t) in again.read]
     random.put_back()
-    names = watch.names_in(loop.step)
-    _refuse_changes(loop, seen, given, names)
+    _refuse_changes(loop, seen, given)
     leaves, y = first
     if functional:
         return Watched(outside, leaves, y, 0, False, [])
@@ -56,6 +55,7 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
     outputs = [*results, *(t for t in y if isinstance(t, Tensor))]
     consts, alone = watch.reached([t for t in outputs if t.requires_grad], given, outside)
     if (pair := watch.depends(consts)) is not None:
+        names = watch.names_in(loop.step)
         shown = [_called(t, names) for t in pair]
         raise ValueError(
             f"The step closes over {shown[0]} and over {shown[1]}, from which it was computed, and "
@@ -91,12 +91,11 @@ def one_step(
     return results, seen, [t for t in (*start, *row) if isinstance(t, Tensor)]
 
 
-def _refuse_changes(
-    loop: Loop, seen: watch.Watch, given: Sequence[Tensor], names: dict[int, str]
-) -> None:
+def _refuse_changes(loop: Loop, seen: watch.Watch, given: Sequence[Tensor]) -> None:
     changed = seen.changed()
     if not changed:
         return
+    names = watch.names_in(loop.step)
     at = {id(t): i for i, t in enumerate(given)}
     paths = [p for p, x in zip(loop.paths, loop.start) if isinstance(x, Tensor)]
     shown = []
