@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Union
 
+from torchopt.base.torch_internals import peek_interpreter_stack
 from torchopt.diff.replay import schedules
+from torchopt.diff.replay.folder import Folder
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.run import replayed
 from torchopt.diff.replay.store import CpuStore, MemoryStore
+from torchopt.diff.replay.watcher import Bar, Report, Several, Told, Watcher
 
 
 STORES = {"memory": MemoryStore, "cpu": CpuStore}
@@ -20,7 +25,8 @@ class Checkpointed:
 
     every: Union[int, str] = 1
     slots: int | None = None
-    store: str = "memory"
+    store: Union[str, "os.PathLike[str]"] = "memory"
+    progress: Union[bool, Report] = field(default=False, repr=False, compare=False)
 
     def plan(self, length: int, carry_bytes: int) -> schedules.Plan:
         """Return what a loop of this length costs, before anything runs."""
@@ -32,4 +38,25 @@ class Checkpointed:
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop as one node of the graph."""
-        return replayed(loop, repr(self), self.schedule, STORES[self.store])
+        new_store = STORES.get(str(self.store), MemoryStore)
+        return replayed(
+            loop, repr(self), self.schedule, new_store, watcher=lambda: self._watcher(loop)
+        )
+
+    def _watcher(self, loop: Loop) -> Watcher:
+        told: list[Watcher] = []
+        report: Union[Callable[..., Any], bool] = self.progress
+        if report is True:
+            report = Bar()
+        if callable(report):
+            told.append(Told(report, loop.length))
+        if str(self.store) in STORES:
+            return told[0] if told else Watcher()
+        if peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"{self!r} keeps its carries in a folder, and inside torch.func nobody could say "
+                "when they are no longer needed. Use torch.autograd, or store='memory' or 'cpu'."
+            )
+        settings = f"every={self.every!r}, slots={self.slots!r}"
+        folder = Folder(os.fspath(self.store), loop, settings)
+        return Several(folder, *told)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torchopt.diff.replay.random_state import Autocast, RandomState
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Carry, Store
 from torchopt.diff.replay.watch import Substituted, may_have_derivative
+from torchopt.diff.replay.watcher import Watcher
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Job:
     schedule: Callable[[int], Schedule]
     new_store: Callable[[], Store]
     results_differ: list[bool]  #: Whether a carry's tensor, or a leaf of ys, has a derivative.
+    watcher: Watcher = field(default_factory=Watcher)  #: Is told of the loop itself, not of parts.
 
     def __post_init__(self) -> None:
         self.carry_at = [i for i, x in enumerate(self.loop.start) if isinstance(x, Tensor)]
@@ -136,16 +138,22 @@ class Job:
         consts: Sequence[Tensor],
         length: int,
         keep: tuple[Store, Sequence[int]] | None = None,
+        watcher: Watcher | None = None,
     ) -> tuple[list[Any], list[list[Any]]]:
         """Take steps of which nothing is recorded; return the last leaves and each step's ``y``."""
-        leaves, rows, random = self.leaves(tensors, point), [], point.random
+        leaves, rows, random, first = self.leaves(tensors, point), [], point.random, 0
         kept = set(keep[1]) if keep else set()
-        for t in range(length):
+        if watcher is not None and (reached := watcher.start_forward(self)) is not None:
+            first, leaves, rows, random = reached.step, reached.leaves, reached.rows, reached.random
+            random.put_back()
+        for t in range(first, length):
             if keep and t in kept:
                 random = RandomState.now(self.devices, random)
                 keep[0].put(t, Carry(list(leaves), random))
             leaves, y = self.advance(leaves, self.x(xs, t), consts)
             rows.append(y)
+            if watcher is not None:
+                watcher.forward(self, t + 1, leaves, rows)
         return leaves, rows
 
     def pull(

@@ -22,6 +22,7 @@ from torchopt.diff.replay.random_state import Autocast, cuda_devices, RandomStat
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Store
 from torchopt.diff.replay.watch import may_have_derivative
+from torchopt.diff.replay.watcher import Watcher
 
 
 def is_recorded(loop: Loop) -> bool:
@@ -71,12 +72,15 @@ def replayed(
     schedule: Callable[[int], Schedule],
     new_store: Callable[[], Store],
     check: bool = True,
+    watcher: Callable[[], Watcher] = Watcher,
 ) -> tuple[list[Any], list[Any]]:
     """Run a loop of which one node of the graph remembers a few carries."""
     if not is_recorded(loop):
         return loop.plain()
     refuse_levels(name)
+    told = watcher()
     job = prepared(loop, schedule, new_store, check)
+    job.watcher = told
     if not job.functional and not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts)):
         return loop.plain()
     point = Point(job.rest(loop.start), RandomState.now(job.devices))
