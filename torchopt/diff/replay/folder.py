@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from torchopt.diff.replay.programs import Back
 
 
+#: Who wrote the files of these names last.
+_OWNERS: weakref.WeakValueDictionary[str, Folder] = weakref.WeakValueDictionary()
+
+
 class Folder(Watcher):
     """Keeps the carries of one loop in files, and what is needed to go on after a kill.
 
@@ -75,7 +79,9 @@ class Folder(Watcher):
         if not self._path("settings").exists():
             files.write_text(self._path("settings"), json.dumps(settings, indent=1))
         self.over = [False]
-        weakref.finalize(self, _remove_if, self.over, self.folder, self.prefix)
+        self.name = str(self.folder / self.prefix)
+        _OWNERS[self.name] = self
+        weakref.finalize(self, _remove_later, self.over, self.folder, self.prefix)
 
     def _path(self, kind: str, step: int | None = None) -> Path:
         place = "" if step is None else f"step{step}-"
@@ -259,9 +265,10 @@ class Folder(Watcher):
 
     def end_backward(self) -> None:
         """Remove all files, at once or when the graph that may need them is gone."""
-        self.over[0] = True
         if self.last:
-            _remove_if(self.over, self.folder, self.prefix)
+            _remove(self.folder, self.prefix)
+        else:
+            self.over[0] = True
 
 
 def _settings(loop: Loop, name: str) -> dict[str, str]:
@@ -300,9 +307,13 @@ def _refuse_others(folder: Path, prefix: str, settings: dict[str, str]) -> None:
         )
 
 
-def _remove_if(over: list[bool], folder: Path, prefix: str) -> None:
-    if not over[0] or not folder.exists():
-        return
+def _remove_later(over: list[bool], folder: Path, prefix: str) -> None:
+    """Remove the files of a run that is over, unless the same run has been begun again."""
+    if over[0] and str(folder / prefix) not in _OWNERS:
+        _remove(folder, prefix)
+
+
+def _remove(folder: Path, prefix: str) -> None:
     for path in sorted(folder.glob(f"{prefix}*"), key=lambda p: p.name.endswith("settings")):
         if path.is_dir():
             files.remove(path)

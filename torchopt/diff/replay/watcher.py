@@ -113,6 +113,8 @@ class Bar:
         ImportError: If rich is not there.
     """
 
+    _shown: Any = None
+
     def __init__(self) -> None:
         try:
             from rich import progress  # of the extra "progress"
@@ -128,7 +130,6 @@ class Bar:
             progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(),
         )
-        self._shown: Any = None
         self._task: Any = None
         self._direction = ""
 
