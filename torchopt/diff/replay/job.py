@@ -51,7 +51,10 @@ class Job:
         self.xs_at = [i for i, x in enumerate(self.loop.xs) if isinstance(x, Tensor)]
         self.carry = [self.loop.start[i] for i in self.carry_at]
         self.xs = [self.loop.xs[i] for i in self.xs_at]
-        self.carry_differs = [_is_smooth(x) for x in self.carry]
+        self.carry_differs = [
+            _is_smooth(x) and (i not in self.loop.unchanged or may_have_derivative(x))
+            for i, x in zip(self.carry_at, self.carry)
+        ]
         self.xs_differ = [_is_smooth(x) and may_have_derivative(x) for x in self.xs]
         self.counts = {"advances": 0, "recorded": 0, "carries": 0}
 

@@ -34,6 +34,8 @@ class Loop:
         self.paths = tree.leaf_paths(carry)
         self.xs, self.xs_spec = tree.flatten(xs)
         self.length = _length(self.xs, tree.leaf_names(xs), length)
+        #: Leaves of the carry that the step hands on as they are: they differ only if they do so.
+        self.unchanged: frozenset[int] = frozenset()
         self.y_spec: Any = None
         self.y_names: list[str] = []
         self.y_likes: list[Any] = []
