@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Union
 
 from torchopt.base.torch_internals import peek_interpreter_stack
+from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay import schedules
 from torchopt.diff.replay.folder import Folder
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.run import replayed
 from torchopt.diff.replay.store import CpuStore, MemoryStore
+from torchopt.diff.replay.tape import Tape
+from torchopt.diff.replay.thinning import Thinning
 from torchopt.diff.replay.watcher import Bar, Report, Several, Told, Watcher
 
 
@@ -42,6 +45,27 @@ class Checkpointed:
         return replayed(
             loop, repr(self), self.schedule, new_store, watcher=lambda: self._watcher(loop)
         )
+
+    def in_block(self) -> InBlock:
+        """Return a tape for a block whose length nobody knows.
+
+        Raises:
+            ValueError: If carries are to be in a folder, or the length has to be known.
+        """
+        if self.every == "revolve":
+            raise ValueError(
+                "The binomial schedule divides a number of steps that is known beforehand, and a "
+                'block tells its steps one by one: Checkpointed("log") keeps about as few carries.'
+            )
+        if str(self.store) not in STORES:
+            raise ValueError(
+                "A block cannot go on after a kill, for what happens between its steps is not "
+                "known: store='memory' or 'cpu', or torchopt.diff.unroll for a folder."
+            )
+        if self.progress:
+            raise ValueError("A block does not know how far it has got: progress is for unroll.")
+        name = repr(self)
+        return InBlock(Tape(name, Thinning(self.every), STORES[str(self.store)]()))
 
     def _watcher(self, loop: Loop) -> Watcher:
         told: list[Watcher] = []

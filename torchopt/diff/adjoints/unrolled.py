@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay.loop import Loop
 
 
@@ -15,3 +16,7 @@ class Unrolled:
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop; whatever is recording records it."""
         return loop.plain()
+
+    def in_block(self) -> InBlock:
+        """Return that a block records its steps."""
+        return InBlock()

@@ -45,6 +45,7 @@ class Job:
     new_store: Callable[[], Store]
     results_differ: list[bool]  #: Whether a carry's tensor, or a leaf of ys, has a derivative.
     watcher: Watcher = field(default_factory=Watcher)  #: Is told of the loop itself, not of parts.
+    watched: Any = None  #: The first step, as it was watched.
 
     def __post_init__(self) -> None:
         self.carry_at = [i for i, x in enumerate(self.loop.start) if isinstance(x, Tensor)]

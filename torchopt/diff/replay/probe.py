@@ -31,6 +31,7 @@ class Watched:
     records: bool
     keeps_outside: bool
     results_differ: list[bool]
+    after: RandomState | None = None  #: The random states after the step.
 
 
 def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
@@ -42,6 +43,7 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
     """
     random = RandomState.now(devices)
     first, seen, given = _take(loop, functional)
+    after = RandomState.now(devices, random)
     inside = {id(t) for t in given}
     outside = [t for t in seen.read.values() if watch.may_have_derivative(t)]
     outside = [t for t in outside if id(t) not in inside]
@@ -68,22 +70,24 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
         )
     differ = [t.requires_grad for t in results]
     differ += [isinstance(t, Tensor) and t.requires_grad for t in y if t is not None]
-    return Watched(consts, leaves, y, seen.differentiates, alone, differ)
+    return Watched(consts, leaves, y, seen.differentiates, alone, differ, after)
 
 
 def _take(loop: Loop, functional: bool) -> tuple[tuple[list[Any], list[Any]], Any, list[Tensor]]:
     """Take the first step, watched; return its results, the watch and the tensors it was given."""
 
-    def own(x: Any) -> Any:
+    def own(x: Any, unchanged: bool = False) -> Any:
         if not isinstance(x, Tensor):
             return x
         if functional:
             return x.clone()
+        if unchanged and not watch.may_have_derivative(x):
+            return x.detach().clone()
         if x.is_floating_point() or x.is_complex():
             return x.detach().requires_grad_().clone()  # no leaf: autograd guards these itself
         return x.detach().clone()
 
-    start = [own(x) for x in loop.start]
+    start = [own(x, i in loop.unchanged) for i, x in enumerate(loop.start)]
     row = [None if x is None else own(x[0]) for x in loop.xs]
     x = tree.unflatten(loop.xs_spec, row)
     seen = watch.Watch()

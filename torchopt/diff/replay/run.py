@@ -115,6 +115,7 @@ def prepared(
         new_store=new_store,
         results_differ=watched.results_differ,
     )
+    job.watched = watched
     if check:
         leaves = [x.detach() if isinstance(x, Tensor) else x for x in loop.start]
         xs = [x.detach() for x in job.xs]
