@@ -34,7 +34,7 @@ class ReplayedSteps:
         self, optimizer: MetaOptimizer, modules: Sequence[nn.Module], tape: Tape
     ) -> None:
         self.optimizer, self.modules, self.tape = optimizer, modules, tape
-        self._placed: list[tuple[Tensor, Tensor, int]] = []  # buffers: put there, the node's own
+        self._placed: list[tuple[Tensor, Tensor]] = []  # buffers: put there, and the node's own
 
     def step(
         self,
@@ -77,7 +77,7 @@ class ReplayedSteps:
         for entry, new in zip(entries, carry["params"]):
             entry.site.place(new)
         buffers = [new.clone() for new in carry["buffers"]]
-        self._placed = [(b, new, b._version) for b, new in zip(buffers, carry["buffers"])]
+        self._placed = list(zip(buffers, carry["buffers"]))
         for (module, name, _), new in zip(places.buffers, buffers):
             moments.put(module, "_buffers", name, new)
         optimizer._states, optimizer._pairs = one.states(carry), carry["pairs"]
@@ -117,11 +117,12 @@ class ReplayedSteps:
 
     def _buffers(self, places: Places) -> list[Tensor]:
         """Return the buffers, with the results of the step before where nobody has changed them."""
-        known = {id(put): (own, put, version) for put, own, version in self._placed}
+        known = {id(put): own for put, own in self._placed}
         found = []
         for _, _, buffer in places.buffers:
-            own, put, version = known.get(id(buffer), (buffer, buffer, -1))
-            same = put is buffer and buffer._version == version
+            own = known.get(id(buffer))
+            # BatchNorm writes to its buffers without counting it, so that values are compared
+            same = own is not None and torch.equal(own, buffer)
             found.append(own if same else buffer.clone())
         return found
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torchopt.base.torch_internals import (
+    disabled_torch_function,
     get_interpreter_stack,
     get_unwrapped,
     is_functorch_wrapped_tensor,
@@ -45,6 +46,15 @@ def may_have_derivative(value: Tensor) -> bool:
     return value.requires_grad
 
 
+def has_rules(tensor: Tensor) -> bool:
+    """Whether a tensor answers operations itself: a symbol, whose values nobody can ask for."""
+    rule: Any = type(tensor).__torch_function__
+    return rule is not disabled_torch_function and getattr(rule, "__func__", None) is not _PLAIN
+
+
+_PLAIN: Any = Tensor.__torch_function__.__func__  # pyright: ignore[reportFunctionMemberAccess]
+
+
 class Watch(TorchFunctionMode):
     """Notes which tensors the operations of a step read that none of them has made.
 
@@ -64,7 +74,7 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Note what one call reads and makes."""
         for tensor in tensors_in((args, kwargs or {})):
-            if id(tensor) not in self.made and id(tensor) not in self.read:
+            if id(tensor) not in self.made and id(tensor) not in self.read and not has_rules(tensor):
                 self.read[id(tensor)] = tensor
                 self.versions[id(tensor)] = _version(tensor)
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
