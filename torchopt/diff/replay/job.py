@@ -37,7 +37,7 @@ class Job:
     loop: Loop
     consts: list[Tensor]
     functional: bool  #: Whether levels of torch.func are open.
-    records: bool  #: Whether the step calls autograd itself, and so needs a graph in each run.
+    calls: int  #: How often the step calls autograd itself; then it needs a graph in each run.
     keeps_outside: bool  #: Whether a graph from outside is part of that of each step.
     devices: list[int]
     autocast: Autocast
@@ -53,10 +53,10 @@ class Job:
         self.carry = [self.loop.start[i] for i in self.carry_at]
         self.xs = [self.loop.xs[i] for i in self.xs_at]
         self.carry_differs = [
-            _is_smooth(x) and (i not in self.loop.unchanged or may_have_derivative(x))
+            is_smooth(x) and (i not in self.loop.unchanged or may_have_derivative(x))
             for i, x in zip(self.carry_at, self.carry)
         ]
-        self.xs_differ = [_is_smooth(x) and may_have_derivative(x) for x in self.xs]
+        self.xs_differ = [is_smooth(x) and may_have_derivative(x) for x in self.xs]
         self.counts = {"advances": 0, "recorded": 0, "carries": 0}
 
     # Tensors and leaves ------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class Job:
         self, leaves: list[Any], x: Any, consts: Sequence[Tensor]
     ) -> tuple[list[Any], list[Any]]:
         """Take one step of which nothing is recorded."""
-        if not self.records:
+        if not self.calls:
             with torch.no_grad(), self.reading(consts):
                 return self.loop.take(leaves, x)
         with torch.enable_grad(), self.reading(consts):
@@ -231,7 +231,8 @@ class Job:
         return [next(rest) if d else None for d in self.differs()]
 
 
-def _is_smooth(tensor: Tensor) -> bool:
+def is_smooth(tensor: Tensor) -> bool:
+    """Whether there are derivatives by tensors of this dtype."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import tree
-from torchopt.base.torch_internals import (
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
-    temporarily_clear_interpreter_stack,
-)
+from torchopt.base.torch_internals import temporarily_clear_interpreter_stack
 from torchopt.base.values import describe
 from torchopt.diff.replay import watch
 from torchopt.diff.replay.loop import Loop, called
@@ -28,7 +24,7 @@ class Watched:
     consts: list[Tensor]
     leaves: list[Any]
     y: list[Any]
-    records: bool
+    calls: int  # of autograd in the step
     keeps_outside: bool
     results_differ: list[bool]
     after: RandomState | None = None  #: The random states after the step.
@@ -42,7 +38,7 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
             computed from another.
     """
     random = RandomState.now(devices)
-    first, seen, given = _take(loop, functional)
+    first, seen, given = one_step(loop, functional)
     after = RandomState.now(devices, random)
     inside = {id(t) for t in given}
     outside = [t for t in seen.read.values() if watch.may_have_derivative(t)]
@@ -50,14 +46,14 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
     if functional or any(t.grad_fn is not None for t in outside):
         # what an unseen operation of the step has made is another object each time
         random.put_back()
-        _, again, _ = _take(loop, functional)
+        _, again, _ = one_step(loop, functional)
         outside = [t for t in outside if id(t) in again.read]
     random.put_back()
     names = watch.names_in(loop.step)
     _refuse_changes(loop, seen, given, names)
     leaves, y = first
     if functional:
-        return Watched(outside, leaves, y, False, False, [])
+        return Watched(outside, leaves, y, 0, False, [])
     results = [x for x in leaves if isinstance(x, Tensor)]
     outputs = [*results, *(t for t in y if isinstance(t, Tensor))]
     consts, alone = watch.reached([t for t in outputs if t.requires_grad], given, outside)
@@ -70,25 +66,28 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
         )
     differ = [t.requires_grad for t in results]
     differ += [isinstance(t, Tensor) and t.requires_grad for t in y if t is not None]
-    return Watched(consts, leaves, y, seen.differentiates, alone, differ, after)
+    return Watched(consts, leaves, y, seen.calls, alone, differ, after)
 
 
-def _take(loop: Loop, functional: bool) -> tuple[tuple[list[Any], list[Any]], Any, list[Tensor]]:
-    """Take the first step, watched; return its results, the watch and the tensors it was given."""
-
-    def own(x: Any, unchanged: bool = False) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if functional:
-            return x.clone()
-        if unchanged and not watch.may_have_derivative(x):
-            return x.detach().clone()
-        if x.is_floating_point() or x.is_complex():
-            return x.detach().requires_grad_().clone()  # no leaf: autograd guards these itself
+def _own(x: Any, functional: bool, unchanged: bool = False) -> Any:
+    """Return what a watched step is given in the place of a tensor."""
+    if not isinstance(x, Tensor):
+        return x
+    if functional:
+        return x.clone()
+    if unchanged and not watch.may_have_derivative(x):
         return x.detach().clone()
+    if x.is_floating_point() or x.is_complex():
+        return x.detach().requires_grad_().clone()  # no leaf: autograd guards these itself
+    return x.detach().clone()
 
-    start = [own(x, i in loop.unchanged) for i, x in enumerate(loop.start)]
-    row = [None if x is None else own(x[0]) for x in loop.xs]
+
+def one_step(
+    loop: Loop, functional: bool
+) -> tuple[tuple[list[Any], list[Any]], watch.Watch, list[Tensor]]:
+    """Take the first step, watched; return its results, the watch and the tensors it was given."""
+    start = [_own(x, functional, i in loop.unchanged) for i, x in enumerate(loop.start)]
+    row = [None if x is None else _own(x[0], functional) for x in loop.xs]
     x = tree.unflatten(loop.xs_spec, row)
     seen = watch.Watch()
     with torch.enable_grad(), Autocast().again(), seen:
@@ -169,13 +168,7 @@ def _same(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor):
         return bool(a == b) or (a != a and b != b)
     with temporarily_clear_interpreter_stack(), torch.no_grad():
-        a, b = _bare(a), _bare(b)
+        a, b = watch.bare(a).detach(), watch.bare(b).detach()
         if torch.equal(a, b):
             return True
         return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _bare(tensor: Tensor) -> Tensor:
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return tensor.detach()

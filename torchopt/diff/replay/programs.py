@@ -26,7 +26,7 @@ from torchopt.base.torch_internals import (
     peek_interpreter_stack,
     unwrap_if_dead,
 )
-from torchopt.diff.replay.job import Job, Point, _is_smooth
+from torchopt.diff.replay.job import Job, Point, is_smooth
 from torchopt.diff.replay.random_state import RandomState, undisturbed
 from torchopt.diff.replay.store import Carry, Layered, Store
 from torchopt.diff.replay.watcher import Watcher
@@ -148,7 +148,7 @@ class Steps(Program):
         if not self.first:
             rows = []
         ys = [y for y in job.loop.stacked(rows) if y is not None]
-        return _fresh([*job.tensors(leaves), *ys], tensors)
+        return fresh([*job.tensors(leaves), *ys], tensors)
 
     def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Take the steps with all of their graph."""
@@ -457,7 +457,7 @@ class Pushed(Program):
             for i, tensor in zip(at, along):
                 here[i] = tensor
             results = self.program.recorded(here)
-            self.smooth = [_is_smooth(r) for r in results]
+            self.smooth = [is_smooth(r) for r in results]
             return tuple(r for r, smooth in zip(results, self.smooth) if smooth)
 
         _, pushed = torch.func.jvp(outputs, tuple(inputs[i] for i in at), tuple(tangents))
@@ -468,7 +468,7 @@ def _leaf(tensor: Tensor, differs: bool) -> Tensor:
     return tensor.detach().requires_grad_(differs)
 
 
-def _fresh(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def fresh(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return outputs that are no views of inputs, nor of each other."""
     seen = {id(t) for t in inputs}
     result = []

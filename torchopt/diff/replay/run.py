@@ -85,11 +85,14 @@ def replayed(
         return loop.plain()
     point = Point(job.rest(loop.start), RandomState.now(job.devices))
     steps = Steps(job, point, loop.length, first=True)
-    results = apply(steps, [*job.carry, *job.xs, *job.consts])
+    return results_of(job, steps, apply(steps, [*job.carry, *job.xs, *job.consts]))
+
+
+def results_of(job: Job, steps: Steps, results: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the leaves of the last carry and of ``ys``, from what the node of a loop returned."""
     assert steps.end is not None
-    n = len(job.carry_at)
-    rest = iter(results[n:])
-    ys = [None if like is None else next(rest) for like in loop.y_likes]
+    n, rest = len(job.carry_at), iter(results[len(job.carry_at) :])
+    ys = [None if like is None else next(rest) for like in job.loop.y_likes]
     return job.leaves(results[:n], steps.end), ys
 
 
@@ -107,7 +110,7 @@ def prepared(
         loop=loop,
         consts=watched.consts,
         functional=functional,
-        records=watched.records,
+        calls=watched.calls,
         keeps_outside=watched.keeps_outside,
         devices=devices,
         autocast=Autocast(),

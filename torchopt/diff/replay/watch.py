@@ -55,6 +55,13 @@ def has_rules(tensor: Tensor) -> bool:
 _PLAIN: Any = Tensor.__torch_function__.__func__  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def bare(tensor: Tensor) -> Tensor:
+    """Return a tensor without the wraps of all levels of torch.func."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
 class Watch(TorchFunctionMode):
     """Notes which tensors the operations of a step read that none of them has made.
 
@@ -66,7 +73,7 @@ class Watch(TorchFunctionMode):
         self.made: set[int] = set()
         self.read: dict[int, Tensor] = {}
         self.versions: dict[int, int] = {}
-        self.differentiates = False
+        self.calls = 0  # of autograd, at the level of the step itself
         self.depth = depth()
 
     def __torch_function__(
@@ -78,7 +85,7 @@ class Watch(TorchFunctionMode):
                 self.read[id(tensor)] = tensor
                 self.versions[id(tensor)] = _version(tensor)
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
-            self.differentiates |= depth() == self.depth
+            self.calls += depth() == self.depth
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             if id(tensor) not in self.read:
@@ -150,6 +157,22 @@ def reached(
 
 def _edge(tensor: Tensor) -> tuple[Any, int]:
     return tensor.grad_fn, tensor.output_nr
+
+
+def saved_behind(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors that the graph behind some tensors has saved."""
+    nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        saved = [getattr(node, name) for name in names]
+        for tensor in tensors_in([*saved, getattr(node, "saved_tensors", ())]):
+            yield bare(tensor)
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                nodes.append(after)
 
 
 #: How far the graph behind tensors from outside is looked at.
