@@ -65,6 +65,7 @@ class ReplayedSteps:
         if not torch.is_grad_enabled():
             type(optimizer).step(optimizer, loss, create_graph=create_graph, **extra)
             return
+        self.tape.refuse_levels()
         extra.pop("retain_graph", None)
         self._give_first_slots()
         entries, params = optimizer._trainable.now(optimizer.param_groups)
@@ -176,6 +177,9 @@ class Places:
                 if not tensor.requires_grad:
                     tensor = tensor.detach().requires_grad_()
                 if self.marks is not None:
+                    if tensor.is_leaf and torch.is_grad_enabled():
+                        # hooks filter the gradient of the loss, and not the outer one
+                        tensor = tensor.view_as(tensor)
                     marks.carry(self.marks[k], tensor)
                 for owner, name in entry.site.owners:
                     before.append((owner, "_parameters", name, owner._parameters.get(name)))
@@ -296,7 +300,7 @@ class _Step:
         if not torch.allclose(loss.detach(), self.value, tolerance, tolerance, equal_nan=True):
             raise RuntimeError(
                 f"The loss of this step was {float(self.value):.6g}, and is "
-                f"{float(loss):.6g} when the step is computed again: its function reads something "
+                f"{float(loss.detach()):.6g} when the step is computed again: its function reads something "
                 "that has changed since (the next batch, an attribute, a list). Give what belongs "
                 "to this step to the function: inner.step(functools.partial(loss_fn, x, y))."
             )

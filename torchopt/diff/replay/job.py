@@ -187,14 +187,15 @@ class Job:
         if not pairs or not by:
             return self._placed([None] * len(by))
         outputs, seeds = zip(*pairs)
-        grads = torch.autograd.grad(
-            outputs,
-            by,
-            seeds,
-            create_graph=create_graph,
-            retain_graph=create_graph or self.keeps_outside,
-            allow_unused=True,
-        )
+        with without_hooks(consts):
+            grads = torch.autograd.grad(
+                outputs,
+                by,
+                seeds,
+                create_graph=create_graph,
+                retain_graph=create_graph or self.keeps_outside,
+                allow_unused=True,
+            )
         return self._placed(grads)
 
     def _pull_functional(
@@ -229,6 +230,19 @@ class Job:
         """Put derivatives where their tensors are in the flat list."""
         rest = iter(grads)
         return [next(rest) if d else None for d in self.differs()]
+
+
+@contextlib.contextmanager
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let nobody hear of a part of the derivative by tensors: their hooks are for the whole."""
+    held = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    try:
+        for hooks, _ in held:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, content in held:
+            hooks.update(content)
 
 
 def is_smooth(tensor: Tensor) -> bool:

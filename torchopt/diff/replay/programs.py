@@ -26,7 +26,7 @@ from torchopt.base.torch_internals import (
     peek_interpreter_stack,
     unwrap_if_dead,
 )
-from torchopt.diff.replay.job import Job, Point, is_smooth
+from torchopt.diff.replay.job import is_smooth, Job, Point, without_hooks
 from torchopt.diff.replay.random_state import RandomState, undisturbed
 from torchopt.diff.replay.store import Carry, Layered, Store
 from torchopt.diff.replay.watcher import Watcher
@@ -401,14 +401,15 @@ class Derivative(Program):
         by = [t for t, d in zip(given, differs) if d]
         if not pairs:
             return [torch.zeros_like(t) for t in by]
-        grads = torch.autograd.grad(
-            [output for output, _ in pairs],
-            by,
-            [seed for _, seed in pairs],
-            create_graph=create_graph,
-            retain_graph=create_graph or self.job.keeps_outside,
-            allow_unused=True,
-        )
+        with without_hooks(self.job.consts):
+            grads = torch.autograd.grad(
+                [output for output, _ in pairs],
+                by,
+                [seed for _, seed in pairs],
+                create_graph=create_graph,
+                retain_graph=create_graph or self.job.keeps_outside,
+                allow_unused=True,
+            )
         return [torch.zeros_like(t) if g is None else g for t, g in zip(by, grads)]
 
     def _functional(

@@ -58,13 +58,7 @@ class Tape:
         Raises:
             RuntimeError: Inside torch.func.
         """
-        if peek_interpreter_stack() is not None:
-            raise RuntimeError(
-                f"A block with adjoint={self.name} records nodes of torch.autograd, and cannot be "
-                "inside of torch.func (grad, vmap, jvp). Use torch.autograd.grad, or "
-                "torchopt.diff.unroll, which can."
-            )
-        refuse_levels(self.name)
+        self.refuse_levels()
         loop = Loop(step, carry, None, 1)
         loop.unchanged = frozenset(range(len(loop.start)))
         t = self.length[0]
@@ -87,6 +81,20 @@ class Tape:
         self.results = [(weakref.ref(x), x._version) for x in results]
         leaves, _ = loop.result(job.leaves(results, node.end), [None])
         return leaves
+
+    def refuse_levels(self) -> None:
+        """Refuse what a node of the graph cannot serve.
+
+        Raises:
+            RuntimeError: Inside torch.func.
+        """
+        if peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"A block with adjoint={self.name} records nodes of torch.autograd, and cannot be "
+                "inside of torch.func (grad, vmap, jvp). Use torch.autograd.grad, or "
+                "torchopt.diff.unroll, which can."
+            )
+        refuse_levels(self.name)
 
     # Carries -------------------------------------------------------------------------------------
 
