@@ -58,7 +58,7 @@ class Run:
     def optimizer(self) -> torchopt.GradientTransformation:
         """Return AdamW with a root that is smooth where a second moment is small."""
         # without eps_root the loss is no smooth function of the weights (metasmoothness)
-        return torchopt.adamw(self.lr, betas=(0.9, 0.99), eps_root=1e-8, weight_decay=1e-3)
+        return torchopt.adamw(self.lr, betas=(0.9, 0.99), eps_root=1e-5, weight_decay=1e-3)
 
     # Training ------------------------------------------------------------------------------------
 
@@ -145,7 +145,9 @@ class Run:
 # Killed and resumed ------------------------------------------------------------------------------
 
 
-def in_folder(run: Run, folder: Path, every: Any, kill_at: tuple[str, int] | None) -> Tensor:
+def in_folder(
+    run: Run, folder: Path, every: Any, kill_at: tuple[str, int] | None, threads: int
+) -> Tensor:
     """Return the metagradient of a run whose checkpoints are in a folder.
 
     Args:
@@ -153,7 +155,9 @@ def in_folder(run: Run, folder: Path, every: Any, kill_at: tuple[str, int] | Non
         folder: The folder; a run in it that was interrupted goes on.
         every: Which carries are kept.
         kill_at: Direction and number of steps after which this process is killed.
+        threads: Of the CPU; another number adds up in another order.
     """
+    torch.set_num_threads(threads)
 
     def progress(direction: str, done: int, _: int) -> None:
         if (direction, done) == kill_at:
@@ -164,15 +168,15 @@ def in_folder(run: Run, folder: Path, every: Any, kill_at: tuple[str, int] | Non
 
 def killed_and_resumed(run: Run, folder: Path, every: Any) -> dict[str, Any]:
     """Kill a run once forwards and once backwards, go on, and compare with one left alone."""
-    statuses = []
+    statuses, threads = [], torch.get_num_threads()
     for place in (("forward", run.steps // 2), ("backward", run.steps // 2)):
         process = multiprocessing.get_context("spawn").Process(
-            target=in_folder, args=(run, folder, every, place)
+            target=in_folder, args=(run, folder, every, place, threads)
         )
         process.start()
         process.join()
         statuses.append(process.exitcode)
-    resumed = in_folder(run, folder, every, None)
+    resumed = in_folder(run, folder, every, None, threads)
     straight = run.metagradient(Checkpointed(every))[0]
     return {
         "killed": all(status == -signal.SIGKILL for status in statuses),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -86,15 +86,14 @@ def accumulate(
     return _Accumulated(grad_fn, micro_batches, size)
 
 
+@dataclass(eq=False)
 class _Accumulated:
     """What :func:`accumulate` returns."""
 
-    def __init__(
-        self, grad_fn: Callable[..., PyTree], micro_batches: int, size: Size | None
-    ) -> None:
-        self.grad_fn, self.micro_batches, self.size = grad_fn, micro_batches, size
-        self._zeros: dict[object, tuple[list[tuple[Any, ...]], Any]] = {}
-        self.__doc__ = inspect.getdoc(grad_fn)
+    grad_fn: Callable[..., PyTree]
+    micro_batches: int
+    size: Size | None
+    _zeros: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, params: PyTree, batch: PyTree, *others: Any) -> PyTree:
         """Return the gradient."""

@@ -71,7 +71,7 @@ def _parts(value: Any) -> Iterable[Any]:
         tensors = (*value.named_parameters(), *value.named_buffers())
         return [*tensors, *((name, part.training) for name, part in value.named_modules())]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return [getattr(value, f.name) for f in dataclasses.fields(value) if f.compare]
     return (getattr(value, "__qualname__", ""),)
 
 

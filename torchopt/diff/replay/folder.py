@@ -14,7 +14,8 @@ digest of all that decides its numbers:
 ``step<t>-backrows``   the derivatives by ``xs`` of the steps from t on, up to the file before
 =====================  ============================================================================
 
-Each is written under another name first, and renamed. A carry is removed when the derivative has
+Each is written under another name first, and renamed. Carries that the way back makes again stay
+in memory. The file of a carry is removed when the derivative has
 come back through its step *and* a ``back`` is there from which one could go on without it.
 """
 
@@ -72,6 +73,8 @@ class Folder(Watcher):
         self.rows_from = 0
         self.back_rows = 0
         self.dropped: list[int] = []
+        self.back: Back | None = None
+        self.refilled: dict[int, Carry] = {}
         self.last = False
         self.random: RandomState | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,18 +97,34 @@ class Folder(Watcher):
     # Carries -------------------------------------------------------------------------------------
 
     def put(self, step: int, carry: Carry) -> None:
-        """Write a carry; one of this step that is there already is the same."""
-        if step in self.dropped:
-            self.dropped.remove(step)
-        self._write(self._path("carry", step), carry)
+        """Write a carry; on the way back, where a few are made again and again, keep it here."""
+        if self.back is None:
+            self._write(self._path("carry", step), carry)
+        else:
+            self.refilled[step] = carry
 
     def get(self, step: int) -> Carry:
         """Read a carry, with tensors on the devices that those of the start are on."""
-        return self._read(self._path("carry", step))
+        if step not in self.refilled and not self._path("carry", step).exists():
+            self.refilled[step] = self._made_again(step)
+        return self.refilled.get(step) or self._read(self._path("carry", step))
 
     def drop(self, step: int) -> None:
-        """Remove a carry, once one could go on without it."""
+        """Forget a carry; its file is removed once one could go on without it."""
+        self.refilled.pop(step, None)
         self.dropped.append(step)
+
+    def _made_again(self, step: int) -> Carry:
+        """Return a carry that an earlier process kept in its memory."""
+        assert self.back is not None
+        job, xs, consts = self.back.job, self.back.xs, self.back.consts
+        near = max(s for s in (*self._steps("carry"), *self.refilled) if s < step)
+        found = self.get(near)
+        leaves, random = list(found.leaves), found.random
+        random.put_back()
+        for t in range(near, step):
+            leaves, _ = job.advance(leaves, job.x(xs, t), consts)
+        return Carry(leaves, RandomState.now(job.devices, random))
 
     def _write(self, path: Path, carry: Carry) -> None:
         if path.exists():
@@ -219,7 +238,7 @@ class Folder(Watcher):
         Raises:
             RuntimeError: If it differentiated something else.
         """
-        self.last = last
+        self.last, self.back = last, back
         if not last:
             return None
         mark, found = self._path("loss"), digest(*cotangents)
@@ -265,6 +284,7 @@ class Folder(Watcher):
 
     def end_backward(self) -> None:
         """Remove all files, at once or when the graph that may need them is gone."""
+        self.back = None
         if self.last:
             _remove(self.folder, self.prefix)
         else:
