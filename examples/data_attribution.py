@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.attribution import killed_and_resumed, Run, subsets
+from common.attribution import Run, killed_and_resumed, subsets
 from common.attribution_report import PROBLEMS, report
 from common.command import Jobs, parser, plain_endings, positive_float, positive_int
 from common.reporting import console
@@ -136,9 +136,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.output / "checkpoints-killed"
     _clear(folder)
     console.print(f"killed and resumed: {short.steps} steps")
-    killed = jobs.run(
-        {"part": "killed"}, lambda: [killed_and_resumed(short, folder, args.every)]
-    )[0]
+    killed = jobs.run({"part": "killed"}, lambda: [killed_and_resumed(short, folder, args.every)])[
+        0
+    ]
     about = {"settings": settings, "seconds": time.perf_counter() - start}
     return report(args, jobs, {p: run_of(args, p) for p in PROBLEMS}, rows, killed, about)
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
-import torchopt
 from torch import Tensor
 
-from torchopt.diff import accumulate, Checkpointed, unroll, Unrolled
+import torchopt
+from torchopt.diff import Checkpointed, Unrolled, accumulate, unroll
 
 
 EXAMPLES = 11  # in 4 parts: 3, 3, 3, 2
@@ -43,6 +43,10 @@ class Problem:
         return dict(zip(params, grads)), loss
 
 
+def squares(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([x.square().sum() for x in tensors]).sum()
+
+
 def derivatives(grad_fn: Callable[..., Any], problem: Problem, steps: int) -> list[Tensor]:
     """Return values, first and second derivatives of a function of some steps."""
     params = dict(problem.params)
@@ -50,9 +54,9 @@ def derivatives(grad_fn: Callable[..., Any], problem: Problem, steps: int) -> li
     for _ in range(steps):
         grads, value = grad_fn(params, problem.batch, problem.given)
         params = {name: params[name] - problem.rate * grads[name] for name in params}
-    outer = sum(x.square().sum() for x in (*params.values(), value))
+    outer = squares((*params.values(), value))
     first = torch.autograd.grad(outer, problem.by, create_graph=True)
-    second = torch.autograd.grad(sum(g.square().sum() for g in first), problem.by)
+    second = torch.autograd.grad(squares(first), problem.by)
     return [x.detach() for x in (outer, *first, *second)]
 
 
@@ -108,7 +112,10 @@ def test_each_micro_batch_draws_its_own_random_numbers_and_draws_them_again() ->
     fast = accumulate(grad_fn, micro_batches=3)
     fast(w, x)  # the first call asks for shapes besides
     results = []
-    for together in (lambda: sum(grad_fn(w, part) for part in x.split(2)) / 3, lambda: fast(w, x)):
+    for together in (
+        lambda: torch.stack([grad_fn(w, part) for part in x.split(2)]).mean(0),
+        lambda: fast(w, x),
+    ):
         torch.manual_seed(0)
         g = together()
         results.append([g.detach(), torch.rand(3), *torch.autograd.grad(g.square().sum(), w)])

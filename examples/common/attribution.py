@@ -1,7 +1,7 @@
-"""What each training example does to the loss after a training run: exactly, and by TracIn.
+r"""What each training example does to the loss after a training run: exactly, and by TracIn.
 
 A *run* is a problem, an order of batches and an optimizer. Each example :math:`i` has a weight
-:math:`w_i = 1` in the losses of its batches, and :math:`-\\partial L / \\partial w_i` predicts, to
+:math:`w_i = 1` in the losses of its batches, and :math:`-\partial L / \partial w_i` predicts, to
 first order, how the loss :math:`L` on held-out data changes if the run is made without it.
 """
 
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.attribution_data import make_problem, Params, Problem
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 import torchopt
-from torchopt.diff import accumulate, Checkpointed, unroll
+from common.attribution_data import Params, Problem, make_problem
+from torchopt.diff import Checkpointed, accumulate, unroll
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Run:
             if t % every == every // 2:
                 direction = grad(problem.held_out_loss)(params)
                 losses = lambda p: problem.losses(p, everyone)  # noqa: E731
-                _, products = jvp(losses, (params,), (direction,))
+                products = jvp(losses, (params,), (direction,))[1]
                 total -= self.lr * products * every / self.examples
             grads = grad(lambda p, i=index: problem.losses(p, i).mean())(params)
             params, state = tx.apply_gradients(grads, state, params, inplace=False)

@@ -1,4 +1,4 @@
-"""Two small problems to attribute to their training data: digits, and the text of Python's manual."""
+"""Two small problems to attribute to training data: digits, and the text of Python's manual."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import EXTRA
 from torch import Tensor
+
+from common import EXTRA
 
 
 Params = dict[str, Tensor]
@@ -43,8 +44,8 @@ def make_problem(name: str, examples: int, seed: int) -> tuple[Problem, Params]:
 
 
 def _weight(generator: torch.Generator, *shape: int, scale: float | None = None) -> Tensor:
-    scale = shape[0] ** -0.5 if scale is None else scale
-    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    factor = shape[0] ** -0.5 if scale is None else scale
+    return factor * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 # Digits ------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.attribution import correlation, rank_correlation, Run, subsets
-from common.command import Jobs
-from common.reporting import console, mpl, print_claims, save_figure, Table
 from torch import Tensor
+
+from common.attribution import Run, correlation, rank_correlation, subsets
+from common.command import Jobs
+from common.reporting import Table, console, mpl, print_claims, save_figure
 
 
 PROBLEMS = ("digits", "text")

@@ -30,9 +30,7 @@ class ReplayedSteps:
         tape: What remembers the steps.
     """
 
-    def __init__(
-        self, optimizer: MetaOptimizer, modules: Sequence[nn.Module], tape: Tape
-    ) -> None:
+    def __init__(self, optimizer: MetaOptimizer, modules: Sequence[nn.Module], tape: Tape) -> None:
         self.optimizer, self.modules, self.tape = optimizer, modules, tape
         self._placed: list[tuple[Tensor, Tensor]] = []  # buffers: put there, and the node's own
 
@@ -216,9 +214,7 @@ def _marks(tensor: Tensor) -> Tensor:
 
 
 class _Step:
-    """One step, as a function of its carry: networks and optimizer are what they were, and after
-    it what they are now.
-    """
+    """One step as a function of its carry, after which networks are what they were before."""
 
     def __init__(
         self,
@@ -237,7 +233,9 @@ class _Step:
         self.worker.param_groups = [dict(group) for group in optimizer.param_groups]
         self.before = optimizer._states, optimizer._pairs
         self.value: Tensor | None = None
-        numbers = [v for group in self.worker.param_groups for n, v in group.items() if n != "params"]
+        numbers = [
+            v for group in self.worker.param_groups for n, v in group.items() if n != "params"
+        ]
         self.learned = any(isinstance(v, (Tensor, dict, tuple, list)) for v in numbers)
 
     def carry(self, params: list[Tensor], buffers: list[Tensor]) -> dict[str, Any]:
@@ -300,9 +298,9 @@ class _Step:
         if not torch.allclose(loss.detach(), self.value, tolerance, tolerance, equal_nan=True):
             raise RuntimeError(
                 f"The loss of this step was {float(self.value):.6g}, and is "
-                f"{float(loss.detach()):.6g} when the step is computed again: its function reads something "
-                "that has changed since (the next batch, an attribute, a list). Give what belongs "
-                "to this step to the function: inner.step(functools.partial(loss_fn, x, y))."
+                f"{float(loss.detach()):.6g} when the step is computed again: its function reads "
+                "something that has changed since (the next batch, an attribute, a list). Give "
+                "what belongs to this step to the function: "
+                "inner.step(functools.partial(loss_fn, x, y))."
             )
         return loss
-

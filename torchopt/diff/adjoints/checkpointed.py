@@ -28,7 +28,7 @@ class Checkpointed:
 
     every: Union[int, str] = 1
     slots: int | None = None
-    store: Union[str, "os.PathLike[str]"] = "memory"
+    store: Union[str, os.PathLike[str]] = "memory"
     progress: Union[bool, Report] = field(default=False, repr=False, compare=False)
 
     def plan(self, length: int, carry_bytes: int) -> schedules.Plan:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +21,7 @@ PARTIAL = ".partial-"
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by ``torch.distributed.checkpoint``; whoever sees the path sees all of them."""
-    import torch.distributed.checkpoint as dcp
-
+    dcp = _library()
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
         with warnings.catch_warnings():
@@ -39,8 +40,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read(path: Path) -> dict[str, Tensor]:
     """Return what was written, on the CPU."""
-    import torch.distributed.checkpoint as dcp
-
+    dcp = _library()
     reader = dcp.FileSystemReader(path)
     found = {}
     for name, kind in reader.read_metadata().state_dict_metadata.items():
@@ -70,5 +70,10 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _knows_no_dist(function: object) -> bool:
-    return "no_dist" in inspect.signature(function).parameters  # pyright: ignore[reportArgumentType]
+def _library() -> Any:
+    """Return the part of torch that is imported late: it takes a second."""
+    return importlib.import_module("torch.distributed.checkpoint")
+
+
+def _knows_no_dist(function: Any) -> bool:
+    return "no_dist" in inspect.signature(function).parameters

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torchopt.diff.replay.store import Carry
-
 from torch import Tensor
+
+from torchopt.diff.replay.store import Carry
 
 
 class SumStore:

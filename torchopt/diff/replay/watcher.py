@@ -28,7 +28,7 @@ class Reached:
 
 
 class Watcher:
-    """Is told of steps, and may know of those that an earlier process has taken. This one is idle."""
+    """Is told of steps, and may know of those of an earlier process. This one does nothing."""
 
     #: Where the first sweep keeps its carries, if not in a store like those of later ones.
     store: Store | None = None
