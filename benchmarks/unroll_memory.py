@@ -1,13 +1,15 @@
-"""Memory and time of differentiating a loop by its adjoints: ``python -m benchmarks.unroll_memory``.
+"""Memory and time of a loop's adjoints: ``python -m benchmarks.unroll_memory``.
 
-Each measurement has a process of its own. It warms up with a loop of two steps, and then differentiates
-the loop several times: memory is the highest resident memory over that before, and time the
-shortest. Ratios are to the plain unroll of the same round.
+Each measurement has a process of its own. It warms up with a loop of two steps, and then
+differentiates the loop once: memory is the highest resident memory over that before, time that of
+the processor, which includes what it costs to get fresh memory. Ratios are to the plain unroll of the
+same round, and the median of several rounds counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -51,7 +53,7 @@ def problem(name: str) -> tuple[Callable[[Any, int], Tensor], list[Tensor], int]
     """Return a function of an adjoint and a number of steps, and what to differentiate by."""
     widths, batch, length = PROBLEMS[name]
     torch.manual_seed(0)
-    weights = [torch.randn(a, b) / a**0.5 for a, b in zip(widths, widths[1:])]
+    weights = [torch.randn(a, b) / a**0.5 for a, b in itertools.pairwise(widths)]
     biases = [torch.zeros(b) for b in widths[1:]]
     start = [*weights, *biases]
     x, y = torch.randn(batch, widths[0]), torch.randn(batch, widths[-1])
@@ -95,9 +97,9 @@ def measure(name: str, adjoint: str, repeats: int) -> dict[str, float]:
     before = _status("VmRSS")
     seconds = []
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin = time.process_time()
         grads = torch.autograd.grad(meta_loss(ADJOINTS[adjoint], length), by)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
     norm = float(torch.stack([g.norm() for g in grads]).norm())
     return {"mb": _status("VmHWM") - before, "seconds": min(seconds), "norm": norm}
 
@@ -114,7 +116,7 @@ def main() -> None:
     """Measure, print a table, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--problem", choices=sorted(PROBLEMS))
     arguments = parser.parse_args()
     if arguments.only:

@@ -252,7 +252,7 @@ class NeedsAll:
         (NeedsAll(), ValueError, r"NeedsAll\(\) needs all steps of a loop at once.*unroll"),
         (Offloaded(), ValueError, "save_on_cpu"),
         (Checkpointed("revolve"), ValueError, r'beforehand.*Checkpointed\("log"\)'),
-        (Checkpointed(store="somewhere"), ValueError, "cannot go on after a kill"),
+        (Checkpointed(store="./somewhere"), ValueError, "cannot go on after a kill"),
         (Checkpointed(progress=print), ValueError, "progress is for unroll"),
         ("log", TypeError, r"expects adjoint=Checkpointed\(\).*'log'"),
     ],

@@ -90,6 +90,7 @@ GROUPS = {
     "Transformations": "The parts that `torchopt.chain` puts together.",
     "Schedules": "Functions of the update count, for any hyperparameter; in `torchopt.schedules`.",
     "Core": "What everything else is made of.",
+    "Differentiation": "Loops, and how to differentiate them; in `torchopt.diff`.",
     "Solvers": "Minimise a function, which they call as often as they need; in `torchopt.solvers`.",
     "Visualization": "See the graph that a gradient flows through, and why it does not arrive.",
     "Fused kernels": "Whether and why updates are computed by kernels.",
@@ -112,6 +113,8 @@ def group_of(symbol: Symbol) -> str:
         return "Inner loops and state"
     if symbol.module == "torchopt.schedules":
         return "Schedules"
+    if symbol.module == "torchopt.diff":
+        return "Differentiation"
     if symbol.module == "torchopt.solvers":
         return "Solvers"
     if symbol.module == "torchopt.visual":

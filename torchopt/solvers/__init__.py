@@ -4,9 +4,9 @@ A solver calls the function itself, as often as it needs: L-BFGS with line searc
 transformation by an adapter.
 """
 
+from torchopt.diff.adjoints.unrolled import Unrolled as Unrolled
 from torchopt.solvers.base import Solution as Solution
 from torchopt.solvers.base import Solver as Solver
-from torchopt.solvers.base import Unrolled as Unrolled
 from torchopt.solvers.base import minimize as minimize
 from torchopt.solvers.gradient_descent import GradientDescent as GradientDescent
 from torchopt.solvers.lbfgs import LBFGS as LBFGS

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchopt.base import misuse
 from torchopt.base.misuse.given import given
 from torchopt.core import hyper
+from torchopt.diff.adjoints.unrolled import Unrolled
 from torchopt.solvers.flat import Layout, Number, Objective, TreeObjective
 from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
@@ -209,44 +210,12 @@ class Adjoint(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Unrolled:
-    """Differentiate a solver by recording its iterations.
-
-    The solution is then differentiable in the start and in ``args``, in tensors that the function
-    closes over, and in hyperparameters that are tensors: exactly, for the iterations that were
-    made. Memory grows with them. Lengths of steps are part of the graph. Decisions (which steps to
-    try, which pairs to remember, when to end) have no derivative.
-
-    Example:
-        >>> import torch, torchopt
-        >>> from torchopt.solvers import GradientDescent, Unrolled, minimize
-        >>> target = torch.tensor(3.0, requires_grad=True)
-        >>> fn = lambda p, target: (p - target).square()
-        >>> solver = GradientDescent(torchopt.sgd(0.25), max_iter=2)
-        >>> solution = minimize(fn, solver, torch.tensor(0.0), target, adjoint=Unrolled())
-        >>> torch.autograd.grad(solution.params, target)  # 1 - (1 - 2 * 0.25) ** 2
-        (tensor(0.7500),)
-    """
-
-    def __call__(
-        self,
-        solver: Solver[Any],
-        fn: Callable[..., Tensor],
-        params: TensorTree,
-        args: tuple[PyTree, ...],
-    ) -> Solution:
-        """Run the loop, recording it."""
-        objective = TreeObjective(fn, Layout(params), args, create_graph=torch.is_grad_enabled())
-        return iterate(solver, objective, params)
-
-
 def minimize(
     fn: Callable[..., Tensor],
     solver: Solver[Any],
     params: TensorTree,
     *args: PyTree,
-    adjoint: Adjoint | None = None,
+    adjoint: Adjoint | Unrolled | None = None,
 ) -> Solution:
     r"""Find a local minimum of a scalar function of a tree.
 
@@ -288,6 +257,8 @@ def minimize(
             f"solver must be a solver such as torchopt.solvers.LBFGS(), got {given(solver)}."
             " A transformation becomes one by torchopt.solvers.GradientDescent(tx)."
         )
-    if adjoint is not None:
+    if adjoint is not None and not isinstance(adjoint, Unrolled):
         return adjoint(solver, fn, params, args)
-    return iterate(solver, TreeObjective(fn, Layout(params), args), params)
+    recorded = adjoint is not None and torch.is_grad_enabled()
+    objective = TreeObjective(fn, Layout(params), args, create_graph=recorded)
+    return iterate(solver, objective, params)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from torchopt.base.misuse.given import given
-from torchopt.base.torch_internals import graph_task_keeps_graph, peek_interpreter_stack
-from torchopt.diff.replay.job import is_smooth, Job, Point
+from torchopt.base.torch_internals import peek_interpreter_stack
+from torchopt.diff.replay.job import Job, Point, is_smooth
 from torchopt.diff.replay.loop import Loop
-from torchopt.diff.replay.programs import apply, fresh, Program, Pull, Steps
+from torchopt.diff.replay.nodes import Program, apply
+from torchopt.diff.replay.programs import Pull, Steps, fresh
 from torchopt.diff.replay.random_state import RandomState
 from torchopt.diff.replay.run import is_recorded, prepared, refuse_levels, results_of
 from torchopt.diff.replay.schedules import Halving
@@ -88,6 +89,11 @@ class Forward:
         number = sum(t.numel() for t, b in zip(tensors, by) if b)
         if not number:
             return loop.plain()
+        if any(t.is_complex() for t, b in zip(tensors, by) if b):
+            raise ValueError(
+                f"{self!r} differentiates by real numbers only, and a tensor that requires grad is "
+                "complex. Use Checkpointed()."
+            )
         if number > self.most:
             raise ValueError(
                 f"{self!r} would differentiate by {number} numbers, at {1 + number} times the cost "
@@ -141,7 +147,7 @@ class _Along(Steps):
 
 
 class _Product(Pull):
-    """The product of cotangents and derivatives; derived further, the way back through the steps."""
+    """The product of cotangents and derivatives; derived further, that of the way back."""
 
     def __init__(self, along: _Along, present: list[bool]) -> None:
         super().__init__(along.job, along.point, along.length, present, None)
@@ -154,7 +160,8 @@ class _Product(Pull):
         pushed = [z for z, p in zip(self.along.pushed, self.present) if p]
         for z, cotangent in zip(pushed, tensors[n:]):
             if z is not None:
-                part = z.flatten(1).conj() @ cotangent.flatten()
+                part = z.reshape(z.shape[0], -1).conj() @ cotangent.flatten()
+                part = part.real if part.is_complex() else part
                 total = part if total is None else total + part
         results, at = [], 0
         for tensor, differs, by in zip(tensors, self.job.differs(), self.along.by):
@@ -207,7 +214,9 @@ class _Step:
 
         directions = [z for z in along if z is not None]
         try:
-            pushed, values = torch.func.vmap(push, out_dims=(0, None), randomness="same")(*directions)
+            pushed, values = torch.func.vmap(push, out_dims=(0, None), randomness="same")(
+                *directions
+            )
         except NotImplementedError as error:
             raise RuntimeError(_without_forward(error)) from error
         new, y, smooth = kept[-1]

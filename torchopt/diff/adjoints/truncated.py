@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base import tree
 from torchopt.base.misuse.given import given
 from torchopt.base.torch_internals import peek_interpreter_stack
 from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.tape import Tape
 from torchopt.diff.replay.thinning import Thinning
+from torchopt.typing import PyTree
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,20 @@ class Truncated:
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop, and cut the graph before each step but the last ones."""
-        leaves, rows = loop.start, []
-        for t in range(loop.length):
-            cut = t <= loop.length - self.last and t > 0
-            if cut:
-                leaves = [_cut(x) for x in leaves]
-            leaves, y = loop.take(leaves, loop.x(loop.xs, t))
-            early = t < loop.length - self.last
-            rows.append([x.detach() if early and isinstance(x, Tensor) else x for x in y])
-        return leaves, loop.stacked(rows)
+        first = loop.length - self.last  # of the steps that are differentiated
+
+        def before(t: int, carry: PyTree) -> PyTree:
+            return tree.tree_map(_cut, carry) if 0 < t <= first else carry
+
+        leaves, ys = loop.plain(before)
+        if first <= 0:
+            return leaves, ys
+        parts = [y if y is None else torch.cat([y[:first].detach(), y[first:]]) for y in ys]
+        return leaves, parts
 
 
 def _cut(x: Any) -> Any:
-    """Return a value without its history; it goes on requiring grad, for the step may rely on it."""
+    """Return a value without its history; it goes on requiring grad, as the step may expect."""
     if not isinstance(x, Tensor):
         return x
     if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import (
+    TransformType,
     get_interpreter_stack,
     in_forward_mode,
     peek_interpreter_stack,
-    TransformType,
 )
 from torchopt.diff.replay.job import Job, Point
 from torchopt.diff.replay.loop import Loop
+from torchopt.diff.replay.nodes import apply
 from torchopt.diff.replay.probe import check_repeatable, look
-from torchopt.diff.replay.programs import apply, Steps
-from torchopt.diff.replay.random_state import Autocast, cuda_devices, RandomState
+from torchopt.diff.replay.programs import Steps
+from torchopt.diff.replay.random_state import Autocast, RandomState, cuda_devices
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Store
 from torchopt.diff.replay.watch import may_have_derivative
@@ -47,8 +48,8 @@ def refuse_levels(name: str) -> None:
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            f"unroll(..., adjoint={name}) cannot be compiled as a whole, for it decides itself what "
-            "is computed again. Compile the step, unroll(torch.compile(step), ...), or the whole "
+            f"unroll(..., adjoint={name}) cannot be compiled as a whole, for it decides itself "
+            "what is computed again. Compile the step, unroll(torch.compile(step), ...), or the whole "
             "loop with adjoint=Unrolled()."
         )
     levels = get_interpreter_stack() or ()
@@ -80,7 +81,7 @@ def replayed(
     refuse_levels(name)
     told = watcher()
     job = prepared(loop, schedule, new_store, check)
-    job.watcher = told
+    job.watcher, job.watched = told, None  # which would hold the graph of a step
     if not job.functional and not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts)):
         return loop.plain()
     point = Point(job.rest(loop.start), RandomState.now(job.devices))

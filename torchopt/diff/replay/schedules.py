@@ -118,9 +118,11 @@ class Segments(Schedule):
         self.every = every
 
     def kept(self) -> list[int]:
+        """Return the steps before which the first sweep keeps the carry."""
         return list(range(0, self.length, self.every))
 
     def backward(self) -> Iterator[Action]:
+        """Yield the actions of the backward pass."""
         for low in reversed(self.kept()):
             high = min(low + self.every, self.length)
             if high - low > 1:
@@ -132,6 +134,7 @@ class Segments(Schedule):
                 yield from _reverse_kept(step)
 
     def parts(self, low: int, high: int) -> list[int]:
+        """Return where to divide an interval."""
         every = self.every if high - low > self.every else 1
         return [*range(low, high, every), high]
 
@@ -140,6 +143,7 @@ class Halving(Schedule):
     """Keep the middle of what is left, again and again."""
 
     def kept(self) -> list[int]:
+        """Return the steps before which the first sweep keeps the carry."""
         steps, low = [0], 0
         while self.length - low > 1:
             low = (low + self.length) // 2
@@ -147,6 +151,7 @@ class Halving(Schedule):
         return steps
 
     def backward(self) -> Iterator[Action]:
+        """Yield the actions of the backward pass."""
         ends = [*self.kept()[1:], self.length]
         for low, high in zip(reversed(self.kept()), reversed(ends)):
             yield from self._gap(low, high)
@@ -164,6 +169,7 @@ class Halving(Schedule):
         yield from self._gap(low, middle)
 
     def parts(self, low: int, high: int) -> list[int]:
+        """Return where to divide an interval."""
         return [low, (low + high) // 2, high]
 
 
@@ -175,6 +181,7 @@ class Binomial(Schedule):
         self.slots = min(slots, length)
 
     def kept(self) -> list[int]:
+        """Return the steps before which the first sweep keeps the carry."""
         return [low for low, _ in self._first_gaps()]
 
     def _first_gaps(self) -> list[tuple[int, int]]:
@@ -187,6 +194,7 @@ class Binomial(Schedule):
         return gaps
 
     def backward(self) -> Iterator[Action]:
+        """Yield the actions of the backward pass."""
         gaps = self._first_gaps()
         ends = [*(low for low, _ in gaps[1:]), self.length]
         for (low, slots), high in zip(reversed(gaps), reversed(ends)):
@@ -213,14 +221,15 @@ class Binomial(Schedule):
         yield from self._gap(low, middle, slots)
 
     def parts(self, low: int, high: int) -> list[int]:
+        """Return where to divide an interval."""
         return [low, (low + high) // 2, high]
 
 
 def _advance(length: int, slots: int) -> int:
-    """Return where, of so many steps, the next carry is best kept, with so many slots left.
+    r"""Return where, of so many steps, the next carry is best kept, with so many slots left.
 
-    With :math:`\\binom{s + r - 1}{s} < n \\le \\binom{s + r}{s}` the left part must be reversible in
-    r - 1 repetitions with s slots, and the right one in r repetitions with s - 1.
+    With :math:`\binom{s + r - 1}{s} < n \le \binom{s + r}{s}` the left part must be reversible
+    in r - 1 repetitions with s slots, and the right one in r repetitions with s - 1.
     """
     r = repetitions(length, slots)
     left = math.comb(slots + r - 1, slots)

@@ -258,6 +258,8 @@ def _name(names: dict[int, str], name: str, value: Any, depth: int = 0) -> None:
                 _name(names, part, cell.cell_contents, depth + 1)
             except ValueError:
                 continue
-    elif depth < 4 and hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)):
+    elif (
+        depth < 4 and hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType))
+    ):
         for part, item in vars(value).items():
             _name(names, f"{name}.{part}", item, depth + 1)
