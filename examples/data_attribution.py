@@ -48,11 +48,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     result.set_defaults(threads=1)  # the tensors are small: a second thread costs more than it does
     add = result.add_argument
     add("--examples", type=positive_int, default=256, help="to train on")
-    add("--batch", type=positive_int, default=32, help="examples of a step")
+    add("--batch", type=positive_int, default=64, help="examples of a step; half as many texts")
     add("--steps", type=positive_int, default=2000, help="of the digits")
-    add("--text-steps", type=positive_int, default=300, help="of the text")
-    add("--lr", type=positive_float, default=0.001, help="of AdamW on the digits")
-    add("--text-lr", type=positive_float, default=0.003, help="of AdamW on the text")
+    add("--text-steps", type=positive_int, default=150, help="of the text")
+    add("--lr", type=positive_float, default=0.0005, help="of AdamW on the digits")
+    add("--text-lr", type=positive_float, default=0.002, help="of AdamW on the text")
     add("--every", default="log", help="carries to keep: log, sqrt, revolve, or a number")
     add("--micro-batches", type=positive_int, default=1, help="parts of a step's derivative")
     add("--subsets", type=positive_int, default=24, help="subsets of examples that are left out")
