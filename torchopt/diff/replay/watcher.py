@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -12,9 +12,9 @@ from torchopt.diff.replay.random_state import RandomState
 from torchopt.diff.replay.store import Store
 
 
-if TYPE_CHECKING:
-    from torchopt.diff.replay.job import Job
-    from torchopt.diff.replay.programs import Back
+# What they are told of: a Job and a Back, which import this file.
+Job = Any
+Back = Any
 
 
 @dataclass
