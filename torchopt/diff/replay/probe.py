@@ -38,11 +38,14 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
             computed from another.
     """
     random = RandomState.now(devices)
+    start = watch.newest_node()
     first, seen, given = one_step(loop, functional)
     after = RandomState.now(devices, random)
     inside = {id(t) for t in given}
     outside = [t for t in seen.read.values() if watch.may_have_derivative(t)]
     outside = [t for t in outside if id(t) not in inside]
+    if not functional:  # what an unseen operation of the step has made has a newer node
+        outside = [t for t in outside if watch.is_older(t, start)]
     if functional or any(t.grad_fn is not None for t in outside):
         # what an unseen operation of the step has made is another object each time
         random.put_back()

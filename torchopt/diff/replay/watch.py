@@ -62,6 +62,19 @@ def bare(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def newest_node() -> int:
+    """Return the number of a node that is made now, of this thread."""
+    with torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
+    return node._sequence_nr()
+
+
+def is_older(tensor: Tensor, number: int) -> bool:
+    """Whether a tensor is no result, or one of a node that is older than another."""
+    node: Any = tensor.grad_fn
+    return node is None or node._sequence_nr() < number
+
+
 class Watch(TorchFunctionMode):
     """Notes which tensors the operations of a step read that none of them has made.
 
@@ -80,6 +93,10 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Note what one call reads and makes."""
+        if getattr(func, "__name__", "") == "__get__":  # shape, dtype, grad_fn and the like read no numbers
+            result = func(*args)
+            if not isinstance(result, Tensor):
+                return result
         for tensor in tensors_in((args, kwargs or {})):
             if id(tensor) not in self.made and id(tensor) not in self.read and not has_rules(tensor):
                 self.read[id(tensor)] = tensor
