@@ -2,8 +2,8 @@
 
 Each measurement has a process of its own. It warms up with a loop of two steps, and then
 differentiates the loop once: memory is the highest resident memory over that before, time that of
-the processor, which includes what it costs to get fresh memory. Ratios are to the plain unroll of the
-same round, and the median of several rounds counts.
+the processor, which includes what it costs to get fresh memory. Ratios are to the plain unroll of
+the same round, and the median of several rounds counts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -38,7 +39,12 @@ ADJOINTS: dict[str, Any] = {
     'Checkpointed("sqrt")': Checkpointed("sqrt"),
     'Checkpointed("log")': Checkpointed("log"),
     'Checkpointed("revolve")': Checkpointed("revolve"),
+    "Checkpointed(16, graphs=16)": Checkpointed(16, graphs=16),
+    'Checkpointed("revolve", graphs=4)': Checkpointed("revolve", graphs=4),
 }
+
+#: What is measured of each problem.
+OF = {"deep": list(ADJOINTS)[:2], "long": list(ADJOINTS)}
 
 #: What is promised: at most so much of the memory and of the time of the plain unroll.
 LIMITS = {
@@ -88,55 +94,63 @@ def _status(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure(name: str, adjoint: str, repeats: int) -> dict[str, float]:
+def measure(name: str, adjoint: str) -> dict[str, float]:
     """Return megabytes over the baseline, and seconds."""
     torch.set_num_threads(1)
     meta_loss, by, length = problem(name)
     torch.autograd.grad(meta_loss(ADJOINTS[adjoint], 2), by)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the highest so far
     before = _status("VmRSS")
-    seconds = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        grads = torch.autograd.grad(meta_loss(ADJOINTS[adjoint], length), by)
-        seconds.append(time.process_time() - begin)
+    begin = time.process_time()
+    grads = torch.autograd.grad(meta_loss(ADJOINTS[adjoint], length), by)
+    seconds = time.process_time() - begin
     norm = float(torch.stack([g.norm() for g in grads]).norm())
-    return {"mb": _status("VmHWM") - before, "seconds": min(seconds), "norm": norm}
+    return {"mb": _status("VmHWM") - before, "seconds": seconds, "norm": norm}
 
 
-def measured(name: str, adjoint: str, repeats: int) -> dict[str, float]:
+def measured(name: str, adjoint: str) -> dict[str, float]:
     """Measure in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.unroll_memory", "--only", name, adjoint]
-    command += ["--repeats", str(repeats)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def compared(name: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Return medians over rounds, with ratios to the plain unroll of the same round."""
+    found: dict[str, list[dict[str, float]]] = {adjoint: [] for adjoint in OF[name]}
+    for _ in range(rounds):
+        for adjoint, rows in found.items():
+            row = measured(name, adjoint)
+            plain = found["Unrolled()"][-1] if rows is not found["Unrolled()"] else row
+            ratios = {
+                key: row[of] / plain[of] for key, of in (("memory", "mb"), ("time", "seconds"))
+            }
+            rows.append({**row, **ratios})
+    return {
+        adjoint: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for adjoint, rows in found.items()
+    }
 
 
 def main() -> None:
     """Measure, print a table, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs=2)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--problem", choices=sorted(PROBLEMS))
+    parser.add_argument("--only", nargs=2, metavar=("PROBLEM", "ADJOINT"))
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.only:
-        print(json.dumps(measure(*arguments.only, arguments.repeats)))
+        print(json.dumps(measure(*arguments.only)))
         return
-    results: dict[str, Any] = {"torch": torch.__version__}
-    for name in [arguments.problem] if arguments.problem else PROBLEMS:
-        rows = {}
-        for adjoint in ADJOINTS:
-            rows[adjoint] = row = measured(name, adjoint, arguments.repeats)
-            plain = rows["Unrolled()"]
-            memory, seconds = row["mb"] / plain["mb"], row["seconds"] / plain["seconds"]
-            row |= {"memory": memory, "time": seconds}
+    results: dict[str, Any] = {"torch": torch.__version__, "rounds": arguments.rounds}
+    for name in PROBLEMS:
+        results[name] = compared(name, arguments.rounds)
+        for adjoint, row in results[name].items():
             limit = LIMITS.get((name, adjoint))
             promise = f"  (at most {limit[0]} and {limit[1]})" if limit else ""
             print(
-                f"{name}  {adjoint:25} {row['mb']:8.1f} MB {row['seconds']:7.2f} s  "
-                f"{memory:.3f} of the memory, {seconds:.2f} of the time{promise}"
+                f"{name}  {adjoint:34} {row['mb']:8.1f} MB {row['seconds']:7.2f} s  "
+                f"{row['memory']:.3f} of the memory, {row['time']:.2f} of the time{promise}"
             )
-        results[name] = rows
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

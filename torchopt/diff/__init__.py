@@ -9,6 +9,8 @@ from torchopt.diff.adjoints.auto import Auto as Auto
 from torchopt.diff.adjoints.checkpointed import Checkpointed as Checkpointed
 from torchopt.diff.adjoints.first_order import FirstOrder as FirstOrder
 from torchopt.diff.adjoints.forward import Forward as Forward
+from torchopt.diff.adjoints.mixed import Mixed as Mixed
+from torchopt.diff.adjoints.mixed import grad_and_value as grad_and_value
 from torchopt.diff.adjoints.offloaded import Offloaded as Offloaded
 from torchopt.diff.adjoints.truncated import Truncated as Truncated
 from torchopt.diff.adjoints.unrolled import Unrolled as Unrolled

@@ -92,15 +92,13 @@ class Auto:
     def _choice(self, loop: Loop) -> Choice:
         budget = _bytes(self.memory)
         carry = sum(_size(x) for x in loop.start if isinstance(x, Tensor))
+        saved = 10 * carry
         if peek_interpreter_stack() is None:
             saved = _saved(loop)
-            if loop.length * saved <= budget:
-                return Choice(
-                    Unrolled(),
-                    f"{loop.length} steps save {size(loop.length * saved)}, and {size(budget)} are there",
-                )
-        else:
-            saved = 10 * carry
+            total = loop.length * saved
+            if total <= budget:
+                reason = f"{loop.length} steps save {size(total)}, and {size(budget)} are there"
+                return Choice(Unrolled(), reason)
         room = budget - saved
         for adjoint in (Checkpointed(), Checkpointed("sqrt")):
             plan = adjoint.plan(loop.length, carry)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Union
 
+import torch
 from torch import Tensor
 
 from torchopt.base import tree
@@ -73,6 +75,8 @@ class Checkpointed:
             the run computes with, removed when they are used up, and kept after an error. What
             ``"sqrt"``, ``"log"`` and ``"revolve"`` make again on the way back stays in memory. One
             folder is for one process, and not inside ``torch.func``.
+        graphs: How many steps are recorded before they are differentiated. More take more memory,
+            and fewer steps are taken once more: ``Checkpointed(16, graphs=16)`` takes none.
         progress: ``True`` shows a bar for each direction in the terminal (by rich: ``pip install
             "torchopt[progress]"``); a function is called with ``"forward"`` or ``"backward"``, how
             many steps are done, and how many there are.
@@ -105,6 +109,7 @@ class Checkpointed:
     every: Union[int, str] = 1
     slots: int | None = None
     store: Union[str, os.PathLike[str]] = "memory"
+    graphs: int = 1
     progress: Union[bool, Report] = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +131,10 @@ class Checkpointed:
                     "how many carries are kept."
                 )
         _check_store(self.store)
+        if _is_no_integer(self.graphs):
+            raise TypeError(f"graphs must be an integer, got {given(self.graphs)}.")
+        if self.graphs < 1:
+            raise ValueError(f"graphs must be >= 1, got {self.graphs}.")
 
     def plan(self, length: int, carry_bytes: int | PyTree = 0) -> schedules.Plan:
         """Return what a loop of this length takes, before anything runs.
@@ -151,14 +160,14 @@ class Checkpointed:
 
     def schedule(self, length: int) -> schedules.Schedule:
         """Return which carries are kept, and what is done in which order."""
-        return schedules.make(self.every, self.slots, length)
+        return schedules.make(self.every, self.slots, length, self.graphs)
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop as one node of the graph."""
+        alone = torch.compiler.is_compiling() or peek_interpreter_stack() is not None
+        one = dataclasses.replace(self, graphs=1) if alone else self  # torch.func ends its graphs
         new_store = STORES.get(str(self.store), MemoryStore)
-        return replayed(
-            loop, repr(self), self.schedule, new_store, watcher=lambda: self._watcher(loop)
-        )
+        return replayed(loop, self, one.schedule, new_store, watcher=lambda: self._watcher(loop))
 
     def in_block(self) -> InBlock:
         """Return a tape for a block whose length nobody knows.
@@ -195,7 +204,7 @@ class Checkpointed:
                 f"{self!r} keeps its carries in a folder, and inside torch.func nobody could say "
                 "when they are no longer needed. Use torch.autograd, or store='memory' or 'cpu'."
             )
-        settings = f"every={self.every!r}, slots={self.slots!r}"
+        settings = f"every={self.every!r}, slots={self.slots!r}, graphs={self.graphs!r}"
         folder = Folder(os.fspath(self.store), loop, settings)
         return Several(folder, *told)
 
@@ -203,12 +212,12 @@ class Checkpointed:
 def _check_store(store: Any) -> None:
     if not isinstance(store, (str, os.PathLike)):
         raise TypeError(f"store must be one of {tuple(STORES)} or a folder, got {given(store)}.")
-    if isinstance(store, str) and store not in STORES:
-        if os.sep not in store and not os.path.isdir(store):
-            raise ValueError(
-                f"store must be one of {tuple(STORES)} or a folder, got {store!r}. If that is to "
-                f"be a folder, write './{store}'."
-            )
+    word = isinstance(store, str) and os.sep not in store
+    if word and store not in STORES and not os.path.isdir(store):
+        raise ValueError(
+            f"store must be one of {tuple(STORES)} or a folder, got {store!r}. If that is to be a "
+            f"folder, write './{store}'."
+        )
 
 
 def _is_no_integer(value: object) -> bool:

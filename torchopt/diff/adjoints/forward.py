@@ -75,9 +75,11 @@ class Forward:
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop as one node of the graph, which holds its derivatives."""
-        if not torch.compiler.is_compiling() and not is_recorded(loop):
+        if not torch.is_grad_enabled():
             return loop.plain()
-        refuse_levels(repr(self))
+        refuse_levels(self)
+        if not is_recorded(loop):
+            return loop.plain()
         if peek_interpreter_stack() is not None:
             raise RuntimeError(
                 f"unroll(..., adjoint={self!r}) is for torch.autograd. Inside torch.func write "
@@ -209,16 +211,17 @@ class _Step:
 
         def push(*directions: Tensor) -> Any:
             primals = tuple(tensors[i] for i in at)
-            _, pushed, values = torch.func.jvp(results, primals, directions, has_aux=True)
-            return pushed, values
+            return torch.func.jvp(results, primals, directions, has_aux=True)[1:]
 
         directions = [z for z in along if z is not None]
         try:
-            pushed, values = torch.func.vmap(push, out_dims=(0, None), randomness="same")(
-                *directions
-            )
-        except NotImplementedError as error:
-            raise RuntimeError(_without_forward(error)) from error
+            dims: Any = (0, None)  # the values are the same for all directions
+            pushed, values = torch.func.vmap(push, out_dims=dims, randomness="same")(*directions)
+        except RuntimeError as error:  # NotImplementedError is one
+            found = re.search(r"forward AD with (\S+) that|vmap over (\S+), but", str(error))
+            if found is None:
+                raise
+            raise RuntimeError(_without_forward(found[1] or found[2])) from error
         new, y, smooth = kept[-1]
         rest = iter(values)
         flat = [next(rest) if isinstance(x, Tensor) else x for x in (*job.tensors(new), *y)]
@@ -247,11 +250,9 @@ def _directions(tensors: Sequence[Tensor], by: list[bool]) -> list[Any]:
     return result
 
 
-def _without_forward(error: NotImplementedError) -> str:
-    found = re.search(r"forward AD with (\S+)", str(error))
-    name = found[1] if found else "an operation"
+def _without_forward(name: str) -> str:
     return (
-        f"Forward() cannot differentiate this step: {name} has no derivative in forward mode in "
-        "PyTorch. Use Checkpointed(), which needs none, or another operation (of attention: "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH))."
+        f"Forward() cannot differentiate this step: {name} has no derivative in forward mode, or "
+        "none for many directions at once (vmap). Use Checkpointed(), which needs none, or another "
+        "operation (of attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH))."
     )

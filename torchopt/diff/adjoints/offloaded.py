@@ -10,7 +10,6 @@ import torch
 from torchopt.base.torch_internals import peek_interpreter_stack
 from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay.loop import Loop
-from torchopt.diff.replay.run import is_recorded
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Offloaded:
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop with hooks on what is saved."""
-        if not torch.compiler.is_compiling() and not is_recorded(loop):
+        if not torch.is_grad_enabled():
             return loop.plain()
         if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
             raise RuntimeError(self._refusal())

@@ -61,7 +61,7 @@ class Truncated:
             raise ValueError(f"last must be >= 1, got {self.last}.")
 
     def in_block(self) -> InBlock:
-        """Return a tape of the last steps; which ones they are is known when they are differentiated."""
+        """Return a tape; which steps are the last is known when they are differentiated."""
         return InBlock(Tape(repr(self), Thinning(1), last=self.last))
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
@@ -71,11 +71,10 @@ class Truncated:
         def before(t: int, carry: PyTree) -> PyTree:
             return tree.tree_map(_cut, carry) if 0 < t <= first else carry
 
-        leaves, ys = loop.plain(before)
-        if first <= 0:
-            return leaves, ys
-        parts = [y if y is None else torch.cat([y[:first].detach(), y[first:]]) for y in ys]
-        return leaves, parts
+        def after(t: int, y: list[Any]) -> list[Any]:
+            return [x.detach() if t < first and isinstance(x, Tensor) else x for x in y]
+
+        return loop.plain(before, after)
 
 
 def _cut(x: Any) -> Any:

@@ -71,7 +71,7 @@ class Folder(Watcher):
         self.prefix = f"T{self.length}-{digest(json.dumps(settings))[:16]}-"
         self.every = math.isqrt(self.length)
         self.rows_from = 0
-        self.back_rows = 0
+        self.back_rows, self.back_at = 0, self.length
         self.dropped: list[int] = []
         self.back: Back | None = None
         self.refilled: dict[int, Carry] = {}
@@ -258,13 +258,14 @@ class Folder(Watcher):
                 files.remove(self._path("backrows", step))
                 continue
             back.by_xs += _read_back_rows(files.read(self._path("backrows", step)), back)
-        self.back_rows = len(back.by_xs)
+        self.back_rows, self.back_at = len(back.by_xs), done[0]
         return done[0]
 
-    def backward(self, step: int, back: Back) -> None:
+    def backward(self, step: int, back: Back, whole: bool) -> None:
         """Write what the backward pass holds, now and then, and remove what it has used up."""
-        if not self.last or step % self.every or step == 0:
+        if not self.last or not whole or step == 0 or self.back_at - step < self.every:
             return
+        self.back_at = step
         rows = back.by_xs[self.back_rows :]
         tensors = {
             f"{n}.{i}": g for n, row in enumerate(rows) for i, g in enumerate(row) if g is not None

@@ -127,16 +127,18 @@ class Loop:
         return tree.unflatten(self.end, list(leaves)), tree.unflatten(self.y_spec, list(ys))
 
     def plain(
-        self, before: Callable[[int, PyTree], PyTree] = lambda t, carry: carry
+        self,
+        before: Callable[[int, PyTree], PyTree] = lambda t, carry: carry,
+        after: Callable[[int, list[Any]], list[Any]] = lambda t, y: y,
     ) -> tuple[list[Any], list[Any]]:
         """Run all steps as they are; whatever is recording records them.
 
-        ``before`` may exchange the carry before each step.
+        ``before`` may exchange the carry before each step, and ``after`` its ``y``.
         """
         carry, rows = tree.unflatten(self.spec, self.start), []
         for t in range(self.length):
             carry, y = self.step_from(before(t, carry), self.x(self.xs, t))
-            rows.append(y)
+            rows.append(after(t, y))
         leaves, self.end = tree.flatten(carry)
         return leaves, self.stacked(rows)
 

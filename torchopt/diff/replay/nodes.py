@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import unwrap_if_dead
-from torchopt.diff.replay.job import Job, is_smooth, without_hooks
+from torchopt.diff.replay.job import Job, Scope, is_smooth, without_hooks
 from torchopt.diff.replay.random_state import undisturbed
 
 
@@ -88,7 +88,7 @@ def apply(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
 class Program(abc.ABC):
     """A function of a flat list of tensors."""
 
-    job: Job
+    job: Job | Scope
 
     @abc.abstractmethod
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -174,7 +174,7 @@ class Derivative(Program):
             results = self.program.recorded(here)
             return tuple(r for r, p in zip(results, self.present) if p)
 
-        _, pull = torch.func.vjp(outputs, *(inputs[i] for i in at))
+        pull = torch.func.vjp(outputs, *(inputs[i] for i in at))[1]
         return list(pull(tuple(cotangents)))
 
     def _at_consts(self) -> dict[int, int]:
@@ -211,8 +211,8 @@ class Pushed(Program):
             self.smooth = [is_smooth(r) for r in results]
             return tuple(r for r, smooth in zip(results, self.smooth) if smooth)
 
-        _, pushed = torch.func.jvp(outputs, tuple(inputs[i] for i in at), tuple(tangents))
-        return list(pushed)
+        primals = tuple(inputs[i] for i in at)
+        return list(torch.func.jvp(outputs, primals, tuple(tangents))[1])
 
 
 def _leaf(tensor: Tensor, differs: bool) -> Tensor:

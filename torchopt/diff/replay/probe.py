@@ -149,10 +149,11 @@ def check_repeatable(
         random.put_back()
     if difference is not None:
         raise RuntimeError(
-            f"The step gives another {difference} when it is taken again with the same carry, x "
-            "and random state, so it cannot be replayed. Does it draw from a torch.Generator of its "
-            "own, from numpy or random, count its calls, or read the next batch? Put such things "
-            "into the carry or xs, or differentiate with adjoint=Unrolled()."
+            f"The step gives another {difference} when it is taken again with the same "
+            "carry, x and random state, so it cannot be replayed. Does it draw from a "
+            "torch.Generator of its own, from numpy or random, count its calls, or read the next "
+            "batch? Put such things into the carry or xs, or differentiate with "
+            "adjoint=Unrolled()."
         )
 
 

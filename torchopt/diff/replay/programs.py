@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import graph_task_keeps_graph, peek_interpreter_stack
-from torchopt.diff.replay.job import Job, Point
+from torchopt.diff.replay.job import Job, Point, Recorded, cut
 from torchopt.diff.replay.nodes import Program, apply
 from torchopt.diff.replay.random_state import RandomState
 from torchopt.diff.replay.store import Carry, Layered, Store
@@ -114,37 +113,35 @@ class Pull(Program):
         carry, xs, consts = job.inputs(tensors)
         back = Back(job, xs, consts, *self._cotangents(tensors))
         store = self._store(carry, xs, consts, schedule.kept())
-        kept = len(schedule.kept())
         watcher = Watcher() if self.store is None else job.watcher
         given = tensors[len(job.differs()) :]
         done = watcher.start_backward(back, given, store is self.store)
+        recorded: list[Recorded] = []
         at_hand: Carry | None = None
         for kind, step in schedule.backward():
             if done is not None:  # an earlier process did this
-                done = None if (kind, step) == ("reverse", done) else done
+                done = None if (kind, step) == ("pull", done) else done
             elif kind == "load":
                 at_hand = store.get(step)
                 at_hand.random.put_back()
                 at_hand = Carry(list(at_hand.leaves), at_hand.random)
             elif kind == "drop":
                 store.drop(step)
-                kept -= 1
+            elif kind == "pull":
+                back.through(recorded.pop(), step)
+                watcher.backward(step, back, not recorded)
+            elif at_hand is None:
+                raise AssertionError(f"{kind} without a carry at hand")
             elif kind == "keep":
-                assert at_hand is not None
                 at_hand = Carry(at_hand.leaves, RandomState.now(job.devices, at_hand.random))
                 store.put(step, Carry(list(at_hand.leaves), at_hand.random))
-                kept += 1
-                job.counts["carries"] = max(job.counts["carries"], kept)
             elif kind == "advance":
-                assert at_hand is not None
-                job.counts["advances"] += 1
                 leaves, _ = job.advance(at_hand.leaves, job.x(xs, step), consts)
                 at_hand = Carry(leaves, at_hand.random)
             else:
-                assert at_hand is not None
-                back.through(at_hand.leaves, step, create_graph=False)
-                at_hand = None
-                watcher.backward(step, back)
+                row = job.row(xs, step)
+                recorded.append(job.record(at_hand.leaves, row, consts, create_graph=False))
+                at_hand = Carry(cut(recorded[-1].leaves), at_hand.random)
         watcher.end_backward()
         return back.result([t for t, d in zip(tensors, job.differs()) if d])
 
@@ -153,7 +150,6 @@ class Pull(Program):
     ) -> Store:
         """Return a store that holds what the first sweep keeps, to be used up."""
         job = self.job
-        job.counts["carries"] = max(job.counts["carries"], len(kept))
         if self.store is not None:
             if job.functional or graph_task_keeps_graph():
                 return Layered(self.store, kept, job.new_store())
@@ -177,7 +173,8 @@ class Pull(Program):
         if self.length == 1:
             back = Back(job, xs, consts, cotangents, ys)
             self.point.random.put_back()
-            back.through(job.leaves(carry, self.point), 0, create_graph=True)
+            leaves = job.leaves(carry, self.point)
+            back.through(job.record(leaves, job.row(xs, 0), consts, create_graph=True), 0)
             return back.result(by)
         ends = job.schedule(self.length).parts(0, self.length)
         sizes = [high - low for low, high in itertools.pairwise(ends)]
@@ -212,12 +209,10 @@ class Back:
         self.by_xs: list[list[Tensor | None]] = []
         self.by_consts: list[Tensor | None] = [None] * len(consts)
 
-    def through(self, leaves: list[Any], index: int, create_graph: bool) -> None:
+    def through(self, recorded: Recorded, index: int) -> None:
         """Go back through one step."""
         y = [None if c is None else c[index] for c in self.ys]
-        row = self.job.row(self.xs, index)
-        grads = self.job.pull(leaves, row, self.consts, [*self.carry, *y], create_graph)
-        by_xs = self._take(grads)
+        by_xs = self._take(self.job.pull(recorded, [*self.carry, *y]))
         self.by_xs.append([None if g is None else g[None] for g in by_xs])
 
     def part(

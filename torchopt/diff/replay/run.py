@@ -39,7 +39,7 @@ def is_recorded(loop: Loop) -> bool:
     )
 
 
-def refuse_levels(name: str) -> None:
+def refuse_levels(adjoint: object) -> None:
     """Refuse what a node of the graph cannot serve.
 
     Raises:
@@ -48,37 +48,39 @@ def refuse_levels(name: str) -> None:
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            f"unroll(..., adjoint={name}) cannot be compiled as a whole, for it decides itself "
-            "what is computed again. Compile the step, unroll(torch.compile(step), ...), or the whole "
-            "loop with adjoint=Unrolled()."
+            f"unroll(..., adjoint={type(adjoint).__name__}(...)) cannot be compiled as a whole, "
+            "for it decides itself what is computed again. Compile the step, "
+            "unroll(torch.compile(step), ...), or the whole loop with adjoint=Unrolled()."
         )
     levels = get_interpreter_stack() or ()
     forward = sum(level.key() == TransformType.Jvp for level in levels)
     if forward > 1:
         raise RuntimeError(
-            f"unroll(..., adjoint={name}) inside two levels of forward mode would have wrong "
-            "derivatives, for PyTorch loses one of them at a hand-written node of the graph. Use "
-            "adjoint=Unrolled(), or torch.func.jacrev for one of the two."
+            f"unroll(..., adjoint={adjoint}) inside two levels of forward mode would have wrong "
+            "derivatives, for PyTorch loses one of them at a hand-written node of the graph. "
+            "Use adjoint=Unrolled(), or torch.func.jacrev for one of the two."
         )
     if not levels and in_forward_mode():
         raise RuntimeError(
-            f"unroll(..., adjoint={name}) knows no dual numbers of torch.autograd.forward_ad. Use "
-            "torch.func.jvp, or adjoint=Unrolled()."
+            f"unroll(..., adjoint={adjoint}) knows no dual numbers of torch.autograd.forward_ad. "
+            "Use torch.func.jvp, or adjoint=Unrolled()."
         )
 
 
 def replayed(
     loop: Loop,
-    name: str,
+    adjoint: object,
     schedule: Callable[[int], Schedule],
     new_store: Callable[[], Store],
     check: bool = True,
     watcher: Callable[[], Watcher] = Watcher,
 ) -> tuple[list[Any], list[Any]]:
     """Run a loop of which one node of the graph remembers a few carries."""
+    if not torch.is_grad_enabled():
+        return loop.plain()
+    refuse_levels(adjoint)
     if not is_recorded(loop):
         return loop.plain()
-    refuse_levels(name)
     told = watcher()
     job = prepared(loop, schedule, new_store, check)
     job.watcher, job.watched = told, None  # which would hold the graph of a step

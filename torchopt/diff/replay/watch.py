@@ -93,12 +93,16 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Note what one call reads and makes."""
-        if getattr(func, "__name__", "") == "__get__":  # shape, dtype, grad_fn and the like read no numbers
+        if getattr(func, "__name__", "") == "__get__":  # shape and the like read no numbers
             result = func(*args)
             if not isinstance(result, Tensor):
                 return result
         for tensor in tensors_in((args, kwargs or {})):
-            if id(tensor) not in self.made and id(tensor) not in self.read and not has_rules(tensor):
+            if (
+                id(tensor) not in self.made
+                and id(tensor) not in self.read
+                and not has_rules(tensor)
+            ):
                 self.read[id(tensor)] = tensor
                 self.versions[id(tensor)] = _version(tensor)
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
@@ -155,7 +159,7 @@ def reached(
     ends = {_edge(t): t for t in (*outside, *given) if t.grad_fn is not None}
     known, inside = {id(t) for t in (*given, *outside)}, {id(t) for t in given}
     found: dict[int, Tensor] = {id(t): t for t in outputs if t.grad_fn is None and t.requires_grad}
-    edges = [_edge(t) for t in outputs if t.grad_fn is not None]
+    edges: list[tuple[Any, int]] = [_edge(t) for t in outputs if t.grad_fn is not None]
     seen: set[Any] = set()
     alone = False
     while edges:
@@ -209,7 +213,8 @@ def depends(tensors: list[Tensor]) -> tuple[Tensor, Tensor] | None:
     for tensor in tensors:
         if tensor.grad_fn is None:
             continue
-        nodes, seen = [tensor.grad_fn], {tensor.grad_fn}
+        nodes: list[Any] = [tensor.grad_fn]
+        seen: set[Any] = {tensor.grad_fn}
         while nodes:
             for after, index in nodes.pop().next_functions:
                 if after is None:

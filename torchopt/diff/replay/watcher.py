@@ -47,8 +47,11 @@ class Watcher:
         ``last`` says whether this pass uses up the carries that are kept.
         """
 
-    def backward(self, step: int, back: Back) -> None:
-        """Take note that the derivative has come back through this step."""
+    def backward(self, step: int, back: Back, whole: bool) -> None:
+        """Take note that the derivative has come back through this step.
+
+        ``whole`` says whether one could go on from here: no other step has been recorded.
+        """
 
     def end_backward(self) -> None:
         """Take note that the backward pass is over."""
@@ -76,10 +79,10 @@ class Several(Watcher):
         """Ask the first."""
         return self.first.start_backward(back, cotangents, last)
 
-    def backward(self, step: int, back: Back) -> None:
+    def backward(self, step: int, back: Back, whole: bool) -> None:
         """Tell all."""
         for watcher in (self.first, *self.others):
-            watcher.backward(step, back)
+            watcher.backward(step, back, whole)
 
     def end_backward(self) -> None:
         """Tell all."""
@@ -101,7 +104,7 @@ class Told(Watcher):
         """Tell how many steps have been taken."""
         self.report("forward", step, self.length)
 
-    def backward(self, step: int, back: Back) -> None:
+    def backward(self, step: int, back: Back, whole: bool) -> None:
         """Tell how many steps have been gone back through."""
         self.report("backward", self.length - step, self.length)
 
