@@ -236,6 +236,28 @@ def test_under_no_grad_nothing_is_kept_and_the_block_ends_as_ever() -> None:
     assert net.weight is not start
 
 
+def test_the_outer_loss_may_be_differentiated_after_the_block() -> None:
+    """When the network is what it was before, and is so again afterwards."""
+
+    def run(adjoint: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = Net(True).double()
+        net.shared = net.norm  # a module that is there twice has its buffers twice
+        x, start = torch.randn(8, 4).double(), net.trained()
+        with torchopt.inner_loop(net, torchopt.adam(0.1), adjoint=adjoint) as inner:
+            for _ in range(4):
+                inner.step(lambda: net(x).square().mean())
+            outer = net(x).sin().sum()
+        before = [*net.parameters(), *net.buffers()]
+        values = [tensor.detach().clone() for tensor in before]
+        outer.backward()
+        assert all(map(lambda a, b: a is b, before, [*net.parameters(), *net.buffers()]))
+        assert all(map(torch.equal, before, values))
+        return [p.grad for p in start if p.grad is not None]
+
+    torch.testing.assert_close(run(Checkpointed("log")), run(None), rtol=1e-10, atol=1e-10)
+
+
 class NeedsAll:
     """An adjoint that wants to see a whole loop."""
 
@@ -266,7 +288,8 @@ def test_adjoints_that_do_not_fit(adjoint: Any, error: type[Exception], message:
 
 def test_bad_steps() -> None:
     net, x = nn.Linear(2, 1), torch.randn(4, 2)
-    with torchopt.inner_loop(net, torchopt.sgd(0.1), adjoint=Checkpointed()) as inner:
+    tx = torchopt.sgd(0.1, momentum=0.9)
+    with torchopt.inner_loop(net, tx, adjoint=Checkpointed()) as inner:
         before = net.weight
         with pytest.raises(TypeError, match=r"takes a function that computes the loss, got"):
             inner.step(net(x).square().mean())  # pyright: ignore[reportArgumentType]
@@ -275,6 +298,8 @@ def test_bad_steps() -> None:
         with pytest.raises(ValueError, match="scalar loss"):
             inner.step(lambda: net(x))
         assert net.weight is before
+        assert inner.extract_state()[0].step == 0
+        assert not any(inner.extract_state()[0].slots.values())
 
 
 def learned_rate(adjoint: Any, cut: int | None = None) -> Tensor:

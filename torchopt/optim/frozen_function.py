@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,8 @@ def frozen(function: Callable[..., Any]) -> Callable[..., Any]:
     called again after it, those of the last batch. This holds the variables of the functions around
     it, and the global ones that it names itself. What these values *contain* is not copied.
     """
+    if isinstance(function, functools.partial):
+        return functools.partial(frozen(function.func), *function.args, **function.keywords)
     if not isinstance(function, types.FunctionType):
         return function
     cells = function.__closure__

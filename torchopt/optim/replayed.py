@@ -65,11 +65,16 @@ class ReplayedSteps:
             return
         self.tape.refuse_levels()
         extra.pop("retain_graph", None)
-        self._give_first_slots()
-        entries, params = optimizer._trainable.now(optimizer.param_groups)
-        places = Places(self.modules, entries, params)
-        one = _Step(optimizer, places, loss, create_graph, extra)
-        carry = self.tape.take(one, one.carry(params, self._buffers(places)))
+        before = optimizer._states, optimizer._pairs
+        try:
+            self._give_first_slots()
+            entries, params = optimizer._trainable.now(optimizer.param_groups)
+            places = Places(self.modules, entries, params)
+            one = _Step(optimizer, places, loss, create_graph, extra)
+            carry = self.tape.take(one, one.carry(params, self._buffers(places)))
+        except BaseException:  # a step that is refused changes nothing
+            optimizer._states, optimizer._pairs = before
+            raise
         marked = marks.any_marked(params)
         for old, new in zip(params, carry["params"]) if marked else ():
             marks.carry(old, new)
@@ -77,8 +82,8 @@ class ReplayedSteps:
             entry.site.place(new)
         buffers = [new.clone() for new in carry["buffers"]]
         self._placed = list(zip(buffers, carry["buffers"]))
-        for (module, name, _), new in zip(places.buffers, buffers):
-            moments.put(module, "_buffers", name, new)
+        for module, name, k in places.all_buffers:
+            moments.put(module, "_buffers", name, buffers[k])
         optimizer._states, optimizer._pairs = one.states(carry), carry["pairs"]
         optimizer._steady = None
 
