@@ -136,22 +136,25 @@ def main() -> None:
     """Measure, print a table, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs=2, metavar=("PROBLEM", "ADJOINT"))
+    parser.add_argument("--problem", choices=PROBLEMS, nargs="*", default=list(PROBLEMS))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.only:
         print(json.dumps(measure(*arguments.only)))
         return
-    results: dict[str, Any] = {"torch": torch.__version__, "rounds": arguments.rounds}
-    for name in PROBLEMS:
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results["torch"] = torch.__version__
+    for name in arguments.problem:
         results[name] = compared(name, arguments.rounds)
         for adjoint, row in results[name].items():
             limit = LIMITS.get((name, adjoint))
             promise = f"  (at most {limit[0]} and {limit[1]})" if limit else ""
             print(
                 f"{name}  {adjoint:34} {row['mb']:8.1f} MB {row['seconds']:7.2f} s  "
-                f"{row['memory']:.3f} of the memory, {row['time']:.2f} of the time{promise}"
+                f"{row['memory']:.3f} of the memory, {row['time']:.2f} of the time{promise}",
+                flush=True,
             )
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

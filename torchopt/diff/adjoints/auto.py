@@ -67,9 +67,11 @@ class Auto:
         >>> import torch
         >>> from torchopt.diff import Auto, unroll
         >>> w0 = torch.ones(1000, requires_grad=True)
-        >>> auto = Auto("20KiB", report=print)
-        >>> w, _ = unroll(lambda w, _: (w.sin(), None), w0, length=100, adjoint=auto)
-        Checkpointed(every='revolve', slots=4, store='memory'): 100 steps: 279 taken once more, ...
+        >>> step = lambda w, _: (w.sin(), None)
+        >>> Auto("20KiB").choose(step, w0, length=100).adjoint
+        Checkpointed('revolve', slots=4)
+        >>> w, _ = unroll(step, w0, length=100, adjoint=Auto("1MiB", report=print))
+        Unrolled(): 100 steps save 400.0 kB, and 1.0 MB are there
     """
 
     memory: Union[int, str]

@@ -136,6 +136,16 @@ class Checkpointed:
         if self.graphs < 1:
             raise ValueError(f"graphs must be >= 1, got {self.graphs}.")
 
+    def __repr__(self) -> str:
+        others = dataclasses.fields(self)[1:]
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in others
+            if f.repr and getattr(self, f.name) != f.default
+        ]
+        first = [] if self.every == 1 else [repr(self.every)]
+        return f"Checkpointed({', '.join([*first, *shown])})"
+
     def plan(self, length: int, carry_bytes: int | PyTree = 0) -> schedules.Plan:
         """Return what a loop of this length takes, before anything runs.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import unwrap_if_dead
-from torchopt.diff.replay.job import Job, Scope, is_smooth, without_hooks
+from torchopt.diff.replay.job import is_smooth, without_hooks
 from torchopt.diff.replay.random_state import undisturbed
 
 
@@ -88,7 +88,7 @@ def apply(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
 class Program(abc.ABC):
     """A function of a flat list of tensors."""
 
-    job: Job | Scope
+    job: Any  # a Job, or a Scope
 
     @abc.abstractmethod
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
