@@ -60,6 +60,12 @@ EXAMPLES = (
         "[Foerster 2018](https://arxiv.org/abs/1709.04326), "
         "[DiCE](https://arxiv.org/abs/1802.05098)",
     ),
+    Example(
+        "data_attribution",
+        "data_attribution.py",
+        "[Engstrom 2025](https://arxiv.org/abs/2503.13751), "
+        "[TracIn](https://arxiv.org/abs/2002.08484)",
+    ),
 )
 
 

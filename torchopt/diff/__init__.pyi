@@ -11,6 +11,7 @@ from torchopt.diff.implicit.decorators import custom_fixed_point as custom_fixed
 from torchopt.diff.implicit.decorators import custom_root as custom_root
 from torchopt.diff.implicit.products import root_jvp as root_jvp
 from torchopt.diff.implicit.products import root_vjp as root_vjp
+from torchopt.diff.accumulating import accumulate as accumulate
 from torchopt.diff.adjoints.auto import Auto as Auto
 from torchopt.diff.adjoints.checkpointed import Checkpointed as Checkpointed
 from torchopt.diff.adjoints.first_order import FirstOrder as FirstOrder

@@ -9,9 +9,12 @@ from torch import nn
 from torchopt.base import misuse
 from torchopt.base.commit import all_or_nothing
 from torchopt.core.transform import GradientTransformation
+from torchopt.diff.adjoints.base import Adjoint
+from torchopt.diff.adjoints.block import in_block as _in_block
 from torchopt.nn.parameters import refuse_scripted
 from torchopt.nn.rollback import Rollback
 from torchopt.optim.meta_optimizer import MetaOptimizer
+from torchopt.optim.replayed import ReplayedSteps
 
 
 @misuse.block
@@ -21,6 +24,7 @@ def inner_loop(
     *,
     create_graph: bool | None = None,
     restore_buffers: bool = True,
+    adjoint: Adjoint | None = None,
 ) -> Iterator[MetaOptimizer]:
     """Adapt a network inside a ``with`` block; at its end it is what it was before.
 
@@ -41,9 +45,21 @@ def inner_loop(
         create_graph: ``False`` gives the first-order approximation.
         restore_buffers: Let the block work on copies of the buffers (BatchNorm statistics), and
             put the originals back. ``False`` keeps what the block made of them.
+        adjoint: How the steps are differentiated (:mod:`torchopt.diff`): by default they are
+            recorded. With :class:`torchopt.diff.Checkpointed` each is computed again in the
+            backward pass, so that the memory is that of one step and of the carries that are kept
+            (weights, buffers, state of the optimizer); the meta-gradient is the same, at every
+            order. ``inner.step`` then takes a function that computes the loss. It is called again
+            with the weights, buffers, modes, random states and autocast of the step, and the
+            variables that it reads have the values that they had; if the loss is another one all
+            the same, an error says so.
 
     Yields:
         The optimizer.
+
+    Raises:
+        TypeError: If ``module`` is no module, ``tx`` no transformation, or ``adjoint`` none.
+        ValueError: If the adjoint needs to know all steps beforehand.
 
     Example:
         >>> import torch, torchopt
@@ -55,8 +71,14 @@ def inner_loop(
         ...     net(x).square().mean().backward()
         >>> net.weight.grad.shape
         torch.Size([1, 2])
+        >>> from torchopt.diff import Checkpointed
+        >>> with torchopt.inner_loop(net, torchopt.sgd(0.1), adjoint=Checkpointed("sqrt")) as inner:
+        ...     for _ in range(30):
+        ...         inner.step(lambda: net(x).square().mean())
+        ...     net(x).square().mean().backward()
     """
     misuse.check_inner_loop(module, tx)
+    in_block = None if adjoint is None else _in_block(adjoint)
     optimizer = tx if isinstance(tx, MetaOptimizer) else MetaOptimizer(module, tx)
     if optimizer is tx:  # else it has been refused there
         refuse_scripted("inner_loop", module)
@@ -70,6 +92,11 @@ def inner_loop(
     create_graph_before = optimizer.create_graph
     if create_graph is not None:
         optimizer.create_graph = create_graph
+    if in_block is not None and in_block.first_order:
+        optimizer.create_graph = False
+    if in_block is not None and in_block.tape is not None:
+        replayed = ReplayedSteps(optimizer, modules, in_block.tape)
+        vars(optimizer)["step"] = replayed.step
 
     def undo() -> None:
         rollback.undo()
@@ -79,6 +106,7 @@ def inner_loop(
             group.update(before)
         optimizer.param_groups[:] = groups
         optimizer._states, optimizer._pairs = list(states_before), pairs_before
+        vars(optimizer).pop("step", None)
 
     try:
         yield optimizer

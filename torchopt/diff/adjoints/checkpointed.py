@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Union
 
 import torch
@@ -13,10 +14,15 @@ from torch import Tensor
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
 from torchopt.base.torch_internals import peek_interpreter_stack
+from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay import schedules
+from torchopt.diff.replay.folder import Folder
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.run import replayed
 from torchopt.diff.replay.store import CpuStore, MemoryStore, Store
+from torchopt.diff.replay.tape import Tape
+from torchopt.diff.replay.thinning import Thinning
+from torchopt.diff.replay.watcher import Bar, Report, Several, Told, Watcher
 from torchopt.typing import PyTree
 
 
@@ -61,15 +67,28 @@ class Checkpointed:
         every: Which carries to keep: each, every n-th, or by a schedule.
         slots: How many carries ``"revolve"`` keeps, the start included; by default as many as
             ``"log"``.
-        store: Where: in ``"memory"``, where they are, or on the ``"cpu"``.
+        store: Where: in ``"memory"``, where they are; on the ``"cpu"``; or in a folder (a path, or
+            text such as ``"./run"``), for long runs. A run that was killed goes on there when the
+            same program is started again, forwards or backwards, with the same digits: of
+            :math:`T` steps at most :math:`\sqrt T` are lost. Files are written by
+            ``torch.distributed.checkpoint`` and renamed, named with T, step and a digest of what
+            the run computes with, removed when they are used up, and kept after an error. What
+            ``"sqrt"``, ``"log"`` and ``"revolve"`` make again on the way back stays in memory. One
+            folder is for one process, and not inside ``torch.func``.
         graphs: How many steps are recorded before they are differentiated. More take more memory,
             and fewer steps are taken once more: ``Checkpointed(16, graphs=16)`` takes none.
+        progress: ``True`` shows a bar for each direction in the terminal (by rich: ``pip install
+            "torchopt[progress]"``); a function is called with ``"forward"`` or ``"backward"``, how
+            many steps are done, and how many there are.
 
     Raises:
-        TypeError: If ``every`` or ``slots`` is of another kind.
+        TypeError: If ``every``, ``slots`` or ``store`` is of another kind; from ``unroll``: if the
+            carry holds other things than tensors and numbers that change, which no folder keeps.
+        ImportError: From ``unroll``: if ``progress`` is ``True`` and rich is not there.
         ValueError: If they are out of range or not known, or ``slots`` is given without
             ``"revolve"``. From ``unroll``: if the step changes a tensor in place, naming it, or
-            closes over two tensors of which one was computed from the other.
+            closes over two tensors of which one was computed from the other; if the folder holds
+            a run with other settings, naming what differs.
         RuntimeError: From ``unroll``: if the step is not repeatable, naming the leaf that differs;
             in a function that is compiled; inside two levels of forward mode.
 
@@ -89,8 +108,9 @@ class Checkpointed:
 
     every: Union[int, str] = 1
     slots: int | None = None
-    store: str = "memory"
+    store: Union[str, os.PathLike[str]] = "memory"
     graphs: int = 1
+    progress: Union[bool, Report] = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.every, str):
@@ -110,19 +130,18 @@ class Checkpointed:
                     f'slots={self.slots} is for every="revolve"; every={self.every!r} says itself '
                     "how many carries are kept."
                 )
+        _check_store(self.store)
         if _is_no_integer(self.graphs):
             raise TypeError(f"graphs must be an integer, got {given(self.graphs)}.")
         if self.graphs < 1:
             raise ValueError(f"graphs must be >= 1, got {self.graphs}.")
-        if self.store not in STORES:
-            raise ValueError(f"store must be one of {tuple(STORES)}, got {self.store!r}.")
 
     def __repr__(self) -> str:
         others = dataclasses.fields(self)[1:]
         shown = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in others
-            if getattr(self, f.name) != f.default
+            if f.repr and getattr(self, f.name) != f.default
         ]
         first = [] if self.every == 1 else [repr(self.every)]
         return f"Checkpointed({', '.join([*first, *shown])})"
@@ -157,7 +176,58 @@ class Checkpointed:
         """Run the loop as one node of the graph."""
         alone = torch.compiler.is_compiling() or peek_interpreter_stack() is not None
         one = dataclasses.replace(self, graphs=1) if alone else self  # torch.func ends its graphs
-        return replayed(loop, self, one.schedule, STORES[self.store])
+        new_store = STORES.get(str(self.store), MemoryStore)
+        return replayed(loop, self, one.schedule, new_store, watcher=lambda: self._watcher(loop))
+
+    def in_block(self) -> InBlock:
+        """Return a tape for a block whose length nobody knows.
+
+        Raises:
+            ValueError: If carries are to be in a folder, or the length has to be known.
+        """
+        if self.every == "revolve":
+            raise ValueError(
+                "The binomial schedule divides a number of steps that is known beforehand, and a "
+                'block tells its steps one by one: Checkpointed("log") keeps about as few carries.'
+            )
+        if str(self.store) not in STORES:
+            raise ValueError(
+                "A block cannot go on after a kill, for what happens between its steps is not "
+                "known: store='memory' or 'cpu', or torchopt.diff.unroll for a folder."
+            )
+        if self.progress:
+            raise ValueError("A block does not know how far it has got: progress is for unroll.")
+        name = repr(self)
+        return InBlock(Tape(name, Thinning(self.every), STORES[str(self.store)]()))
+
+    def _watcher(self, loop: Loop) -> Watcher:
+        told: list[Watcher] = []
+        report: Union[Callable[..., Any], bool] = self.progress
+        if report is True:
+            report = Bar()
+        if callable(report):
+            told.append(Told(report, loop.length))
+        if str(self.store) in STORES:
+            return told[0] if told else Watcher()
+        if peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"{self!r} keeps its carries in a folder, and inside torch.func nobody could say "
+                "when they are no longer needed. Use torch.autograd, or store='memory' or 'cpu'."
+            )
+        settings = f"every={self.every!r}, slots={self.slots!r}, graphs={self.graphs!r}"
+        folder = Folder(os.fspath(self.store), loop, settings)
+        return Several(folder, *told)
+
+
+def _check_store(store: Any) -> None:
+    if not isinstance(store, (str, os.PathLike)):
+        raise TypeError(f"store must be one of {tuple(STORES)} or a folder, got {given(store)}.")
+    word = isinstance(store, str) and os.sep not in store
+    if word and store not in STORES and not os.path.isdir(store):
+        raise ValueError(
+            f"store must be one of {tuple(STORES)} or a folder, got {store!r}. If that is to be a "
+            f"folder, write './{store}'."
+        )
 
 
 def _is_no_integer(value: object) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay.loop import Loop
 
 
@@ -42,6 +43,10 @@ class FirstOrder:
     Reference:
         Finn, Abbeel and Levine, Model-Agnostic Meta-Learning, ICML 2017, section 5.2.
     """
+
+    def in_block(self) -> InBlock:
+        """Return that a block records its steps, with constant gradients."""
+        return InBlock(first_order=True)
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop; whatever is recording records it, without the gradients."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from torchopt.base.torch_internals import peek_interpreter_stack
+from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay.loop import Loop
 
 
@@ -37,6 +38,18 @@ class Offloaded:
     """
 
     pin_memory: bool = False
+
+    def in_block(self) -> InBlock:
+        """Refuse: a loss is computed in the block as well, where nobody would handle it.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"A block with adjoint={self!r} would leave on the GPU what the losses save. Write the "
+            "block inside of `with torch.autograd.graph.save_on_cpu():`, or take "
+            'Checkpointed(store="cpu").'
+        )
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop with hooks on what is saved."""

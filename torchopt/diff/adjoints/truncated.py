@@ -11,7 +11,10 @@ from torch import Tensor
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
 from torchopt.base.torch_internals import peek_interpreter_stack
+from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay.loop import Loop
+from torchopt.diff.replay.tape import Tape
+from torchopt.diff.replay.thinning import Thinning
 from torchopt.typing import PyTree
 
 
@@ -56,6 +59,10 @@ class Truncated:
             raise TypeError(f"last must be an integer, got {given(self.last)}.")
         if self.last < 1:
             raise ValueError(f"last must be >= 1, got {self.last}.")
+
+    def in_block(self) -> InBlock:
+        """Return a tape; which steps are the last is known when they are differentiated."""
+        return InBlock(Tape(repr(self), Thinning(1), last=self.last))
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop, and cut the graph before each step but the last ones."""

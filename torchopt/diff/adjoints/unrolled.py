@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay.loop import Loop
 from torchopt.typing import PyTree, TensorTree
 
@@ -45,3 +46,7 @@ class Unrolled:
     def __call__(self, solver: Any, fn: Any, params: TensorTree, args: tuple[PyTree, ...]) -> Any:
         """Run a solver of ``fn(params, *args)``, recording it."""
         return solver.run(fn, params, *args, create_graph=torch.is_grad_enabled())
+
+    def in_block(self) -> InBlock:
+        """Return that a block records its steps."""
+        return InBlock()

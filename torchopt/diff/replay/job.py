@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torchopt.diff.replay.random_state import Autocast, RandomState
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Carry, Store
 from torchopt.diff.replay.watch import Substituted, may_have_derivative
+from torchopt.diff.replay.watcher import Watcher
 
 
 @dataclass
@@ -70,13 +71,18 @@ class Job:
     schedule: Callable[[int], Schedule]
     new_store: Callable[[], Store]
     results_differ: list[bool]  #: Whether a carry's tensor, or a leaf of ys, has a derivative.
+    watcher: Watcher = field(default_factory=Watcher)  #: Is told of the loop itself, not of parts.
+    watched: Any = None  #: The first step, as it was watched.
 
     def __post_init__(self) -> None:
         self.carry_at = [i for i, x in enumerate(self.loop.start) if isinstance(x, Tensor)]
         self.xs_at = [i for i, x in enumerate(self.loop.xs) if isinstance(x, Tensor)]
         self.carry = [self.loop.start[i] for i in self.carry_at]
         self.xs = [self.loop.xs[i] for i in self.xs_at]
-        self.carry_differs = [is_smooth(x) for x in self.carry]
+        self.carry_differs = [
+            is_smooth(x) and (i not in self.loop.unchanged or may_have_derivative(x))
+            for i, x in zip(self.carry_at, self.carry)
+        ]
         self.xs_differ = [is_smooth(x) and may_have_derivative(x) for x in self.xs]
 
     # Tensors and leaves ------------------------------------------------------------------------
@@ -162,16 +168,22 @@ class Job:
         consts: Sequence[Tensor],
         length: int,
         keep: tuple[Store, Sequence[int]] | None = None,
+        watcher: Watcher | None = None,
     ) -> tuple[list[Any], list[list[Any]]]:
         """Take steps of which nothing is recorded; return the last leaves and each step's ``y``."""
-        leaves, rows, random = self.leaves(tensors, point), [], point.random
+        leaves, rows, random, first = self.leaves(tensors, point), [], point.random, 0
         kept = set(keep[1]) if keep else set()
-        for t in range(length):
+        if watcher is not None and (reached := watcher.start_forward(self)) is not None:
+            first, leaves, rows, random = reached.step, reached.leaves, reached.rows, reached.random
+            random.put_back()
+        for t in range(first, length):
             if keep and t in kept:
                 random = RandomState.now(self.devices, random)
                 keep[0].put(t, Carry(list(leaves), random))
             leaves, y = self.advance(leaves, self.x(xs, t), consts)
             rows.append(y)
+            if watcher is not None:
+                watcher.forward(self, t + 1, leaves, rows)
         return leaves, rows
 
     def record(
@@ -201,14 +213,15 @@ class Job:
         if not pairs or not by:
             return self._placed([None] * len(by))
         outputs, seeds = zip(*pairs)
-        grads = torch.autograd.grad(
-            outputs,
-            by,
-            seeds,
-            create_graph=create_graph,
-            retain_graph=create_graph or self.keeps_outside,
-            allow_unused=True,
-        )
+        with without_hooks(recorded.consts):
+            grads = torch.autograd.grad(
+                outputs,
+                by,
+                seeds,
+                create_graph=create_graph,
+                retain_graph=create_graph or self.keeps_outside,
+                allow_unused=True,
+            )
         return self._placed(grads)
 
     def _pull_functional(
@@ -240,6 +253,19 @@ class Job:
         """Put derivatives where their tensors are in the flat list."""
         rest = iter(grads)
         return [next(rest) if d else None for d in self.differs()]
+
+
+@contextlib.contextmanager
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let nobody hear of a part of the derivative by tensors: their hooks are for the whole."""
+    held = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    try:
+        for hooks, _ in held:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, content in held:
+            hooks.update(content)
 
 
 def is_smooth(tensor: Tensor) -> bool:

@@ -34,6 +34,9 @@ class Loop:
         self.paths = tree.leaf_paths(carry)
         self.xs, self.xs_spec = tree.flatten(xs)
         self.length = _length(self.xs, tree.leaf_names(xs), length)
+        #: Leaves of the carry by which there is a derivative only if there is one at the start:
+        #: those that the step hands on as they are, and all of a single step.
+        self.unchanged: frozenset[int] = frozenset()
         self.end = self.spec  # the structure of the last carry
         self.y_spec: Any = None
         self.y_names: list[str] = []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import unwrap_if_dead
-from torchopt.diff.replay.job import is_smooth
+from torchopt.diff.replay.job import is_smooth, without_hooks
 from torchopt.diff.replay.random_state import undisturbed
 
 
@@ -153,14 +153,15 @@ class Derivative(Program):
         by = [t for t, d in zip(given, differs) if d]
         if not pairs:
             return [torch.zeros_like(t) for t in by]
-        grads = torch.autograd.grad(
-            [output for output, _ in pairs],
-            by,
-            [seed for _, seed in pairs],
-            create_graph=create_graph,
-            retain_graph=create_graph or self.job.keeps_outside,
-            allow_unused=True,
-        )
+        with without_hooks(self.job.consts):
+            grads = torch.autograd.grad(
+                [output for output, _ in pairs],
+                by,
+                [seed for _, seed in pairs],
+                create_graph=create_graph,
+                retain_graph=create_graph or self.job.keeps_outside,
+                allow_unused=True,
+            )
         return [torch.zeros_like(t) if g is None else g for t, g in zip(by, grads)]
 
     def _functional(self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:

@@ -27,6 +27,7 @@ class Watched:
     calls: int  # of autograd in the step
     keeps_outside: bool
     results_differ: list[bool]
+    after: RandomState | None = None  #: The random states after the step.
 
 
 def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
@@ -37,10 +38,14 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
             computed from another.
     """
     random = RandomState.now(devices)
+    start = watch.newest_node()
     first, seen, given = one_step(loop, functional)
+    after = RandomState.now(devices, random)
     inside = {id(t) for t in given}
     outside = [t for t in seen.read.values() if watch.may_have_derivative(t)]
     outside = [t for t in outside if id(t) not in inside]
+    if not functional:  # what an unseen operation of the step has made has a newer node
+        outside = [t for t in outside if watch.is_older(t, start)]
     if functional or any(t.grad_fn is not None for t in outside):
         # what an unseen operation of the step has made is another object each time
         random.put_back()
@@ -64,15 +69,17 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
         )
     differ = [t.requires_grad for t in results]
     differ += [isinstance(t, Tensor) and t.requires_grad for t in y if t is not None]
-    return Watched(consts, leaves, y, seen.calls, alone, differ)
+    return Watched(consts, leaves, y, seen.calls, alone, differ, after)
 
 
-def _own(x: Any, functional: bool) -> Any:
+def _own(x: Any, functional: bool, unchanged: bool = False) -> Any:
     """Return what a watched step is given in the place of a tensor."""
     if not isinstance(x, Tensor):
         return x
     if functional:
         return x.clone()
+    if unchanged and not watch.may_have_derivative(x):
+        return x.detach().clone()
     if x.is_floating_point() or x.is_complex():
         return x.detach().requires_grad_().clone()  # no leaf: autograd guards these itself
     return x.detach().clone()
@@ -82,7 +89,7 @@ def one_step(
     loop: Loop, functional: bool
 ) -> tuple[tuple[list[Any], list[Any]], watch.Watch, list[Tensor]]:
     """Take the first step, watched; return its results, the watch and the tensors it was given."""
-    start = [_own(x, functional) for x in loop.start]
+    start = [_own(x, functional, i in loop.unchanged) for i, x in enumerate(loop.start)]
     row = [None if x is None else _own(x[0], functional) for x in loop.xs]
     x = tree.unflatten(loop.xs_spec, row)
     seen = watch.Watch()

@@ -18,6 +18,7 @@ from torchopt.diff.replay.job import Job, Point, Recorded, cut
 from torchopt.diff.replay.nodes import Program, apply
 from torchopt.diff.replay.random_state import RandomState
 from torchopt.diff.replay.store import Carry, Layered, Store
+from torchopt.diff.replay.watcher import Watcher
 
 
 class Steps(Program):
@@ -39,14 +40,15 @@ class Steps(Program):
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Take the steps; the loop itself keeps carries for its backward pass."""
-        job, keep = self.job, None
+        job, keep, watcher = self.job, None, None
         if not self.first:
             self.point.random.put_back()
         elif peek_interpreter_stack() is None:  # what a level of vmap has made would outlive it
-            self.store = job.new_store()
+            watcher = job.watcher
+            self.store = watcher.store or job.new_store()
             keep = self.store, job.schedule(self.length).kept()
         carry, xs, consts = job.inputs(tensors)
-        leaves, rows = job.sweep(carry, self.point, xs, consts, self.length, keep)
+        leaves, rows = job.sweep(carry, self.point, xs, consts, self.length, keep, watcher)
         self.end = Point(job.rest(leaves), RandomState.now(job.devices, self.point.random))
         if not self.first:
             rows = []
@@ -109,12 +111,17 @@ class Pull(Program):
         job = self.job
         schedule = job.schedule(self.length)
         carry, xs, consts = job.inputs(tensors)
-        back = _Back(job, xs, consts, *self._cotangents(tensors))
+        back = Back(job, xs, consts, *self._cotangents(tensors))
         store = self._store(carry, xs, consts, schedule.kept())
+        watcher = Watcher() if self.store is None else job.watcher
+        given = tensors[len(job.differs()) :]
+        done = watcher.start_backward(back, given, store is self.store)
         recorded: list[Recorded] = []
         at_hand: Carry | None = None
         for kind, step in schedule.backward():
-            if kind == "load":
+            if done is not None:  # an earlier process did this
+                done = None if (kind, step) == ("pull", done) else done
+            elif kind == "load":
                 at_hand = store.get(step)
                 at_hand.random.put_back()
                 at_hand = Carry(list(at_hand.leaves), at_hand.random)
@@ -122,6 +129,7 @@ class Pull(Program):
                 store.drop(step)
             elif kind == "pull":
                 back.through(recorded.pop(), step)
+                watcher.backward(step, back, not recorded)
             elif at_hand is None:
                 raise AssertionError(f"{kind} without a carry at hand")
             elif kind == "keep":
@@ -134,6 +142,7 @@ class Pull(Program):
                 row = job.row(xs, step)
                 recorded.append(job.record(at_hand.leaves, row, consts, create_graph=False))
                 at_hand = Carry(cut(recorded[-1].leaves), at_hand.random)
+        watcher.end_backward()
         return back.result([t for t, d in zip(tensors, job.differs()) if d])
 
     def _store(
@@ -162,7 +171,7 @@ class Pull(Program):
         cotangents, ys = self._cotangents(tensors)
         by = [t for t, d in zip([*carry, *xs, *consts], job.differs()) if d]
         if self.length == 1:
-            back = _Back(job, xs, consts, cotangents, ys)
+            back = Back(job, xs, consts, cotangents, ys)
             self.point.random.put_back()
             leaves = job.leaves(carry, self.point)
             back.through(job.record(leaves, job.row(xs, 0), consts, create_graph=True), 0)
@@ -178,13 +187,13 @@ class Pull(Program):
             starts.append(apply(steps, [*starts[-1], *x, *consts]))
             assert steps.end is not None
             points.append(steps.end)
-        back = _Back(job, xs, consts, cotangents, ys)
+        back = Back(job, xs, consts, cotangents, ys)
         for i in reversed(range(len(sizes))):
             back.part(starts[i], parts_of_xs[i], parts_of_ys[i], points[i], sizes[i])
         return back.result(by)
 
 
-class _Back:
+class Back:
     """What has been gathered on the way back: cotangents of a carry, and derivatives."""
 
     def __init__(

@@ -23,6 +23,7 @@ from torchopt.diff.replay.random_state import Autocast, RandomState, cuda_device
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Store
 from torchopt.diff.replay.watch import may_have_derivative
+from torchopt.diff.replay.watcher import Watcher
 
 
 def is_recorded(loop: Loop) -> bool:
@@ -72,6 +73,7 @@ def replayed(
     schedule: Callable[[int], Schedule],
     new_store: Callable[[], Store],
     check: bool = True,
+    watcher: Callable[[], Watcher] = Watcher,
 ) -> tuple[list[Any], list[Any]]:
     """Run a loop of which one node of the graph remembers a few carries."""
     if not torch.is_grad_enabled():
@@ -79,7 +81,9 @@ def replayed(
     refuse_levels(adjoint)
     if not is_recorded(loop):
         return loop.plain()
+    told = watcher()
     job = prepared(loop, schedule, new_store, check)
+    job.watcher, job.watched = told, None  # which would hold the graph of a step
     if not job.functional and not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts)):
         return loop.plain()
     point = Point(job.rest(loop.start), RandomState.now(job.devices))
@@ -117,6 +121,7 @@ def prepared(
         new_store=new_store,
         results_differ=watched.results_differ,
     )
+    job.watched = watched
     if check:
         leaves = [x.detach() if isinstance(x, Tensor) else x for x in loop.start]
         xs = [x.detach() for x in job.xs]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torchopt.base.torch_internals import (
+    disabled_torch_function,
     get_interpreter_stack,
     get_unwrapped,
     is_functorch_wrapped_tensor,
@@ -45,11 +46,33 @@ def may_have_derivative(value: Tensor) -> bool:
     return value.requires_grad
 
 
+def has_rules(tensor: Tensor) -> bool:
+    """Whether a tensor answers operations itself: a symbol, whose values nobody can ask for."""
+    rule: Any = type(tensor).__torch_function__
+    return rule is not disabled_torch_function and getattr(rule, "__func__", None) is not _PLAIN
+
+
+_PLAIN: Any = Tensor.__torch_function__.__func__  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def bare(tensor: Tensor) -> Tensor:
     """Return a tensor without the wraps of all levels of torch.func."""
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
+
+
+def newest_node() -> int:
+    """Return the number of a node that is made now, of this thread."""
+    with torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
+    return node._sequence_nr()
+
+
+def is_older(tensor: Tensor, number: int) -> bool:
+    """Whether a tensor is no result, or one of a node that is older than another."""
+    node: Any = tensor.grad_fn
+    return node is None or node._sequence_nr() < number
 
 
 class Watch(TorchFunctionMode):
@@ -70,8 +93,16 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Note what one call reads and makes."""
+        if getattr(func, "__name__", "") == "__get__":  # shape and the like read no numbers
+            result = func(*args)
+            if not isinstance(result, Tensor):
+                return result
         for tensor in tensors_in((args, kwargs or {})):
-            if id(tensor) not in self.made and id(tensor) not in self.read:
+            if (
+                id(tensor) not in self.made
+                and id(tensor) not in self.read
+                and not has_rules(tensor)
+            ):
                 self.read[id(tensor)] = tensor
                 self.versions[id(tensor)] = _version(tensor)
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):

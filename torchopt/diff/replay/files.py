@@ -1,0 +1,79 @@
+"""Tensors by name in a folder of their own, written whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+#: What names begin with that are not whole, or no longer.
+PARTIAL = ".partial-"
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by ``torch.distributed.checkpoint``; whoever sees the path sees all of them."""
+    dcp = _library()
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is one process
+            alone = {"no_dist": True} if _knows_no_dist(dcp.save) else {}
+            dcp.save(
+                {name: tensor.detach() for name, tensor in tensors.items()},
+                storage_writer=dcp.FileSystemWriter(partial),
+                **alone,
+            )
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Return what was written, on the CPU."""
+    dcp = _library()
+    reader = dcp.FileSystemReader(path)
+    found = {}
+    for name, kind in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(kind, dcp.TensorStorageMetadata)
+        found[name] = torch.empty(kind.size, dtype=kind.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        alone = {"no_dist": True} if _knows_no_dist(dcp.load) else {}
+        dcp.load(found, storage_reader=dcp.FileSystemReader(path), **alone)
+    return found
+
+
+def remove(path: Path) -> None:
+    """Remove what was written, so that nobody sees a part of it."""
+    gone = path.with_name(f"{PARTIAL}{os.getpid()}-gone-{path.name}")
+    try:
+        os.replace(path, gone)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file."""
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _library() -> Any:
+    """Return the part of torch that is imported late: it takes a second."""
+    return importlib.import_module("torch.distributed.checkpoint")
+
+
+def _knows_no_dist(function: Any) -> bool:
+    return "no_dist" in inspect.signature(function).parameters
