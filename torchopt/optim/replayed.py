@@ -14,7 +14,7 @@ from torchopt.base.misuse.given import given
 from torchopt.core import whole
 from torchopt.diff.replay.tape import Tape
 from torchopt.nn import marks, moments
-from torchopt.nn.parameters import place_parameter
+from torchopt.nn.parameters import place_each, place_parameter
 from torchopt.optim.frozen_function import frozen
 from torchopt.optim.meta_call import Entry, new_call
 from torchopt.optim.meta_optimizer import MetaOptimizer
@@ -78,8 +78,7 @@ class ReplayedSteps:
         marked = marks.any_marked(params)
         for old, new in zip(params, carry["params"]) if marked else ():
             marks.carry(old, new)
-        for entry, new in zip(entries, carry["params"]):
-            entry.site.place(new)
+        place_each([entry.site for entry in entries], carry["params"])
         buffers = [new.clone() for new in carry["buffers"]]
         self._placed = list(zip(buffers, carry["buffers"]))
         for module, name, k in places.all_buffers:
