@@ -85,8 +85,11 @@ def _fill_slots(tx: TransformationLike, call: Call, fresh: Sequence[bool]) -> No
         if packed is not None:
             call.slots = packed
             return
-    new = [p if f else None for p, f in zip(call.p, fresh)]
-    initial = initialise(tx, dataclasses.replace(call, p=new))
+    given = call.p
+    # not dataclasses.replace, which torch 2.6 cannot compile
+    call.p = [p if f else None for p, f in zip(given, fresh)]
+    initial = initialise(tx, call)
+    call.p = given
     for name, column in initial.items():
         old: Any = call.slots.get(name)
         if isinstance(old, Packed) or old is None:

@@ -296,7 +296,8 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[whole.PAIRS] = whole.end(plan, call)  # pyright: ignore
 
         all_or_nothing(write)
-        self._lent = False
+        if self._lent:  # an attribute that is set cannot be compiled before torch 2.13
+            self._lent = False
 
     def _step_in_place(self, grads: list[Tensor]) -> bool:
         """Let a fused kernel overwrite parameters and slots; return whether one could."""
