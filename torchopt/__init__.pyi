@@ -2,7 +2,9 @@
 # read it as it is; __init__.py reads it to know where to look when a name is first asked for.
 
 from torchopt import (
+    diff as diff,
     kernels as kernels,
+    nn as nn,
     projections as projections,
     schedules as schedule,
     schedules as schedules,
