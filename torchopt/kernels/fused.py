@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
+from torchopt.base.callers import level_of_user
 from torchopt.base.torch_internals import (
     TransformType,
     get_interpreter_stack,
@@ -325,5 +326,5 @@ def _warn_once(reason: str) -> None:
     warnings.warn(
         f"Optimizers run unfused, and slower: {reason}. Pass use_accelerated_op=False to silence "
         "this.",
-        stacklevel=backends.level_of_user(),
+        stacklevel=level_of_user(),
     )

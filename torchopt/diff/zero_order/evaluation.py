@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
+from torchopt.base.callers import level_of_user
 from torchopt.base.misuse.given import given, is_number
 
 
@@ -81,7 +82,7 @@ class Evaluator:
                 "calls it for one after the other. Pass vectorize=False if that is what you want, "
                 f"True to be told as an error. {type(error).__name__}: "
                 f"{misuse.clipped(str(error), 200)}",
-                stacklevel=5,
+                stacklevel=level_of_user(),
             )
             self.vectorize = False
             return values

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-import sys
-from pathlib import Path
 
 import torch
 
@@ -36,19 +33,6 @@ def unavailable(device_type: str) -> str:
     if device_type == "cuda":
         return _cuda_unavailable()
     return f"there are no kernels for {device_type!r} devices"
-
-
-_OWN_FOLDERS = tuple(
-    f"{folder}{os.sep}" for folder in (Path(__file__).parents[2], Path(torch.__file__).parent)
-)
-
-
-def level_of_user() -> int:
-    """Return the ``stacklevel`` at which a warning of the caller points to the user's code."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FOLDERS):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 @functools.cache
