@@ -7,7 +7,6 @@ import sys as _sys
 from types import ModuleType as _ModuleType
 from typing import Any as _Any
 
-from torchopt.diff.zero_order.evolution import Evolved as Evolved
 from torchopt.diff.zero_order.evolution import es_gradient as es_gradient
 from torchopt.diff.zero_order.evolution import evolution_strategies as evolution_strategies
 from torchopt.diff.zero_order.smoothing import zero_order as zero_order

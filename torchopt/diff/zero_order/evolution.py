@@ -230,8 +230,8 @@ def evolution_strategies(
         tx: What makes updates of estimates. Ranks have no scale, so that Adam suits them; weight
             decay keeps parameters from growing where the objective does not.
         num_steps: How many estimates and updates.
-        state: The state to go on from, of :class:`~torchopt.diff.zero_order.Evolved`; by default a
-            fresh one. With the same generator, two runs of ten steps are then one of twenty.
+        state: That of what an earlier run returned, to go on from; by default a fresh one. With the
+            same generator, two runs of ten steps are then one of twenty.
         num_samples: Pairs of points for each step.
         sigma: How far they are from the parameters.
         shaping: What their values count: ``"ranks"``, ``None`` or a function.
