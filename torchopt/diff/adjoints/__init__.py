@@ -1,0 +1,1 @@
+"""Ways to differentiate a loop, each an object that is handed to it."""

@@ -1,0 +1,1 @@
+"""How a loop is differentiated by computing its steps again."""

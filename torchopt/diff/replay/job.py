@@ -1,0 +1,248 @@
+"""A loop that is to be replayed: what goes into its graph, and how to run some of its steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.diff.replay.loop import Loop
+from torchopt.diff.replay.random_state import Autocast, RandomState
+from torchopt.diff.replay.schedules import Schedule
+from torchopt.diff.replay.store import Carry, Store
+from torchopt.diff.replay.watch import Substituted, may_have_derivative
+
+
+@dataclass
+class Point:
+    """A moment between two steps, without the tensors: other leaves, and the random states."""
+
+    leaves: list[Any]  # None where a tensor stands
+    random: RandomState
+
+
+@dataclass
+class Job:
+    """A loop, and what watching its first step has told.
+
+    Tensors travel through the graph in flat lists: those of the carry, those of ``xs``, and those
+    that the step closes over (``consts``).
+    """
+
+    loop: Loop
+    consts: list[Tensor]
+    functional: bool  #: Whether levels of torch.func are open.
+    records: bool  #: Whether the step calls autograd itself, and so needs a graph in each run.
+    keeps_outside: bool  #: Whether a graph from outside is part of that of each step.
+    devices: list[int]
+    autocast: Autocast
+    schedule: Callable[[int], Schedule]
+    new_store: Callable[[], Store]
+    results_differ: list[bool]  #: Whether a carry's tensor, or a leaf of ys, has a derivative.
+
+    def __post_init__(self) -> None:
+        self.carry_at = [i for i, x in enumerate(self.loop.start) if isinstance(x, Tensor)]
+        self.xs_at = [i for i, x in enumerate(self.loop.xs) if isinstance(x, Tensor)]
+        self.carry = [self.loop.start[i] for i in self.carry_at]
+        self.xs = [self.loop.xs[i] for i in self.xs_at]
+        self.carry_differs = [_is_smooth(x) for x in self.carry]
+        self.xs_differ = [_is_smooth(x) and may_have_derivative(x) for x in self.xs]
+        self.counts = {"advances": 0, "recorded": 0, "carries": 0}
+
+    # Tensors and leaves ------------------------------------------------------------------------
+
+    def tensors(self, leaves: Sequence[Any]) -> list[Tensor]:
+        """Return the tensors among the leaves of a carry."""
+        return [leaves[i] for i in self.carry_at]
+
+    def rest(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the other leaves of a carry, with ``None`` in the place of tensors."""
+        return [None if isinstance(x, Tensor) else x for x in leaves]
+
+    def leaves(self, tensors: Sequence[Tensor], point: Point) -> list[Any]:
+        """Return the leaves of a carry."""
+        leaves = list(point.leaves)
+        for i, tensor in zip(self.carry_at, tensors):
+            leaves[i] = tensor
+        return leaves
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Divide a flat list into carry, xs and what the step closes over; more may follow."""
+        c, x = len(self.carry_at), len(self.xs_at)
+        k = c + x + len(self.consts)
+        return list(tensors[:c]), list(tensors[c : c + x]), list(tensors[c + x : k])
+
+    def inputs(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Divide a flat list, with what a step reads in the place of what it closes over.
+
+        Outside of torch.func these are the tensors themselves, whatever their place holds.
+        """
+        carry, xs, consts = self.split(tensors)
+        return carry, xs, consts if self.functional else self.consts
+
+    def differs(self) -> list[bool]:
+        """Return by which tensors of the flat list there are derivatives."""
+        return [*self.carry_differs, *self.xs_differ, *(True for _ in self.consts)]
+
+    def x(self, xs: Sequence[Tensor], index: int) -> Any:
+        """Return the input of a step, from the tensors of ``xs``."""
+        leaves: list[Any] = [None] * len(self.loop.xs)
+        for i, x in zip(self.xs_at, xs):
+            leaves[i] = x
+        return self.loop.x(leaves, index)
+
+    def row(self, xs: Sequence[Tensor], index: int) -> list[Tensor]:
+        """Return the tensors of one step's input."""
+        return [x[index] for x in xs]
+
+    def from_row(self, row: Sequence[Tensor]) -> Any:
+        """Return the input of a step, from its tensors."""
+        return self.x([tensor[None] for tensor in row], 0)
+
+    # Running -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def reading(self, consts: Sequence[Tensor]) -> Iterator[None]:
+        """Let the step read these tensors where it closes over others."""
+        with self.autocast.again():
+            if self.functional and self.consts:
+                with Substituted(self.consts, consts):
+                    yield
+            else:
+                yield
+
+    def advance(
+        self, leaves: list[Any], x: Any, consts: Sequence[Tensor]
+    ) -> tuple[list[Any], list[Any]]:
+        """Take one step of which nothing is recorded."""
+        if not self.records:
+            with torch.no_grad(), self.reading(consts):
+                return self.loop.take(leaves, x)
+        with torch.enable_grad(), self.reading(consts):
+            for i, smooth in zip(self.carry_at, self.carry_differs):
+                leaves[i] = leaves[i].detach().requires_grad_(smooth)
+            carry, y = self.loop.take(leaves, x)
+        return _cut(carry), _cut(y)
+
+    def sweep(
+        self,
+        tensors: Sequence[Tensor],
+        point: Point,
+        xs: Sequence[Tensor],
+        consts: Sequence[Tensor],
+        length: int,
+        keep: tuple[Store, Sequence[int]] | None = None,
+    ) -> tuple[list[Any], list[list[Any]]]:
+        """Take steps of which nothing is recorded; return the last leaves and each step's ``y``."""
+        leaves, rows, random = self.leaves(tensors, point), [], point.random
+        kept = set(keep[1]) if keep else set()
+        for t in range(length):
+            if keep and t in kept:
+                random = RandomState.now(self.devices, random)
+                keep[0].put(t, Carry(list(leaves), random))
+            leaves, y = self.advance(leaves, self.x(xs, t), consts)
+            rows.append(y)
+        return leaves, rows
+
+    def pull(
+        self,
+        leaves: list[Any],
+        row: Sequence[Tensor],
+        consts: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        create_graph: bool,
+    ) -> list[Tensor | None]:
+        """Take one step with a graph, and return the derivatives by its tensors.
+
+        ``cotangents`` are those of the carry's tensors, and of the leaves of ``y``.
+        """
+        self.counts["recorded"] += 1
+        if self.functional:
+            return self._pull_functional(leaves, row, consts, cotangents)
+        carry = self.tensors(leaves)
+        given = [*_inputs(carry, self.carry_differs, create_graph)]
+        given_x = [*_inputs(row, self.xs_differ, create_graph)]
+        with torch.enable_grad(), self.reading(consts):
+            for i, tensor in zip(self.carry_at, given):
+                leaves[i] = tensor
+            new, y = self.loop.take(leaves, self.from_row(given_x) if row else self.x((), 0))
+        pairs = _pairs([*self.tensors(new), *y], cotangents)
+        by = [t for t, d in zip([*given, *given_x, *consts], self.differs()) if d]
+        if not pairs or not by:
+            return self._placed([None] * len(by))
+        outputs, seeds = zip(*pairs)
+        grads = torch.autograd.grad(
+            outputs,
+            by,
+            seeds,
+            create_graph=create_graph,
+            retain_graph=create_graph or self.keeps_outside,
+            allow_unused=True,
+        )
+        return self._placed(grads)
+
+    def _pull_functional(
+        self,
+        leaves: list[Any],
+        row: Sequence[Tensor],
+        consts: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        flat = [*self.tensors(leaves), *row, *consts]
+        at = [i for i, d in enumerate(self.differs()) if d]
+        wanted = [i for i, c in enumerate(cotangents) if c is not None]
+
+        def outputs(*by: Tensor) -> tuple[Tensor, ...]:
+            here = list(flat)
+            for i, tensor in zip(at, by):
+                here[i] = tensor
+            carry, xs, others = self.split(here)
+            for i, tensor in zip(self.carry_at, carry):
+                leaves[i] = tensor
+            with self.reading(others):
+                new, y = self.loop.take(leaves, self.from_row(xs) if row else self.x((), 0))
+            results = [*self.tensors(new), *y]
+            return tuple(results[i] for i in wanted)
+
+        if not wanted or not at:
+            return self._placed([None] * len(at))
+        _, pull = torch.func.vjp(outputs, *(flat[i] for i in at))
+        return self._placed(pull(tuple(c for c in cotangents if c is not None)))
+
+    def _placed(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Put derivatives where their tensors are in the flat list."""
+        rest = iter(grads)
+        return [next(rest) if d else None for d in self.differs()]
+
+
+def _is_smooth(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _cut(leaves: Sequence[Any]) -> list[Any]:
+    return [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+
+
+def _inputs(tensors: Sequence[Tensor], differ: Sequence[bool], connected: bool) -> Iterator[Tensor]:
+    """Yield tensors to differentiate by: leaves of the graph, or nodes of their own of one."""
+    for tensor, d in zip(tensors, differ):
+        if not d:
+            yield tensor.detach()
+        elif connected and tensor.requires_grad:
+            yield tensor.view_as(tensor)
+        else:
+            yield tensor.detach().requires_grad_()
+
+
+def _pairs(
+    outputs: Sequence[Any], cotangents: Sequence[Tensor | None]
+) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents)
+        if cotangent is not None and isinstance(output, Tensor) and output.requires_grad
+    ]

@@ -1,0 +1,198 @@
+"""One loop: a step, the structure of its carry, and what a step may return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.base import tree
+from torchopt.base.misuse.given import given
+from torchopt.base.values import describe
+from torchopt.typing import PyTree
+
+
+Step = Callable[[Any, Any], Any]
+
+
+class Loop:
+    """A step that is taken ``length`` times, from one carry to the next.
+
+    Between steps a carry is the list of its leaves. Structure, shapes, dtypes and devices of the
+    carry stay what they were at the start, and those of ``y`` what they were after the first step.
+    """
+
+    def __init__(self, step: Step, carry: PyTree, xs: PyTree, length: int | None) -> None:
+        if not callable(step):
+            raise TypeError(
+                f"step must be a function step(carry, x) -> (carry, y), got {given(step)}."
+            )
+        self.step = step
+        self.start, self.spec = tree.flatten(carry)
+        self.paths = tree.leaf_paths(carry)
+        self.xs, self.xs_spec = tree.flatten(xs)
+        self.length = _length(self.xs, tree.leaf_names(xs), length)
+        self.y_spec: Any = None
+        self.y_names: list[str] = []
+        self.y_likes: list[Any] = []
+
+    def x(self, xs: Sequence[Any], index: int) -> PyTree:
+        """Return what the step is given at one index of these leaves."""
+        return tree.unflatten(self.xs_spec, [None if x is None else x[index] for x in xs])
+
+    def take(self, leaves: Sequence[Any], x: PyTree) -> tuple[list[Any], list[Any]]:
+        """Take one step; return the leaves of the carry and those of ``y``.
+
+        Raises:
+            TypeError: If the step returns no pair, or a leaf of another kind.
+            ValueError: If it returns a carry of another structure, or a leaf of another shape,
+                dtype or device, or ``y`` of another structure than before.
+        """
+        result = self.step(tree.unflatten(self.spec, leaves), x)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(
+                "step must return the pair (carry, y); return (carry, None) where there is no y. "
+                f"Got {given(result)}."
+            )
+        carry, y = result
+        new = self._carry_leaves(carry)
+        for path, old_leaf, new_leaf in zip(self.paths, leaves, new):
+            if not _alike(old_leaf, new_leaf):
+                _refuse_leaf(called(tree.dotted(path), "the carry"), old_leaf, new_leaf)
+        return new, self._y_leaves(y)
+
+    def _carry_leaves(self, carry: PyTree) -> list[Any]:
+        leaves, spec = tree.flatten(carry)
+        if spec == self.spec:
+            return leaves
+        paths = tree.leaf_paths(carry)
+        by_path = dict(zip(paths, leaves))
+        if len(paths) != len(self.paths) or by_path.keys() != set(self.paths):
+            difference = tree.first_difference(paths, self.paths)
+            raise ValueError(
+                f"step must return a carry of the structure that it was given: {difference}. "
+                "Return what it was given, with new values."
+            )
+        return [by_path[path] for path in self.paths]
+
+    def _y_leaves(self, y: PyTree) -> list[Any]:
+        leaves, spec = tree.flatten(y)
+        if self.y_spec is None:
+            for name, leaf in zip(tree.leaf_names(y), leaves):
+                if leaf is not None and not isinstance(leaf, (Tensor, bool, int, float, complex)):
+                    raise TypeError(
+                        f"What step returns as {called(name, 'y')} is stacked, so it must be a "
+                        f"tensor, a number or None; got {given(leaf)}."
+                    )
+            self.y_spec, self.y_likes, self.y_names = spec, _likes(leaves), tree.leaf_names(y)
+            return leaves
+        if spec != self.y_spec and tree.leaf_names(y) != self.y_names:
+            raise ValueError(
+                "step must return y of the same structure at every step: "
+                f"{tree.first_difference(tree.leaf_names(y), self.y_names)}."
+            )
+        for name, like, leaf in zip(self.y_names, self.y_likes, leaves):
+            if not _alike(like, leaf):
+                _refuse_leaf(called(name, "y"), like, leaf)
+        return leaves
+
+    def stacked(self, rows: Sequence[Sequence[Any]]) -> list[Any]:
+        """Return each leaf of ``y`` for all steps: tensors with one more dimension, or ``None``."""
+        return [_stack(column) for column in zip(*rows)]
+
+    def result(self, leaves: Sequence[Any], ys: Sequence[Any]) -> tuple[PyTree, PyTree]:
+        """Return what the loop returns."""
+        return tree.unflatten(self.spec, list(leaves)), tree.unflatten(self.y_spec, list(ys))
+
+    def plain(self) -> tuple[list[Any], list[Any]]:
+        """Run all steps as they are; whatever is recording records them."""
+        leaves, rows = self.start, []
+        for t in range(self.length):
+            leaves, y = self.take(leaves, self.x(self.xs, t))
+            rows.append(y)
+        return leaves, self.stacked(rows)
+
+
+def called(name: str, of: str) -> str:
+    """Return how errors call a leaf."""
+    return f"leaf {name!r} of {of}" if name else of
+
+
+def _length(xs: list[Any], names: list[str], length: int | None) -> int:
+    """Return how many steps there are.
+
+    Raises:
+        TypeError: If a leaf of ``xs`` is no tensor, or ``length`` no integer.
+        ValueError: If lengths are missing, differ or are zero.
+    """
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
+        raise TypeError(f"length must be an integer, got {given(length)}.")
+    lengths = {} if length is None else {"length": length}
+    for name, x in zip(names, xs):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            what = "a 0-d tensor" if isinstance(x, Tensor) else given(x)
+            raise TypeError(
+                f"What is given as {called(name, 'xs')} must be a tensor whose first dimension "
+                f"counts the steps, got {what}. What is the same in all steps the step can close "
+                "over."
+            )
+        lengths[called(name, "xs")] = x.shape[0]
+    if not lengths:
+        raise ValueError("How many steps? Pass xs, or length=n where the steps take no input.")
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{name}: {n}" for name, n in lengths.items())
+        raise ValueError(f"xs and length must all give one number of steps, got {shown}.")
+    number = next(iter(lengths.values()))
+    if number < 1:
+        raise ValueError(f"unroll takes at least one step, got {number}.")
+    return number
+
+
+def _likes(leaves: Sequence[Any]) -> list[Any]:
+    """Return examples to compare leaves with, that hold no graph and no memory of their own."""
+    return [
+        torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape)
+        if isinstance(x, Tensor)
+        else x
+        for x in leaves
+    ]
+
+
+def _alike(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor):
+        return (
+            isinstance(new, Tensor)
+            and new.shape == old.shape
+            and new.dtype == old.dtype
+            and new.device == old.device
+        )
+    return type(new) is type(old)
+
+
+def _refuse_leaf(what: str, old: Any, new: Any) -> None:
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        where = f" on {old.device}", f" on {new.device}"
+        place = where if old.device != new.device else ("", "")
+        raise ValueError(
+            f"step must keep shape, dtype and device of {what}: it was {describe(old)}{place[0]} "
+            f"and is {describe(new)}{place[1]}."
+        )
+    cure = ""
+    if isinstance(new, Tensor) and isinstance(old, (int, float)):
+        cure = f" Start from torch.tensor({old})."
+    raise TypeError(
+        f"step must keep the kind of {what}: it was {given(old)} and is "
+        f"{given(new)}.{cure}"
+    )
+
+
+def _stack(column: Sequence[Any]) -> Any:
+    if column[0] is None:
+        return None
+    if isinstance(column[0], Tensor):
+        return torch.stack(list(column))
+    return torch.tensor(column)

@@ -1,0 +1,177 @@
+"""The first step, watched: what it closes over, and whether it can be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.base import tree
+from torchopt.base.torch_internals import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    temporarily_clear_interpreter_stack,
+)
+from torchopt.base.values import describe
+from torchopt.diff.replay import watch
+from torchopt.diff.replay.loop import Loop, called
+from torchopt.diff.replay.random_state import Autocast, RandomState
+
+
+@dataclass
+class Watched:
+    """What one step has told."""
+
+    consts: list[Tensor]
+    leaves: list[Any]
+    y: list[Any]
+    records: bool
+    keeps_outside: bool
+    results_differ: list[bool]
+
+
+def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
+    """Take the first step once, with a graph, watching what it reads.
+
+    Raises:
+        ValueError: If it changes a tensor in place, or closes over tensors of which one was
+            computed from another.
+    """
+    random = RandomState.now(devices)
+    first, seen, given = _take(loop, functional)
+    inside = {id(t) for t in given}
+    outside = [t for t in seen.read.values() if watch.may_have_derivative(t)]
+    outside = [t for t in outside if id(t) not in inside]
+    if functional or any(t.grad_fn is not None for t in outside):
+        # what an unseen operation of the step has made is another object each time
+        random.put_back()
+        _, again, _ = _take(loop, functional)
+        outside = [t for t in outside if id(t) in again.read]
+    random.put_back()
+    names = watch.names_in(loop.step)
+    _refuse_changes(loop, seen, given, names)
+    leaves, y = first
+    if functional:
+        return Watched(outside, leaves, y, False, False, [])
+    results = [x for x in leaves if isinstance(x, Tensor)]
+    outputs = [*results, *(t for t in y if isinstance(t, Tensor))]
+    consts, alone = watch.reached([t for t in outputs if t.requires_grad], given, outside)
+    if (pair := watch.depends(consts)) is not None:
+        shown = [_called(t, names) for t in pair]
+        raise ValueError(
+            f"The step closes over {shown[0]} and over {shown[1]}, from which it was computed, and "
+            "replaying cannot tell their derivatives apart. Put one of them into the carry, and "
+            "return it unchanged."
+        )
+    differ = [t.requires_grad for t in results]
+    differ += [isinstance(t, Tensor) and t.requires_grad for t in y if t is not None]
+    return Watched(consts, leaves, y, seen.differentiates, alone, differ)
+
+
+def _take(loop: Loop, functional: bool) -> tuple[tuple[list[Any], list[Any]], Any, list[Tensor]]:
+    """Take the first step, watched; return its results, the watch and the tensors it was given."""
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if functional:
+            return x.clone()
+        if x.is_floating_point() or x.is_complex():
+            return x.detach().requires_grad_().clone()  # no leaf: autograd guards these itself
+        return x.detach().clone()
+
+    start = [own(x) for x in loop.start]
+    row = [None if x is None else own(x[0]) for x in loop.xs]
+    x = tree.unflatten(loop.xs_spec, row)
+    seen = watch.Watch()
+    with torch.enable_grad(), Autocast().again(), seen:
+        results = loop.take(start, x)
+    return results, seen, [t for t in (*start, *row) if isinstance(t, Tensor)]
+
+
+def _refuse_changes(
+    loop: Loop, seen: watch.Watch, given: Sequence[Tensor], names: dict[int, str]
+) -> None:
+    changed = seen.changed()
+    if not changed:
+        return
+    at = {id(t): i for i, t in enumerate(given)}
+    paths = [p for p, x in zip(loop.paths, loop.start) if isinstance(x, Tensor)]
+    shown = []
+    for tensor in changed:
+        place = at.get(id(tensor), len(paths))
+        if place < len(paths):
+            shown.append(called(tree.dotted(paths[place]), "its carry"))
+        elif id(tensor) in at:
+            shown.append("its x")
+        else:
+            shown.append(_called(tensor, names))
+    raise ValueError(
+        f"The step changes {', '.join(shown)} in place, so that it cannot be taken again. Let it "
+        "change a clone() and return that in the carry (buffers of a module: "
+        "torch.func.functional_call with clones of them)."
+    )
+
+
+def _called(tensor: Tensor, names: dict[int, str]) -> str:
+    name = names.get(id(tensor))
+    return f"{name!r}" if name else f"a tensor ({describe(tensor)})"
+
+
+def check_repeatable(
+    loop: Loop,
+    watched: Watched,
+    run: Callable[[], tuple[list[Any], list[Any]]],
+    devices: list[int],
+) -> None:
+    """Take the first step again, and compare all bits.
+
+    Raises:
+        RuntimeError: If anything differs, naming the leaf.
+    """
+    random = RandomState.now(devices)
+    try:
+        first = run()
+        if _difference(loop, first, (watched.leaves, watched.y)) is None:
+            return  # with a graph and without it is the same
+        random.put_back()
+        difference = _difference(loop, first, run())
+    finally:
+        random.put_back()
+    if difference is not None:
+        raise RuntimeError(
+            f"The step gives another {difference} when it is taken again with the same carry, x and "
+            "random state, so it cannot be replayed. Does it draw from a torch.Generator of its "
+            "own, from numpy or random, count its calls, or read the next batch? Put such things "
+            "into the carry or xs, or differentiate with adjoint=Unrolled()."
+        )
+
+
+def _difference(
+    loop: Loop, one: tuple[list[Any], list[Any]], two: tuple[list[Any], list[Any]]
+) -> str | None:
+    names = [tree.dotted(path) for path in loop.paths], loop.y_names
+    for which, of, a, b in zip(("the carry", "y"), names, one, two):
+        for name, x, y in zip(of, a, b):
+            if not _same(x, y):
+                return f"value of {called(name, which)}"
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return bool(a == b) or (a != a and b != b)
+    with temporarily_clear_interpreter_stack(), torch.no_grad():
+        a, b = _bare(a), _bare(b)
+        if torch.equal(a, b):
+            return True
+        return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor.detach()

@@ -1,0 +1,122 @@
+"""Run a loop so that its derivative replays it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchopt.base.torch_internals import (
+    get_interpreter_stack,
+    in_forward_mode,
+    peek_interpreter_stack,
+    TransformType,
+)
+from torchopt.diff.replay.job import Job, Point
+from torchopt.diff.replay.loop import Loop
+from torchopt.diff.replay.probe import check_repeatable, look
+from torchopt.diff.replay.programs import apply, Steps
+from torchopt.diff.replay.random_state import Autocast, cuda_devices, RandomState
+from torchopt.diff.replay.schedules import Schedule
+from torchopt.diff.replay.store import Store
+from torchopt.diff.replay.watch import may_have_derivative
+
+
+def is_recorded(loop: Loop) -> bool:
+    """Whether a graph may be recorded now, so that there is something to save."""
+    if not torch.is_grad_enabled():
+        return False
+    levels = get_interpreter_stack()
+    if levels is None:
+        return True
+    tensors = [t for t in (*loop.start, *loop.xs) if isinstance(t, Tensor)]
+    return any(level.key() == TransformType.Grad for level in levels) or any(
+        may_have_derivative(t) for t in tensors
+    )
+
+
+def refuse_levels(name: str) -> None:
+    """Refuse what a node of the graph cannot serve.
+
+    Raises:
+        RuntimeError: In a function that torch.compile compiles, and where forward mode is at work
+            in a way whose results would be wrong.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"unroll(..., adjoint={name}) cannot be compiled as a whole, for it decides itself what "
+            "is computed again. Compile the step, unroll(torch.compile(step), ...), or the whole "
+            "loop with adjoint=Unrolled()."
+        )
+    levels = get_interpreter_stack() or ()
+    forward = sum(level.key() == TransformType.Jvp for level in levels)
+    if forward > 1:
+        raise RuntimeError(
+            f"unroll(..., adjoint={name}) inside two levels of forward mode would have wrong "
+            "derivatives, for PyTorch loses one of them at a hand-written node of the graph. Use "
+            "adjoint=Unrolled(), or torch.func.jacrev for one of the two."
+        )
+    if not levels and in_forward_mode():
+        raise RuntimeError(
+            f"unroll(..., adjoint={name}) knows no dual numbers of torch.autograd.forward_ad. Use "
+            "torch.func.jvp, or adjoint=Unrolled()."
+        )
+
+
+def replayed(
+    loop: Loop,
+    name: str,
+    schedule: Callable[[int], Schedule],
+    new_store: Callable[[], Store],
+    check: bool = True,
+) -> tuple[list[Any], list[Any]]:
+    """Run a loop of which one node of the graph remembers a few carries."""
+    if not is_recorded(loop):
+        return loop.plain()
+    refuse_levels(name)
+    job = prepared(loop, schedule, new_store, check)
+    if not job.functional and not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts)):
+        return loop.plain()
+    point = Point(job.rest(loop.start), RandomState.now(job.devices))
+    steps = Steps(job, point, loop.length, first=True)
+    results = apply(steps, [*job.carry, *job.xs, *job.consts])
+    assert steps.end is not None
+    n = len(job.carry_at)
+    rest = iter(results[n:])
+    ys = [None if like is None else next(rest) for like in loop.y_likes]
+    return job.leaves(results[:n], steps.end), ys
+
+
+def prepared(
+    loop: Loop,
+    schedule: Callable[[int], Schedule],
+    new_store: Callable[[], Store],
+    check: bool = True,
+) -> Job:
+    """Watch the first step, and return what is needed to replay it and its successors."""
+    functional = peek_interpreter_stack() is not None
+    devices = cuda_devices([*loop.start, *loop.xs])
+    watched = look(loop, devices, functional)
+    job = Job(
+        loop=loop,
+        consts=watched.consts,
+        functional=functional,
+        records=watched.records,
+        keeps_outside=watched.keeps_outside,
+        devices=devices,
+        autocast=Autocast(),
+        schedule=schedule,
+        new_store=new_store,
+        results_differ=watched.results_differ,
+    )
+    if check:
+        leaves = [x.detach() if isinstance(x, Tensor) else x for x in loop.start]
+        xs = [x.detach() for x in job.xs]
+
+        def run() -> tuple[list[Any], list[Any]]:
+            return job.advance(list(leaves), job.x(xs, 0), job.consts)
+
+        check_repeatable(loop, watched, run, devices)
+    return job

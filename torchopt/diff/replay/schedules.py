@@ -1,0 +1,252 @@
+r"""Which carries are kept, and which steps are taken again: pure functions with exact counts.
+
+A backward pass needs the carry before each step, from the last step to the first. A schedule says
+which ones the first sweep keeps, and then, as a list of actions, how those in between are made
+again. ``Plan`` counts the actions of the same list that is later run.
+
+For :math:`T` steps, with all carries that are kept at a time and all steps that are taken once
+more without a graph (each step is also recorded once, alone):
+
+=================  ============================  ==============================================
+schedule           carries kept                  steps taken once more
+=================  ============================  ==============================================
+every step         :math:`T`                     0
+every n steps      :math:`T/n + n - 1`           :math:`T - T/n`
+halving            :math:`\log_2 T + 1`          about :math:`\tfrac12 T \log_2 T - T`
+binomial, c kept   :math:`c`                     about :math:`(r - 1) T`, where r is the least
+                                                 number with :math:`\binom{c + r}{c} \ge T`
+=================  ============================  ==============================================
+
+Reference:
+    Griewank and Walther, Algorithm 799: Revolve, ACM Transactions on Mathematical Software 2000.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+
+Kind = Literal["load", "advance", "keep", "drop", "reverse"]
+
+
+class Action(NamedTuple):
+    """One thing that a backward pass does; there is one carry at hand, and there are kept ones.
+
+    ``load``: take the kept carry ``step`` at hand. ``advance``: take ``step``, without a graph.
+    ``keep``: keep the carry at hand, which is that before ``step``. ``drop``: forget it.
+    ``reverse``: take ``step`` with a graph, and differentiate it.
+    """
+
+    kind: Kind
+    step: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a schedule costs, before anything runs.
+
+    Example:
+        >>> from torchopt.diff import Checkpointed
+        >>> print(Checkpointed("sqrt").plan(10_000, carry_bytes=4_000_000))
+        10000 steps: 9900 taken once more, at most 199 carries kept, 796.0 MB
+    """
+
+    steps: int  #: The length of the loop.
+    advances: int  #: Steps taken once more without a graph.
+    carries: int  #: The most carries that are kept at one time, that of the start included.
+    bytes: int  #: What these take.
+
+    def __str__(self) -> str:
+        return (
+            f"{self.steps} steps: {self.advances} taken once more, at most {self.carries} carries "
+            f"kept, {size(self.bytes)}"
+        )
+
+
+def size(number: int) -> str:
+    """Return a number of bytes as one reads it."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number} bytes"
+
+
+class Schedule(abc.ABC):
+    """Says what to keep and what to compute again, for one length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    @abc.abstractmethod
+    def kept(self) -> list[int]:
+        """Return the steps before which the first sweep keeps the carry; 0 is the first."""
+
+    @abc.abstractmethod
+    def backward(self) -> Iterator[Action]:
+        """Yield the actions of the backward pass."""
+
+    @abc.abstractmethod
+    def parts(self, low: int, high: int) -> list[int]:
+        """Return where to divide an interval of steps of which derivatives are derived again."""
+
+    def plan(self, carry_bytes: int) -> Plan:
+        """Count the actions."""
+        kept = most = len(self.kept())
+        advances = 0
+        for action in self.backward():
+            advances += action.kind == "advance"
+            kept += (action.kind == "keep") - (action.kind == "drop")
+            most = max(most, kept)
+        return Plan(self.length, advances, most, most * carry_bytes)
+
+
+def _reverse_kept(step: int) -> Iterator[Action]:
+    yield Action("load", step)
+    yield Action("drop", step)
+    yield Action("reverse", step)
+
+
+class Segments(Schedule):
+    """Keep every n-th carry; refill one segment at a time."""
+
+    def __init__(self, length: int, every: int) -> None:
+        super().__init__(length)
+        self.every = every
+
+    def kept(self) -> list[int]:
+        return list(range(0, self.length, self.every))
+
+    def backward(self) -> Iterator[Action]:
+        for low in reversed(self.kept()):
+            high = min(low + self.every, self.length)
+            if high - low > 1:
+                yield Action("load", low)
+            for step in range(low, high - 1):
+                yield Action("advance", step)
+                yield Action("keep", step + 1)
+            for step in range(high - 1, low - 1, -1):
+                yield from _reverse_kept(step)
+
+    def parts(self, low: int, high: int) -> list[int]:
+        every = self.every if high - low > self.every else 1
+        return [*range(low, high, every), high]
+
+
+class Halving(Schedule):
+    """Keep the middle of what is left, again and again."""
+
+    def kept(self) -> list[int]:
+        steps, low = [0], 0
+        while self.length - low > 1:
+            low = (low + self.length) // 2
+            steps.append(low)
+        return steps
+
+    def backward(self) -> Iterator[Action]:
+        ends = [*self.kept()[1:], self.length]
+        for low, high in zip(reversed(self.kept()), reversed(ends)):
+            yield from self._gap(low, high)
+
+    def _gap(self, low: int, high: int) -> Iterator[Action]:
+        if high - low == 1:
+            yield from _reverse_kept(low)
+            return
+        middle = (low + high) // 2
+        yield Action("load", low)
+        for step in range(low, middle):
+            yield Action("advance", step)
+        yield Action("keep", middle)
+        yield from self._gap(middle, high)
+        yield from self._gap(low, middle)
+
+    def parts(self, low: int, high: int) -> list[int]:
+        return [low, (low + high) // 2, high]
+
+
+class Binomial(Schedule):
+    """Keep a given number of carries, and take as few steps again as that allows (revolve)."""
+
+    def __init__(self, length: int, slots: int) -> None:
+        super().__init__(length)
+        self.slots = min(slots, length)
+
+    def kept(self) -> list[int]:
+        return [low for low, _ in self._first_gaps()]
+
+    def _first_gaps(self) -> list[tuple[int, int]]:
+        """Return, from left to right, the gaps that the first sweep leaves: start, slots."""
+        low, slots, gaps = 0, self.slots, [(0, self.slots)]
+        while slots > 1 and self.length - low > 1:
+            low += _advance(self.length - low, slots)
+            slots -= 1
+            gaps.append((low, slots))
+        return gaps
+
+    def backward(self) -> Iterator[Action]:
+        gaps = self._first_gaps()
+        ends = [*(low for low, _ in gaps[1:]), self.length]
+        for (low, slots), high in zip(reversed(gaps), reversed(ends)):
+            yield from self._gap(low, high, slots)
+
+    def _gap(self, low: int, high: int, slots: int) -> Iterator[Action]:
+        if high - low == 1:
+            yield from _reverse_kept(low)
+            return
+        if slots == 1:
+            for step in range(high - 1, low, -1):
+                yield Action("load", low)
+                for before in range(low, step):
+                    yield Action("advance", before)
+                yield Action("reverse", step)
+            yield from _reverse_kept(low)
+            return
+        middle = low + _advance(high - low, slots)
+        yield Action("load", low)
+        for step in range(low, middle):
+            yield Action("advance", step)
+        yield Action("keep", middle)
+        yield from self._gap(middle, high, slots - 1)
+        yield from self._gap(low, middle, slots)
+
+    def parts(self, low: int, high: int) -> list[int]:
+        return [low, (low + high) // 2, high]
+
+
+def _advance(length: int, slots: int) -> int:
+    """Return where, of so many steps, the next carry is best kept, with so many slots left.
+
+    With :math:`\\binom{s + r - 1}{s} < n \\le \\binom{s + r}{s}` the left part must be reversible in
+    r - 1 repetitions with s slots, and the right one in r repetitions with s - 1.
+    """
+    r = repetitions(length, slots)
+    left = math.comb(slots + r - 1, slots)
+    right = math.comb(slots + r - 2, slots - 1)
+    return max(1, min(left, length - right))
+
+
+def repetitions(length: int, slots: int) -> int:
+    """Return the least r with ``comb(slots + r, slots) >= length``."""
+    r = 0
+    while math.comb(slots + r, slots) < length:
+        r += 1
+    return r
+
+
+def log_slots(length: int) -> int:
+    """Return how many carries are about the logarithm of a length."""
+    return max(1, length - 1).bit_length() + 1
+
+
+def make(every: int | str, slots: int | None, length: int) -> Schedule:
+    """Return the schedule of this name."""
+    if isinstance(every, int):
+        return Segments(length, every)
+    if every == "sqrt":
+        return Segments(length, max(1, math.isqrt(length)))
+    if every == "log":
+        return Halving(length)
+    return Binomial(length, log_slots(length) if slots is None else slots)

@@ -1,0 +1,230 @@
+"""What a step reads without being given it: tensors of closures, found by watching one step."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from torchopt.base.torch_internals import (
+    get_interpreter_stack,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments of a call."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def depth() -> int:
+    """Return how many levels of torch.func are open."""
+    return len(get_interpreter_stack() or ())
+
+
+def may_have_derivative(value: Tensor) -> bool:
+    """Whether anything may be differentiating by a tensor: a graph, or a level of torch.func."""
+    while is_functorch_wrapped_tensor(value):
+        if is_gradtrackingtensor(value):
+            return True
+        value = get_unwrapped(value)
+    return value.requires_grad
+
+
+class Watch(TorchFunctionMode):
+    """Notes which tensors the operations of a step read that none of them has made.
+
+    Only what a hand-written ``autograd.Function`` is given directly stays unseen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[int] = set()
+        self.read: dict[int, Tensor] = {}
+        self.versions: dict[int, int] = {}
+        self.differentiates = False
+        self.depth = depth()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Note what one call reads and makes."""
+        for tensor in tensors_in((args, kwargs or {})):
+            if id(tensor) not in self.made and id(tensor) not in self.read:
+                self.read[id(tensor)] = tensor
+                self.versions[id(tensor)] = _version(tensor)
+        if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+            self.differentiates |= depth() == self.depth
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            if id(tensor) not in self.read:
+                self.made.add(id(tensor))
+        return result
+
+    def changed(self) -> list[Tensor]:
+        """Return the tensors that were read first and have been changed in place since."""
+        return [t for key, t in self.read.items() if _version(t) != self.versions[key]]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Substituted(TorchFunctionMode):
+    """Lets the operations of a step read other tensors in the place of some."""
+
+    def __init__(self, old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.new = {id(tensor): other for tensor, other in zip(old, new)}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call an operation with the other tensors."""
+        return func(*self._swap(args), **self._swap(kwargs or {}))
+
+    def _swap(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.new.get(id(value), value)
+        if type(value) in (tuple, list):
+            return type(value)(self._swap(item) for item in value)
+        if type(value) is dict:
+            return {key: self._swap(item) for key, item in value.items()}
+        return value
+
+
+# The graph of one step ---------------------------------------------------------------------------
+
+
+def reached(
+    outputs: Iterable[Tensor], given: Iterable[Tensor], outside: Iterable[Tensor]
+) -> tuple[list[Tensor], bool]:
+    """Return the tensors from outside that a graph goes back to.
+
+    The walk ends at tensors of ``given`` and ``outside``, and at leaves. The second result is
+    whether a leaf was reached by way of a tensor from outside that is not known.
+    """
+    ends = {_edge(t): t for t in (*outside, *given) if t.grad_fn is not None}
+    known, inside = {id(t) for t in (*given, *outside)}, {id(t) for t in given}
+    found: dict[int, Tensor] = {id(t): t for t in outputs if t.grad_fn is None and t.requires_grad}
+    edges = [_edge(t) for t in outputs if t.grad_fn is not None]
+    seen: set[Any] = set()
+    alone = False
+    while edges:
+        node, index = edges.pop()
+        if (node, index) in ends:
+            tensor = ends[node, index]
+            found[id(tensor)] = tensor
+        elif hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+            alone |= id(node.variable) not in known
+        elif node not in seen:
+            seen.add(node)
+            edges += [edge for edge in node.next_functions if edge[0] is not None]
+    return [tensor for key, tensor in found.items() if key not in inside], alone
+
+
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    return tensor.grad_fn, tensor.output_nr
+
+
+#: How far the graph behind tensors from outside is looked at.
+FARTHEST = 20_000
+
+
+def depends(tensors: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Return two of these tensors of which the first was computed from the second.
+
+    Raises:
+        RuntimeError: If the graph behind them is too large to tell.
+    """
+    if len(tensors) < 2:
+        return None
+    ends = {_edge(t): t for t in tensors if t.grad_fn is not None}
+    leaves = {id(t): t for t in tensors if t.grad_fn is None}
+    for tensor in tensors:
+        if tensor.grad_fn is None:
+            continue
+        nodes, seen = [tensor.grad_fn], {tensor.grad_fn}
+        while nodes:
+            for after, index in nodes.pop().next_functions:
+                if after is None:
+                    continue
+                if (after, index) in ends:
+                    return tensor, ends[after, index]
+                if id(getattr(after, "variable", None)) in leaves:
+                    return tensor, after.variable
+                if after not in seen:
+                    seen.add(after)
+                    nodes.append(after)
+            if len(seen) > FARTHEST:
+                raise RuntimeError(
+                    "The step closes over several tensors with a graph of more than "
+                    f"{FARTHEST} nodes, and whether one depends on another was not looked for any "
+                    "farther. Put them into the carry, and return them unchanged."
+                )
+    return None
+
+
+# Names -------------------------------------------------------------------------------------------
+
+
+def names_in(step: Callable[..., Any]) -> dict[int, str]:
+    """Return what the tensors that a function can see are called there, as far as that is plain."""
+    names: dict[int, str] = {}
+    function: Any = step
+    while isinstance(function, functools.partial):
+        _name(names, "an argument of the partial", (function.args, function.keywords))
+        function = function.func
+    if isinstance(function, types.MethodType):
+        _name(names, "self", function.__self__)
+        function = function.__func__
+    if not isinstance(function, types.FunctionType):
+        _name(names, type(function).__name__, function)
+        return names
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        try:
+            _name(names, name, cell.cell_contents)
+        except ValueError:  # a variable that has no value yet
+            continue
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            _name(names, name, function.__globals__[name])
+    return names
+
+
+def _name(names: dict[int, str], name: str, value: Any, depth: int = 0) -> None:
+    if isinstance(value, Tensor):
+        names.setdefault(id(value), name)
+    elif isinstance(value, nn.Module):
+        for part, tensor in (*value.named_parameters(), *value.named_buffers()):
+            names.setdefault(id(tensor), f"{name}.{part}")
+    elif depth < 4 and isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            _name(names, f"{name}[{index}]", item, depth + 1)
+    elif depth < 4 and isinstance(value, dict):
+        for key, item in value.items():
+            _name(names, f"{name}[{key!r}]", item, depth + 1)
+    elif depth < 4 and isinstance(value, types.FunctionType):
+        for part, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
+            try:
+                _name(names, part, cell.cell_contents, depth + 1)
+            except ValueError:
+                continue
+    elif depth < 4 and hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)):
+        for part, item in vars(value).items():
+            _name(names, f"{name}.{part}", item, depth + 1)
