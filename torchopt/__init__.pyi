@@ -4,6 +4,7 @@
 from torchopt import (
     diff as diff,
     kernels as kernels,
+    linear_solve as linear_solve,
     nn as nn,
     projections as projections,
     schedules as schedule,

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 #: Modules stand without ``torchopt.``, which is the dot.
 TABLE = """
 .                             -                    distributed linalg
-.                             -                    linear_solve
 accelerated_op                core.accelerated_op  is_available=accelerated_op_available
 accelerated_op                -                    AdamOp adam_op
 alias                         optimizers.adam      adam

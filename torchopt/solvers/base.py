@@ -19,6 +19,7 @@ from torch import Tensor
 from torchopt.base import misuse
 from torchopt.base.misuse.given import given
 from torchopt.core import hyper
+from torchopt.diff.implicit.stationarity import stationarity
 from torchopt.solvers.flat import Layout, Number, Objective, TreeObjective
 from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
@@ -134,6 +135,14 @@ class Solver(abc.ABC, Generic[S]):
         if self.max_eval is not None and state.evaluations >= self.max_eval:
             return Outcome.MAX_EVAL
         return None
+
+    def run(self, fn: Callable[..., Tensor], params: TensorTree, *args: PyTree) -> Solution:
+        """Run the loop and return the last point, as :func:`minimize`; records no derivative."""
+        return iterate(self, TreeObjective(fn, Layout(params), args), params)
+
+    def condition(self, fn: Callable[..., Tensor]) -> tuple[Callable[..., TensorTree], Any]:
+        """Return the function that is zero at a solution, and what is known of its Jacobian."""
+        return stationarity(fn), ("symmetric",)
 
     def init(self, fn: Callable[..., Tensor], params: TensorTree, *args: PyTree) -> S:
         """Return the state at ``params``, for a loop of your own; calls ``fn(params, *args)``."""
@@ -258,7 +267,8 @@ def minimize(
         params: The start, any tree of floating-point or complex tensors. Left as it is.
         *args: Passed on to ``fn``.
         adjoint: How to differentiate the solution. ``None``: not at all, its tensors are cut from
-            the graph; :class:`torchopt.solvers.Unrolled`: by recording the iterations.
+            the graph; :class:`torchopt.solvers.Unrolled`: by recording the iterations;
+            :class:`torchopt.diff.Implicit`: by the condition that it satisfies.
 
     Returns:
         The last parameters with value, largest entry of the gradient, numbers of iterations and of
@@ -290,4 +300,4 @@ def minimize(
         )
     if adjoint is not None:
         return adjoint(solver, fn, params, args)
-    return iterate(solver, TreeObjective(fn, Layout(params), args), params)
+    return solver.run(fn, params, *args)

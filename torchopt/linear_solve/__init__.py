@@ -1,0 +1,18 @@
+"""Linear systems with operators that are known by their products, and their derivatives.
+
+``solver = solve_cg(rtol=1e-8)`` makes a solver, ``x = solver(matvec, b)`` solves; ``matvec`` takes
+and returns trees like ``b``.
+"""
+
+from torchopt.linear_solve.cg import solve_cg as solve_cg
+from torchopt.linear_solve.cg import solve_normal_cg as solve_normal_cg
+from torchopt.linear_solve.dense import solve_cholesky as solve_cholesky
+from torchopt.linear_solve.dense import solve_inv as solve_inv
+from torchopt.linear_solve.dense import solve_lu as solve_lu
+from torchopt.linear_solve.dense import solve_qr as solve_qr
+from torchopt.linear_solve.operator import LinearOperator as LinearOperator
+from torchopt.linear_solve.outcome import LinearSolveError as LinearSolveError
+from torchopt.linear_solve.outcome import LinearSolveWarning as LinearSolveWarning
+from torchopt.linear_solve.outcome import Outcome as Outcome
+from torchopt.linear_solve.solver import LinearSolution as LinearSolution
+from torchopt.linear_solve.solver import LinearSolver as LinearSolver
