@@ -19,9 +19,9 @@ anew by every seed. Memory is measured in a process for each method, for the ste
 ten times as many; the derivative's distance to that of the unrolled steps is measured there too.
 
 Reference: Franceschi, Donini, Frasconi and Pontil, Forward and reverse gradient-based
-hyperparameter optimization, ICML 2017, https://arxiv.org/abs/1703.01785. T1-T2: Luketina, Berglund, Greff and
-Raiko, ICML 2016, https://arxiv.org/abs/1511.06727, in the form of Lorraine, Vicol and Duvenaud,
-AISTATS 2020, https://arxiv.org/abs/1911.02590.
+hyperparameter optimization, ICML 2017, https://arxiv.org/abs/1703.01785. T1-T2: Luketina,
+Berglund, Greff and Raiko, ICML 2016, https://arxiv.org/abs/1511.06727, in the form of Lorraine,
+Vicol and Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590.
 """
 
 from __future__ import annotations
