@@ -38,7 +38,7 @@ PURPOSE = {
     "schedules": "numbers over steps",
     "projections": "nearest points\nof sets",
     "transforms": "clip, momentum,\nmask, partition",
-    "solvers": "the loop,\nL-BFGS",
+    "solvers": "minimum, root,\nfixed point",
     "linear_solve": "operators,\nsolvers",
     "diff": "how to\ndifferentiate",
     "nn": "weights of networks,\nsnapshots",

@@ -203,7 +203,11 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("outcome", Outcome, ids=lambda outcome: outcome.name)
+def test_other_outcomes_are_those_of_root_finders():
+    assert set(Outcome) - set(ENDS) == {Outcome.SINGULAR, Outcome.STAGNATED}  # tests/test_roots.py
+
+
+@pytest.mark.parametrize("outcome", ENDS, ids=lambda outcome: outcome.name)
 def test_every_outcome_comes_about_and_says_what_to_change(outcome):
     solver, fn, start = ENDS[outcome]
     calls = []

@@ -90,7 +90,10 @@ GROUPS = {
     "Transformations": "The parts that `torchopt.chain` puts together.",
     "Schedules": "Functions of the update count, for any hyperparameter; in `torchopt.schedules`.",
     "Core": "What everything else is made of.",
-    "Solvers": "Minimise a function, which they call as often as they need; in `torchopt.solvers`.",
+    "Solvers": "Minimise functions, or find roots, fixed points and least squares; they call them "
+    "as often as they need; in `torchopt.solvers`.",
+    "Linear systems": "Solve with an operator that is known by its products; in "
+    "`torchopt.linear_solve`.",
     "Visualization": "See the graph that a gradient flows through, and why it does not arrive.",
     "Fused kernels": "Whether and why updates are computed by kernels.",
 }
@@ -114,6 +117,8 @@ def group_of(symbol: Symbol) -> str:
         return "Schedules"
     if symbol.module == "torchopt.solvers":
         return "Solvers"
+    if symbol.module == "torchopt.linear_solve":
+        return "Linear systems"
     if symbol.module == "torchopt.visual":
         return "Visualization"
     if symbol.module == "torchopt.kernels" or module == "torchopt.core.accelerated_op":

@@ -6,7 +6,7 @@ word. So tensors are looked for wherever Python keeps what a function uses: cell
 globals that its code names, ``partial``, the object of a bound method, modules, and plain
 containers. Functions are rebuilt around other values, nothing is changed in place. What the methods
 of a class use besides their object is not seen, nor is a graph that exists already:
-:func:`stray_leaf` finds what was missed.
+:func:`leaves_of` helps to find what was missed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -26,13 +25,13 @@ _FOREIGN = frozenset({"torch", "optree", "numpy", "scipy", "builtins", "functool
 
 
 class Captured:
-    """The tensors that a function uses without being given them.
+    """The tensors that a function, or all functions of a container, use without being given them.
 
     Attributes:
         values: Each once, in the order they are met.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Any) -> None:
         self.function = function
         self.values: list[Tensor] = []
         self._places: dict[int, int] = {}
@@ -58,7 +57,7 @@ class Captured:
             self._rebuilt |= new
             waiting.extend(new)
 
-    def with_values(self, values: Sequence[Tensor]) -> Callable[..., Any]:
+    def with_values(self, values: Sequence[Tensor]) -> Any:
         """Return the function around other tensors, given in the order of ``values``."""
         return _Rebuilding(self, values).of(self.function)
 
@@ -66,8 +65,8 @@ class Captured:
 def _children(thing: Any) -> Iterator[Any]:
     """Yield what a function, an object or a container uses."""
     if isinstance(thing, types.FunctionType):
+        yield from _cells(thing).values()  # torch.func.grad(f) has f in one
         if not _is_foreign(thing):
-            yield from _cells(thing).values()
             yield from _globals_of(thing).values()
             yield from thing.__defaults__ or ()
             yield from (thing.__kwdefaults__ or {}).values()
@@ -95,7 +94,9 @@ def _is_plain_object(thing: Any) -> bool:
     if isinstance(thing, nn.Module):
         return True
     kinds = (type, types.ModuleType)
-    return hasattr(thing, "__dict__") and not isinstance(thing, kinds) and not _is_foreign(type(thing))
+    return (
+        hasattr(thing, "__dict__") and not isinstance(thing, kinds) and not _is_foreign(type(thing))
+    )
 
 
 def _cells(function: types.FunctionType) -> dict[str, Any]:
@@ -163,7 +164,7 @@ class _Rebuilding:
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         code = function.__code__
         cells = tuple(types.CellType() for _ in code.co_freevars)
-        used = _globals_of(function)
+        used = {} if _is_foreign(function) else _globals_of(function)
         changed = any(id(value) in self.captured._rebuilt for value in used.values())
         scope = dict(function.__globals__) if changed else function.__globals__
         new = types.FunctionType(code, scope, function.__name__, None, cells)
@@ -187,19 +188,25 @@ class _Rebuilding:
         return new
 
 
-def stray_leaf(result: Tensor, known: Sequence[Tensor]) -> Tensor | None:
-    """Return a leaf of a result's graph that is none of those known, or ``None``."""
-    leaves = {id(x) for x in known}
-    waiting, seen = [result.grad_fn], set()
+def leaves_of(result: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
+    """Return the leaves of a result's graph that are none of those known."""
+    seen: set[Any] = {id(x) for x in known}
     if result.grad_fn is None:
-        return result if result.requires_grad and id(result) not in leaves else None
+        return [result] if result.requires_grad and id(result) not in seen else []
+    found: list[Tensor] = []
+    waiting: list[Any] = [result.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if isinstance(leaf, torch.Tensor) and id(leaf) not in leaves:
-            return leaf
+        if isinstance(leaf, Tensor) and id(leaf) not in seen:
+            found.append(leaf)
         waiting.extend(following for following, _ in node.next_functions)
-    return None
+    return found
+
+
+def stray_leaf(result: Tensor, known: Sequence[Tensor]) -> Tensor | None:
+    """Return a leaf of a result's graph that is none of those known, or ``None``."""
+    return next(iter(leaves_of(result, known)), None)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 
@@ -38,3 +40,23 @@ def imported(module: str, name: str) -> Any:
     """Return what a module has under a name: a value of its own, or a module in it."""
     found = vars(importlib.import_module(module))  # not getattr, which may ask here again
     return found[name] if name in found else importlib.import_module(f"{module}.{name}")
+
+
+def public(module: ModuleType) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` for a package by its stub.
+
+    A ``__getattr__`` that the package gets later, for names of an older version, is to be put
+    around this one.
+    """
+    names = names_of_stub(module.__name__)
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(
+                f"module {module.__name__!r} has no attribute {name!r}", name=name, obj=module
+            )
+        value = imported(*names[name])
+        setattr(module, name, value)
+        return value
+
+    return find, lambda: sorted({*vars(module), *names}), list(names)

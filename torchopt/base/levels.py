@@ -34,19 +34,20 @@ def is_tracked(x: Any) -> bool:
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         return False
     if not any_level():
-        return x.requires_grad or _has_tangent(x)
+        return x.requires_grad or has_tangent(x)
     level: Any = current_interpreter()
     if level.key() == TransformType.Vmap:
         inside = unwrap_batched(x, level.level())[0]
     else:
-        if x.requires_grad or (level.key() == TransformType.Jvp and _has_tangent(x)):
+        if x.requires_grad or (level.key() == TransformType.Jvp and has_tangent(x)):
             return True
         inside = unwrap_for_grad(x, level.level())
     with level.lower():
         return is_tracked(inside)
 
 
-def _has_tangent(x: Tensor) -> bool:
+def has_tangent(x: Tensor) -> bool:
+    """Whether a tensor of the innermost level is a dual number."""
     return in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None
 
 

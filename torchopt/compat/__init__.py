@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 #: Module of 0.7.3, module of today (``-``: not here yet), and names; ``old=new`` where they differ.
 #: Modules stand without ``torchopt.``, which is the dot.
 TABLE = """
-.                             -                    distributed linalg
+.                             -                    distributed
 accelerated_op                core.accelerated_op  is_available=accelerated_op_available
 accelerated_op                -                    AdamOp adam_op
 alias                         optimizers.adam      adam
@@ -46,6 +46,7 @@ base                          transforms.basic     identity
 base                          compat.names         IdentityGradientTransformation
 clip                          transforms.clip      clip_grad_norm
 combine                       core.chaining        chain chain_flat
+linalg                        compat.linalg        cg ns ns_inv
 optim                         optimizers.adam      Adam
 optim                         optimizers.adamw     AdamW
 optim                         optimizers.rmsprop   RMSProp=RMSprop RMSprop
@@ -135,18 +136,18 @@ typing                        compat.names         TupleOfOptionalTensors Sequen
 typing                        compat.names         OptionalTensorOrOptionalTensors TensorContainer
 typing                        compat.names         ModuleTensorContainers
 typing                        diff.zero_order.noise Samplable SampleFunc
-typing                        -                    LinearSolver RRef
+typing                        linear_solve.solver  LinearSolver
+typing                        -                    RRef
 update                        core.apply           apply_updates
 utils                         nn.snapshot          ModuleState extract_state_dict recover_state_dict
 utils                         nn.snapshot          stop_gradient module_clone
 utils                         nn.snapshot          module_detach_=stop_gradient
 utils                         -                    extract_module_containers
-nn                            -                    MetaGradientModule ImplicitMetaGradientModule
-diff                          -                    implicit
 diff.zero_order               nn.zero_order        ZeroOrderGradientModule
 diff.zero_order.decorator     diff.zero_order      zero_order
 diff.zero_order.nn            nn.zero_order        ZeroOrderGradientModule
 diff.zero_order.nn.module     nn.zero_order        ZeroOrderGradientModule
+diff.implicit                 nn.implicit_module   ImplicitMetaGradientModule
 """
 
 
@@ -171,6 +172,7 @@ HERE, ABSENT = parsed(TABLE)
 
 #: A module of today that 0.7.3 called otherwise.
 MODULES = {
+    "torchopt.diff.implicit.nn": "torchopt.nn",
     "torchopt.hook": "torchopt.transforms.hook",
     "torchopt.pytree": "torchopt.base.pytree",
     "torchopt.schedule": "torchopt.schedules",
@@ -265,7 +267,7 @@ def install() -> None:
             module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
             module.__path__ = []  # so that importing what is absent asks the finder below
     for module in (sys.modules[name] for name in names if name in sys.modules):
-        if "__getattr__" not in vars(module):
+        if not isinstance(vars(module).get("__getattr__"), _Finder):
             _teach(module)
     if not any(finder is Absent for finder in sys.meta_path):
         sys.meta_path.append(Absent)  # pyright: ignore[reportArgumentType]
@@ -278,9 +280,23 @@ def _is_of_today(name: str) -> bool:
         return False
 
 
-def _teach(module: ModuleType) -> None:
-    def find(name: str) -> Any:
-        return look_up(module, name)
+class _Finder:
+    """The ``__getattr__`` of a module: its own names first, then those of 0.7.3."""
 
-    vars(module)["__getattr__"] = find
+    def __init__(self, module: ModuleType, own: Any) -> None:
+        self.module, self.own = module, own
+
+    def __call__(self, name: str) -> Any:
+        if self.own is not None:
+            try:
+                return self.own(name)
+            except AttributeError:
+                pass
+        return look_up(self.module, name)
+
+
+def _teach(module: ModuleType) -> None:
+    if module.__name__ == "torchopt":
+        return  # asks here itself
+    vars(module)["__getattr__"] = _Finder(module, vars(module).get("__getattr__"))
     vars(module).setdefault("__path__", [])

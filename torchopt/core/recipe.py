@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torchopt.base.callers import level_of_user
+from torchopt.base.calling import level_of_user
 
 
 F = TypeVar("F", bound=Callable[..., Any])

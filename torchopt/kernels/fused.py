@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
-from torchopt.base.callers import level_of_user
+from torchopt.base.calling import level_of_user
 from torchopt.base.torch_internals import (
     TransformType,
     get_interpreter_stack,

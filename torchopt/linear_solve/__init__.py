@@ -4,12 +4,19 @@
 and returns trees like ``b``.
 """
 
+from torchopt.linear_solve.auto import solve_auto as solve_auto
+from torchopt.linear_solve.bicgstab import solve_bicgstab as solve_bicgstab
 from torchopt.linear_solve.cg import solve_cg as solve_cg
 from torchopt.linear_solve.cg import solve_normal_cg as solve_normal_cg
 from torchopt.linear_solve.dense import solve_cholesky as solve_cholesky
 from torchopt.linear_solve.dense import solve_inv as solve_inv
 from torchopt.linear_solve.dense import solve_lu as solve_lu
 from torchopt.linear_solve.dense import solve_qr as solve_qr
+from torchopt.linear_solve.gmres import solve_gmres as solve_gmres
+from torchopt.linear_solve.minres import solve_minres as solve_minres
+from torchopt.linear_solve.neumann import solve_neumann as solve_neumann
+from torchopt.linear_solve.nystrom import nystrom_preconditioner as nystrom_preconditioner
+from torchopt.linear_solve.nystrom import solve_nystrom as solve_nystrom
 from torchopt.linear_solve.operator import LinearOperator as LinearOperator
 from torchopt.linear_solve.outcome import LinearSolveError as LinearSolveError
 from torchopt.linear_solve.outcome import LinearSolveWarning as LinearSolveWarning

@@ -10,8 +10,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from torchopt.linear_solve.operator import Map
 from torchopt.linear_solve.outcome import Outcome, code_of
+from torchopt.linear_solve.product import Map
 from torchopt.linear_solve.solver import LinearSolver, OnFailure
 from torchopt.linear_solve.system import CONVERGED, Solved, System
 from torchopt.linear_solve.vectors import norm
@@ -46,6 +46,8 @@ class Factors:
     solve_adjoint: Callable[[Tensor], Tensor]
     failed: Tensor  #: ``(*batch,)``
     code: Outcome  #: What a failure means.
+    frobenius: Tensor  #: The norm of the matrix, ``(*batch, 1)``.
+    one: Tensor  #: The largest sum of a column's absolute entries, ``(*batch, 1)``.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +60,16 @@ class Dense(LinearSolver):
 
     def run(self, system: System) -> Solved:
         """Write the matrices down, factor them, solve, and look whether it is true."""
-        b = system.b
-        if system.n == 0:
-            return Solved(b, system.zeros(), system.zeros() + CONVERGED)
-        matrix = matrix_of(system)
-        return solved_by(system, matrix, self.factors(matrix))
+        return solved_by(system, self.factors(matrix_of(system)))
 
 
-def solved_by(system: System, matrix: Tensor, factors: Factors) -> Solved:
+def norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Frobenius norms and the largest sums of columns."""
+    one = matrix.abs().sum(-2).amax(-1, keepdim=True)
+    return torch.linalg.matrix_norm(matrix).unsqueeze(-1), one
+
+
+def solved_by(system: System, factors: Factors) -> Solved:
     """Solve by factors, with a step of refinement, and judge the solution."""
     b = system.b
     x = factors.solve(b.unsqueeze(-1)).squeeze(-1)
@@ -76,24 +80,18 @@ def solved_by(system: System, matrix: Tensor, factors: Factors) -> Solved:
     x, r = torch.where(better, finer, x), torch.where(better, finer_r, r)
     size, eps = norm(r), torch.finfo(b.dtype).eps
     # a residual of this size is what rounding the matrix alone would leave
-    scale = torch.linalg.matrix_norm(matrix).unsqueeze(-1)
-    fine = (size <= system.tol) | (size <= 10 * eps * scale * norm(x))
+    fine = (size <= system.tol) | (size <= 10 * eps * factors.frobenius * norm(x))
     code = torch.where(fine, CONVERGED, code_of(Outcome.STAGNATED))
-    singular = ~(inverse_norm(factors, b) * one_norm(matrix) < 0.1 / eps)
+    singular = ~(inverse_norm(factors, b) * factors.one < 0.1 / eps)
     code = torch.where(singular, code_of(Outcome.SINGULAR), code)
     code = torch.where(factors.failed.unsqueeze(-1), code_of(factors.code), code)
-    finite = torch.isfinite(b).all(-1, keepdim=True) & torch.isfinite(scale)
+    finite = torch.isfinite(b).all(-1, keepdim=True) & torch.isfinite(factors.frobenius)
     code = torch.where(finite, code, code_of(Outcome.NON_FINITE))
     x = torch.where(factors.failed.unsqueeze(-1), torch.nan, x)
     zero = norm(b) == 0  # also of a singular matrix
     x, size = torch.where(zero, 0.0, x), torch.where(zero, 0.0, size)
     code = torch.where(zero & finite, CONVERGED, code)
     return Solved(x, torch.where(zero, 0, 1), code, size)
-
-
-def one_norm(matrix: Tensor) -> Tensor:
-    """Return the largest sum of a column's absolute entries, ``(*batch, 1)``."""
-    return matrix.abs().sum(-2).amax(-1, keepdim=True)
 
 
 def inverse_norm(factors: Factors, like: Tensor) -> Tensor:
@@ -127,6 +125,7 @@ class LU(Dense):
             lambda c: torch.linalg.lu_solve(lu, pivots, c, adjoint=True),
             info != 0,
             Outcome.SINGULAR,
+            *norms(matrix),
         )
 
 
@@ -146,7 +145,8 @@ class Cholesky(Dense):
         def solve(c: Tensor) -> Tensor:
             return torch.cholesky_solve(c, lower)
 
-        return Factors(solve, solve, info != 0, Outcome.NOT_POSITIVE_DEFINITE)
+        failure = Outcome.NOT_POSITIVE_DEFINITE
+        return Factors(solve, solve, info != 0, failure, *norms(matrix))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +162,7 @@ class QR(Dense):
             lambda c: q @ torch.linalg.solve_triangular(r.mT, c, upper=False),
             failed,
             Outcome.SINGULAR,
+            *norms(matrix),
         )
 
 
@@ -176,14 +177,14 @@ def solve_lu(
 
     .. math:: (A + \lambda I)\, x = b, \qquad P (A + \lambda I) = L U
 
-    The matrix is written down by products with all :math:`n` unit vectors, under
-    ``torch.func.vmap``: :math:`n^2` numbers of memory and :math:`\tfrac23 n^3` operations. A complex
-    number counts as two reals.
+    The matrix is written down by products with all :math:`n` unit vectors at once
+    (``torch.func.vmap``): :math:`n^2` numbers of memory and :math:`\tfrac23 n^3` operations. A
+    complex number counts as two reals.
 
     Args:
         rtol: Solved where :math:`\lVert b - A x \rVert_2 \le \max(\text{rtol}\, \lVert b \rVert_2,
             \text{atol})`, or where the residual is no larger than rounding the matrix would make
-            it. ``None`` is 1e-10 in float64 and 1e-5 in float32.
+            it. ``None`` as for :func:`solve_cg`.
         atol: Absolute tolerance, in the units of ``b``.
         ridge: :math:`\lambda`, a number >= 0 or a 0-d tensor, which may be learned.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` where it was not solved. A matrix whose
@@ -239,8 +240,9 @@ def solve_cholesky(
     Example:
         >>> import torch, torchopt
         >>> A = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-        >>> torchopt.linear_solve.solve_cholesky()(lambda v: A @ v, torch.tensor([3.0, 3.0]))
-        tensor([1., 1.])
+        >>> x = torchopt.linear_solve.solve_cholesky()(lambda v: A @ v, torch.tensor([3.0, 3.0]))
+        >>> torch.allclose(x, torch.ones(2))
+        True
 
     Reference:
         Golub and Van Loan, Matrix Computations, 4th edition, section 4.2.

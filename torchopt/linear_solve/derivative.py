@@ -24,23 +24,29 @@ from torch import Tensor
 from torchopt.base.torch_internals import (
     TransformType,
     get_interpreter_stack,
-    get_unwrapped,
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
 )
-from torchopt.linear_solve.operator import Map, Product, Transposed, pull_back
-from torchopt.linear_solve.system import Solved, System
+from torchopt.linear_solve.product import Map, Product, Transposed
+from torchopt.linear_solve.pulling import copies_of, pull_back
+from torchopt.linear_solve.system import CONVERGED, Solved, System
 from torchopt.linear_solve.vectors import is_inexact, norm
 
 
 class Algorithm(Protocol):
     """What this file needs of a solver."""
 
-    def run(self, system: System) -> Solved: ...
+    def run(self, system: System) -> Solved:
+        """Solve systems of flat vectors."""
+        ...
 
-    def limits(self, b: Tensor) -> tuple[Tensor, int]: ...
+    def limits(self, b: Tensor, rtol: float) -> tuple[Tensor, int]:
+        """Return the largest norms of residuals, and the most iterations."""
+        ...
 
-    def judge(self, report: dict[str, Any], tol: Tensor, of: str) -> None: ...
+    def judge(self, report: dict[str, Any], tol: Tensor, of: str) -> None:
+        """Warn or raise where a system was not solved, by choice."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Job:
         product: The operator.
         precondition: An approximate inverse, or ``None``.
         is_real: Whether no entry belongs to a complex number.
+        rtol: A relative tolerance for the dtypes, where the solver has none.
         of: What it is, in words for warnings.
         report: Where the solver leaves iterations, residuals and codes.
     """
@@ -60,6 +67,7 @@ class Job:
     product: Product
     precondition: Product | None
     is_real: bool
+    rtol: float
     of: str = " was"
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -121,17 +129,24 @@ def _quiet(function: Map) -> Map:
 
 def _solved(job: Job, b: Tensor, start: Tensor | None, values: Sequence[Tensor]) -> Tensor:
     """Solve systems of plain tensors; nothing is recorded to the outside."""
-    plain = [x.detach().requires_grad_(x.requires_grad) for x in values]
-    of_product, of_other = job.parts(plain)
+    if not b.numel():
+        nothing = torch.zeros_like(b[..., :1].sum(-1, keepdim=True), dtype=torch.int64)
+        job.report.update(code=nothing + CONVERGED, iterations=nothing, residual=nothing)
+        return b.clone()
+    of_product, of_other = job.parts(copies_of(values))
     forward, backward = map(_quiet, job.product.bind(of_product))
     precondition = _same if job.precondition is None else _quiet(job.precondition.bind(of_other)[0])
     with torch.no_grad():
-        tol, most = job.solver.limits(b)
+        tol, most = job.solver.limits(b, job.rtol)
         rest = tol, most, job.product.tags, job.is_real
         found = job.solver.run(System(forward, backward, b, start, precondition, *rest))
         residual = norm(b - forward(found.x)) if found.residual is None else found.residual
         job.report.update(
-            code=found.code, iterations=found.iterations, residual=residual, extra=found.extra
+            code=found.code,
+            iterations=found.iterations,
+            residual=residual,
+            extra=found.extra,
+            method=found.method,
         )
         job.solver.judge(job.report, tol, job.of)
     return found.x
@@ -163,7 +178,7 @@ class _Solution(torch.autograd.Function):
         job: Job = ctx.job
         x, *values = ctx.saved_tensors
         grad_b = solve_flat(job.transposed(), grad, None, values)
-        of_product, of_other = job.parts(values)
+        of_product, _ = job.parts(values)
         needed = ctx.needs_input_grad[3:]
         places = [k for k, v in enumerate(of_product) if needed[k] and is_inexact(v)]
         grads: list[Tensor | None] = [None] * len(values)
@@ -188,7 +203,9 @@ class _Solution(torch.autograd.Function):
         return solve_flat(job.derived(" of a derivative (its tangent) was"), right, None, values)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, job: Job, b: Tensor, start: Any, *values: Tensor) -> Any:
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
+        info: Any, in_dims: Any, job: Job, b: Tensor, start: Any, *values: Tensor
+    ) -> Any:
         """Solve all systems of a batch together; each ends by itself."""
         _, b_dim, start_dim, *dims = in_dims
         size = info.batch_size
@@ -211,7 +228,9 @@ def _product_of(job: Job, x: Tensor, values: Sequence[Tensor], places: Sequence[
     return function
 
 
-def _push(function: Any, primals: Sequence[Tensor], tangents: Sequence[Any], like: Tensor) -> Tensor:
+def _push(
+    function: Any, primals: Sequence[Tensor], tangents: Sequence[Any], like: Tensor
+) -> Tensor:
     """Return a derivative in forward mode by two in reverse mode, which nest everywhere."""
 
     def pulled(u: Tensor) -> Tensor:
@@ -220,7 +239,8 @@ def _push(function: Any, primals: Sequence[Tensor], tangents: Sequence[Any], lik
         return torch.stack(pairs).sum()
 
     with torch.enable_grad():
-        return pull_back(pulled, [torch.zeros_like(like)])(torch.ones_like(like).sum() * 0 + 1)[0]
+        one = torch.ones((), dtype=like.dtype, device=like.device)
+        return pull_back(pulled, [torch.zeros_like(like)])(one)[0]
 
 
 def _real_dot(x: Tensor, y: Tensor) -> Tensor:

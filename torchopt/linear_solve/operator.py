@@ -1,29 +1,19 @@
-"""Linear operators: a product, the tensors that it depends on, its adjoint, and what is known of it.
-
-:class:`LinearOperator` is what a user gives; :class:`Product` is the same over flat vectors, as a
-function of explicit tensors, so that it can be batched and differentiated.
-"""
+"""Linear operators: a product, the tensors it depends on, its adjoint, and what is known of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import TypeAlias
 
-from torchopt.base import tree
-from torchopt.base.captured import Captured, stray_leaf
 from torchopt.base.misuse.given import given
-from torchopt.base.torch_internals import in_forward_mode, peek_interpreter_stack
+from torchopt.linear_solve.product import Map, Product
 from torchopt.linear_solve.vectors import Layout
 from torchopt.typing import PyTree, TensorTree
 
-
-#: A linear map of flat vectors, the last dimension being that of the vector.
-Map: TypeAlias = Callable[[Tensor], Tensor]
 
 #: What can be said of an operator, and what follows from it.
 TAGS = {
@@ -33,7 +23,19 @@ TAGS = {
     "lower_triangular": frozenset({"lower_triangular"}),
     "upper_triangular": frozenset({"upper_triangular"}),
 }
-_TRANSPOSED = {"lower_triangular": "upper_triangular", "upper_triangular": "lower_triangular"}
+
+
+def tags_of(tags: Iterable[str]) -> frozenset[str]:
+    """Return tags with those that follow from them.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
+    tags = (tags,) if isinstance(tags, str) else tuple(tags)
+    for tag in tags:
+        if tag not in TAGS:
+            raise ValueError(f"tags must be of {', '.join(map(repr, TAGS))}, got {tag!r}.")
+    return frozenset().union(*(TAGS[tag] for tag in tags))
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -86,14 +88,10 @@ class LinearOperator:
                     f"{name} must be a function of a vector that returns its product, got "
                     f"{given(function)}. Of a matrix A it is lambda v: A @ v."
                 )
-        tags = (tags,) if isinstance(tags, str) else tuple(tags)
-        for tag in tags:
-            if tag not in TAGS:
-                raise ValueError(f"tags must be of {', '.join(map(repr, TAGS))}, got {tag!r}.")
         for name, value in (
             ("fn", fn),
             ("consts", consts),
-            ("tags", frozenset().union(*(TAGS[tag] for tag in tags))),
+            ("tags", tags_of(tags)),
             ("adjoint", adjoint),
         ):
             object.__setattr__(self, name, value)
@@ -104,8 +102,11 @@ class LinearOperator:
 
     def adjoint_product(self, u: TensorTree) -> TensorTree:
         """Return the product of the adjoint with a vector."""
-        product, layout = Product.of(self, u)
-        return layout.unflatten(product.transposed().bind(product.values)[0](layout.flatten(u, "u")))
+        layout = Layout(u, "u")
+        product = Product.of(self, layout)
+        return layout.unflatten(
+            product.transposed().bind(product.values)[0](layout.flatten(u, "u"))
+        )
 
     def check(self, like: TensorTree, rtol: float = 1e-4) -> None:
         r"""Look with random vectors whether tags and adjoint are true.
@@ -117,7 +118,8 @@ class LinearOperator:
         Raises:
             ValueError: Naming what is not true, with the two numbers.
         """
-        product, layout = Product.of(self, like)
+        layout = Layout(like, "like")
+        product = Product.of(self, layout)
         forward, backward = product.bind(product.values)
         u, v = torch.randn(2, layout.numel, dtype=layout.dtype, device=layout.device)
         with torch.no_grad():
@@ -134,7 +136,7 @@ class LinearOperator:
                     f"The operator is not positive definite: <u, A u> = {float(u.dot(au)):.6g} for "
                     "a random u."
                 )
-            other = float(backward(u).dot(v)) if backward is not None else left
+            other = float(backward(u).dot(v))
             if not abs(left - other) <= rtol * scale:
                 raise ValueError(
                     f"adjoint is not the adjoint of fn: <u, A v> = {left:.6g} and <A^H u, v> = "
@@ -169,167 +171,3 @@ def as_operator(matvec: Any) -> LinearOperator:
             f"LinearOperator, got {given(matvec)}.{advice}"
         )
     return LinearOperator(matvec)
-
-
-class Transposed:
-    """The adjoint of a linear map of flat vectors, derived by autograd, with one forward run."""
-
-    def __init__(self, forward: Map) -> None:
-        self.forward = forward
-        self.pull: Callable[[Tensor], Tensor] | None = None
-
-    def __call__(self, u: Tensor) -> Tensor:
-        """Return the product; recorded where gradients are."""
-        if self.pull is None:
-            pull = pull_back(lambda v: self.forward(v), [torch.zeros_like(u)])
-            self.pull = lambda u: pull(u)[0]
-        return self.pull(u)
-
-
-@dataclass(frozen=True)
-class Product:
-    """A linear map of flat vectors as a function of tensors.
-
-    Attributes:
-        bind: Returns the product and the product with the adjoint, given tensors.
-        values: The tensors, as they were found.
-        tags: What is promised.
-    """
-
-    bind: Callable[[Sequence[Tensor]], tuple[Map, Map]]
-    values: list[Tensor]
-    tags: frozenset[str] = frozenset()
-
-    @staticmethod
-    def of(matvec: Any, like: TensorTree, layout: Layout | None = None) -> tuple[Product, Layout]:
-        """Return the product of an operator or a function, and the layout of vectors."""
-        operator = as_operator(matvec)
-        layout = layout or Layout(like)
-        leaves, spec = tree.flatten(operator.consts)
-        thing = (operator.fn, operator.adjoint, leaves)
-        captured = Captured(thing) if derivatives_possible() else None
-
-        def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
-            fn, adjoint, found = captured.with_values(values) if captured else thing
-            consts = tree.unflatten(spec, found)
-
-            def forward(v: Tensor) -> Tensor:
-                return layout.flatten(fn(layout.unflatten(v), *consts), "matvec(v)")
-
-            def backward(u: Tensor) -> Tensor:
-                return layout.flatten(adjoint(layout.unflatten(u), *consts), "adjoint(u)")
-
-            return forward, Transposed(forward) if adjoint is None else backward
-
-        values = captured.values if captured else []
-        return Product(bind, values, operator.tags), layout
-
-    def transposed(self) -> Product:
-        """Return the adjoint."""
-
-        def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
-            forward, backward = self.bind(values)
-            return backward, forward
-
-        tags = frozenset(_TRANSPOSED.get(tag, tag) for tag in self.tags)
-        return Product(bind, self.values, tags)
-
-    def shifted(self, ridge: float | Tensor) -> Product:
-        """Return the operator plus ``ridge`` times the identity; a tensor is one more value."""
-        learned = isinstance(ridge, Tensor)
-
-        def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
-            forward, backward = self.bind(values[:-1] if learned else values)
-            shift = values[-1] if learned else ridge
-            return lambda v: forward(v) + shift * v, lambda u: backward(u) + shift * u
-
-        tags = self.tags
-        return Product(bind, [*self.values, ridge] if learned else self.values, tags)
-
-    def normal(self) -> Product:
-        """Return the adjoint times the operator."""
-
-        def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
-            forward, backward = self.bind(values)
-
-            def both(v: Tensor) -> Tensor:
-                return backward(forward(v))
-
-            return both, both
-
-        return Product(bind, self.values, frozenset({"symmetric"}))
-
-    def batched(self, dims: Sequence[int | None], size: int) -> Product:
-        """Return the operator of a batch: each vector, and each value with a dim, has its own."""
-        in_dims = (tuple(dims), 0)
-
-        def each(k: int, values: Sequence[Tensor]) -> Map:
-            def one(vals: tuple[Tensor, ...], v: Tensor) -> Tensor:
-                return self.bind(vals)[k](v)
-
-            mapped = torch.func.vmap(one, in_dims, randomness="same") if values else None
-            alone = torch.func.vmap(lambda v: one((), v), randomness="same")
-            return lambda v: mapped(tuple(values), v) if mapped else alone(v)
-
-        def bind(values: Sequence[Tensor]) -> tuple[Map, Map]:
-            forward = each(0, values)
-            derived = isinstance(self.bind(values)[1], Transposed)
-            return forward, Transposed(forward) if derived else each(1, values)
-
-        return Product(bind, self.values, self.tags)
-
-    def refuse_strays(self, n: int, like: Layout) -> None:
-        """Refuse an operator with a tensor that requires grad and was not found.
-
-        Raises:
-            ValueError: Saying how to name it.
-        """
-        if not torch.is_grad_enabled() or peek_interpreter_stack() is not None:
-            return
-        v = torch.zeros(n, dtype=like.dtype, device=like.device)
-        copies = [x.detach().requires_grad_(x.requires_grad) for x in self.values]
-        stray = stray_leaf(self.bind(copies)[0](v), copies)
-        if stray is not None:
-            raise ValueError(
-                f"The product depends on {given(stray)} that requires grad and was not found in "
-                "the function: it stands in a graph that was recorded before, or where the "
-                "methods of a class look it up. Name it, LinearOperator(fn, tensor) with "
-                "fn(v, tensor), to have its derivative; or solve under torch.no_grad()."
-            )
-
-
-def derivatives_possible() -> bool:
-    """Whether a graph may be recorded, or a transform of torch.func is at work."""
-    return torch.is_grad_enabled() or peek_interpreter_stack() is not None or in_forward_mode()
-
-
-def pull_back(
-    function: Callable[..., Tensor], primals: Sequence[Tensor]
-) -> Callable[[Tensor], list[Tensor]]:
-    """Return the map from a cotangent of a function's value to those of its arguments.
-
-    Where no transform of torch.func is at work it is autograd's own, under which functions may
-    call ``torch.autograd.grad`` themselves. It is recorded where gradients are when it is called.
-    """
-    if peek_interpreter_stack() is not None:
-        pull = torch.func.vjp(function, *primals)[1]
-        return lambda u: list(pull(u))
-    with torch.enable_grad():
-        # a name of its own for each: one may have been computed from another
-        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in primals]
-        value = function(*inputs)
-
-    def pull_plain(u: Tensor) -> list[Tensor]:
-        if not value.requires_grad:
-            return [torch.zeros_like(x) for x in inputs]
-        grads = torch.autograd.grad(
-            value,
-            inputs,
-            u,
-            retain_graph=True,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
-
-    return pull_plain

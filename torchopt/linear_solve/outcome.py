@@ -22,7 +22,8 @@ class Outcome(enum.Enum):
     CONVERGED = "The norm of b - A x, computed anew from x, is at most max(rtol * norm of b, atol)."
     MAX_STEPS = (
         "maxiter iterations were made. Raise maxiter, give a preconditioner or a ridge; an "
-        "ill-conditioned system of moderate size is solved by solve_lu() or solve_cholesky()."
+        "ill-conditioned system of moderate size is solved by solve_lu() or solve_cholesky(). "
+        "solve_cg() and solve_minres() do not end where the operator is not symmetric."
     )
     STAGNATED = (
         "The norm of b - A x no longer falls. Either this is the limit of the dtype for so "
@@ -52,6 +53,11 @@ class Outcome(enum.Enum):
     DIVERGED = (
         "The terms of the series grow. Lower the step below 2 over the largest eigenvalue, or take "
         "a solver that needs no step: solve_cg(), solve_gmres()."
+    )
+
+    APPROXIMATE = (
+        "An approximate inverse was applied, which solves within no tolerance. Raise rank or rho, "
+        "or use it as a preconditioner of solve_cg()."
     )
 
     @property

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeAlias
 
+from torchopt.base.calling import level_of_user
 from torchopt.base.misuse.given import given
 from torchopt.linear_solve.derivative import Job, solve_flat
-from torchopt.linear_solve.operator import Product, as_operator
+from torchopt.linear_solve.operator import as_operator
 from torchopt.linear_solve.outcome import (
     CODES,
     LinearSolveError,
     LinearSolveWarning,
     Outcome,
 )
+from torchopt.linear_solve.product import Product
 from torchopt.linear_solve.system import Solved, System
 from torchopt.linear_solve.vectors import Layout, norm
 from torchopt.typing import TensorTree
@@ -28,9 +30,6 @@ from torchopt.typing import TensorTree
 
 #: What happens when a system was not solved.
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
-
-#: Where no ``rtol`` is given.
-RTOL = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +42,7 @@ class LinearSolution:
         >>> b = torch.tensor([3.0, 4.0])
         >>> solution = torchopt.linear_solve.solve_cg().solve(lambda v: A @ v, b)
         >>> solution.x, solution.iterations, solution.outcome
-        (tensor([1., 1.]), 2, <Outcome.CONVERGED>)
+        (tensor([1.0000, 1.0000]), 2, <Outcome.CONVERGED>)
     """
 
     x: TensorTree
@@ -54,6 +53,8 @@ class LinearSolution:
     all_iterations: Tensor = dataclasses.field(repr=False)
     all_residuals: Tensor = dataclasses.field(repr=False)
     all_outcomes: tuple[Outcome, ...] = dataclasses.field(repr=False)
+    #: The name of the function that makes the solver that was taken.
+    method: str = dataclasses.field(default="", repr=False)
     #: What an algorithm reports besides: the size of the last term of a series.
     extra: Tensor | None = dataclasses.field(default=None, repr=False)
 
@@ -62,8 +63,8 @@ class LinearSolution:
 class LinearSolver(abc.ABC):
     r"""Solves :math:`A x = b` for an operator that is known by its products.
 
-    ``solver(matvec, b)`` returns ``x``; :meth:`solve` also tells how it went. A subclass is a frozen
-    dataclass that defines :meth:`run` over flat vectors.
+    ``solver(matvec, b)`` returns ``x``; :meth:`solve` also tells how it went. A subclass is a
+    frozen dataclass that defines :meth:`run` over flat vectors.
 
     The solution is an operation of its own: its derivative is that of the solution of the system,
     by one more solve, and not that of the iterations,
@@ -100,10 +101,8 @@ class LinearSolver(abc.ABC):
             if value is None and name != "atol":
                 continue
             _check_number(name, value)
-        if self.maxiter is not None and (
-            not isinstance(self.maxiter, int) or isinstance(self.maxiter, bool) or self.maxiter < 0
-        ):
-            raise ValueError(f"maxiter must be an integer >= 0 or None, got {given(self.maxiter)}.")
+        if self.maxiter is not None:
+            check_count("maxiter", self.maxiter, 0)
         if self.on_failure not in ("warn", "raise", "ignore"):
             raise ValueError(
                 f"on_failure must be 'warn', 'raise' or 'ignore', got {self.on_failure!r}."
@@ -115,9 +114,7 @@ class LinearSolver(abc.ABC):
     def run(self, system: System) -> Solved:
         """Solve systems of flat vectors."""
 
-    def __call__(
-        self, matvec: Any, b: TensorTree, *, init: TensorTree | None = None
-    ) -> TensorTree:
+    def __call__(self, matvec: Any, b: TensorTree, *, init: TensorTree | None = None) -> TensorTree:
         """Return ``x``, a tree like ``b``.
 
         Args:
@@ -132,23 +129,21 @@ class LinearSolver(abc.ABC):
         """
         return self.solve(matvec, b, init=init).x
 
-    def solve(
-        self, matvec: Any, b: TensorTree, init: TensorTree | None = None
-    ) -> LinearSolution:
+    def solve(self, matvec: Any, b: TensorTree, init: TensorTree | None = None) -> LinearSolution:
         """Return ``x`` with iterations, residual and outcome; arguments as in a call."""
         operator = as_operator(matvec)
         layout = Layout(b)
-        product, _ = Product.of(operator, b, layout)
-        product.refuse_strays(layout.numel, layout)
+        product = Product.of(operator, layout, differentiated=True)
         product, right = self.prepared(product, layout.flatten(b, "b"))
         precondition = None
         if self.preconditioner is not None:
-            precondition, _ = Product.of(self.preconditioner, b, layout)
+            precondition = Product.of(as_operator(self.preconditioner), layout)
         init = self.init if init is None else init
         start = None if init is None else layout.flatten(init, "init").detach()
-        job = Job(self, product, precondition, layout.is_real)
+        job = Job(self, product, precondition, layout.is_real, layout.rtol)
         x = solve_flat(job, right, start)
         report = job.report
+        extra = report.get("extra")
         codes = [CODES[k - 1] for k in report["code"].reshape(-1).tolist()]
         failed = [outcome for outcome in codes if not outcome.success]
         return LinearSolution(
@@ -159,17 +154,18 @@ class LinearSolver(abc.ABC):
             report["iterations"].squeeze(-1),
             report["residual"].squeeze(-1),
             tuple(codes),
-            report["extra"],
+            report.get("method") or self.title,
+            None if extra is None else extra.squeeze(-1),
         )
 
     def prepared(self, product: Product, b: Tensor) -> tuple[Product, Tensor]:
         """Return the system that is solved in the place of a given one."""
         return (product if self.ridge is None else product.shifted(self.ridge)), b
 
-    def limits(self, b: Tensor) -> tuple[Tensor, int]:
+    def limits(self, b: Tensor, rtol: float) -> tuple[Tensor, int]:
         """Return the largest norms of residuals, and the most iterations."""
-        rtol = RTOL.get(b.dtype, 1e-5) if self.rtol is None else self.rtol
-        most = max(1000, min(10 * b.shape[-1], 20000)) if self.maxiter is None else self.maxiter
+        rtol = rtol if self.rtol is None else self.rtol
+        most = max(5000, min(10 * b.shape[-1], 20000)) if self.maxiter is None else self.maxiter
         return torch.clamp_min(rtol * norm(b), self.atol), most
 
     def judge(self, report: dict[str, Any], tol: Tensor, of: str) -> None:
@@ -184,16 +180,17 @@ class LinearSolver(abc.ABC):
             return
         k = int(wrong.nonzero()[0])
         outcome = CODES[int(codes[k]) - 1]
-        count = f"{int(wrong.sum())} of {codes.numel()} systems" if codes.numel() > 1 else "A system"
+        several, name = codes.numel() > 1, report.get("method") or self.title
+        count = f"{int(wrong.sum())} of {codes.numel()} systems" if several else "A system"
         residual = float(report["residual"].reshape(-1)[k])
         message = (
-            f"{count}{of} not solved by {self.title}: {outcome.name.lower()} after "
-            f"{int(report['iterations'].reshape(-1)[k])} iterations, with a residual of "
+            f"{count}{of} not solved by {name}: {outcome.name.lower()} "
+            f"after {int(report['iterations'].reshape(-1)[k])} iterations, with a residual of "
             f"{residual:.3g} instead of at most {float(tol.reshape(-1)[k]):.3g}. {outcome.text}"
         )
         if self.on_failure == "raise":
             raise LinearSolveError(message, outcome)
-        warnings.warn(message, LinearSolveWarning, stacklevel=2)
+        warnings.warn(message, LinearSolveWarning, stacklevel=level_of_user())
 
     @property
     def title(self) -> str:
@@ -206,3 +203,16 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {given(value)}.")
     if not value >= 0:
         raise ValueError(f"{name} must be >= 0, got {value}.")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Refuse what is no integer of at least ``least``.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {given(value)}.")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}.")

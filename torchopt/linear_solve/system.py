@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchopt.linear_solve.operator import Map
 from torchopt.linear_solve.outcome import Outcome, code_of
+from torchopt.linear_solve.product import Map
 from torchopt.linear_solve.vectors import anything, norm
 
 
@@ -66,15 +66,24 @@ class Solved:
     code: Tensor  #: Of outcomes.
     residual: Tensor | None = None  #: The norm of ``b - A x``; ``None``: to be computed.
     extra: Tensor | None = None  #: A number that the algorithm reports besides.
+    method: str | None = None  #: What was chosen to solve it.
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """What some iterations found: a correction, their numbers, and a code where they failed."""
+    """What some iterations found.
+
+    Attributes:
+        step: The correction.
+        iterations: Their numbers.
+        code: Why there is no going on, or 0.
+        reason: What to call it if the correction did not help; 0 is ``STAGNATED``.
+    """
 
     step: Tensor
     iterations: Tensor
     code: Tensor
+    reason: Tensor | None = None
 
 
 #: Runs iterations for ``A d = r`` until the norm of a residual is at most ``tol``, at most ``most``
@@ -128,6 +137,8 @@ def restarted(system: System, cycle: CycleOf, least_fall: float = 0.5, cycles: i
         stuck = stuck & (size > system.tol) & (code == 0)
         over = iterations >= system.maxiter
         ended = torch.where(over, code_of(Outcome.MAX_STEPS), code_of(Outcome.STAGNATED))
+        if found.reason is not None:
+            ended = torch.where(found.reason != 0, found.reason, ended)
         code = torch.where(stuck, ended, code)
     return Solved(x, iterations, code, size)
 

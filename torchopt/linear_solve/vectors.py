@@ -1,9 +1,9 @@
-"""Trees as flat vectors of reals, and arithmetic of batches of such vectors.
+r"""Trees as flat vectors of reals, and arithmetic of batches of such vectors.
 
 A complex number is a pair of reals, so that every operator that is linear over the reals can be
 solved with (the Hessian of a real function of complex parameters is not linear over the complex
-numbers), and the inner product :math:`\\mathrm{Re} \\langle x, y \\rangle` conjugates what has to be.
-Its adjoint is what autograd computes.
+numbers), and the inner product :math:`\mathrm{Re} \langle x, y \rangle` conjugates what has to
+be. Its adjoint is what autograd computes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from torchopt.base import tree
 from torchopt.base.misuse.given import given
 from torchopt.base.numerics import to_compute_dtype
 from torchopt.typing import TensorTree
+
+
+#: Relative tolerances where none is given.
+RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 class Layout:
@@ -54,6 +58,8 @@ class Layout:
         self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in present]
         self.numel = sum(self.sizes)
         self.is_real = not any(leaf.is_complex() for leaf in present)
+        #: A relative tolerance that can be reached in the coarsest of their dtypes.
+        self.rtol = max(RTOL[torch.empty(0, dtype=leaf.dtype).real.dtype] for leaf in present)
 
     def flatten(self, given_tree: TensorTree, what: str) -> Tensor:
         """Return the entries of a tree of the same structure and shapes as a new vector.
@@ -79,7 +85,9 @@ class Layout:
 
     def _reals(self, leaf: Tensor, dtype: torch.dtype | None) -> Tensor:
         if dtype is not None and dtype.is_complex:
-            leaf = torch.view_as_real(leaf.to(dtype).resolve_conj())
+            # not view_as_real, whose derivative refuses what begins at an odd place
+            leaf = leaf.to(dtype)
+            leaf = torch.stack([leaf.real, leaf.imag], -1)
         return leaf.reshape(-1).to(self.dtype)
 
     def unflatten(self, x: Tensor) -> TensorTree:
@@ -103,7 +111,9 @@ def _real_dtype(leaf: Tensor) -> torch.dtype:
 
 def _shaped(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
-        return torch.view_as_complex(part.reshape(*shape, 2)).to(dtype)
+        pairs = part.reshape(*shape, 2)
+        # not view_as_complex, which refuses what begins at an odd place
+        return torch.complex(pairs[..., 0], pairs[..., 1]).to(dtype)
     return part.reshape(shape).to(dtype)
 
 

@@ -11,7 +11,7 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from torchopt.base import misuse
 from torchopt.base.misuse.given import given
 from torchopt.core import hyper
-from torchopt.diff.implicit.stationarity import stationarity
+from torchopt.diff.stationarity import stationarity
 from torchopt.solvers.flat import Layout, Number, Objective, TreeObjective
 from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
@@ -63,7 +63,9 @@ class Solution:
 
     params: TensorTree
     value: Number  #: At ``params``: a float, or a 0-d tensor with its graph.
-    grad_norm: float  #: The largest absolute entry of the gradient there.
+    #: The largest absolute entry there of what is zero at a solution: the gradient; of
+    #: :func:`find_root` and :func:`fixed_point`, the residual.
+    grad_norm: float
     iterations: int
     evaluations: int  #: Calls of the function, each with its gradient.
     outcome: Outcome
@@ -102,6 +104,9 @@ class Solver(abc.ABC, Generic[S]):
         (<Outcome.CONVERGED>, {'w': tensor([2., 2.])})
     """
 
+    #: The function that runs it.
+    problem: ClassVar[str] = "minimize"
+
     tolerance_grad: float = 1e-7
     tolerance_change: float = 1e-9
     max_iter: int = 500
@@ -136,24 +141,40 @@ class Solver(abc.ABC, Generic[S]):
             return Outcome.MAX_EVAL
         return None
 
-    def run(self, fn: Callable[..., Tensor], params: TensorTree, *args: PyTree) -> Solution:
-        """Run the loop and return the last point, as :func:`minimize`; records no derivative."""
-        return iterate(self, TreeObjective(fn, Layout(params), args), params)
+    def objective(
+        self,
+        fn: Callable[..., Any],
+        layout: Layout,
+        args: tuple[PyTree, ...],
+        create_graph: bool = False,
+    ) -> Objective:
+        """Return a function of a tree as the solver sees it."""
+        return TreeObjective(fn, layout, args, create_graph)
 
-    def condition(self, fn: Callable[..., Tensor]) -> tuple[Callable[..., TensorTree], Any]:
+    def run(
+        self,
+        fn: Callable[..., Any],
+        params: TensorTree,
+        *args: PyTree,
+        create_graph: bool = False,
+    ) -> Solution:
+        """Run the loop and return the last point; by default no derivative is recorded."""
+        return iterate(self, self.objective(fn, Layout(params), args, create_graph), params)
+
+    def condition(self, fn: Callable[..., Any]) -> tuple[Callable[..., TensorTree], Any]:
         """Return the function that is zero at a solution, and what is known of its Jacobian."""
         return stationarity(fn), ("symmetric",)
 
-    def init(self, fn: Callable[..., Tensor], params: TensorTree, *args: PyTree) -> S:
+    def init(self, fn: Callable[..., Any], params: TensorTree, *args: PyTree) -> S:
         """Return the state at ``params``, for a loop of your own; calls ``fn(params, *args)``."""
         layout = Layout(params)
         with torch.no_grad():
-            return self.start(TreeObjective(fn, layout, args), layout.flatten(params))
+            return self.start(self.objective(fn, layout, args), layout.flatten(params))
 
-    def step(self, fn: Callable[..., Tensor], state: S, *args: PyTree) -> S:
+    def step(self, fn: Callable[..., Any], state: S, *args: PyTree) -> S:
         """Return the state after one more iteration; records no derivative."""
         with torch.no_grad():
-            return self.advance(TreeObjective(fn, state.layout, args), state)
+            return self.advance(self.objective(fn, state.layout, args), state)
 
 
 def check_count(name: str, value: Any, least: int) -> None:
@@ -246,8 +267,7 @@ class Unrolled:
         args: tuple[PyTree, ...],
     ) -> Solution:
         """Run the loop, recording it."""
-        objective = TreeObjective(fn, Layout(params), args, create_graph=torch.is_grad_enabled())
-        return iterate(solver, objective, params)
+        return solver.run(fn, params, *args, create_graph=torch.is_grad_enabled())
 
 
 def minimize(
@@ -297,6 +317,11 @@ def minimize(
         raise TypeError(
             f"solver must be a solver such as torchopt.solvers.LBFGS(), got {given(solver)}."
             " A transformation becomes one by torchopt.solvers.GradientDescent(tx)."
+        )
+    if solver.problem != "minimize":
+        raise TypeError(
+            f"{type(solver).__name__} does not minimise a function; it is a solver for "
+            f"torchopt.solvers.{solver.problem}."
         )
     if adjoint is not None:
         return adjoint(solver, fn, params, args)

@@ -66,7 +66,8 @@ class Layout:
 
     def _reals(self, leaf: Tensor) -> Tensor:
         if leaf.is_complex():
-            leaf = torch.view_as_real(leaf.resolve_conj())
+            # not view_as_real, whose derivative refuses what begins at an odd place
+            leaf = torch.stack([leaf.real, leaf.imag], -1)
         return leaf.reshape(-1).to(self.dtype)
 
     def unflatten(self, x: Tensor) -> TensorTree:
@@ -93,7 +94,9 @@ def _real_dtype(leaf: Tensor) -> torch.dtype:
 
 def _shaped(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
-        part = torch.view_as_complex(part.reshape(*shape, 2))
+        pairs = part.reshape(*shape, 2)
+        # not view_as_complex, which refuses what begins at an odd place
+        part = torch.complex(pairs[..., 0], pairs[..., 1])
     return part.reshape(shape).to(dtype)
 
 

@@ -21,7 +21,10 @@ class Outcome(enum.Enum):
         'max_iter iterations were made'
     """
 
-    CONVERGED = "No entry of the gradient is larger than tolerance_grad."
+    CONVERGED = (
+        "No entry of what is zero at a solution (the gradient; of find_root and fixed_point, the "
+        "residual) is larger than tolerance_grad."
+    )
     SMALL_CHANGE = (
         "The last iteration changed value or parameters by no more than tolerance_change, or the "
         "next one would. At a minimum this is the limit of the dtype; if the gradient is still "
@@ -46,6 +49,16 @@ class Outcome(enum.Enum):
         "Value or gradient is infinite or nan; the parameters are the last at which both were "
         "finite. If they were not at the start, start elsewhere. If a step led there, it was too "
         "long: lower lr, or give line_search_fn='strong_wolfe', which shortens such steps."
+    )
+
+    SINGULAR = (
+        "The Jacobian is singular there, so that there is no direction to go. Start elsewhere; "
+        "where equations depend on each other, take least_squares with LevenbergMarquardt()."
+    )
+    STAGNATED = (
+        "The iterations no longer change the parameters, and the residual is not small. Start "
+        "nearer to a solution, take smaller steps (damping), or take Newton(), which knows the "
+        "Jacobian."
     )
 
     @property

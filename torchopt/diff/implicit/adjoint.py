@@ -12,9 +12,9 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.levels import is_tracked
-from torchopt.core import hyper
+from torchopt.base.misuse.given import given
 from torchopt.diff.implicit.condition import Argument, Condition
-from torchopt.diff.implicit.decorators import check_solve
+from torchopt.diff.implicit.decorators import check_residual, check_solve
 from torchopt.diff.implicit.solving import solved
 from torchopt.typing import PyTree, TensorTree
 
@@ -63,8 +63,7 @@ class Implicit:
 
     def __post_init__(self) -> None:
         check_solve(self.solve)
-        if self.residual_check is not None:
-            hyper.check_number("residual_check", self.residual_check, hyper.HyperSpec(ge=0))
+        check_residual(self.residual_check)
 
     def __call__(
         self, solver: Any, fn: Callable[..., Tensor], params: TensorTree, args: tuple[PyTree, ...]
@@ -89,7 +88,8 @@ class Implicit:
         end = (failed or ends)[-1]  # of a batch, one that has not converged
         arguments = [Argument(k, value, True, f"args[{k}]") for k, value in enumerate(args)]
         function, tags = solver.condition(fn)
-        condition = Condition(function, found, arguments, self.solve, tags)
+        title = f"the gradient of {given(fn)}" if tags else ""
+        condition = Condition(function, found, arguments, self.solve, tags, title)
         condition.warn_of_constants("all", params)
         tracked = any(map(is_tracked, condition.parameters))
         if not tracked and self.residual_check is None:

@@ -15,10 +15,11 @@ from torchopt.base import tree
 from torchopt.base.captured import Captured, stray_leaf
 from torchopt.base.levels import any_level, is_tracked, is_wrapped, physical
 from torchopt.base.misuse.given import given, short
-from torchopt.diff.implicit.pullback import Flat, Tensors, pullback
+from torchopt.diff.pullback import Flat, Tensors, pullback
+from torchopt.base.torch_internals import in_forward_mode
 from torchopt.diff.implicit.solution import LinearSystem, System, differentiable
 from torchopt.diff.implicit.unknowns import Unknowns
-from torchopt.linear_solve import LinearOperator, solve_lu
+from torchopt.linear_solve import LinearOperator, solve_auto
 from torchopt.typing import PyTree
 
 
@@ -43,6 +44,7 @@ class Condition(System):
         arguments: All that the function is given besides.
         solve: ``solve(matvec, b)`` of a linear system of trees like the solution.
         tags: What is known of its Jacobian, as of a :class:`torchopt.linear_solve.LinearOperator`.
+        title: What errors call the function.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class Condition(System):
         arguments: Sequence[Argument],
         solve: Callable[..., PyTree] | None = None,
         tags: Sequence[str] = (),
+        title: str = "",
     ) -> None:
         self.solve, self.tags = solve or default_solve(), tags
-        self.title, self.arguments = given(function), arguments
+        self.title, self.arguments = title or given(function), arguments
         self.unknowns = Unknowns(solution, "The solution")
         flat = [tree.flatten(argument.value) for argument in arguments]
         self._specs = [spec for _, spec in flat]
@@ -134,8 +137,8 @@ class Condition(System):
 
             return fn
 
-        # batches have to see what is batched: there the product is a function of all its tensors
-        consts = point if any_level() else ()
+        # where batches or derivatives are looked for, the product is a function of all its tensors
+        consts = point if any_level() or in_forward_mode() else ()
         matvec = LinearOperator(
             _Sealed(function(False)), *consts, tags=self.tags, adjoint=_Sealed(function(True))
         )
@@ -221,7 +224,7 @@ class Condition(System):
 
 def default_solve() -> Callable[..., PyTree]:
     """Return the linear solver where none is given."""
-    return solve_lu()
+    return solve_auto()
 
 
 class _Sealed:

@@ -96,8 +96,7 @@ def custom_root(
         )
     check_argnums(argnums)
     check_solve(solve)
-    if residual_check is not None:
-        hyper.check_number("residual_check", residual_check, hyper.HyperSpec(ge=0))
+    check_residual(residual_check)
 
     def decorate(solver: Callable[..., Any]) -> Callable[..., Any]:
         if not callable(solver):
@@ -214,3 +213,14 @@ def check_solve(solve: Any) -> None:
             f"solve must be a linear solver, called as solve(matvec, b), got {given(solve)}. Write "
             "solve=torchopt.linear_solve.solve_cg()."
         )
+
+
+def check_residual(value: Any) -> None:
+    """Refuse what is no bound of a residual.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative.
+    """
+    if value is not None:
+        hyper.check_number("residual_check", value, hyper.HyperSpec(ge=0))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torchopt.base.levels import any_level
-from torchopt.diff.implicit.pullback import Tensors
+from torchopt.diff.pullback import Tensors
 
 
 Call = Callable[..., Tensors]

@@ -26,7 +26,7 @@ from torch.autograd import Function
 
 from torchopt.base.levels import primal
 from torchopt.base.torch_internals import is_legacy_batchedtensor, set_forward_grad_enabled
-from torchopt.diff.implicit.pullback import Flat, Tensors, inexact, pullback, pushforward
+from torchopt.diff.pullback import Flat, Tensors, inexact, pullback, pushforward
 from torchopt.diff.implicit.running import run
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torchopt.base import tree
 from torchopt.base.captured import Captured
 from torchopt.base.levels import any_level, is_wrapped
 from torchopt.base.misuse.given import given
-from torchopt.diff.implicit.pullback import Tensors
+from torchopt.diff.pullback import Tensors
 from torchopt.diff.implicit.running import run
 from torchopt.typing import PyTree
 
@@ -71,14 +72,21 @@ def solved(
 ) -> tuple[PyTree, Any]:
     """Return a solution and ``aux`` (or ``None``), with constants for tensors."""
     call = _Solve(solver, args, keywords, has_aux)
-    try:
+    with asking_for_grad("A solver"):
         tensors = run(call, call.tensors)
+    result = call.restored(tensors)
+    return result if has_aux else (result, None)
+
+
+@contextlib.contextmanager
+def asking_for_grad(title: str) -> Iterator[None]:
+    """Tell of a solver that needs gradients what to write."""
+    try:
+        yield
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise
         raise RuntimeError(
-            f"{error} A solver under custom_root runs as under torch.no_grad(): write `with "
-            "torch.enable_grad():` around what it differentiates by backward or autograd.grad."
+            f"{error} {title} runs as under torch.no_grad(): write `with torch.enable_grad():` "
+            "around what it differentiates by backward or autograd.grad."
         ) from error
-    result = call.restored(tensors)
-    return result if has_aux else (result, None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
-from torchopt.diff.implicit.pullback import Tensors
+from torchopt.diff.pullback import Tensors
 from torchopt.typing import PyTree
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
-from torchopt.base.callers import level_of_user
+from torchopt.base.calling import level_of_user
 from torchopt.base.misuse.given import given, is_number
 
 

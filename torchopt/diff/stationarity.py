@@ -11,7 +11,7 @@ from torch import Tensor
 from torchopt.base import misuse, tree
 from torchopt.base.levels import any_level
 from torchopt.base.misuse.given import given
-from torchopt.diff.implicit.pullback import Tensors, alias
+from torchopt.diff.pullback import Tensors, alias
 from torchopt.typing import PyTree, TensorTree
 
 

@@ -1,4 +1,4 @@
-"""Where in the user's code a call came from, for warnings."""
+"""Where a call came from."""
 
 from __future__ import annotations
 

@@ -1,0 +1,12 @@
+# The public names, which __init__.py imports when they are first asked for.
+
+from torchopt.diff import implicit as implicit
+from torchopt.diff import zero_order as zero_order
+from torchopt.diff.adjoints.checkpointed import Checkpointed as Checkpointed
+from torchopt.diff.adjoints.unrolled import Unrolled as Unrolled
+from torchopt.diff.implicit.adjoint import Implicit as Implicit
+from torchopt.diff.implicit.decorators import custom_fixed_point as custom_fixed_point
+from torchopt.diff.implicit.decorators import custom_root as custom_root
+from torchopt.diff.implicit.products import root_jvp as root_jvp
+from torchopt.diff.implicit.products import root_vjp as root_vjp
+from torchopt.diff.unrolling import unroll as unroll

@@ -1,0 +1,119 @@
+"""A sum of squares as solvers see it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from torchopt.base.misuse.given import given
+from torchopt.diff.stationarity import stationarity
+from torchopt.solvers.base import (
+    Solver,
+    State,
+    plain,
+)
+from torchopt.solvers.flat import Layout, Number, Objective
+from torchopt.solvers.linearized import Linearized
+from torchopt.typing import PyTree, TensorTree
+
+
+def half_of_squares(residual: TensorTree) -> Tensor:
+    """Return half the sum of the squares of a tree, of absolute values if complex.
+
+    Raises:
+        TypeError: If a leaf is no tensor of floating-point or complex numbers.
+    """
+    layout = Layout(residual, "The residuals that fn returns")
+    return layout.flatten(residual).square().sum() / 2
+
+
+class Squares(Objective):
+    r"""Half the sum of squared residuals, as a solver sees it: value :math:`\tfrac12 r^T r`.
+
+    Args:
+        fn: ``fn(params, *args)`` returns a tree of residuals.
+        layout: Of ``params``.
+        args: Passed on.
+        create_graph: Record what is computed.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., TensorTree],
+        layout: Layout,
+        args: Sequence[PyTree] = (),
+        create_graph: bool = False,
+    ) -> None:
+        if not callable(fn):
+            raise TypeError(
+                f"fn must be a function of the parameters, got {given(fn)}. Write "
+                "least_squares(fn, solver, params)."
+            )
+        self.fn, self.layout, self.args, self.create_graph = fn, layout, args, create_graph
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Return all residuals as a vector."""
+        result = self.fn(self.layout.unflatten(x), *self.args)
+        return Layout(result, "The residuals that fn returns").flatten(result)
+
+    def linearized(self, x: Tensor) -> Linearized:
+        """Return the residuals and their Jacobian near a point."""
+        return Linearized(self.residual, x, self.create_graph)
+
+    def __call__(self, x: Tensor) -> tuple[Number, Tensor]:
+        """Return value and gradient."""
+        near = self.linearized(x)
+        value = near.value.square().sum() / 2
+        return (value if self.create_graph else value.item()), near.pull(near.value)
+
+    def value(self, x: Tensor) -> float:
+        """Return the value alone."""
+        with torch.no_grad():
+            return plain(self.residual(x.detach()).square().sum() / 2)
+
+
+S = TypeVar("S", bound=State)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastSquaresSolver(Solver[S], abc.ABC):
+    """An algorithm that minimises a sum of squares, step by step; see :class:`Solver`.
+
+    Example:
+        >>> import torch, torchopt
+        >>> solver = torchopt.solvers.GaussNewton()
+        >>> fn = lambda p: torch.stack([p - 1, p**2 - 1])
+        >>> state = solver.init(fn, torch.tensor(3.0))
+        >>> while (outcome := solver.terminate(state)) is None:
+        ...     state = solver.step(fn, state)
+        >>> outcome.success, abs(state.params - 1) < 1e-5
+        (True, tensor(True))
+    """
+
+    problem: ClassVar[str] = "least_squares"
+
+    tolerance_change: float = 1e-12
+    max_iter: int = 200
+
+    def objective(
+        self,
+        fn: Callable[..., Any],
+        layout: Layout,
+        args: tuple[PyTree, ...],
+        create_graph: bool = False,
+    ) -> Squares:
+        """Return a function of a tree as the solver sees it."""
+        return Squares(fn, layout, args, create_graph)
+
+    def condition(self, fn: Callable[..., Any]) -> tuple[Callable[..., TensorTree], Any]:
+        """Return the gradient of the sum of squares."""
+
+        def half(params: TensorTree, *args: PyTree) -> Tensor:
+            return half_of_squares(fn(params, *args))
+
+        return stationarity(half), ("symmetric",)
