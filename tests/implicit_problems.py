@@ -63,7 +63,7 @@ def exact(theta: Tensor) -> Tensor:
 
 
 def differences(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5) -> Tensor:
-    """Return the Jacobian of a function by central differences; the last dimension is the input's."""
+    """Return the Jacobian of a function by central differences; inputs are the last dimension."""
     at = at.detach()
     columns = []
     for k in range(at.numel()):

@@ -190,7 +190,9 @@ def test_closures(how: str, order: int) -> None:
 def test_pure_products() -> None:
     at = theta()
     x = newton(start(), tree_of(at))
-    jacobian = differences(lambda t: torch.cat([*(v.reshape(-1) for v in newton(start(), tree_of(t)).values())]), at)
+    jacobian = differences(
+        lambda t: torch.cat([*(v.reshape(-1) for v in newton(start(), tree_of(t)).values())]), at
+    )
     bar = {"w": torch.randn(3, dtype=torch.float64), "b": torch.randn((), dtype=torch.float64)}
     (found,) = root_vjp(condition, x, (tree_of(at),), bar)
     flat = torch.cat([found["u"], found["v"].reshape(1)])

@@ -204,10 +204,13 @@ def test_the_value_at_a_solution_has_its_derivative() -> None:
 
 @pytest.mark.parametrize("kind", ["ridge", "logistic"])
 def test_hyperparameters_of_regressions(kind: str) -> None:
-    """The derivative of a validation loss by the strength of the penalty, and by weights of data."""
+    """The derivative of a validation loss by the strength of the penalty and weights of data."""
     g = torch.Generator().manual_seed(2)
     x, y = torch.randn(8, 4, dtype=torch.float64, generator=g), torch.randn(8, generator=g).double()
-    xv, yv = torch.randn(20, 4, dtype=torch.float64, generator=g), torch.randn(20, generator=g).double()
+    xv, yv = (
+        torch.randn(20, 4, dtype=torch.float64, generator=g),
+        torch.randn(20, generator=g).double(),
+    )
 
     def losses(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
         if kind == "ridge":
@@ -236,7 +239,9 @@ def test_hyperparameters_of_regressions(kind: str) -> None:
     assert found[0] != 0
 
 
-@pytest.mark.parametrize("kind", ["definite", "indefinite", "ill-conditioned", "far from symmetric"])
+@pytest.mark.parametrize(
+    "kind", ["definite", "indefinite", "ill-conditioned", "far from symmetric"]
+)
 def test_quadratics(kind: str) -> None:
     """Stationary points of ``0.5 w'Hw + w'Bx`` by the dense solution, whatever H is; also b = 0."""
     g = torch.Generator().manual_seed(9)
@@ -264,3 +269,20 @@ def test_quadratics(kind: str) -> None:
         assert relative_error(found, expected) < 1e-8
     jacobian = torch.func.jacrev(lambda x: solver(torch.zeros(5).double(), x))(x.detach())
     assert relative_error(jacobian, differences(lambda x: solver(x, x), x)) < 1e-6
+
+
+def test_what_a_closure_holds_and_does_not_use_gets_no_gradient() -> None:
+    net = torch.nn.Linear(2, 1, dtype=torch.float64)
+    (t,) = numbers(2.0)
+
+    def objective(w: Any, t: Tensor) -> Tensor:
+        x = torch.eye(2, dtype=torch.float64)
+        return (torch.func.functional_call(net, w, (x,)) - t).square().sum() + t * sum(
+            v.square().sum() for v in w.values()
+        )
+
+    start = {name: p.detach() for name, p in net.named_parameters()}
+    solver = LBFGS(tolerance_grad=1e-9, tolerance_change=0)
+    minimize(objective, solver, start, t, adjoint=Implicit()).params["bias"].sum().backward()
+    assert t.grad is not None
+    assert all(p.grad is None for p in net.parameters())

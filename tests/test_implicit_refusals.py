@@ -1,4 +1,4 @@
-"""What an error about implicit derivatives says: what was given, what was expected, what to type."""
+"""What errors of implicit derivatives say: what was given and expected, and what to type."""
 
 from __future__ import annotations
 
@@ -98,7 +98,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         ValueError,
         ("shapes of the solution: ()", "(1,)"),
     ),
-    "no-tensor": (lambda: call(condition=lambda x, t: 0.0), TypeError, ("must hold tensors", "0.0")),
+    "no-tensor": (
+        lambda: call(condition=lambda x, t: 0.0),
+        TypeError,
+        ("must hold tensors", "0.0"),
+    ),
     "aux": (
         lambda: call(solver=lambda x, t: (t.sqrt(), 7)),
         TypeError,
@@ -209,7 +213,9 @@ def test_nothing_warns_and_nothing_is_recorded_where_nothing_requires_grad() -> 
 
 
 def test_an_unsolved_member_of_a_batch_is_found() -> None:
-    solver = custom_root(root_of, argnums=1, residual_check=1e-6)(lambda x, t: t.sqrt().clamp(max=2.0))
+    solver = custom_root(root_of, argnums=1, residual_check=1e-6)(
+        lambda x, t: t.sqrt().clamp(max=2.0)
+    )
     value = torch.func.vmap(lambda t: solver(t, t))
     assert torch.equal(value(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 2.0]))
     with pytest.raises(ValueError, match="does not satisfy"):

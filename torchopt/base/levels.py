@@ -66,7 +66,7 @@ def primal(x: Tensor) -> Tensor:
 
 
 def physical(x: Tensor) -> Tensor:
-    """Return what is inside of all levels: no history, and the entries of all members of a batch."""
+    """Return what is inside of all levels: no history, and all members of a batch."""
     if not any_level():
         return x.detach()
     level: Any = current_interpreter()

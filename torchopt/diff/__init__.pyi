@@ -4,6 +4,11 @@ from torchopt.diff import implicit as implicit
 from torchopt.diff import zero_order as zero_order
 from torchopt.diff.adjoints.checkpointed import Checkpointed as Checkpointed
 from torchopt.diff.adjoints.unrolled import Unrolled as Unrolled
+from torchopt.diff.estimates import SAMA as SAMA
+from torchopt.diff.estimates import T1T2 as T1T2
+from torchopt.diff.estimates import FiniteDifference as FiniteDifference
+from torchopt.diff.estimates import Neumann as Neumann
+from torchopt.diff.hypergradients import hypergradient as hypergradient
 from torchopt.diff.implicit.adjoint import Implicit as Implicit
 from torchopt.diff.implicit.decorators import custom_fixed_point as custom_fixed_point
 from torchopt.diff.implicit.decorators import custom_root as custom_root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -40,7 +41,7 @@ def pullback(function: Flat, primals: Sequence[Tensor]) -> tuple[Tensors, Flat]:
         return tuple(function(tuple(values)))
 
     if any_level():
-        value, product = torch.func.vjp(lambda *xs: called(xs), *(primals[k] for k in places))
+        value, product = torch.func.vjp(lambda *xs: called(xs), *(primals[k] for k in places))[:2]
         return value, lambda v: product(tuple(v))
     inputs = tuple(alias(primals[k]) for k in places)
     with torch.enable_grad():

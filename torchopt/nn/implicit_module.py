@@ -18,11 +18,12 @@ from torchopt.diff.implicit.solving import asking_for_grad
 from torchopt.diff.stationarity import gradient_of, scalar
 from torchopt.nn.buffers import keep_buffers
 from torchopt.nn.meta_module import MetaGradientModule
-from torchopt.nn.parameters import parameter_sites, place_parameter
+from torchopt.nn.parameters import parameter_sites
+from torchopt.nn.sites import as_leaf, holders, meta_sites, own_sites
 
 
 class ImplicitMetaGradientModule(MetaGradientModule):
-    r"""A module whose method ``solve`` is differentiated by the condition that its result satisfies.
+    r"""A module whose ``solve`` is differentiated by the condition that its result satisfies.
 
     .. math::
         \nabla_w L(w^\star, \theta) = 0 \quad\Longrightarrow\quad
@@ -65,8 +66,10 @@ class ImplicitMetaGradientModule(MetaGradientModule):
         ...         super().__init__()
         ...         self.strength = strength
         ...         self.w = torch.nn.Parameter(torch.zeros(()))
+        ...
         ...     def objective(self, x):
         ...         return (self.w - x).square().mean() + self.strength * self.w.square()
+        ...
         ...     def solve(self, x):
         ...         optimizer = torchopt.SGD(self.parameters(), lr=0.1)
         ...         with torch.enable_grad():
@@ -178,7 +181,7 @@ class _Problem:
     ) -> None:
         self.module, self.args, self.kwargs = module, args, kwargs
         self.title = type(module).__name__
-        found = _own_sites(module)
+        found = own_sites(module)
         self.sites = {name: site for name, site in found.items() if site.tensor.requires_grad}
         if not self.sites:
             reason = f": all are frozen ({some(list(found))})" if found else ""
@@ -186,12 +189,12 @@ class _Problem:
                 f"{self.title} has no parameters to solve for{reason}. Assign modules or "
                 "nn.Parameters that were not given to the constructor."
             )
-        self.metas = _meta_sites(module)
+        self.metas = meta_sites(module)
         if not self.metas:
             raise RuntimeError(
-                f"{self.title} has no meta-parameters to be differentiated by. Give its constructor "
-                "tensors that require grad, or modules, and assign them to attributes; a module "
-                "in eval() mode whose parameters are all frozen (requires_grad=False) is none."
+                f"{self.title} has no meta-parameters to be differentiated by. Give its "
+                "constructor tensors that require grad, or modules, and assign them to "
+                "attributes; a module in eval() mode whose parameters are all frozen (requires_grad=False) is none."
             )
 
     @contextlib.contextmanager
@@ -206,7 +209,7 @@ class _Problem:
         self.module.__dict__["_is_solving"] = True
         try:
             for name, site in self.sites.items():
-                leaves[name] = _as_leaf(site.tensor, leaves.get(name))
+                leaves[name] = as_leaf(site.tensor, leaves.get(name))
                 site.place(leaves[name])
             for name, site in self.metas.items():
                 site.place(metas[name].detach())
@@ -222,7 +225,7 @@ class _Problem:
         Raises:
             ValueError: If ``solve`` has left other parameters than there were.
         """
-        found = _own_sites(self.module)
+        found = own_sites(self.module)
         solution: dict[str, Tensor] = {}
         for name, site in self.sites.items():
             new = found.get(name)
@@ -244,7 +247,9 @@ class _Problem:
         tags = () if self.by_optimality else ("symmetric",)
         solve, bound = type(self.module).linear_solve, self.module.residual_check
         title = f"{self.title}.{kind}"
-        condition = Condition(_Evaluated(self), solution, arguments, solve, tags, title)
+        condition = Condition(
+            _Evaluated(self), solution, arguments, solve, tags, title, self.holding
+        )
         tracked = any(map(is_tracked, condition.parameters))
         if tracked or bound is not None:
             condition.check(bound)
@@ -253,14 +258,16 @@ class _Problem:
                 found[name].place(tensor)
 
     def _parts(self) -> list[nn.Module]:
-        metas = [m for holder in _holders(self.module) for m in holder.meta_modules()]
+        metas = [m for holder in holders(self.module) for m in holder.meta_modules()]
         return list(dict.fromkeys([*self.module.modules(), *metas]))
 
     # Evaluating the condition --------------------------------------------------------------------
 
-    def evaluated(self, x: Mapping[str, Tensor], metas: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def evaluated(
+        self, x: Mapping[str, Tensor], metas: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Return what is zero at the solution, for given tensors."""
-        with keep_buffers(*self._parts()), self._holding(x, metas):
+        with self.holding(x, metas):
             if self.by_optimality:
                 return self._by_name(self.module.optimality(*args, **kwargs))
 
@@ -273,8 +280,13 @@ class _Problem:
             return dict(zip(x, gradient_of(objective, list(x.values()))))
 
     @contextlib.contextmanager
-    def _holding(self, x: Mapping[str, Tensor], metas: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let the module hold given tensors, and be in the modes it was solved in."""
+    def holding(
+        self, x: Mapping[str, Tensor], metas: Mapping[str, Tensor], *_: Any, **__: Any
+    ) -> Iterator[None]:
+        """Let the module hold given tensors, in the modes that it was solved in.
+
+        Also while products are taken: checkpointed blocks are computed again then.
+        """
         places = [(self.sites[name], tensor) for name, tensor in x.items()]
         places += [(self.metas[name], tensor) for name, tensor in metas.items()]
         before = [(site, site.now()) for site, _ in places]
@@ -284,7 +296,8 @@ class _Problem:
                 part.training = mode
             for site, tensor in places:
                 site.place(tensor)
-            yield
+            with keep_buffers(*self._parts()):
+                yield
         finally:
             for site, tensor in before:
                 site.place(tensor)
@@ -321,80 +334,3 @@ class _Evaluated:
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         return self.problem.evaluated(*args, **kwargs)
-
-
-# Places of tensors -------------------------------------------------------------------------------
-
-
-class _Site:
-    """A tensor and all places that it stands in: ``_parameters`` of modules, or a dict."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.owners: list[tuple[nn.Module, str]] = []
-        self.dicts: list[tuple[dict[str, Any], str]] = []
-
-    def place(self, tensor: Tensor) -> None:
-        """Put a tensor into all places."""
-        for owner, attribute in self.owners:
-            place_parameter(owner, attribute, tensor)
-        for place, key in self.dicts:
-            place[key] = tensor
-
-    def now(self) -> Any:
-        """Return the tensor that stands there now."""
-        for owner, attribute in self.owners:
-            return owner._parameters[attribute]
-        place, key = self.dicts[0]
-        return place[key]
-
-
-def _own_sites(module: nn.Module) -> dict[str, _Site]:
-    sites: dict[str, _Site] = {}
-    for name, found in parameter_sites(module).items():
-        sites[name] = site = _Site(found.tensor)
-        site.owners = found.owners
-    return sites
-
-
-def _meta_sites(module: MetaGradientModule) -> dict[str, _Site]:
-    """Return the meta-parameters by name, with all their places."""
-    names = {id(x): name for name, x in module.named_meta_parameters()}
-    sites: dict[int, _Site] = {}
-    for holder in _holders(module):
-        for key, tensor in holder._meta_parameters.items():
-            if tensor is not None:
-                sites.setdefault(id(tensor), _Site(tensor)).dicts.append(
-                    (holder._meta_parameters, key)
-                )
-        for child in holder.meta_children():
-            for found in parameter_sites(child).values():
-                site = sites.setdefault(id(found.tensor), _Site(found.tensor))
-                site.owners += found.owners
-    return {names[key]: site for key, site in sites.items() if key in names}
-
-
-def _holders(module: nn.Module) -> list[MetaGradientModule]:
-    """Return all modules with meta-parameters that are reached from one."""
-    found: dict[MetaGradientModule, None] = {}
-    waiting = [module]
-    while waiting:
-        for part in waiting.pop().modules():
-            if isinstance(part, MetaGradientModule) and part not in found:
-                found[part] = None
-                waiting.extend(part.meta_children())
-    return list(found)
-
-
-def _as_leaf(tensor: Tensor, known: Tensor | None) -> Tensor:
-    """Return a parameter without history that holds the values of a tensor."""
-    if tensor.is_leaf:
-        return tensor
-    value = tensor.detach()
-    if known is None or (known.shape, known.dtype) != (value.shape, value.dtype):
-        return nn.Parameter(value.clone())
-    if known.device != value.device:
-        return nn.Parameter(value.clone())
-    with torch.no_grad():
-        known.data.copy_(value)
-    return known

@@ -84,7 +84,7 @@ class MetaGradientModule(nn.Module):
         elif name in self._meta_modules and (value is None or isinstance(value, nn.Module)):
             self._meta_modules[name] = value
         elif _is_new_parameter(self, name, value):
-            self.register_parameter(name, value)
+            self.register_parameter(name, value)  # pyright: ignore[reportArgumentType]
         else:
             super().__setattr__(name, value)
 
@@ -257,15 +257,22 @@ class MetaGradientModule(nn.Module):
                 )
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any,
-        unexpected: Any, errors: Any,
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        missing, unexpected, errors = missing_keys, unexpected_keys, error_msgs
         own = {f"{prefix}{name}" for name, x in self._meta_parameters.items() if x is not None}
         inside = tuple(f"{prefix}{name}." for name in self._meta_modules)
         theirs = {key for key in state_dict if key.startswith(inside)} if inside else set()
         rest = {key: x for key, x in state_dict.items() if key not in own | theirs}
         super()._load_from_state_dict(
-            rest, prefix, metadata, strict, missing, unexpected, errors
+            rest, prefix, local_metadata, strict, missing, unexpected, errors
         )
         if not theirs and not own & state_dict.keys():
             return  # written by TorchOpt 0.7.3, which left them out
@@ -298,7 +305,9 @@ class MetaGradientModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Name what belongs to the outer problem."""
-        params = [f"{n}: {tuple(p.shape)}" for n, p in self._meta_parameters.items() if p is not None]
+        params = [
+            f"{n}: {tuple(p.shape)}" for n, p in self._meta_parameters.items() if p is not None
+        ]
         modules = [f"{name}: {type(m).__name__}" for name, m in self.named_meta_children()]
         parts = []
         if params:
@@ -308,9 +317,7 @@ class MetaGradientModule(nn.Module):
         return ", ".join(parts)
 
 
-def _loaded(
-    module: nn.Module, state: Any, prefix: str, errors: Any
-) -> tuple[list[str], list[str]]:
+def _loaded(module: nn.Module, state: Any, prefix: str, errors: Any) -> tuple[list[str], list[str]]:
     try:
         result = module.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes that differ

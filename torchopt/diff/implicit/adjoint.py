@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchopt.base import tree
 from torchopt.base.levels import is_tracked
 from torchopt.base.misuse.given import given
-from torchopt.diff.implicit.condition import Argument, Condition
+from torchopt.diff.implicit.condition import Argument, Condition, Sealed
 from torchopt.diff.implicit.decorators import check_residual, check_solve
+from torchopt.diff.implicit.solution import transposed_derivative
 from torchopt.diff.implicit.solving import solved
 from torchopt.typing import PyTree, TensorTree
 
@@ -107,3 +108,22 @@ class Implicit:
             )
         params = condition.solution()
         return dataclasses.replace(end, params=params, value=fn(params, *args))
+
+    def indirect(self, problem: Any) -> Any:
+        """Return the second term of a hypergradient; see :func:`torchopt.diff.hypergradient`."""
+
+        def gradient(w: list[Tensor], h: list[Tensor]) -> list[Tensor]:
+            return list(problem.inner_gradient(w, h))
+
+        arguments = [Argument(0, problem.h, True, "outer_params")]
+        title = f"the gradient of {given(problem.inner_loss)}"
+        condition = Condition(
+            Sealed(gradient), problem.w, arguments, self.solve, ("symmetric",), title
+        )
+        if self.residual_check is not None:
+            condition.check(self.residual_check)
+        with torch.no_grad():
+            found = transposed_derivative(
+                condition, condition.point, condition.parameters, problem.pull
+            )
+        return found[: len(problem.h)]

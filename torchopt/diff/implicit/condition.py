@@ -6,19 +6,20 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchopt.base import tree
-from torchopt.base.captured import Captured, stray_leaf
+from torchopt.base.captured import Captured, leaves_of
 from torchopt.base.levels import any_level, is_tracked, is_wrapped, physical
 from torchopt.base.misuse.given import given, short
-from torchopt.diff.pullback import Flat, Tensors, pullback
 from torchopt.base.torch_internals import in_forward_mode
 from torchopt.diff.implicit.solution import LinearSystem, System, differentiable
 from torchopt.diff.implicit.unknowns import Unknowns
+from torchopt.diff.pullback import Flat, Tensors, pullback
 from torchopt.linear_solve import LinearOperator, solve_auto
 from torchopt.typing import PyTree
 
@@ -45,6 +46,7 @@ class Condition(System):
         solve: ``solve(matvec, b)`` of a linear system of trees like the solution.
         tags: What is known of its Jacobian, as of a :class:`torchopt.linear_solve.LinearOperator`.
         title: What errors call the function.
+        context: Called as the function is; in the context that it returns products are taken.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Condition(System):
         solve: Callable[..., PyTree] | None = None,
         tags: Sequence[str] = (),
         title: str = "",
+        context: Callable[..., AbstractContextManager[None]] | None = None,
     ) -> None:
+        self.context = context
         self.solve, self.tags = solve or default_solve(), tags
         self.title, self.arguments = title or given(function), arguments
         self.unknowns = Unknowns(solution, "The solution")
@@ -92,6 +96,19 @@ class Condition(System):
 
     def residual(self, x: Tensors, theta: Tensors) -> Tensors:
         """Return what the function is of a solution and of parameters."""
+        call, args, keywords = self._called_with(theta)
+        result = call(self.unknowns.tree(x), args, keywords)
+        return self.unknowns.flat(result, f"What {self.title} returned", ADVICE)
+
+    def holding(self, x: Tensors, theta: Tensors) -> AbstractContextManager[None]:
+        """Return the context of the function at a point, if it has one."""
+        if self.context is None:
+            return nullcontext()
+        _, args, keywords = self._called_with(theta)
+        return self.context(self.unknowns.tree(x), *args, **keywords)
+
+    def _called_with(self, theta: Tensors) -> tuple[Any, list[Any], dict[str, Any]]:
+        """Return the function and its arguments, for parameters."""
         n, m = len(self._wanted), len(self._wanted) + len(self._hidden)
         call: Any = self._captured.function
         if self._hidden:
@@ -104,9 +121,7 @@ class Condition(System):
         for places, values in changes:
             for k, value in zip(places, values):
                 leaves[k] = value
-        args, keywords = self._arguments(leaves)
-        result = call(self.unknowns.tree(x), args, keywords)
-        return self.unknowns.flat(result, f"What {self.title} returned", ADVICE)
+        return call, *self._arguments(leaves)
 
     def _arguments(self, leaves: list[Any]) -> tuple[list[Any], dict[str, Any]]:
         args: list[Any] = []
@@ -140,7 +155,7 @@ class Condition(System):
         # where batches or derivatives are looked for, the product is a function of all its tensors
         consts = point if any_level() or in_forward_mode() else ()
         matvec = LinearOperator(
-            _Sealed(function(False)), *consts, tags=self.tags, adjoint=_Sealed(function(True))
+            Sealed(function(False)), *consts, tags=self.tags, adjoint=Sealed(function(True))
         )
         v = flat(self.solve(matvec, pairs(b)), "What the linear solver returned")
         if not any_level() and not all(bool(torch.isfinite(x).all()) for x in v):
@@ -168,14 +183,27 @@ class Condition(System):
             return self.residual(xs[:n], xs[n:])
 
         value = pullback(residual, (*x, *theta))[0]
-        for y in value:
-            leaf = stray_leaf(y, inputs) if not any_level() else (y if is_tracked(y) else None)
-            if leaf is not None:
-                raise RuntimeError(_stray(self, leaf))
+        if any_level():
+            strays = [y for y in value if is_tracked(y)]
+        else:
+            known = inputs[: n + len(self._wanted)]
+            leaves = {id(leaf): leaf for y in value for leaf in leaves_of(y, known)}
+            hidden = inputs[len(known) : len(known) + len(self._hidden)]
+            self._keep([id(copy) in leaves for copy in hidden])
+            strays = [leaf for leaf in leaves.values() if all(leaf is not h for h in hidden)]
+        if strays:
+            raise RuntimeError(_stray(self, strays[0]))
         if bound is not None:
             size = max(_largest(y) for y in value)
             if not size <= bound:
                 raise ValueError(_unsatisfied(self, size, bound))
+
+    def _keep(self, used: list[bool]) -> None:
+        """Drop tensors that the function could use, and does not: a network's own weights, say."""
+        n, m = len(self._wanted), len(self._wanted) + len(self._hidden)
+        kept = [x for x, use in zip(self.parameters[n:m], used) if use]
+        self._hidden = [k for k, use in zip(self._hidden, used) if use]
+        self.parameters = (*self.parameters[:n], *kept, *self.parameters[m:])
 
     def warn_of_constants(self, argnums: str, start: PyTree) -> None:
         """Warn of what requires grad, and does not get any."""
@@ -227,7 +255,7 @@ def default_solve() -> Callable[..., PyTree]:
     return solve_auto()
 
 
-class _Sealed:
+class Sealed:
     """A function that is not searched for tensors: it is given all of them."""
 
     __slots__ = ("function",)
@@ -236,6 +264,7 @@ class _Sealed:
         self.function = function
 
     def __call__(self, *args: PyTree) -> PyTree:
+        """Call it."""
         return self.function(*args)
 
 
@@ -284,8 +313,10 @@ def _stray(condition: Condition, leaf: Tensor) -> str:
 
 
 def _not_finite(condition: Condition, b: Tensors) -> str:
-    where = "" if all(bool(torch.isfinite(x).all()) for x in b) else (
-        " The derivative that came in is not finite itself."
+    where = (
+        ""
+        if all(bool(torch.isfinite(x).all()) for x in b)
+        else (" The derivative that came in is not finite itself.")
     )
     return (
         f"The linear solver {given(condition.solve)} returned numbers that are not finite for the "

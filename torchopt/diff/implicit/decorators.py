@@ -49,7 +49,7 @@ def custom_root(
             tuple of them. 0 is the start, by which a solution has no derivative. The arguments are
             any trees; tensors in them that hold no real or complex numbers, and other objects, are
             constants.
-        has_aux: Whether the *solver* returns ``(x, aux)``. ``aux`` is handed on, without derivative.
+        has_aux: Whether the *solver* returns ``(x, aux)``. ``aux`` is handed on as constants.
         solve: The linear solver, called as ``solve(matvec, b)``, such as
             :func:`torchopt.linear_solve.solve_cg`; the matrix is the Jacobian of ``optimality_fn``
             by ``x``, or its transpose. By default a solver is chosen by size.
@@ -101,7 +101,8 @@ def custom_root(
     def decorate(solver: Callable[..., Any]) -> Callable[..., Any]:
         if not callable(solver):
             raise TypeError(
-                f"custom_root(...) decorates a solver, a function of the start, got {given(solver)}."
+                f"custom_root(...) decorates a solver, a function of the start, got "
+                f"{given(solver)}."
             )
         binding = Binding(solver, optimality_fn, argnums)
 
@@ -114,7 +115,7 @@ def custom_root(
             tracked = any(map(is_tracked, condition.parameters))
             if tracked or residual_check is not None:
                 condition.check(residual_check)
-            if tracked:
+            if any(map(is_tracked, condition.parameters)):
                 solution = condition.solution()
             return (solution, aux) if has_aux else solution
 
@@ -142,7 +143,8 @@ def custom_fixed_point(
     arguments and errors.
 
     Args:
-        fixed_point_fn: :math:`T`, called as ``fixed_point_fn(x, *args)``; returns a tree like ``x``.
+        fixed_point_fn: :math:`T`, called as ``fixed_point_fn(x, *args)``; returns a tree like
+            ``x``.
         argnums: What to differentiate by, in the call of the solver.
         has_aux: Whether the solver returns ``(x, aux)``.
         solve: The linear solver.

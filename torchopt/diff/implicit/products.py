@@ -8,8 +8,8 @@ from typing import Any
 from torchopt.base.misuse.given import given
 from torchopt.diff.implicit.condition import Argument, Condition
 from torchopt.diff.implicit.decorators import check_solve
-from torchopt.diff.pullback import Tensors
 from torchopt.diff.implicit.solution import derivative, transposed_derivative
+from torchopt.diff.pullback import Tensors
 from torchopt.typing import PyTree
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from torch.autograd import Function
 
 from torchopt.base.levels import primal
 from torchopt.base.torch_internals import is_legacy_batchedtensor, set_forward_grad_enabled
-from torchopt.diff.pullback import Flat, Tensors, inexact, pullback, pushforward
 from torchopt.diff.implicit.running import run
+from torchopt.diff.pullback import Flat, Tensors, inexact, pullback, pushforward
 
 
 class System(abc.ABC):
@@ -36,6 +37,10 @@ class System(abc.ABC):
     @abc.abstractmethod
     def residual(self, x: Tensors, theta: Tensors) -> Tensors:
         """Return what is zero at the solution, in the shapes of ``x``."""
+
+    def holding(self, x: Tensors, theta: Tensors) -> AbstractContextManager[None]:
+        """Return the context in which products of derivatives at a point are taken."""
+        return nullcontext()
 
     @abc.abstractmethod
     def solve_linear(self, system: LinearSystem, point: Tensors, b: Tensors) -> Tensors:
@@ -55,6 +60,11 @@ class LinearSystem(System):
         """Return the product with ``x`` less the right-hand side."""
         point, b = theta[: -self.n], theta[-self.n :]
         return tuple(a - c for a, c in zip(self.product(point)(x), b))
+
+    def holding(self, x: Tensors, theta: Tensors) -> AbstractContextManager[None]:
+        """Return the context of the system that this one belongs to, at its point."""
+        point = theta[: -self.n]
+        return self.of.holding(point[: self.n], point[self.n :])
 
     def product(self, point: Tensors, adjoint: bool = False) -> Flat:
         """Return the product with the matrix of the system at a point, or with its transpose."""
@@ -97,7 +107,8 @@ class _Root(Function):
         if any(map(is_legacy_batchedtensor, cotangents)):
             raise NotImplementedError(_LEGACY)
         n, saved = ctx.n, ctx.saved_tensors
-        gradients = transposed_derivative(ctx.system, saved[:n], saved[n:], cotangents)
+        with ctx.system.holding(saved[:n], saved[n:]):
+            gradients = transposed_derivative(ctx.system, saved[:n], saved[n:], cotangents)
         return (None, None, *[None] * n, *gradients)
 
     @staticmethod
@@ -106,7 +117,8 @@ class _Root(Function):
         # word; with it on, the saved inputs must be taken without the tangent of this level
         with set_forward_grad_enabled(True):
             n, saved = ctx.n, tuple(primal(x) for x in ctx.saved_tensors)
-            return derivative(ctx.system, saved[:n], saved[n:], tangents[2 + n :])
+            with ctx.system.holding(saved[:n], saved[n:]):
+                return derivative(ctx.system, saved[:n], saved[n:], tangents[2 + n :])
 
 
 _LEGACY = (
@@ -120,7 +132,9 @@ def differentiable(system: System, x: Sequence[Tensor], theta: Sequence[Tensor])
     return _Root.apply(system, len(x), *x, *theta)  # pyright: ignore[reportReturnType]
 
 
-def linear_solution(system: System, x: Tensors, theta: Tensors, b: Tensors, transposed: bool) -> Tensors:
+def linear_solution(
+    system: System, x: Tensors, theta: Tensors, b: Tensors, transposed: bool
+) -> Tensors:
     """Return the solution of the linear system with the Jacobian at a point, differentiable."""
     linear = LinearSystem(system, len(x), transposed)
     parameters = (*x, *theta, *b)

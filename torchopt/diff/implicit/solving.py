@@ -12,8 +12,8 @@ from torchopt.base import tree
 from torchopt.base.captured import Captured
 from torchopt.base.levels import any_level, is_wrapped
 from torchopt.base.misuse.given import given
-from torchopt.diff.pullback import Tensors
 from torchopt.diff.implicit.running import run
+from torchopt.diff.pullback import Tensors
 from torchopt.typing import PyTree
 
 

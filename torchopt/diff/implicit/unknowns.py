@@ -49,9 +49,7 @@ class Unknowns:
     def tree(self, values: Tensors) -> PyTree:
         """Return a tuple of reals as a tree like the solution."""
         parts = iter(values)
-        leaves = [
-            None if kind is None else _restored(next(parts), kind) for kind in self.complex
-        ]
+        leaves = [None if kind is None else _restored(next(parts), kind) for kind in self.complex]
         return tree.unflatten(self.spec, leaves)
 
     def pairs(self, values: Tensors) -> PyTree:
@@ -84,7 +82,9 @@ class Unknowns:
                 )
             shape, dtype = self.likes[len(result)]
             if kind and not pairs:
-                x = torch.view_as_real((x if x.is_complex() else torch.complex(x, 0 * x)).resolve_conj())
+                x = torch.view_as_real(
+                    (x if x.is_complex() else torch.complex(x, 0 * x)).resolve_conj()
+                )
             if x.shape != shape:
                 raise ValueError(
                     f"{what} must have the shapes of the solution: {tuple(shape)} at "
