@@ -11,9 +11,9 @@ measured over the number of inner steps, in a process of its own each.
     python examples/imaml_few_shot.py --data omniglot --root DIR   # the official zip files in DIR
     python examples/imaml_few_shot.py --resume                     # after an interruption
 
-The paper trains on Omniglot and Mini-ImageNet with 16 and 10 inner steps, a strength of 2 and 0.5 and
-5 conjugate gradient steps. Those, as in the paper's code, end at the first direction in which the
-problem has no positive curvature.
+The paper trains on Omniglot and Mini-ImageNet with 16 and 10 inner steps, a strength of 2 and 0.5
+and 5 conjugate gradient steps. Here those end at the first direction in which the regularised
+problem has no positive curvature: the loss of a network is not convex.
 
 Reference: Rajeswaran, Finn, Kakade and Levine, Meta-learning with implicit gradients, NeurIPS 2019,
 https://arxiv.org/abs/1909.04630.

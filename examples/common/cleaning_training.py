@@ -8,7 +8,7 @@ classifier is differentiated by the weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 import torchopt
 from common.digit_data import Images, Problem
 from common.memory import peak
-from torchopt.diff import Checkpointed, Unrolled, custom_root, unroll
+from torchopt.diff import T1T2, Checkpointed, Implicit, Unrolled, hypergradient, unroll
 from torchopt.linear_solve import solve_cg
 
 
@@ -93,58 +93,36 @@ def logits(params: Params, x: Tensor) -> Tensor:
     return x @ params["w"] + params["b"]
 
 
-# Ways to differentiate the trained classifier by the weights ----------------------------------
-
-
-def _unrolled(inner: Inner, weights: Tensor, steps: int) -> Params:
-    return inner.trained(weights, steps)
-
-
-def _checkpointed(inner: Inner, weights: Tensor, steps: int) -> Params:
-    return inner.trained(weights, steps, Checkpointed("sqrt"))
-
-
-def _at_the_solution(inner: Inner, weights: Tensor, steps: int, solve: Any) -> Params:
-    """Differentiate by the condition that the gradient is zero, whatever the steps were."""
-
-    @custom_root(inner.gradient, argnums=1, solve=solve)
-    def solver(start: Params, weights: Tensor) -> Params:
-        return inner.trained(weights, steps)
-
-    return solver(inner.start(), weights)
-
-
-def _implicit(inner: Inner, weights: Tensor, steps: int) -> Params:
-    return _at_the_solution(inner, weights, steps, solve_cg(maxiter=100, rtol=1e-4))
-
-
-def _t1_t2(inner: Inner, weights: Tensor, steps: int) -> Params:
-    """Take the identity for the inverse Hessian: the derivative of one step at the solution."""
-    lr = inner.settings.lr
-    return _at_the_solution(
-        inner, weights, steps, lambda matvec, b: {name: lr * x for name, x in b.items()}
-    )
-
-
 NONE, CLEAN, ORACLE = "no cleaning", "clean images only", "right labels only"
 UNROLLED, CHECKPOINTED, IMPLICIT, T1_T2 = "unrolled", "checkpointed", "implicit", "T1-T2"
-LEARNED: dict[str, Callable[[Inner, Tensor, int], Params]] = {
-    UNROLLED: _unrolled,
-    CHECKPOINTED: _checkpointed,
-    IMPLICIT: _implicit,
-    T1_T2: _t1_t2,
-}
+#: How the trained classifier is differentiated: through its steps, or at the solution.
+THROUGH_STEPS = {UNROLLED: Unrolled(), CHECKPOINTED: Checkpointed("sqrt")}
+AT_THE_SOLUTION = {IMPLICIT: Implicit(solve=solve_cg(maxiter=100, rtol=1e-4)), T1_T2: T1T2()}
+LEARNED = (*THROUGH_STEPS, *AT_THE_SOLUTION)
 METHODS = (NONE, CLEAN, ORACLE, *LEARNED)
 
 
-def hypergradient(
+def derivative(
     method: str, inner: Inner, clean: Images, scores: Tensor, steps: int
 ) -> tuple[float, Tensor]:
     """Return the loss on clean images and its derivative by scores, whose sigmoid are weights."""
-    scores = scores.detach().requires_grad_()
-    params = LEARNED[method](inner, scores.sigmoid(), steps)
-    loss = F.cross_entropy(logits(params, clean.x.flatten(1)), clean.y)
-    (gradient,) = torch.autograd.grad(loss, scores)
+
+    def outer_loss(params: Params, scores: Tensor) -> Tensor:
+        return F.cross_entropy(logits(params, clean.x.flatten(1)), clean.y)
+
+    def inner_loss(params: Params, scores: Tensor) -> Tensor:
+        return inner.loss(params, scores.sigmoid())
+
+    if method in THROUGH_STEPS:
+        scores = scores.detach().requires_grad_()
+        loss = outer_loss(inner.trained(scores.sigmoid(), steps, THROUGH_STEPS[method]), scores)
+        (gradient,) = torch.autograd.grad(loss, scores)
+    else:
+        with torch.no_grad():
+            params = inner.trained(scores.sigmoid(), steps)
+            loss = outer_loss(params, scores)
+        how = AT_THE_SOLUTION[method]
+        gradient = hypergradient(outer_loss, inner_loss, params, scores, how)
     return loss.item(), gradient
 
 
@@ -154,7 +132,7 @@ def learn(method: str, problem: Problem, settings: Cleaning) -> Iterator[tuple[f
     scores = torch.zeros(len(problem.train), device=problem.train.x.device)
     outer = torchopt.Adam([scores], lr=settings.outer_lr)
     for _ in range(settings.outer_steps):
-        loss, gradient = hypergradient(method, inner, problem.clean, scores, settings.inner_steps)
+        loss, gradient = derivative(method, inner, problem.clean, scores, settings.inner_steps)
         scores.grad = gradient
         outer.step()
         yield loss, scores.sigmoid()
@@ -204,13 +182,13 @@ def memory_and_error(
     """
     inner, scores = Inner(problem.train, settings), torch.zeros(len(problem.train))
     scores = scores.to(problem.train.x)
-    hypergradient(method, inner, problem.clean, scores, 2)  # loads what it needs
+    derivative(method, inner, problem.clean, scores, 2)  # loads what it needs
     found: list[Tensor] = []
 
     def work() -> None:
-        found.append(hypergradient(method, inner, problem.clean, scores, steps)[1])
+        found.append(derivative(method, inner, problem.clean, scores, steps)[1])
 
     memory = peak(work, scores.device)
-    exact = hypergradient(UNROLLED, inner, problem.clean, scores, steps)[1]
+    exact = derivative(UNROLLED, inner, problem.clean, scores, steps)[1]
     error = (found[0] - exact).norm() / exact.norm()
     return {"memory": memory, "error": error.item()}
