@@ -27,7 +27,7 @@ def settings(**changes: Any) -> Any:
     return replace(hyper_cleaning.CLEANING, **changes)
 
 
-def small(count: int = 12) -> tuple[Any, Any]:
+def small(count: int = 6) -> tuple[Any, Any]:
     """A problem of random numbers in float64: examples to train on, and clean ones."""
     from common.digit_data import Images
 
@@ -47,7 +47,7 @@ def test_derivatives_through_the_steps(method: str) -> None:
     from common.cleaning_training import Inner, derivative
 
     train, clean = small()
-    inner, scores = Inner(train, settings()), torch.randn(12).double()
+    inner, scores = Inner(train, settings()), torch.randn(6).double()
     found = derivative(method, inner, clean, scores, 7)[1]
     value = lambda s: derivative(method, inner, clean, s, 7)[0]  # noqa: E731
     assert relative_error(found, differences(value, scores)) < META_GRADIENT
@@ -57,7 +57,7 @@ def test_the_implicit_derivative_is_that_of_a_long_training() -> None:
     from common.cleaning_training import Inner, derivative
 
     train, clean = small()
-    inner, scores = Inner(train, settings(ridge=0.05)), torch.randn(12).double()
+    inner, scores = Inner(train, settings(ridge=0.05)), torch.randn(6).double()
     exact = derivative("unrolled", inner, clean, scores, 250)[1]  # held to differences above
     assert relative_error(derivative("implicit", inner, clean, scores, 250)[1], exact) < 1e-3
     assert relative_error(derivative("T1-T2", inner, clean, scores, 250)[1], exact) > 1e-2
@@ -68,7 +68,7 @@ def test_t1_t2_is_the_derivative_of_one_step_from_the_solution() -> None:
 
     train, clean = small()
     inner = Inner(train, settings(momentum=0.0, ridge=0.05))
-    scores = torch.randn(12).double()
+    scores = torch.randn(6).double()
     found = derivative("T1-T2", inner, clean, scores, 50)[1]
     at = inner.trained(scores.sigmoid(), 50)
     leaf = scores.clone().requires_grad_()

@@ -56,7 +56,7 @@ def claims(accuracies: Mapping[str, Accuracy], memory: Rows) -> list[dict[str, A
             "claim": "iMAML learns unseen classes as well as MAML, within a point",
             "measured": f"{accuracies[IMAML]} beside {accuracies[MAML]}, difference over the same "
             f"{len(gain.values)} tasks {gain.mean:.2f} ± {gain.half_width:.2f} points",
-            "holds": gain.mean + gain.half_width > -SAME_ACCURACY and gain.mean > -SAME_ACCURACY,
+            "holds": gain.mean > -SAME_ACCURACY,
         },
         {
             "claim": "the memory of iMAML does not grow with inner steps",

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
+from torchopt.base.levels import is_tracked
 from torchopt.base.misuse.given import given
-from torchopt.base.torch_internals import (
-    get_unwrapped,
-    in_forward_mode,
-    is_functorch_wrapped_tensor,
-)
+from torchopt.base.torch_internals import in_forward_mode
 from torchopt.diff.zero_order.evaluation import Evaluator, check_count, check_leaves, check_sigma
 from torchopt.diff.zero_order.noise import Drawn, Noise
 
@@ -213,17 +210,11 @@ class Estimator:
 
 
 def may_be_recorded(x: Tensor) -> bool:
-    """Whether a derivative by a tensor may be recorded, at any level of ``torch.func``.
+    """Whether a derivative by a tensor is recorded now, at any level of ``torch.func``.
 
     A batch inside of ``torch.func.grad`` does not say that it requires grad; what it wraps does.
     """
-    if in_forward_mode():
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    while not x.requires_grad and is_functorch_wrapped_tensor(x):
-        x = get_unwrapped(x)
-    return x.requires_grad
+    return (torch.is_grad_enabled() or in_forward_mode()) and is_tracked(x)
 
 
 class _Differentiated(torch.autograd.Function):
