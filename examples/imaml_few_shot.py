@@ -48,11 +48,14 @@ from common.memory import alone, peak
 from common.meta_training import MetaTraining, Settings
 from common.networks import ConvNet
 from common.reporting import console, print_claims, progress_bar
+from few_shot import DEFAULTS, SIZES, TEST_QUERIES
 
 
-SIZES = {"digits": 8, "omniglot": 28}
-TASKS = {"digits": {"ways": 4, "shots": 5}, "omniglot": {"ways": 5, "shots": 1}}
-TEST_QUERIES = 15
+#: What a task is, as in the other example.
+TASKS = {
+    data: {name: values[name] for name in ("ways", "shots", "queries")}
+    for data, values in DEFAULTS.items()
+}
 #: Inner steps at which memory is measured; MAML keeps all of them, so 500 are too many for it.
 MEASURED = {IMAML: (5, 50, 500), MAML: (5, 50)}
 
@@ -77,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--maml-lr", type=positive_float, default=0.4, help="inner learning rate of MAML")
     add("--test-tasks", type=positive_int, default=600, help="tasks of the test")
     args = options.parse_args(argv)
-    if (args.data == "omniglot") != (args.root is not None):
+    if (args.data == "digits") is not (args.root is None):
         options.error("--data omniglot needs --root DIR, the folder with the official zip files")
     return args
 
@@ -88,7 +91,6 @@ def settings_of(args: argparse.Namespace, learner: str) -> Settings:
     return Settings(
         data=args.data,
         **TASKS[args.data],
-        queries=15 if args.data == "digits" else 5,
         inner_optimizer="sgd",
         inner_steps=args.inner_steps if implicit else args.maml_steps,
         inner_lr=args.inner_lr if implicit else args.maml_lr,
@@ -109,7 +111,9 @@ def settings_of(args: argparse.Namespace, learner: str) -> Settings:
 
 def data_of(args: argparse.Namespace) -> DataSplit:
     """Return the classes to train and to test on."""
-    return load_digits_split() if args.data == "digits" else load_omniglot(args.root, 28)
+    if args.data == "digits":
+        return load_digits_split()
+    return load_omniglot(args.root, SIZES[args.data])
 
 
 def learner_of(args: argparse.Namespace, name: str) -> Learner:
@@ -127,7 +131,7 @@ def sampler_of(args: argparse.Namespace, split: DataSplit, part: str) -> Episode
     """Return a sampler of tasks; the same tasks for both learners."""
     shape, stream = TASKS[args.data], 2 if part == "train" else 3
     classes = split.train.with_rotations() if part == "train" else split.test
-    queries = settings_of(args, MAML).queries if part == "train" else TEST_QUERIES
+    queries = shape["queries"] if part == "train" else TEST_QUERIES
     generator = torch.Generator().manual_seed(args.seed * 100 + stream)
     return EpisodeSampler(classes, shape["ways"], shape["shots"], queries, generator)
 
