@@ -13,7 +13,8 @@ measured over the number of inner steps, in a process of its own each.
 
 The paper trains on Omniglot and Mini-ImageNet with 16 and 10 inner steps, a strength of 2 and 0.5
 and 5 conjugate gradient steps. Here those end at the first direction in which the regularised
-problem has no positive curvature: the loss of a network is not convex.
+problem has no positive curvature: the loss of a network is not convex. ``--damping`` is added to the
+strength in the derivative, 10 as in the authors' code; without it meta-training does not go on.
 
 Reference: Rajeswaran, Finn, Kakade and Levine, Meta-learning with implicit gradients, NeurIPS 2019,
 https://arxiv.org/abs/1909.04630.
@@ -51,6 +52,7 @@ from common.reporting import console, print_claims, progress_bar
 from few_shot import DEFAULTS, SIZES, TEST_QUERIES
 
 
+IMPLICIT = ("strength", "cg_steps", "damping")
 #: What a task is, as in the other example.
 TASKS = {
     data: {name: values[name] for name in ("ways", "shots", "queries")}
@@ -76,6 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--inner-lr", type=positive_float, default=0.1, help="of iMAML")
     add("--strength", type=positive_float, default=2.0, help="that holds a task's weights")
     add("--cg-steps", type=positive_int, default=5, help="of an implicit derivative")
+    add("--damping", type=non_negative_float, default=10.0, help="of an implicit derivative")
     add("--maml-steps", type=positive_int, default=3, help="inner steps of MAML in training")
     add("--maml-lr", type=positive_float, default=0.4, help="inner learning rate of MAML")
     add("--test-tasks", type=positive_int, default=600, help="tasks of the test")
@@ -124,7 +127,9 @@ def learner_of(args: argparse.Namespace, name: str) -> Learner:
         network = ConvNet(ways, SIZES[args.data], args.channels, args.blocks).to(args.device)
     if name == MAML:
         return Learner(network, "sgd")
-    return ImplicitLearner(network, "sgd", strength=args.strength, cg_steps=args.cg_steps)
+    return ImplicitLearner(
+        network, "sgd", strength=args.strength, cg_steps=args.cg_steps, damping=args.damping
+    )
 
 
 def sampler_of(args: argparse.Namespace, split: DataSplit, part: str) -> EpisodeSampler:
@@ -162,7 +167,7 @@ class ImamlRun:
         for part in ("train", "test"):
             sampler_of(args, self.split, part)  # refuse what cannot be drawn now
         settings = {name: asdict(settings_of(args, name)) for name in (MAML, IMAML)}
-        settings["implicit"] = {"strength": args.strength, "cg_steps": args.cg_steps}
+        settings["implicit"] = {name: getattr(args, name) for name in IMPLICIT}
         self.jobs = Jobs(args.output, settings, args.resume, args.overwrite)
         if args.overwrite:
             for name in (MAML, IMAML):

@@ -66,6 +66,18 @@ def test_few_conjugate_gradients() -> None:
     assert torch.equal(truncated_cg(2)(lambda v: v, {"x": 0 * b})["x"], 0 * b)
 
 
+def test_damping_stands_for_a_stronger_hold() -> None:
+    """The derivative is the inverse of ``I + H / (strength + damping)``, in the same units."""
+    from common.imaml import damped, truncated_cg
+
+    root = torch.randn(4, 4).double()
+    hessian, b = root + root.T, torch.randn(4).double()
+    matrix = hessian + 2 * torch.eye(4)  # with strength 2
+    solve = damped(truncated_cg(4), 2.0, 10.0)
+    found = 2 * solve(lambda v: {"x": matrix @ v["x"]}, {"x": b})["x"]
+    assert relative_error(found, torch.linalg.solve(torch.eye(4) + hessian / 12, b)) < 1e-9
+
+
 def test_the_example_at_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import imaml_few_shot
 

@@ -26,10 +26,14 @@ class ImplicitLearner(Learner):
     Attributes:
         strength: How strongly the weights are held at the initial ones.
         cg_steps: How many products with the Hessian a derivative takes.
+        damping: Added to ``strength`` in the derivative, as the authors' code does: where the
+            Hessian has negative eigenvalues the derivative may be of any size. The larger, the
+            nearer it is to that of the first-order approximation.
     """
 
     strength: float = 2.0
     cg_steps: int = 5
+    damping: float = 0.0
 
     def adapt(self, params: Params, rates: Params, x: Tensor, y: Tensor, steps: int) -> Params:
         """Return the weights after ``steps`` inner steps, differentiated as those of the solution.
@@ -46,7 +50,9 @@ class ImplicitLearner(Learner):
 
         slope = grad(regularised)
 
-        @custom_root(slope, argnums=1, solve=truncated_cg(self.cg_steps))
+        solve = damped(truncated_cg(self.cg_steps), self.strength, self.damping)
+
+        @custom_root(slope, argnums=1, solve=solve)
         def solver(weights: Params, initial: Params) -> Params:
             state = tx.init(weights)
             for _ in range(steps):
@@ -57,7 +63,23 @@ class ImplicitLearner(Learner):
         return solver({name: p.detach() for name, p in params.items()}, params)
 
 
-def truncated_cg(steps: int) -> Callable[[Callable[[Params], Params], Params], Params]:
+LinearSolver = Callable[[Callable[[Params], Params], Params], Params]
+
+
+def damped(solve: LinearSolver, strength: float, damping: float) -> LinearSolver:
+    """Return the solver of a problem that is held more strongly, in the units of the given one."""
+    scale = (strength + damping) / strength
+
+    def solve_damped(matvec: Callable[[Params], Params], b: Params) -> Params:
+        def product(v: Params) -> Params:
+            return {name: p + damping * v[name] for name, p in matvec(v).items()}
+
+        return {name: scale * x for name, x in solve(product, b).items()}
+
+    return solve_damped
+
+
+def truncated_cg(steps: int) -> LinearSolver:
     """Return a linear solver of a few conjugate gradient steps, as iMAML takes them.
 
     The Hessian of a network is not positive definite everywhere, and a handful of steps do not
