@@ -9,7 +9,7 @@ TORCHES ?= torch==2.6.0 torch
 SAMPLE ?= $(addprefix tests/test_, walked_trees.py compiled_learned.py functional_transforms.py \
   fused_operators.py compiled_operators.py fused_update.py against_torch.py optim_state.py state_recovered.py meta_steps.py)
 
-.PHONY: demo test test-all test-versions examples docs lint format bench wheel kernels sanitize clean
+.PHONY: demo test test-all test-versions test-frameworks examples docs lint format bench wheel kernels sanitize clean
 
 demo: $(INSTALLED)  ## meta-train on real handwritten digits, a few minutes
 	$(BIN)/python examples/few_shot.py --data digits --output runs/demo --overwrite $(DEMO_FLAGS)
@@ -29,6 +29,15 @@ test-versions: $(INSTALLED)  ## a sample of the tests with the oldest torch and 
 	  OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) "build/with-$$torch/bin/python" -m pytest -q \
 	    -p no:cacheprovider $(SAMPLE) || exit 1; \
 	done
+
+# An environment of its own: the frameworks bring much, and their tests skip where they are not.
+FRAMEWORKS ?= build/frameworks
+test-frameworks: $(INSTALLED)  ## every optimizer inside Lightning, Accelerate and transformers; downloads them
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  pytest hypothesis numpy ".[frameworks]"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(FRAMEWORKS)/bin/python -m pytest -q -m "" -p no:cacheprovider \
+	  tests/test_lightning.py tests/test_accelerate.py tests/test_transformers.py
 
 examples: $(INSTALLED)  ## run every example at its default size, write examples/README.md anew; 10 minutes
 	$(BIN)/python examples/reproduce.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks import (
     adam_step,
+    each_optimizer,
     gpu,
     import_time,
     learned_step,
@@ -23,6 +24,7 @@ ROWS = [
         vmap_step,
         update_alone,
         adam_step,
+        each_optimizer,
         own_rule,
         memory,
         gpu,

@@ -23,6 +23,7 @@ SIDES = {
         Side("floor", "floor", HERE, same_work=False),
         Side("empty node", "empty_node", HERE, same_work=False),
         Side("torch fused", "torch_fused", HERE),
+        Side("torch foreach", "torch_foreach", HERE),
         Side("copy", "plain_copy", HERE, same_work=False),
         Side("higher", "higher_peer", python_of("higher")),
         Side("torchopt-0.7.3", "torchopt_073", python_of("torchopt073")),

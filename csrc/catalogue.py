@@ -24,6 +24,7 @@ ROWS: list[tuple[Any, dict[str, list[Any]]]] = [
     (torchopt.adam, {"weight_decay": [0.0, 0.1]}),
     (torchopt.adamw, {}),
     (torchopt.rmsprop, {}),
+    (torchopt.adagrad, {}),
 ]
 
 #: Function -> configurations, and which hyperparameter is learned, as one number and as one for

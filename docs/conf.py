@@ -45,8 +45,13 @@ nitpick_ignore_regex = [
     ),  # internals
     (
         r"py:class",
+        r"torchopt\.diff\.(replay|adjoints\.(base|auto))\..*",
+    ),
+    (
+        r"py:class",
         r"torchopt\.solvers\.(base\.(State|Adjoint)|flat|lbfgs|line_search|gradient_descent).*",
     ),
+    (r"py:class", r"torchopt\.diff\.(hypergradients\.(Problem|Method)|estimates\.Estimate)"),
     (r"py:(class|obj)", r"(ellipsis|optional|function|Ellipsis)"),
 ]
 

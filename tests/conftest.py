@@ -10,15 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from sampling import mark_thorough
+from sampling import is_thorough, mark_thorough
 
 
+pytest_plugins = ["pytester"]
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    mark_thorough(items)  # before -m deselects
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Mark combinations before pytest makes tests of them, and leave out what ``-m`` deselects.
+
+    Making thirty thousand tests to deselect them takes as long as running five thousand.
+    """
+    calls = metafunc._calls
+    mark_thorough(metafunc.definition.nodeid, calls, metafunc.definition.get_closest_marker)
+    if metafunc.config.option.markexpr == "not thorough":
+        # of an empty list pytest makes one test without parameters
+        metafunc._calls = [call for call in calls if not is_thorough(call)] or calls
 
 
 def pytest_collection_finish() -> None:

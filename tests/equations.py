@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 F64: dict[str, Any] = {"dtype": torch.float64}
-N = 6
+N = 4
 
 
 def tridiagonal(x: Tensor, c: Tensor) -> Tensor:

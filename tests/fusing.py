@@ -28,14 +28,20 @@ needs_library = pytest.mark.skipif(
 def kernel_calls_fixture(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A list that grows with each call of a native kernel."""
     calls: list[int] = []
-    original = native.Library.run_call
+    original = native.KernelCall.run
 
-    def counted(self: Any, call: Any) -> None:
-        original(self, call)
+    def counted(self: Any, numbers: Any) -> None:
+        original(self, numbers)
         calls.append(1)
 
-    monkeypatch.setattr(native.Library, "run_call", counted)
+    monkeypatch.setattr(native.KernelCall, "run", counted)
     return calls
+
+
+def run_kernel(library: native.Library, *arguments: Any) -> None:
+    """Run a kernel once: the arguments of ``KernelCall``, and the numbers after the addresses."""
+    places, numbers, rest = arguments[:7], arguments[7], arguments[8:]
+    native.KernelCall(library, *places, *rest).run(numbers)
 
 
 @pytest.fixture(name="sets")

@@ -10,14 +10,14 @@ So that a table of forty optimizers does not take ten times as long as one of fo
 ``by="family"`` rows are alike more easily.
 
 Laws of the library's mechanisms are thinned without a mark, too: of a row that is not the first of
-its family every second law takes one combination, every sixth if it has one only, not the same ones
-for all rows. Laws of what a row says itself (values, derivatives, bounds) are ``complete``.
+its family every fourth law takes one combination, every twelfth if it has one only, not the same
+ones for all rows. Laws of what a row says itself (values, derivatives, bounds) are ``complete``.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -82,26 +82,34 @@ def thinned(combinations: Sequence[dict[str, Any]], start: int) -> set[int]:
     behind = followers(combinations, "family")
     chosen = set(range(len(combinations))) - {k for members in behind.values() for k in members}
     for turn, members in enumerate(behind.values(), start):
-        if turn % (2 if len(members) > 1 else 6) == 0:
+        if turn % (4 if len(members) > 1 else 12) == 0:
             chosen.update(some(members, turn, 1))
     return chosen
 
 
-def mark_thorough(items: Sequence[Any]) -> None:
-    """Mark what ``make test`` leaves out; a value is not covered by what it leaves out anyway."""
-    tests: dict[str, list[Any]] = {}
-    for item in items:
-        if item.get_closest_marker("thorough") is None and hasattr(item, "callspec"):
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for name, group in tests.items():
-        marker = group[0].get_closest_marker("sampled")
-        given = [item.callspec.params for item in group]
-        if marker is None and group[0].get_closest_marker("complete") is not None:
-            continue
-        if marker is not None:
-            keep = sample(given, *marker.args, **marker.kwargs)
-        else:
-            keep = thinned(given, zlib.crc32(name.encode()))
-        for k, item in enumerate(group):
-            if k not in keep:
-                item.add_marker(pytest.mark.thorough)
+def mark_thorough(name: str, calls: Sequence[Any], marker_of: Callable[[str], Any]) -> None:
+    """Mark the combinations of one test that ``make test`` leaves out.
+
+    Args:
+        name: The test's, by which laws start at different rows.
+        calls: Combinations, each with ``params`` and a list ``marks``. Values of those that are
+            marked already are not covered by them.
+        marker_of: Returns the test's own marker of a name, or ``None``.
+    """
+    group = [call for call in calls if not is_thorough(call)]
+    marker = marker_of("sampled")
+    if marker is None and marker_of("complete") is not None:
+        return
+    given = [call.params for call in group]
+    if marker is not None:
+        keep = sample(given, *marker.args, **marker.kwargs)
+    else:
+        keep = thinned(given, zlib.crc32(name.encode()))
+    for k, call in enumerate(group):
+        if k not in keep:
+            call.marks.append(pytest.mark.thorough.mark)
+
+
+def is_thorough(call: Any) -> bool:
+    """Whether a combination is left out by ``make test``."""
+    return any(mark.name == "thorough" for mark in call.marks)

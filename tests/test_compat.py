@@ -284,3 +284,24 @@ def test_a_tree_without_parameters_has_a_state_that_fits() -> None:
         for tx in (torchopt.adam(0.1), torchopt.sgd(0.1, momentum=0.9), torchopt.rmsprop(0.1)):
             updates, _ = tx.update(params, tx.init(params), params)
             assert updates == params
+
+
+# Linear systems --------------------------------------------------------------------------------
+
+
+def test_linalg_solves_with_matrices_and_functions() -> None:
+    a, b = torch.randn(4, 4, dtype=torch.float64), nonzero(4)
+    a = torch.eye(4, dtype=torch.float64) + 0.1 * a @ a.T
+    wanted = torch.linalg.solve(a, b)
+    for operator in (a, lambda v: a @ v):
+        assert_close(
+            torchopt.linalg.cg(operator, b, rtol=1e-13, M=torch.inverse(a)), wanted, times=10
+        )
+        terms = sum(torch.linalg.matrix_power(torch.eye(4) - 0.3 * a, k) @ b for k in range(7))
+        assert_close(torchopt.linalg.ns(operator, b, 7, alpha=0.3), 0.3 * terms)
+    inverse = torchopt.linalg.ns_inv(a, 200, alpha=0.3)
+    assert_close(inverse, torch.linalg.inv(a), times=1e3)
+    solver = torchopt.linear_solve.solve_cg(maxiter=100, rtol=1e-12, atol=0.0, ridge=0.1)
+    assert isinstance(solver, torchopt.typing.LinearSolver)
+    ridge = torch.linalg.solve(a + 0.1 * torch.eye(4, dtype=a.dtype), b)
+    assert_close(solver(lambda v: a @ v, b), ridge, times=100)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, every, named, rows, state_kind
+from cases import Case, any_case, every, named, rows
 from fusing import SHAPES, data, kernel_calls_fixture, needs_library  # noqa: F401
 from pointwise import user_optimizer
 from torch import Tensor
@@ -113,7 +113,7 @@ def compiled_steps(
     [
         *(
             pytest.param(functools.partial(_required, *row.values), id=row.id, marks=row.marks)
-            for row in rows(compiles_with_kernels, each=state_kind)
+            for row in rows(compiles_with_kernels, each=any_case)
         ),
         *(
             pytest.param(make, id=name, marks=[pytest.mark.thorough] * (name in ALONE))
@@ -141,6 +141,7 @@ def two_kernels_fixture(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @compiles
+@pytest.mark.thorough
 def test_compiled_calls_of_two_kernels(two_kernels: Any, kernel_calls: list[int]) -> None:
     g = [torch.ones(3)]
     two_kernels.update(g, two_kernels.init(g), inplace=False)
@@ -198,8 +199,14 @@ TAKEN: dict[str, Callable[..., Any]] = {
 
 @compiles
 @pytest.mark.sampled(3)
-@every(compiles_with_kernels, each=state_kind)
-@pytest.mark.parametrize("take", TAKEN.values(), ids=TAKEN.keys())
+@every(compiles_with_kernels, each=any_case)
+@pytest.mark.parametrize(
+    "take",
+    [
+        pytest.param(take, id=name, marks=[pytest.mark.thorough] * (name == "grad"))
+        for name, take in TAKEN.items()
+    ],
+)
 def test_gradients_through_compiled_calls(case: Case, take: Any) -> None:
     tx = case.tx(use_accelerated_op=True)
 

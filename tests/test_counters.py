@@ -228,7 +228,9 @@ def test_a_learned_number_has_its_derivative_through_the_counters(per: str) -> N
     assert_close(forward, reverse, times=10)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("eager", marks=pytest.mark.thorough), "aot_eager"]
+)
 def test_a_compiled_update_is_not_compiled_again_at_the_third_call(backend: str) -> None:
     torch._dynamo.reset()
     tx, params = Weighted(1.5), {"p": nonzero(3), "q": nonzero(2)}

@@ -221,6 +221,7 @@ def test_tutorials_are_listed():
 # What is shown, runs -----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough  # `make docs` runs them, too
 @pytest.mark.usefixtures("_torch_as_it_was")
 @pytest.mark.parametrize("path", [*TUTORIALS, *PAGES], ids=lambda path: path.stem)
 def test_cells_run(path):

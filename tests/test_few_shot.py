@@ -78,6 +78,7 @@ def zip_of_characters(path: Path, alphabets: dict[str, int], drawings: int = 20,
 
 
 class TestDigits:
+    @pytest.mark.thorough
     def test_loss_falls_and_everything_is_written(self, tmp_path, monkeypatch):
         import few_shot
 

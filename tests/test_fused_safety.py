@@ -277,16 +277,16 @@ def test_an_interrupt_leaves_all_old_or_all_new(
 def test_signal_while_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal that comes while C is at work is seen after it: everything is new."""
     interrupted, undisturbed = make_optimizer(3, 2, False), make_optimizer(3, 2, False)
-    original = native.Library.run_call
+    original = native.KernelCall.run
 
-    def run_call(self: Any, call: Any) -> None:
-        original(self, call)
+    def run(self: Any, numbers: Any) -> None:
+        original(self, numbers)
         if not seen:
             seen.append(1)
             signal.raise_signal(signal.SIGINT)
 
     seen: list[int] = []
-    monkeypatch.setattr(native.Library, "run_call", run_call)
+    monkeypatch.setattr(native.KernelCall, "run", run)
     # what a shell starts in the background is deaf to this signal
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -305,11 +305,11 @@ def test_interrupt_before_the_kernel_has_run(monkeypatch: pytest.MonkeyPatch) ->
     optimizer = make_optimizer(3, 1, False)
     before = snapshot(optimizer)
 
-    def run_call(self: Any, call: Any) -> None:
+    def run(self: Any, numbers: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(native.Library, "run_call", run_call)
+        patch.setattr(native.KernelCall, "run", run)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     assert equal(snapshot(optimizer), before)

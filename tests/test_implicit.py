@@ -259,6 +259,30 @@ def test_a_game() -> None:
     assert relative_error(jacrev(jacrev(value))(t), jacrev(jacrev(exact))(t)) < 1e-9
 
 
+def test_a_complex_unknown_after_a_real_one() -> None:
+    """Pieces of one vector of reals, of which the complex one begins at an odd place."""
+
+    def function(x: Any, t: Tensor) -> Any:
+        return {"r": x["r"] - t**2, "z": x["z"] - torch.complex(t * x["r"], t)}
+
+    @custom_root(function, argnums=1, solve=solve_lu())
+    def solve(x: Any, t: Tensor) -> Any:
+        return {"r": t**2, "z": torch.complex(t**3, t)}
+
+    start = {
+        "r": torch.zeros((), dtype=torch.float64),
+        "z": torch.zeros((), dtype=torch.complex128),
+    }
+    t = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    found = solve(start, t)
+    (first,) = torch.autograd.grad(
+        found["r"] + found["z"].real + 2 * found["z"].imag, t, create_graph=True
+    )
+    assert relative_error(first, 2 * t + 3 * t**2 + 2) < 1e-12
+    (second,) = torch.autograd.grad(first, t)
+    assert relative_error(second, 2 + 6 * t) < 1e-12
+
+
 def test_complex_solutions() -> None:
     """Of a condition that is not holomorphic."""
 

@@ -13,7 +13,12 @@ from tolerances import META_GRADIENT, relative_error
 from torch import Tensor, nn
 
 import torchopt
-from torchopt.linear_solve import solve_cg, solve_normal_cg
+from torchopt.linear_solve import (
+    LinearSolveError,
+    LinearSolveWarning,
+    solve_cg,
+    solve_normal_cg,
+)
 from torchopt.nn import ImplicitMetaGradientModule, MetaGradientModule
 
 
@@ -249,7 +254,7 @@ def test_modes_buffers_and_checkpointing_at_the_time_of_the_backward_pass() -> N
 
 class Mixed(MetaGradientModule):
     def __init__(self, meta: nn.Module, tensor: Tensor, tree: Any = None) -> None:
-        super().__init__()
+        super().__init__(meta, tensor)  # which 0.7.3 accepted
         self.own = nn.Linear(2, 2)
         self.meta = meta
         self.tensor = tensor
@@ -284,6 +289,8 @@ def test_what_belongs_to_which() -> None:
     assert "tensor" not in dict(m.named_meta_parameters())
     with pytest.raises(ValueError, match="register_meta_parameter"):
         m.register_parameter("again", inside)
+    with pytest.raises(ValueError, match="register_meta_module"):
+        m.add_module("again", meta)
     with pytest.raises(KeyError, match="without a dot"):
         m.register_meta_module("a.b", meta)
     with pytest.raises(TypeError, match="must be a module"):
@@ -358,6 +365,23 @@ def test_classes_that_cannot_be() -> None:
             type("Net", (base,), body)
     with pytest.raises(TypeError, match=r"solve\(matvec, b\)"):
         type("Net", (base,), bodies[0][0], linear_solve=3)
+
+
+@pytest.mark.parametrize("on_failure", ["warn", "raise"])
+def test_a_linear_system_that_was_not_solved_is_told_of(on_failure: Any) -> None:
+    x, y = data()
+
+    class Hasty(IMAML, linear_solve=solve_cg(maxiter=1, on_failure=on_failure)):
+        pass
+
+    meta = net()
+    loss = Hasty(meta, steps=20).solve(x, y)(x).square().mean()
+    if on_failure == "raise":
+        with pytest.raises(LinearSolveError, match="not solved by solve_cg"):
+            loss.backward()
+    else:
+        with pytest.warns(LinearSolveWarning, match="not solved by solve_cg"):
+            loss.backward()
 
 
 def test_problems_that_cannot_be_solved() -> None:

@@ -34,6 +34,9 @@ def call(condition: Any = root_of, solver: Any = sqrt, argnums: Any = 1, **optio
     return torch.autograd.grad(leaf, leaf)
 
 
+ONE = torch.ones((), dtype=torch.float64)
+
+
 class Hidden:
     """Keeps a tensor where no search finds it."""
 
@@ -192,6 +195,20 @@ def test_an_argument_that_requires_grad_and_is_not_named_warns() -> None:
     with pytest.warns(UserWarning, match="not differentiated by 'b'.*argnums=1"):
         x = solver(torch.zeros(()), a := number(2.0), number(3.0))
     assert torch.autograd.grad(x, a)[0] == 3
+
+
+def test_what_is_hidden_is_found_though_nothing_else_requires_grad() -> None:
+    solver = custom_root(Hidden(number()), argnums=1)(lambda x, t: t)
+    with pytest.raises(RuntimeError, match="not seen from outside"):
+        solver(torch.ones(()), torch.ones(()))
+
+
+def test_globals_of_code_without_a_module_are_seen() -> None:
+    """As in a notebook that is run by ``exec``."""
+    scope: dict[str, Any] = {"a": (a := number())}
+    exec("def condition(x, t):\n    return x - a * t", scope)
+    x = custom_root(scope["condition"], argnums=1)(lambda x, t: 4 * t)(ONE, ONE)
+    assert torch.autograd.grad(x, a)[0] == 1
 
 
 def test_only_the_start_warns() -> None:

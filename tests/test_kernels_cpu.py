@@ -10,7 +10,7 @@ import catalogue
 import pytest
 import torch
 from conftest import nonzero
-from fusing import needs_library, sets_fixture  # noqa: F401
+from fusing import needs_library, run_kernel, sets_fixture  # noqa: F401
 from pointwise import evaluate_kernel, other_kernels, program_of
 from torch import Tensor
 
@@ -76,7 +76,8 @@ def run(
         s: [torch.full((n,), 77.0, dtype=dtype_of(s, dtype)) for n in sizes] for s in kernel.outputs
     }
     numbers = [x for row in range(max(rows or [0]) + 1) for x in numbers_of(kernel, row)]
-    native.library().run(
+    run_kernel(
+        native.library(),
         backends.function_of(kernel),
         native.DTYPES[dtype],
         sum(1 << k for k, s in enumerate(kernel.inputs) if s in OF_PARAMETERS),
@@ -188,7 +189,8 @@ def run_with_numbers(
 ) -> dict[str, Tensor]:
     size = next(iter(inputs.values())).numel()
     outputs = {s: torch.empty(size, dtype=dtype_of(s, dtype)) for s in kernel.outputs}
-    native.library().run(
+    run_kernel(
+        native.library(),
         backends.function_of(kernel),
         native.DTYPES[dtype],
         sum(1 << k for k, s in enumerate(kernel.inputs) if s in OF_PARAMETERS),
@@ -300,7 +302,8 @@ def test_outputs_may_be_inputs(dtype: torch.dtype) -> None:
         expected = run(kernel, dtype, inputs, SIZES)
         own = {s: inputs[s] for s in pairs if s in inputs}
         scratch = {s: [x.clone() for x in expected[pairs[s]]] for s in pairs if s not in inputs}
-        native.library().run(
+        run_kernel(
+            native.library(),
             backends.function_of(kernel),
             native.DTYPES[dtype],
             sum(1 << k for k, s in enumerate(kernel.inputs) if s in OF_PARAMETERS),
@@ -333,15 +336,17 @@ def test_calls_without_sense_are_refused_and_write_nothing() -> None:
         call = {"kernel": library.find(kernel.name), "dtype": 1, "sizes": [4]} | bad
         first = (call["kernel"], call["dtype"], 0, 0, call["sizes"])
         with pytest.raises(RuntimeError, match=r"refused a call \(code -"):
-            library.run(*first, given, taken, row, None, len(row))
+            run_kernel(library, *first, given, taken, row, None, len(row))
         assert all((x == 77.0).all() for x in outputs), bad
-    library.run(backends.function_of(kernel), 1, 0, 0, [4], given, taken, row)
+    run_kernel(library, backends.function_of(kernel), 1, 0, 0, [4], given, taken, row)
     assert not any((x == 77.0).any() for x in outputs)
 
 
 def test_no_tensors_at_all() -> None:
     kernel = all_kernels()[0]
-    native.library().run(backends.function_of(kernel), 1, 0, 0, [], [], [], numbers_of(kernel))
+    run_kernel(
+        native.library(), backends.function_of(kernel), 1, 0, 0, [], [], [], numbers_of(kernel)
+    )
 
 
 def test_unknown_instruction_set_is_refused() -> None:

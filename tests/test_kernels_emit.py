@@ -17,6 +17,7 @@ import catalogue
 import pytest
 import torch
 from conftest import nonzero
+from fusing import run_kernel
 from pointwise import (
     assert_equal,
     evaluate_kernel,
@@ -114,8 +115,18 @@ def assert_as_torch(
     assert position is not None
     given = [inputs[s].data_ptr() for s in kernel.inputs]
     taken = [x.data_ptr() for x in outputs.values()]
-    library.run(
-        position, native.DTYPES[like.dtype], 0, 0, [like.numel()], given, taken, row, None, len(row)
+    run_kernel(
+        library,
+        position,
+        native.DTYPES[like.dtype],
+        0,
+        0,
+        [like.numel()],
+        given,
+        taken,
+        row,
+        None,
+        len(row),
     )
     for operand, value in outputs.items():
         want = expected[operand].to(like.dtype)

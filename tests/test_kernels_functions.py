@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusing import needs_library, sets_fixture  # noqa: F401
+from fusing import needs_library, run_kernel, sets_fixture  # noqa: F401
 from torch import Tensor
 
 from torchopt.kernels.backends import availability as backends
@@ -22,8 +22,16 @@ def computed(op: str, *tensors: Tensor) -> Tensor:
     out = torch.empty_like(tensors[0])
     given = [x.data_ptr() for x in tensors]
     kind = native.DTYPES[out.dtype]
-    native.library().run(
-        backends.function_of(kernel), kind, 0, 0, [out.numel()], given, [out.data_ptr()], []
+    run_kernel(
+        native.library(),
+        backends.function_of(kernel),
+        kind,
+        0,
+        0,
+        [out.numel()],
+        given,
+        [out.data_ptr()],
+        [],
     )
     return out
 

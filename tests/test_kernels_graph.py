@@ -36,10 +36,15 @@ def test_first_step_of_damped_momentum_has_its_own_program() -> None:
     values = values_of(tx)
     first, later = program_of(tx, 1), program_of(tx, 2)
     assert first.kernels["update"].text == later.kernels["update"].text, "numbers differ, no more"
-    assert [first.holds(values, t) for t in (1, 2, 3, 1000)] == [True, False, False, False]
-    assert [later.holds(values, t) for t in (1, 2, 3, 1000)] == [False, True, True, True]
+    assert [first.conditions.hold(values, t) for t in (1, 2, 3, 1000)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert [later.conditions.hold(values, t) for t in (1, 2, 3, 1000)] == [False, True, True, True]
     plain = torchopt.sgd(0.1, momentum=0.9)
-    assert all(program_of(plain, 1).holds(values_of(plain), t) for t in (1, 2, 1000))
+    assert all(program_of(plain, 1).conditions.hold(values_of(plain), t) for t in (1, 2, 1000))
 
 
 @pytest.mark.parametrize("name", ["weight_decay", "momentum"])
@@ -49,17 +54,17 @@ def test_zero_leaves_a_term_out_and_only_zero(name: str) -> None:
     other = torchopt.sgd(0.7, **{name: 0.01})
     program, richer = program_of(without), program_of(with_it)
     assert program.kernels["update"].text != richer.kernels["update"].text
-    assert program.holds(values_of(torchopt.sgd(0.7)), 5)
-    assert not program.holds(values_of(with_it), 5)
-    assert richer.holds(values_of(other), 5)
-    assert not richer.holds(values_of(without), 5)
+    assert program.conditions.hold(values_of(torchopt.sgd(0.7)), 5)
+    assert not program.conditions.hold(values_of(with_it), 5)
+    assert richer.conditions.hold(values_of(other), 5)
+    assert not richer.conditions.hold(values_of(without), 5)
 
 
 def test_numbers_are_those_of_the_call() -> None:
     """A program made for some numbers computes with any others for which it holds."""
     made, used = torchopt.adam(0.1, (0.8, 0.9), 1e-3), torchopt.adam(0.3, (0.5, 0.7), 1e-2)
     program = program_of(made, 2)
-    assert program.holds(values_of(used), 7)
+    assert program.conditions.hold(values_of(used), 7)
     inputs = {"g": nonzero(5), "s0": nonzero(5), "s1": nonzero(5).abs()}
     row = program.numbers["update"](values_of(used), 7)
     actual = evaluate_kernel(program.kernels["update"], inputs, row)

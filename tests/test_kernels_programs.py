@@ -14,7 +14,7 @@ import catalogue
 import pytest
 import torch
 from conftest import nonzero
-from fusing import needs_library, sets_fixture  # noqa: F401
+from fusing import needs_library, run_kernel, sets_fixture  # noqa: F401
 from pointwise import (
     INEXACT,
     assert_equal,
@@ -64,7 +64,8 @@ def run(
     if in_place:
         outputs |= {s: inputs[s] for s in outputs if s in inputs}
         outputs |= {"u": inputs["p"]} if "p" in inputs else {}
-    native.library().run(
+    run_kernel(
+        native.library(),
         function,
         native.DTYPES[like[0].dtype],
         0,
@@ -302,7 +303,9 @@ def test_programs_that_make_no_sense_are_refused_and_write_nothing() -> None:
         sound.address = program.buffer_info()[0]
         out, g = torch.full((40,), 77.0), torch.ones(40)
         try:
-            library.run(sound, 1, 0, 0, [40], [g.data_ptr()], [out.data_ptr()], [2.0], None, width)
+            run_kernel(
+                library, sound, 1, 0, 0, [40], [g.data_ptr()], [out.data_ptr()], [2.0], None, width
+            )
         except RuntimeError:
             assert (out == 77.0).all()
             raise

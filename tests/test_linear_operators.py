@@ -101,10 +101,17 @@ def test_products_that_call_autograd_themselves() -> None:
     def matvec(v: Any) -> Any:
         return torch.autograd.grad(g, p, v, retain_graph=True)[0]
 
-    hessian, b = torch.diag(p.detach().cosh()) + 2, nonzero(6)
+    hessian, b = torch.diag(p.detach().cosh()) + 2, nonzero(6).requires_grad_()
+    wanted = torch.linalg.solve(hessian, b)
+    (exact,) = torch.autograd.grad(wanted.sum(), b)
     for make in (solve_cg, solve_lu, solve_gmres):
         x = make(on_failure="raise")(matvec, b)
-        assert relative_error(x, torch.linalg.solve(hessian, b)) < 1e-8
+        assert relative_error(x, wanted) < 1e-8
+        with pytest.raises(RuntimeError, match="the product records no graph"):
+            x.sum().backward()
+        symmetric = LinearOperator(matvec, tags="symmetric")
+        x = make(on_failure="raise")(symmetric, b)
+        assert relative_error(torch.autograd.grad(x.sum(), b)[0], exact) < 1e-8
 
 
 def eye(v: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +29,10 @@ from torchopt.linear_solve import (
 every = pytest.mark.parametrize("row", ROWS, ids=IDS)
 #: One solver of each kind: iterations for symmetric and other matrices, with the adjoint, dense.
 KINDS = [
-    row
-    for row in ROWS
-    if row.name in ("solve_cg", "solve_gmres", "solve_normal_cg", "solve_lu", "solve_bicgstab")
+    row for row in ROWS if row.name in ("solve_cg", "solve_gmres", "solve_normal_cg", "solve_lu")
 ]
 kinds = pytest.mark.parametrize("row", KINDS, ids=[row.name for row in KINDS])
-N = 5
+N = 4
 
 
 def problem(row: Row, **options: Any) -> tuple[Any, Any, Tensor, Tensor]:
@@ -107,7 +107,7 @@ def test_forward_over_forward_is_refused() -> None:
         jacfwd(jacfwd(mine, 1), 1)(a, b)
 
 
-@every
+@kinds
 def test_batches(row: Row) -> None:
     """Each member ends by itself: systems of different condition, one with the solution zero."""
     a = torch.stack([row.of(N, c) for c in (2.0, 5.0, 10.0, 3.0)])
@@ -139,7 +139,7 @@ def test_batches_of_derivatives_and_derivatives_of_batches(row: Row) -> None:
 
 
 def test_a_member_that_is_not_solved_leaves_the_others() -> None:
-    a = torch.stack([definite(N), torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0]))]).double()
+    a = torch.stack([definite(N), torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]))]).double()
     b = nonzero(2, N)
     found: list[Any] = []
 
@@ -170,6 +170,43 @@ def test_complex_systems(make: Any) -> None:
     wanted = torch.linalg.solve((a + a.mH) / 2, b)
     found = torch.autograd.grad(loss(x), (a, b))
     assert_same(found, torch.autograd.grad(loss(wanted), (a, b)))
+
+
+def test_complex_numbers_beside_one_real_number() -> None:
+    """They begin at an odd place of the flat vector, which torch's views refuse."""
+    like = {"a": nonzero(), "z": torch.randn(3, dtype=torch.complex128)}
+    t = torch.tensor(0.5, **F64, requires_grad=True)
+
+    def matvec(v: Any, t: Tensor) -> Any:
+        z = v["z"] * (2 + 1j * t)
+        return {"a": 3 * v["a"] + t * v["z"].real.sum(), "z": z + t * v["a"]}
+
+    def loss(t: Tensor, make: Any) -> Tensor:
+        x = make(on_failure="raise")(lambda v: matvec(v, t), like)
+        for name, value in matvec(x, t).items():
+            assert_same(value.detach(), like[name])
+        return x["a"] + x["z"].abs().square().sum()
+
+    for make in (solve_gmres, solve_lu):
+        at = t.detach()
+        numeric = (loss(at + 1e-5, make) - loss(at - 1e-5, make)) / 2e-5
+        assert_same(torch.autograd.grad(loss(t, make), t)[0], numeric)
+        assert_same(grad(loss)(at, make), numeric)
+
+
+def test_nothing_is_kept() -> None:
+    """No circle of references: what a solution was made of goes when it goes."""
+    a, b = definite(N).requires_grad_(), nonzero(N)
+    gc.disable()
+    try:
+        twice = 2 * a
+        x = solve_cg()(lambda v, m=twice: m @ v, b)
+        x.sum().backward()
+        gone = weakref.ref(twice)
+        del twice, x
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_learned_ridge() -> None:

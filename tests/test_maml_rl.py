@@ -244,6 +244,7 @@ class TestRun:
         assert all(set(claim) == {"claim", "measured", "holds"} for claim in results["claims"])
         assert set(results["returns"]) == {"tabular", "navigation"}
 
+    @pytest.mark.thorough
     def test_maml_learns_to_learn(self):
         import maml_rl
         from common.maml_rl_experiment import Family, measured, meta_train

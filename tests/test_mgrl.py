@@ -183,6 +183,7 @@ class TestRun:
         assert len(results["claims"]) == 2
         assert all(set(claim) == {"claim", "measured", "holds"} for claim in results["claims"])
 
+    @pytest.mark.thorough
     def test_a_discount_too_low_rises_and_a_fixed_one_stays(self):
         import mgrl
 

@@ -104,6 +104,7 @@ def test_purity_dtypes_and_checks() -> None:
         dtypes.test_no_dtype_drifts(CASE, dtype, None)
 
 
+@pytest.mark.thorough
 def test_an_update_is_compiled_once_for_all_steps() -> None:
     torch._dynamo.reset()
     tx, g = torchopt.noisy_sgd(0.5, seed=3), {"w": nonzero(4)}

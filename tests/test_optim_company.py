@@ -1,41 +1,15 @@
-"""Scaling, clipping, averaging, saving and profiling of torch work with our optimizers."""
+"""Clipping, training and profiling of torch work with our optimizers."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from cases import Case, every_case, every_torch_case
 from conftest import nonzero
-from stepping import data, pair, parameters, set_grads, twins
+from stepping import data, parameters, set_grads, twins
 from tolerances import assert_close
-from torch import Tensor, nn
+from torch import nn
 
 import torchopt
-
-
-@every_torch_case
-def test_grad_scaler(case: Case) -> None:
-    """An overflowing step is skipped; the others are those of unscaled training."""
-    ours, theirs, p, q = pair(case)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    for k in range(4):
-        weight = nonzero(2, 3)
-        if k == 1:
-            weight[0, 0] = math.inf
-        ours.zero_grad()
-        scaler.scale((p[0] * weight).sum() + (p[1] ** 2).sum()).backward()
-        before = [x.clone() for x in data(p)]
-        scaler.step(ours)
-        scaler.update()
-        if k == 1:
-            assert all(torch.equal(x, y) for x, y in zip(data(p), before))
-            continue
-        theirs.zero_grad()
-        ((q[0] * weight).sum() + (q[1] ** 2).sum()).backward()
-        theirs.step()
-        assert_close(data(p), data(q), times=10)
-    assert scaler.get_scale() == 2.0**7
 
 
 @every_torch_case
@@ -51,63 +25,6 @@ def test_clip_grad_norm_before_step(case: Case) -> None:
         ours.step()
         theirs.step()
         assert_close(data(p), data(q), times=10)
-
-
-def test_averaged_model() -> None:
-    net = nn.Linear(3, 1).double()
-    average = torch.optim.swa_utils.AveragedModel(net)
-    optimizer = torchopt.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    path = []
-    for _ in range(4):
-        set_grads(list(net.parameters()))
-        optimizer.step()
-        average.update_parameters(net)
-        path.append(net.weight.detach().clone())
-    assert not torch.equal(path[0], path[1])
-    assert_close(average.module.weight.detach(), torch.stack(path).mean(0), times=10)
-
-
-@every_torch_case
-def test_initialisation_as_in_distributed_checkpoints(case: Case) -> None:
-    """Zero gradients, lr 0, one step, restore: the state is made and no parameter moves."""
-    optimizer, _, params, _ = pair(case)
-    before = [x.clone() for x in data(params)]
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    kept = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], Tensor) else 0.0
-    optimizer.step(closure=None)
-    for group, lr in zip(optimizer.param_groups, kept):
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    assert all(torch.equal(x, y) for x, y in zip(data(params), before))
-    for p in params:
-        assert set(case.tx().init(p.detach()).slots) <= set(optimizer.state[p])
-
-
-@every_torch_case
-def test_distributed_checkpoint_functions(case: Case) -> None:
-    from torch.distributed.checkpoint.state_dict import (
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    net = nn.Linear(3, 2).double()
-    optimizer = case.cls(net.parameters(), **case.kwargs)
-    for _ in range(2):
-        set_grads(list(net.parameters()))
-        optimizer.step()
-    saved = get_optimizer_state_dict(net, optimizer)
-    twin = nn.Linear(3, 2).double()
-    twin.load_state_dict(net.state_dict())
-    other = case.cls(twin.parameters(), **case.kwargs)
-    set_optimizer_state_dict(twin, other, saved)
-    for _ in range(2):
-        set_grads(list(net.parameters()), list(twin.parameters()))
-        optimizer.step()
-        other.step()
-    assert_close(data(list(twin.parameters())), data(list(net.parameters())), times=10)
 
 
 @every_case

@@ -110,6 +110,7 @@ def test_parameters_at_different_counts() -> None:
 @pytest.mark.parametrize(
     "learned", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["number", "learned"]
 )
+@pytest.mark.thorough
 def test_compiled_over_the_switch(learned: bool) -> None:
     """Once for the first step, and once for all others with a count that is a symbol."""
     counter = CompileCounterWithBackend("aot_eager")

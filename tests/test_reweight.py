@@ -211,6 +211,7 @@ class TestRun:
         assert results["seconds"] > 0
 
     @pytest.mark.usefixtures("no_figures")
+    @pytest.mark.thorough
     def test_a_rare_digit_gains_weight(self, tmp_path):
         options = ["--tasks", "imbalance", *TWO]
         options += ["--threads", "1", "--seeds", "1", "--steps", "100", "--proportions", "0.98"]

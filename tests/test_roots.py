@@ -162,7 +162,7 @@ def test_inside_custom_root(name: str) -> None:
 
     c, start = torch.ones(N, **F64), torch.zeros(N, **F64)
     found = jacrev(solve, 1)(start, c)
-    assert relative_error(found, central_jacobian(lambda c: solve(start, c), c)) < 1e-7
+    assert relative_error(found, central_jacobian(lambda c: solve(start, c), c)) < 1e-6
     batch = 1 + 0.1 * torch.randn(3, N, **F64)
     solutions = vmap(lambda c: solve(start, c))(batch)
     assert relative_error(solutions, torch.stack([solve(start, c) for c in batch])) < 1e-12
@@ -247,9 +247,9 @@ def test_names_of_failures() -> None:
     assert find_root(lambda p: p**3 - 2, Newton(max_iter=1), start).outcome is Outcome.MAX_ITER
     assert find_root(lambda p: p**3 - 2, Newton(max_eval=2), start).outcome is Outcome.MAX_EVAL
     assert find_root(lambda p: p + torch.nan, Newton(), start).outcome is Outcome.NOT_FINITE
-    growing = fixed_point(lambda p: 3 * p + 1, FixedPointIteration(max_iter=2000), start)
-    assert growing.outcome in (Outcome.NOT_FINITE, Outcome.MAX_ITER)
-    assert not find_root(lambda p: p**2 + 1, Broyden(), start).outcome.success
+    growing = fixed_point(lambda p: 3 * p + 1, FixedPointIteration(max_iter=50), start)
+    assert growing.outcome is Outcome.MAX_ITER
+    assert not find_root(lambda p: p**2 + 1, Broyden(max_iter=30), start).outcome.success
     flat = Bisection(lower=0.0, upper=1.0, tolerance_grad=0.0, tolerance_change=1e-3)
     assert find_root(lambda p: 2 * p - 0.7, flat, start).outcome is Outcome.SMALL_CHANGE
 

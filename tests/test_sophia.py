@@ -217,6 +217,7 @@ def test_all_of_it_is_fused_with_an_estimate_and_without() -> None:
     assert not why(tx, params, params=params, hessian=params)
 
 
+@pytest.mark.thorough
 def test_a_compiled_update_is_given_its_estimate() -> None:
     torch._dynamo.reset()
     tx, p = torchopt.sophia(**NUMBERS), {"w": nonzero(3), "b": nonzero(2)}

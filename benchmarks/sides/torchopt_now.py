@@ -11,6 +11,7 @@ from torch import Tensor
 
 import torchopt
 from benchmarks import adam_step as adam_workload
+from benchmarks import each_optimizer as each_workload
 from benchmarks import learned_step as learned_workload
 from benchmarks import meta_step as meta_workload
 from benchmarks import own_rule as own_workload
@@ -143,6 +144,49 @@ def adam_step(
     def work() -> list[Tensor]:
         optimizer.step()
         return params
+
+    return work
+
+
+def each_optimizer(
+    problem: each_workload.Problem, accelerated: bool | None = None
+) -> Callable[[], list[Tensor]]:
+    """Return a function that takes one step in place, or differentiates an update."""
+    kind = getattr(torchopt, problem.name)
+    params = tensors(problem.params, requires_grad=True)
+    for param, grad in zip(params, tensors(problem.grads)):
+        param.grad = grad
+    optimizer = kind(params, use_accelerated_op=accelerated, **problem.arguments)
+    if not problem.in_place:
+        return _differentiated(optimizer.transformation, problem, params)
+
+    def work() -> list[Tensor]:
+        optimizer.step()
+        return params
+
+    return work
+
+
+def _differentiated(
+    tx: Any, problem: each_workload.Problem, params: list[Tensor]
+) -> Callable[[], list[Tensor]]:
+    """Return a function that updates and differentiates a linear function of all outputs."""
+    grads, numbers = tensors(problem.grads), [p.detach() for p in params]
+    state = tx.init(numbers)
+    for _ in range(each_workload.STEPS_BEFORE):
+        numbers, state = tx.apply_gradients(grads, state, numbers, inplace=False)
+    slots = {
+        name: [x.detach().requires_grad_() for x in column] for name, column in state.slots.items()
+    }
+    state = torchopt.OptState(state.step, slots, state.counters)
+    columns = [[x.detach().requires_grad_() for x in column] for column in (grads, numbers)]
+    inputs = [x for column in (*columns, *slots.values()) for x in column]
+    coefficients = tensors(problem.coefficients) * (1 + len(slots))
+
+    def work() -> list[Tensor]:
+        new_params, new = tx.apply_gradients(columns[0], state, columns[1], inplace=False)
+        outputs = [*new_params, *(x for column in new.slots.values() for x in column)]
+        return list(torch.autograd.grad(outputs, inputs, coefficients, materialize_grads=True))
 
     return work
 

@@ -94,6 +94,8 @@ GROUPS = {
     "as often as they need; in `torchopt.solvers`.",
     "Linear systems": "Solve with an operator that is known by its products; in "
     "`torchopt.linear_solve`.",
+    "Ways to differentiate": "How an inner problem is differentiated; in `torchopt.diff` and "
+    "`torchopt.nn`.",
     "Visualization": "See the graph that a gradient flows through, and why it does not arrive.",
     "Fused kernels": "Whether and why updates are computed by kernels.",
 }
@@ -119,6 +121,8 @@ def group_of(symbol: Symbol) -> str:
         return "Solvers"
     if symbol.module == "torchopt.linear_solve":
         return "Linear systems"
+    if symbol.module in ("torchopt.diff", "torchopt.nn"):
+        return "Ways to differentiate"
     if symbol.module == "torchopt.visual":
         return "Visualization"
     if symbol.module == "torchopt.kernels" or module == "torchopt.core.accelerated_op":
@@ -289,7 +293,8 @@ def resolve_internal_name(app: Sphinx, env: Any, node: Any, contnode: Any) -> no
         return None
     name, domain = node["reftarget"], env.domains["py"]
     # a name by itself is one of the public ones, of the module of its page, or of a type alias
-    spellings = [name, f"torchopt.{name}", f"torchopt.schedules.{name}", f"torchopt.typing.{name}"]
+    rooms = ("", "schedules.", "typing.", "diff.", "nn.", "linear_solve.", "solvers.")
+    spellings = [name, *(f"torchopt.{room}{name}" for room in rooms)]
     value = next(filter(None, map(_look_up, spellings)), None)
     for symbol in symbols():
         if value is not None and symbol.value is value:

@@ -20,6 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
+#: What holds no tensor.
+_PLAIN = (int, float, complex, str, bytes, type(None), type, types.ModuleType)
 #: Code of these packages uses only what it is given.
 _FOREIGN = frozenset({"torch", "optree", "numpy", "scipy", "builtins", "functools", "math"})
 
@@ -48,6 +50,8 @@ class Captured:
                 self.values.append(thing)
                 continue
             for child in _children(thing):
+                if isinstance(child, _PLAIN):
+                    continue
                 parents.setdefault(id(child), []).append(id(thing))
                 waiting.append(child)
         self._rebuilt = set(self._places)  # what leads to a tensor
@@ -86,7 +90,12 @@ def _children(thing: Any) -> Iterator[Any]:
 
 
 def _is_foreign(thing: Any) -> bool:
-    return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] in _FOREIGN
+    if isinstance(thing, types.FunctionType):
+        # where its code stands: functools.wraps sets __module__, and exec may leave none
+        home = thing.__globals__.get("__name__") or ""
+    else:
+        home = getattr(thing, "__module__", None) or "builtins"
+    return home.partition(".")[0] in _FOREIGN
 
 
 def _is_plain_object(thing: Any) -> bool:

@@ -24,6 +24,20 @@ def to_compute_dtype(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
+def as_pairs(x: Tensor) -> Tensor:
+    """Return complex numbers as pairs of reals, in one more dimension; a copy.
+
+    Not ``view_as_real``, whose derivative refuses what begins at an odd place, as a piece of a
+    vector may that holds real numbers, too.
+    """
+    return torch.stack([x.real, x.imag], -1)
+
+
+def from_pairs(pairs: Tensor) -> Tensor:
+    """Return pairs of reals as complex numbers; a copy, wherever they begin."""
+    return torch.complex(pairs[..., 0], pairs[..., 1])
+
+
 def is_zero(value: object) -> bool:
     """Whether a hyperparameter is the Python number 0, so that its term can be left out.
 
@@ -83,20 +97,17 @@ def over_root(m: Tensor, v: Tensor, scale: Scalar, shift: Scalar) -> Tensor:
     Where plain reverse-mode differentiation is recorded, it is one node of the graph instead of
     eight: on large parameters its derivative costs a third of the passes over memory.
     """
-    if isinstance(scale, float) and isinstance(shift, float) and _only_reverse_mode(m, v):
-        return cast(Tensor, _OverRoot.apply(m, v, scale, shift))
-    return m / (root(v) * scale + shift)
-
-
-def _only_reverse_mode(*tensors: Tensor) -> bool:
-    """Whether a graph is being recorded, outside of torch.func, forward mode and torch.compile."""
-    return (
-        torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in tensors)
+    if (
+        isinstance(scale, float)
+        and isinstance(shift, float)
+        and torch.is_grad_enabled()
+        and (m.requires_grad or v.requires_grad)
         and not in_forward_mode()
         and not torch.compiler.is_compiling()
         and peek_interpreter_stack() is None
-    )
+    ):
+        return cast(Tensor, _OverRoot.apply(m, v, scale, shift))
+    return m / (root(v) * scale + shift)
 
 
 class _OverRoot(torch.autograd.Function):

@@ -93,13 +93,6 @@ def _rebuild(root: Any, leaves: list[Any]) -> PyTree:
     return OrderedDict(items) if kind is OrderedDict else defaultdict(factory, items)
 
 
-def _equal(spec: Any, other: Any) -> bool:
-    """Whether two structures are known to be the same; ``False`` says nothing about paths."""
-    if isinstance(spec, _Walked) or isinstance(other, _Walked):
-        return False
-    return spec == other
-
-
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
     """Return the leaves of ``tree`` and its structure."""
     if compiler_is_old():
@@ -175,7 +168,7 @@ def flatten_like(tree: PyTree, reference: PyTree, spec: Any, what: str, like: st
         ValueError: Naming the first path at which the two structures differ.
     """
     leaves, tree_spec = flatten(tree)
-    if _equal(tree_spec, spec):
+    if type(spec) is not _Walked and type(tree_spec) is not _Walked and tree_spec == spec:
         return leaves
     paths, expected = leaf_paths(tree), leaf_paths(reference)
     if paths == expected:
@@ -201,7 +194,8 @@ def each_unflattened_like(
     if not columns:
         return []
     target_spec = flatten(target)[1]
-    if _equal(target_spec, spec):  # dicts that are equal may differ in their order
+    walked = type(spec) is _Walked or type(target_spec) is _Walked
+    if not walked and target_spec == spec:  # dicts that are equal may differ in their order
         return [unflatten(target_spec, leaves) for leaves in columns]
     from_paths, to_paths = leaf_paths(reference), leaf_paths(target)
     result: list[PyTree] = []

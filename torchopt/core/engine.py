@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchopt.base import misuse, tree
-from torchopt.base.numerics import HALF, to_compute_dtype
+from torchopt.base import tree
+from torchopt.base.distributed import any_spread, placed
+from torchopt.base.numerics import HALF
 from torchopt.core import step_tags
-from torchopt.core.gradient_checks import Common, check_gradients, common_of, refuse_update
+from torchopt.core.gradient_checks import check_gradients, refuse_update
 from torchopt.core.packed import Packed, Packing
 from torchopt.core.plan import Plan
-from torchopt.core.protocols import PartLike, TransformationLike
+from torchopt.core.protocols import TransformationLike
 from torchopt.core.sparse_entries import ChangedSlot
 from torchopt.typing import PyTree, Step
 
@@ -38,6 +40,16 @@ class Call:
     labels: Any = None  # of the parameters, for a partition, where the API knows them
     packing: Packing | None = None  # where an update leaves what it found out for the next one
     overwrites: bool = False  # whether new slots may come back as ChangedSlot
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """What all gradients and parameters of a call have in common: the usual case."""
+
+    types: set[type]
+    shapes: list[torch.Size]
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclasses.dataclass
@@ -86,90 +98,28 @@ class Leaves:
         )
 
 
-def initialise(tx: TransformationLike, call: Call) -> dict[str, list[Any]]:
-    """Return the initial slots of every parameter of ``call``."""
-    index = [i for i, p in enumerate(call.p) if p is not None]
-    for i in index:
-        if not isinstance(call.p[i], Tensor):
-            name = tree.quoted(call.names()[i])
-            raise TypeError(
-                f"Parameter {name} must be a tensor or None, got {type(call.p[i]).__name__}."
-                f"{misuse.advice_for_leaf(call.p[i])}"
-            )
-    params = [to_compute_dtype(call.p[i]) for i in index]
-    columns: dict[str, list[Any]] = {name: [None] * len(call.p) for name in tx.plan.slot_names}
-    rows = [call.hyper[i] for i in index]
-    for position, part in enumerate(tx.plan.parts):
-        leaves = Leaves(params, params, [], [], tx.plan.rows_of(position, rows), index, call)
-        for i, values in zip(index, part_slots(part, leaves)):
-            for name, value in zip(tx.plan.slots[position], values):
-                columns[name][i] = value
-    return columns
+def common_of(call: Call) -> Common | None:
+    """Return what gradients and parameters have in common, or ``None`` if they need a closer look.
 
-
-def initialise_packed(
-    tx: TransformationLike, call: Call, packing: Packing | None = None
-) -> dict[str, Any] | None:
-    """Return the initial slots of all parameters packed; ``None`` if they have to be made singly.
-
-    The parts must treat entries alike, whatever tensor they are in, and those that have slots must
-    have the same hyperparameters for all. ``packing`` is one that fits, if there is one already.
+    In the first case everything that :func:`check_gradients` asks for holds.
     """
-    elementwise = all(part.elementwise for part in tx.plan.parts)
-    row = call.hyper[0] if call.hyper else {}
-    common = common_of(call)
-    if not elementwise or common is None:
+    g, p = call.g, call.p
+    if not g or any(x is None for x in p):
         return None
-    if any(other is not row for other in call.hyper):
-        fields = zip(tx.plan.fields, tx.plan.slots)
-        read = [name for own, slots in fields if slots for name in own.values()]
-        if any(other[name] is not row[name] for other in call.hyper for name in read):
-            return None
-    packing = packing or Packing(common.shapes)
-    flat: Tensor | None = None
-    shapes = dict.fromkeys(common.shapes)
-    columns: dict[str, Any] = {}
-    for position, names in enumerate(tx.plan.slots):
-        if not names:
-            continue
-        (own,) = tx.plan.rows_of(position, [row])
-        for name in names:
-            slot = tx.plan.slot_of[name]
-            if slot.shape is not None or slot.dtype is not None:
-                return None
-            columns[name] = [None] * len(call.p)
-            if not all(slot.needed(shape, own) for shape in shapes):
-                continue
-            if slot.is_number:
-                dtype = torch.float32 if common.dtype in HALF else common.dtype
-                start: Any = slot.start
-                columns[name] = packing.filled(float(start), dtype, common.device)
-                continue
-            if torch.is_grad_enabled() and any(p.requires_grad for p in call.p):
-                return None  # what each leads to would be joined
-            if any(isinstance(value, Tensor) and value.dim() for value in own.values()):
-                return None  # a start with a value for each entry of a parameter
-            if flat is None:
-                flat = to_compute_dtype(packing.pack(call.p))
-            first = slot.first(flat, own)
-            assert first is not None
-            columns[name] = Packed(first, packing)
-    return columns
-
-
-def part_slots(part: PartLike, leaves: Leaves) -> list[tuple[Any, ...]]:
-    """Return the initial slots of one part for the parameters ``leaves.p``.
-
-    Raises:
-        ValueError: If the part has no rule for one of them.
-    """
-    for k, p in enumerate(leaves.p) if part.is_selective else ():
-        if reason := part.refuses(p):
-            raise ValueError(f"{leaves.name(k)} {reason}")
-    own: Any = getattr(part, "init_all_slots", None)
-    if own is not None:
-        return own(leaves)
-    return [part.first_slots(p, **h) for p, h in zip(leaves.p, leaves.hyper)]
+    both = [*g, *p]
+    types = {type(x) for x in both}
+    if not all(issubclass(t, Tensor) for t in types):
+        return None
+    shapes = [x.shape for x in g]
+    if (
+        len({x.dtype for x in both}) > 1
+        or len({x.device for x in both}) > 1
+        or not g[0].is_floating_point()
+        or {x.layout for x in both} != {torch.strided}
+        or [x.shape for x in p] != shapes
+    ):
+        return None
+    return Common(types, shapes, g[0].dtype, g[0].device)
 
 
 def advance(
@@ -179,12 +129,13 @@ def advance(
 
     With ``apply`` the new parameters are returned instead of the updates.
     """
+    plan = tx.plan
     # whether the slots are no longer as they were given
-    refreshes = bool(tx.plan.refreshing) and any(name in call.extra for name in tx.plan.reads)
+    refreshes = bool(plan.refreshing) and any(name in call.extra for name in plan.reads)
     # a kernel reads half precision as it is, but no slots in a dtype of their own
-    by_kernels = not refreshes and not tx.plan.narrow and accelerates(tx.plan)
+    by_kernels = not refreshes and not plan.narrow and accelerates(plan)
     if by_kernels:
-        again = accelerator.take_cached(tx.plan, call, apply)
+        again = accelerator.take_cached(plan, call, apply)
         if again is not None:
             return again
     index = [i for i, g in enumerate(call.g) if g is not None]
@@ -194,17 +145,18 @@ def advance(
     if not index:
         return [None] * len(call.g), dict(call.slots)
     whole = len(index) == len(call.g)
-    leaves = _leaves(call, index)
-    leaves.common = common
+    g, p = [call.g[i] for i in index], [call.p[i] for i in index]
+    t, rows = [call.t[i] for i in index], [call.hyper[i] for i in index]
+    leaves = Leaves(g, p, t, [], rows, index, call, common)
     columns: dict[str, Any] = dict(call.slots)
     if not whole:
         columns = {name: [column[i] for i in index] for name, column in columns.items()}
     first_node = step_tags.begin()
-    fused = accelerator.take_whole(tx.plan, leaves, columns, apply) if by_kernels else None
+    fused = accelerator.take_whole(plan, leaves, columns, apply) if by_kernels else None
     if fused is None:
         fused = _advance_by_parts(tx, leaves, columns, apply)
         if first_node >= 0:
-            step_tags.end(first_node, tx.plan, leaves, call.slots, columns, fused)
+            step_tags.end(first_node, plan, leaves, call.slots, columns, fused)
     if whole:
         return fused, columns
     results: list[Any] = [None] * len(call.g)
@@ -218,6 +170,8 @@ def advance(
 
 #: The fused engine (torchopt.kernels.fused), once it is loaded; the mathematics does without.
 accelerator: Any = None
+#: Where to tell why updates are not fused, while somebody asks (``torchopt.kernels.why``).
+asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)
 #: What steps in place (torchopt.kernels.inplace.Stepper), once it is loaded.
 in_place_stepper: Any = None
 
@@ -232,7 +186,7 @@ def accelerates(plan: Plan) -> bool:
         return False
     if torch.compiler.is_compiling():
         return any(part.use_accelerated_op for part in plan.parts)
-    return not plan.never_fused or accelerator.is_asked()
+    return not plan.never_fused or asked.get() is not None
 
 
 def packs(plan: Plan) -> bool:
@@ -240,36 +194,18 @@ def packs(plan: Plan) -> bool:
     return accelerates(plan) and not plan.narrow and accelerator.covers(plan)
 
 
-def _leaves(call: Call, index: list[int]) -> Leaves:
-    return Leaves(
-        g=[call.g[i] for i in index],
-        p=[call.p[i] for i in index],
-        t=[call.t[i] for i in index],
-        slots=[],
-        hyper=[call.hyper[i] for i in index],
-        index=index,
-        call=call,
-    )
-
-
 def _advance_by_parts(
     tx: TransformationLike, given: Leaves, columns: dict[str, Any], apply: bool
 ) -> list[Tensor]:
     """Convert to the dtype of computation, run the parts one after the other, convert back."""
     is_complex = [g.is_complex() for g in given.g]
-    enter = [_view_as_real if c else to_compute_dtype for c in is_complex]
-
-    def entered(column: Any, like: Sequence[Any] | None = None) -> Any:
-        if isinstance(column, Packed) and not any(is_complex):
-            return column  # slots in half precision are float32 already
-        found = [None if x is None else convert(x) for convert, x in zip(enter, column)]
-        return found if like is None else _widened(found, like)
-
-    g, p = entered(given.g), entered(given.p)
+    g, p = _entered(given.g, is_complex), _entered(given.p, is_complex)
     same = all(x is y for x, y in zip(g, given.g))
-    leaves = given.with_tensors(g, p, given.common if same else None)
+    leaves = given if same else given.with_tensors(g, p, None)
     narrow = tx.plan.narrow
-    own = {n: entered(c, leaves.g if n in narrow else None) for n, c in columns.items()}
+    own: dict[str, Any] = {name: _entered(c, is_complex) for name, c in columns.items()}
+    for name in narrow:
+        own[name] = _widened(own[name], leaves.g)
     # the sum is taken in the parameters' own dtype
     applies = apply and same
     updates, applied = run(tx.plan, leaves, own, applies)
@@ -294,7 +230,27 @@ def _advance_by_parts(
                 else:  # made in this call, in the dtype of computation unless it is no such number
                     dtype = leaves.g[position].dtype if value.is_floating_point() else value.dtype
                 columns[name][position] = _leave(value, c, dtype)
+    if any_spread(given.g):
+        results = list(map(placed, results, given.g))
+        columns.update({n: list(map(placed, columns[n], given.g)) for n in own})
     return results
+
+
+def _entered(column: Any, is_complex: Sequence[bool]) -> Any:
+    """Return tensors in the dtype of computation: half precision in float32, as its slots are.
+
+    A complex parameter is updated as its real and imaginary parts, as ``torch.optim`` does.
+    """
+    if isinstance(column, Packed) and not any(is_complex):
+        return column  # slots in half precision are float32 already
+    found = []
+    for x, c in zip(column, is_complex):
+        if x is not None and c:
+            x = torch.view_as_real(x) if x.is_complex() else x
+        elif x is not None and x.dtype in HALF:
+            x = x.float()
+        found.append(x)
+    return found
 
 
 def run(
@@ -307,13 +263,13 @@ def run(
     """
     if plan.refreshing and leaves.call.extra:
         _refresh(plan, leaves, columns)
+    if not accelerates(plan):
+        return run_by_rules(plan, 0, len(plan.parts), leaves, columns), False
     g, position = leaves.g, 0
     while position < len(plan.parts):
         # the position tells, for torch 2.6 compiles `is` between lists as a comparison of tensors
         own = leaves if position == 0 else leaves.with_tensors(g, leaves.p, None)
-        fused = None
-        if accelerates(plan):
-            fused = accelerator.take_segment(plan, position, own, columns, apply)
+        fused = accelerator.take_segment(plan, position, own, columns, apply)
         if fused is not None:
             position, g, applied = fused
             if applied:
@@ -346,34 +302,17 @@ def run_by_rules(
         slots = list(zip(*(columns[name] for name in names))) if names else [()] * len(g)
         rows = plan.rows_of(position, leaves.hyper)
         own = Leaves(g, leaves.p, leaves.t, slots, rows, leaves.index, leaves.call)
-        before = g
-        g, slots = plan.parts[position].step(own)
-        if _may_promote(rows):
-            g = [_like(u, x) for u, x in zip(g, before)]
+        updates, slots = plan.parts[position].step(own)
+        # by a tensor as hyperparameter it may be wider; the next part expects the gradient's dtype
+        g = [
+            u.to(x.dtype)
+            if isinstance(u, Tensor) and u.dtype != x.dtype and u.is_floating_point()
+            else u
+            for u, x in zip(updates, g)
+        ]
         for name, column in zip(names, zip(*slots)):
             columns[name] = list(column)
     return g
-
-
-def _may_promote(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether a hyperparameter is a tensor, whose dtype may be wider than that of a gradient."""
-    # torch 2.6 cannot compile `is` between dicts: there each row is looked at
-    previous, each = None, tree.compiler_is_old()
-    for row in rows:
-        if each or row is not previous:
-            for value in row.values():
-                if isinstance(value, Tensor):
-                    return True
-                if isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
-                    return True
-            previous = row
-    return False
-
-
-def _like(u: Any, g: Tensor) -> Any:
-    """Return an update in the dtype of its gradient, in which the next part expects it."""
-    wider = isinstance(u, Tensor) and u.dtype != g.dtype and u.is_floating_point()
-    return u.to(g.dtype) if wider else u
 
 
 def _widened(column: Sequence[Any], like: Sequence[Any]) -> list[Any]:
@@ -382,11 +321,6 @@ def _widened(column: Sequence[Any], like: Sequence[Any]) -> list[Any]:
         x if x is None or y is None else x.to(torch.promote_types(x.dtype, y.dtype))
         for x, y in zip(column, like)
     ]
-
-
-def _view_as_real(x: Tensor) -> Tensor:
-    """A complex parameter is updated as its real and imaginary parts, as torch.optim does."""
-    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def _leave(x: Tensor, is_complex: bool, dtype: torch.dtype) -> Tensor:

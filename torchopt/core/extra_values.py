@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from torchopt.base import misuse
+from torchopt.base.distributed import mean_of_processes
 from torchopt.core.engine import Leaves
 from torchopt.core.protocols import TransformationLike
 from torchopt.core.resolving import match_by_name
@@ -27,6 +28,16 @@ def check_extra(tx: TransformationLike, extra: Mapping[str, Any], owner: str) ->
                 f"{owner}.step got an unexpected argument {name!r}: "
                 f"{misuse.clipped(repr(tx))} reads {known}."
             )
+
+
+def agreed(reads: Iterable[str], params: Iterable[Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Return extra values that are the same for all processes that parameters are spread over.
+
+    Each has the loss of its own part of the batch; where it is read, their mean is taken.
+    """
+    if "value" in extra and not {"value", "*"}.isdisjoint(reads):
+        return {**extra, "value": mean_of_processes(extra["value"], params)}
+    return extra
 
 
 def tensors_of(leaves: Leaves, name: str) -> list[Tensor]:

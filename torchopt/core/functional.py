@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
+from torchopt.base.numerics import exact
 from torchopt.base.recording import refuse_recorded
 from torchopt.core import hyper, step_count, whole
 from torchopt.core.engine import Call, advance
@@ -47,16 +48,11 @@ def gather_tree(
     if counters is None:
         counters = {name: [c.start] * len(steps) for name, c in tx.plan.counters.items()}
     leaves = params if params is not None else grads
-    plan = tx.plan
-    members = Members(plan.values, leaves or [], names, _count_of(steps), row=plan.row)
+    plan, count = tx.plan, 0  # at which a schedule is evaluated: 0 at the first update
+    if steps:
+        count = steps[0] - 1 if isinstance(steps[0], Tensor) else max(steps) - 1
+    members = Members(plan.values, leaves or [], names, count, row=plan.row)
     return gather(tx, [members], call, counters, uniform=uniform)
-
-
-def _count_of(steps: Sequence[Step]) -> Step:
-    """Return the count a schedule is evaluated at: 0 at the first update."""
-    if not steps:
-        return 0
-    return steps[0] - 1 if isinstance(steps[0], Tensor) else max(steps) - 1
 
 
 def state_slots(
@@ -70,27 +66,54 @@ def state_slots(
     """
     if not isinstance(state, OptState):
         raise TypeError(misuse.no_state(state))
-    tx.plan.check_slots({**state.slots, **state.counters}, tx)
-    absent = [name for name in tx.plan.whole if name not in state.slots]
+    plan = tx.plan
+    plan.check_slots([*state.slots, *state.counters], tx)
+    absent = [name for name in plan.whole if name not in state.slots]
     if absent:
         raise ValueError(f"The state belongs to another optimizer: it lacks {absent} of {tx}.")
     return {
         name: tree.flatten_like(
             state.slots[name], grads, spec, f"The slot {name!r} of the state", "grads"
         )
-        if name in state.slots and name not in tx.plan.whole
+        if name in state.slots and name not in plan.whole
         else [None] * spec.num_leaves
-        for name in tx.slot_names()
+        for name in plan.slot_names
     }
 
 
-def _counts(state: OptState, grads: PyTree, spec: Any) -> Any:
-    """Return the step count so far: one for all, or a list aligned with the gradients."""
-    step = state.step
-    if isinstance(step, (int, Tensor)):
-        return step_count.read(step)
-    counts = tree.flatten_like(step, grads, spec, "The steps of the state", "grads")
-    return [step_count.read(count) for count in counts]
+class _Counts(NamedTuple):
+    """Step counts: one for all parameters, or a list aligned with the gradients."""
+
+    before: Any
+    now: list[Any]  # always of each
+    after: Any
+
+
+def _counts(
+    state: OptState, grads: PyTree, spec: Any, g: Sequence[Any], p: Sequence[Any] | None
+) -> _Counts:
+    """Return the step counts before this update, at it, and to remember.
+
+    What is remembered is one number while all parameters agree.
+    """
+    old: Any = state.step
+    if isinstance(old, Tensor):
+        old = step_count.read(old)
+        if isinstance(old, Tensor):
+            return _Counts(old, [exact(old) + 1] * len(g), old + 1)
+    if isinstance(old, int):
+        previous, now = [old] * len(g), [old + 1] * len(g)
+    else:
+        counts = tree.flatten_like(old, grads, spec, "The steps of the state", "grads")
+        old = previous = [step_count.read(count) for count in counts]
+        now = [step + 1 for step in previous]
+    after = [before if x is None else step for before, step, x in zip(previous, now, g)]
+    # a place in the tree that has no parameter has no count to disagree with
+    own = after if p is None else [n for n, x in zip(after, p) if x is not None] or after
+    if not own:
+        return _Counts(old, now, old + 1 if isinstance(old, int) else old)
+    known = not any(isinstance(n, Tensor) for n in own)  # of a batch nothing can be known
+    return _Counts(old, now, own[0] if known and all(n == own[0] for n in own) else after)
 
 
 def _counters(state: OptState, grads: PyTree, spec: Any) -> dict[str, list[Any]]:
@@ -174,11 +197,11 @@ def slot_trees(
     columns: dict[str, list[Any]],
 ) -> dict[str, TensorTree]:
     """Build the slots of a state with the structure of ``like``; unneeded ones are left out."""
-    slots = tx.plan.slot_of
+    required = tx.plan.required
     kept = {
         name: column
         for name, column in columns.items()
-        if not slots[name].may_be_absent or any(value is not None for value in column)
+        if name in required or any(value is not None for value in column)
     }
     return dict(zip(kept, tree.each_unflattened_like(like, reference, spec, [*kept.values()])))
 
@@ -188,8 +211,8 @@ def eval_trees(tx: TransformationLike, state: Any, params: PyTree) -> PyTree:
     state = state if type(state) is OptState else as_state(tx, state)
     p, spec = tree.flatten(params)
     slots = state_slots(tx, state, params, spec)
-    steps = step_count.step_list(_counts(state, params, spec), len(p))
-    call = gather_tree(tx, params, None, p, steps, slots)
+    steps = _counts(state, params, spec, p, p)
+    call = gather_tree(tx, params, None, p, steps.now, slots)
     return tree.unflatten(spec, converted_call(tx, call, True))
 
 
@@ -208,20 +231,20 @@ def advance_trees(
         The updates, or the new parameters with ``apply``; the parameters; the structure of
         ``grads``, in whose order both are; and the new state.
     """
+    plan = tx.plan
     state = state if type(state) is OptState else as_state(tx, state)
     g, spec = tree.flatten(grads)
     p = None if params is None else tree.flatten_like(params, grads, spec, "params", "grads")
     slots = state_slots(tx, state, grads, spec)
-    old_steps = _counts(state, grads, spec)
-    counters = _counters(state, grads, spec) if tx.plan.counters else {}
-    steps = step_count.step_list(old_steps, len(g))
+    steps = _counts(state, grads, spec, g, p)
+    counters = _counters(state, grads, spec) if plan.counters else {}
     one = all(isinstance(x, (int, float, Tensor)) for x in state.counters.values())
-    uniform = one and not isinstance(old_steps, list)
-    call = gather_tree(tx, grads, g, p, steps, slots, counters, extra, params, uniform)
-    own, pairs = whole.split(tx.plan, state.slots) if tx.plan.whole else (state.slots, {})
+    uniform = one and not isinstance(steps.before, list)
+    call = gather_tree(tx, grads, g, p, steps.now, slots, counters, extra, params, uniform)
+    own, pairs = whole.split(plan, state.slots) if plan.whole else (state.slots, {})
     if inplace:
-        if old_steps == 0:  # an anchor may lead to the parameters, which may be leaves as well
-            for name, slot in tx.plan.slot_of.items():
+        if steps.before == 0:  # an anchor may lead to the parameters, which may be leaves as well
+            for name, slot in plan.slot_of.items():
                 if slot.start == PARAM:
                     slots[name] = [x.detach() if isinstance(x, Tensor) else x for x in slots[name]]
         columns = {
@@ -234,18 +257,22 @@ def advance_trees(
         refuse_recorded("update", columns, {} if p is None else {"params": p})
         # parameters may be leaves that require grad; the updates must not carry a graph
         call.p = [x.detach() if isinstance(x, Tensor) else x for x in call.p]
-    whole.begin(tx.plan, pairs, call)
+    if plan.whole:
+        whole.begin(plan, pairs, call)
     results, slots = advance(tx, call, apply)
-    step = step_count.next_step(old_steps, g, p)
     like = grads if params is None else params
     if own:
         like = list(own.values())[0]  # noqa: RUF015 - torch 2.6 cannot compile next
-    new_state = OptState(
-        tree.unflatten_like(like, grads, spec, step) if isinstance(step, list) else step,
-        {**slot_trees(tx, like, grads, spec, slots), **whole.end(tx.plan, call)},
-        {
+    step = steps.after
+    if isinstance(step, list):
+        step = tree.unflatten_like(like, grads, spec, step)
+    new_slots = slot_trees(tx, like, grads, spec, slots)
+    if plan.whole:
+        new_slots.update(whole.end(plan, call))
+    if counters:
+        following = _next_counters(call, counters, plan.kept_at, uniform)
+        counters = {
             name: tree.unflatten_like(like, grads, spec, x) if isinstance(x, list) else x
-            for name, x in _next_counters(call, counters, tx.plan.kept_at, uniform).items()
-        },
-    )
-    return results, call.p, spec, new_state
+            for name, x in following.items()
+        }
+    return results, call.p, spec, OptState(step, new_slots, counters)

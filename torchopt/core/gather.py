@@ -1,4 +1,7 @@
-"""Gather one update: whichever API asks, parameters in lists become one :class:`Call`."""
+"""Gather one update: whichever API asks, parameters in lists become one :class:`Call`.
+
+And make the first slots.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torchopt.core.engine import Call, initialise, initialise_packed
-from torchopt.core.packed import Packed
-from torchopt.core.protocols import TransformationLike
+import torch
+from torch import Tensor
+
+from torchopt.base import misuse, tree
+from torchopt.base.numerics import HALF, to_compute_dtype
+from torchopt.core.engine import Call, Leaves, common_of
+from torchopt.core.packed import Packed, Packing
+from torchopt.core.protocols import PartLike, TransformationLike
 from torchopt.core.resolving import Known, resolve
 from torchopt.typing import Step
 
@@ -84,3 +92,89 @@ def _fill_slots(tx: TransformationLike, call: Call, fresh: Sequence[bool]) -> No
         if isinstance(old, Packed) or old is None:
             old = list(old or column)
         call.slots[name] = [x if f else y for f, x, y in zip(fresh, column, old)]
+
+
+def initialise(tx: TransformationLike, call: Call) -> dict[str, list[Any]]:
+    """Return the initial slots of every parameter of ``call``."""
+    index = [i for i, p in enumerate(call.p) if p is not None]
+    for i in index:
+        if not isinstance(call.p[i], Tensor):
+            name = tree.quoted(call.names()[i])
+            raise TypeError(
+                f"Parameter {name} must be a tensor or None, got {type(call.p[i]).__name__}."
+                f"{misuse.advice_for_leaf(call.p[i])}"
+            )
+    params = [to_compute_dtype(call.p[i]) for i in index]
+    columns: dict[str, list[Any]] = {name: [None] * len(call.p) for name in tx.plan.slot_names}
+    rows = [call.hyper[i] for i in index]
+    for position, part in enumerate(tx.plan.parts):
+        leaves = Leaves(params, params, [], [], tx.plan.rows_of(position, rows), index, call)
+        for i, values in zip(index, part_slots(part, leaves)):
+            for name, value in zip(tx.plan.slots[position], values):
+                columns[name][i] = value
+    return columns
+
+
+def initialise_packed(
+    tx: TransformationLike, call: Call, packing: Packing | None = None
+) -> dict[str, Any] | None:
+    """Return the initial slots of all parameters packed; ``None`` if they have to be made singly.
+
+    The parts must treat entries alike, whatever tensor they are in, and those that have slots must
+    have the same hyperparameters for all. ``packing`` is one that fits, if there is one already.
+    """
+    elementwise = all(part.elementwise for part in tx.plan.parts)
+    row = call.hyper[0] if call.hyper else {}
+    common = common_of(call)
+    if not elementwise or common is None:
+        return None
+    if any(other is not row for other in call.hyper):
+        fields = zip(tx.plan.fields, tx.plan.slots)
+        read = [name for own, slots in fields if slots for name in own.values()]
+        if any(other[name] is not row[name] for other in call.hyper for name in read):
+            return None
+    packing = packing or Packing(common.shapes)
+    flat: Tensor | None = None
+    shapes = dict.fromkeys(common.shapes)
+    columns: dict[str, Any] = {}
+    for position, names in enumerate(tx.plan.slots):
+        if not names:
+            continue
+        (own,) = tx.plan.rows_of(position, [row])
+        for name in names:
+            slot = tx.plan.slot_of[name]
+            if slot.shape is not None or slot.dtype is not None:
+                return None
+            columns[name] = [None] * len(call.p)
+            if not all(slot.needed(shape, own) for shape in shapes):
+                continue
+            if slot.is_number:
+                dtype = torch.float32 if common.dtype in HALF else common.dtype
+                start: Any = slot.start
+                columns[name] = packing.filled(float(start), dtype, common.device)
+                continue
+            if torch.is_grad_enabled() and any(p.requires_grad for p in call.p):
+                return None  # what each leads to would be joined
+            if any(isinstance(value, Tensor) and value.dim() for value in own.values()):
+                return None  # a start with a value for each entry of a parameter
+            if flat is None:
+                flat = to_compute_dtype(packing.pack(call.p))
+            first = slot.first(flat, own)
+            assert first is not None
+            columns[name] = Packed(first, packing)
+    return columns
+
+
+def part_slots(part: PartLike, leaves: Leaves) -> list[tuple[Any, ...]]:
+    """Return the initial slots of one part for the parameters ``leaves.p``.
+
+    Raises:
+        ValueError: If the part has no rule for one of them.
+    """
+    for k, p in enumerate(leaves.p) if part.is_selective else ():
+        if reason := part.refuses(p):
+            raise ValueError(f"{leaves.name(k)} {reason}")
+    own: Any = getattr(part, "init_all_slots", None)
+    if own is not None:
+        return own(leaves)
+    return [part.first_slots(p, **h) for p, h in zip(leaves.p, leaves.hyper)]

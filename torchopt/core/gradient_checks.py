@@ -1,11 +1,10 @@
-"""Whether gradients fit their parameters: at one glance in the usual case, else one by one.
+"""Whether gradients fit their parameters, one by one; whether parameters and updates fit the rule.
 
-And whether parameters and updates fit the rule.
+In the usual case they do at one glance: ``engine.common_of``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,40 +13,6 @@ from torch import Tensor
 from torchopt.base import misuse, tree
 from torchopt.base.numerics import HALF
 from torchopt.core.protocols import CallLike, TransformationLike
-
-
-@dataclasses.dataclass(frozen=True)
-class Common:
-    """What all gradients and parameters of a call have in common: the usual case."""
-
-    types: set[type]
-    shapes: list[torch.Size]
-    dtype: torch.dtype
-    device: torch.device
-
-
-def common_of(call: CallLike) -> Common | None:
-    """Return what gradients and parameters have in common, or ``None`` if they need a closer look.
-
-    In the first case everything that :func:`check_gradients` asks for holds.
-    """
-    g, p = call.g, call.p
-    if not g or any(x is None for x in p):
-        return None
-    both = [*g, *p]
-    types = {type(x) for x in both}
-    if not all(issubclass(t, Tensor) for t in types):
-        return None
-    shapes = [x.shape for x in g]
-    if (
-        len({x.dtype for x in both}) > 1
-        or len({x.device for x in both}) > 1
-        or not g[0].is_floating_point()
-        or {x.layout for x in both} != {torch.strided}
-        or [x.shape for x in p] != shapes
-    ):
-        return None
-    return Common(types, shapes, g[0].dtype, g[0].device)
 
 
 def check_gradients(tx: TransformationLike, call: CallLike, index: Sequence[int]) -> None:

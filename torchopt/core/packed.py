@@ -7,6 +7,7 @@ in the order of contiguous tensors; parameters with another layout (channels-las
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -73,22 +74,23 @@ class Packing:
         return zero is not None and flat.data_ptr() == zero.data_ptr()
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Packed:
     """A list of tensors that is one flat tensor until it is looked at.
 
     No subclass of ``Sequence``: to ask for an instance of that is a call of Python, at each step.
     """
 
-    def __init__(self, flat: Tensor, packing: Packing) -> None:
-        self.flat, self.packing = flat, packing
-        self._tensors: list[Tensor] | None = None
+    flat: Tensor
+    packing: Packing
+    _tensors: list[Tensor] | None = dataclasses.field(default=None, init=False)
 
-    def readable(self) -> Packed | None:
-        """Return the same with its entries one after the other in memory, ``None`` for zeros."""
+    def readable(self) -> Packed | list[Any]:
+        """Return the same with its entries one after the other in memory; zeros have none."""
         if self.flat.is_contiguous():
             return self
         if self.packing.is_zero(self.flat):
-            return None
+            return [None] * len(self.packing.sizes)
         return Packed(self.flat.contiguous(), self.packing)
 
     def tensors(self) -> list[Tensor]:
@@ -116,11 +118,12 @@ class Packed:
         return Packed(self.flat.detach(), self.packing)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class PackedDict(Mapping):
     """The slots of named parameters, over a :class:`Packed` list."""
 
-    def __init__(self, names: tuple[str, ...], packed: Packed) -> None:
-        self.names, self.packed = names, packed
+    names: tuple[str, ...]
+    packed: Packed
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:

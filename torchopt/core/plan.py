@@ -71,6 +71,8 @@ class Plan:
         latest: dict[str, str] = {}  # the public name of a part's own, as the last part had it
         for part in self.parts:
             self._add(part, latest)
+        #: What calls whose slots are not packed found out (torchopt.kernels.cached_call).
+        self.cached_calls: list[Any] = []
         #: The values as a rule gets them, if they are the same for all parameters at every step.
         self.row: dict[str, Any] | None = None
         if all(
@@ -79,6 +81,8 @@ class Plan:
         ):
             self.row = dict(self.values)
 
+        #: Slots that a state must have.
+        self.required = frozenset(n for n, s in self.slot_of.items() if not s.may_be_absent)
         #: Slots that are kept in a dtype of their own, and computed with in that of the parameters.
         self.narrow: dict[str, torch.dtype] = {
             name: s.dtype for name, s in self.slot_of.items() if s.dtype is not None and s.is_narrow
@@ -203,7 +207,7 @@ class Plan:
         """
         names = set(given)
         unknown = sorted(names - {*self.slot_names, *self.counters})
-        missing = [n for n, s in self.slot_of.items() if n not in names and not s.may_be_absent]
+        missing = [n for n in self.slot_of if n in self.required and n not in names]
         missing += [n for n in self.counters if n not in names]
         if unknown or missing:
             what = f"has {unknown}" if unknown else f"lacks {missing}"

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
+from torchopt.base.distributed import is_spread, spread_as, whole
+from torchopt.core import batching
 from torchopt.core.engine import Leaves
 from torchopt.core.sparse_entries import of_entries
 from torchopt.core.transform import GradientTransformation
@@ -28,8 +30,13 @@ class TensorTransformation(GradientTransformation):
         [tensor([0.6000, 0.8000])]
     """
 
+    #: Whether ``torch.func.vmap`` may run the rule over a batch of small tensors of one shape.
+    batches: ClassVar[bool] = False
     #: Whether the rule of one entry is right for those that a sparse gradient has; others stay.
     sparse_by_entry: ClassVar[bool] = False
+    #: Whether the rule is to see the whole gradient and whole slots where they are spread over
+    #: processes (``DTensor``), as decompositions must; sums and products are right as they are.
+    gathers: ClassVar[bool] = False
 
     def rule(
         self,
@@ -70,14 +77,25 @@ class TensorTransformation(GradientTransformation):
 
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Apply :meth:`rule` to every parameter."""
+        done: dict[int, Any] = {}
+        for positions in batching.batches(leaves) if self.batches else ():
+            done.update(zip(positions, batching.in_one_batch(self.rule, leaves, positions)))
         updates, slots = [], []
-        for g, p, t, s, h in zip(leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper):
-            if self.sparse_by_entry and g.layout == torch.sparse_coo:
+        columns = (leaves.g, leaves.p, leaves.t, leaves.slots, leaves.hyper)
+        for k, (g, p, t, s, h) in enumerate(zip(*columns)):
+            if k in done:
+                result = done[k]
+            elif self.sparse_by_entry and g.layout == torch.sparse_coo:
                 result = of_entries(self.rule, g, p, t, s, h, leaves.call.overwrites)
+            elif self.gathers and is_spread(g):
+                result = self.rule(whole(g), p, t, tuple(map(whole, s)), **h)
             else:
                 result = self.rule(g, p, t, s, **h)
-            if not _is_result(result, s):
+            is_pair = isinstance(result, (tuple, list)) and len(result) == 2
+            if not is_pair or not isinstance(result[0], Tensor) or len(result[1]) != len(s):
                 raise TypeError(misuse.not_a_result(self, result, s))
+            if self.gathers:
+                result = spread_as(result[0], g), tuple(map(spread_as, result[1], s))
             updates.append(result[0])
             slots.append(result[1])
         return updates, slots
@@ -102,10 +120,3 @@ class ElementwiseTransformation(TensorTransformation):
     def takes_sparse(self, **hyperparameters: Any) -> bool:
         """Whether the rule is right for sparse gradients, or for the entries that they have."""
         return self.sparse_by_entry or super().takes_sparse(**hyperparameters)
-
-
-def _is_result(result: Any, slots: tuple[Any, ...]) -> bool:
-    """Whether a rule returned an update and as many slots as it was given."""
-    if not isinstance(result, (tuple, list)) or len(result) != 2:
-        return False
-    return isinstance(result[0], Tensor) and len(result[1]) == len(slots)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchopt.base import tree
-from torchopt.base.numerics import exact
 from torchopt.base.torch_internals import (
     DisableFuncTorch,
     get_tracing_state,
@@ -18,7 +16,7 @@ from torchopt.base.torch_internals import (
     is_functorch_wrapped_tensor,
     len_torch_dispatch_stack,
 )
-from torchopt.typing import PyTree, Step
+from torchopt.typing import PyTree
 
 
 def as_tensor(step: PyTree) -> PyTree:
@@ -84,30 +82,3 @@ def read_number(step: Any) -> Any:
     if value is not step and len(set(counts)) != 1:
         return step  # a batch of states that have come to different counts
     return counts[0]
-
-
-def step_list(old: Union[Step, list[Any]], count: int) -> list[Step]:
-    """Return the step count of every parameter at this update."""
-    if isinstance(old, list):
-        return [step + 1 for step in old]
-    step = exact(old) + 1 if isinstance(old, Tensor) else old + 1
-    return [step] * count
-
-
-def next_step(
-    old: Union[Step, list[Any]], grads: Sequence[Any], params: Sequence[Any] | None
-) -> Union[Step, list[Any]]:
-    """Return the step counts to remember: one number while all parameters agree."""
-    if isinstance(old, Tensor):
-        return old + 1
-    previous = old if isinstance(old, list) else [old] * len(grads)
-    steps = [step if g is None else step + 1 for step, g in zip(previous, grads)]
-    # a place in the tree that has no parameter has no count to disagree with
-    counts = steps
-    if params is not None:
-        counts = [n for n, p in zip(steps, params) if p is not None] or steps
-    if not counts:
-        return old + 1 if isinstance(old, int) else old
-    if any(isinstance(count, Tensor) for count in counts):
-        return steps  # of a batch: nothing can be known
-    return counts[0] if all(count == counts[0] for count in counts) else steps

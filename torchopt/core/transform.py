@@ -14,9 +14,10 @@ from torchopt.base import misuse, tree
 from torchopt.base.values import describe, same
 from torchopt.core import hyper, whole
 from torchopt.core.apply import apply_updates
-from torchopt.core.engine import Leaves, initialise
+from torchopt.core.engine import Leaves
 from torchopt.core.exchange import Exchanging
 from torchopt.core.functional import advance_trees, eval_trees, gather_tree, slot_trees
+from torchopt.core.gather import initialise
 from torchopt.core.opt_state import OptState
 from torchopt.core.plan import Plan
 from torchopt.core.slots import Counter, Slot, as_slot

@@ -49,13 +49,12 @@ def hypergradient(
         - \frac{\partial^2 f}{\partial\lambda\, \partial w}\,
         \Big(\frac{\partial^2 f}{\partial w^2}\Big)^{-1} \frac{\partial L}{\partial w}
 
-    | method | inverse | products with the Hessian | gradients besides |
-    | --- | --- | --- | --- |
-    | ``Implicit(solve=...)`` | solved to a tolerance | one for each iteration | 2 and a product |
-    | ``Neumann(terms=n)`` | a sum of ``n`` powers | ``n - 1`` (and some for ``lr=None``) | same |
-    | ``T1T2(lr)`` | ``lr`` times the identity | none | 2 and a product |
-    | ``FiniteDifference(lr)`` | the same | none | 4 |
-    | ``SAMA(tx, state)`` | the derivative of an optimizer's step | none | 5 |
+    * ``Implicit(solve=...)`` solves the system to a tolerance: a product with the Hessian for each
+      iteration of the linear solver; exact at a solution of the inner problem;
+    * ``Neumann(terms)`` sums powers: one product for each term but the first;
+    * ``T1T2(lr)`` takes ``lr`` times the identity for the inverse: no such product;
+    * ``FiniteDifference(lr)`` does the same without second derivatives: two more gradients;
+    * ``SAMA(tx, state)`` takes the derivative of an optimizer's step: three more gradients.
 
     Args:
         outer_loss: :math:`L`, called as ``outer_loss(inner_params, outer_params)``; a scalar.
@@ -64,7 +63,7 @@ def hypergradient(
         inner_params: :math:`w`, any tree of floating-point tensors, at a minimum of
             ``inner_loss`` or on the way to it. Constants.
         outer_params: :math:`\lambda`, likewise.
-        method: One of those of the table; ``None`` is ``Implicit()``.
+        method: One of these; ``None`` is ``Implicit()``.
 
     Returns:
         A tree like ``outer_params``, without history. Nothing that was given has changed.

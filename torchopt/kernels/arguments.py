@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt.kernels.backends.memory import slot_dtype
-from torchopt.kernels.generate.program import Numbers, Program
+from torchopt.kernels.generate.program import Program
 from torchopt.kernels.rules import Rules
 
 
@@ -34,10 +34,6 @@ class Arguments(NamedTuple):
     values: Values
     indices: list[int] | None
     pieces: int
-
-    def numbers(self, function: Numbers) -> list[tuple[float, ...]]:
-        """Return the rows of a kernel's numbers."""
-        return [function(values, step) for values, step in self.values]
 
 
 def with_hypers(

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import get_interpreter_stack
-from torchopt.core.engine import Leaves
-from torchopt.core.gradient_checks import Common
+from torchopt.core.engine import Common, Leaves
 from torchopt.core.packed import Packed, Packing
 from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.backends import cpu as native
 from torchopt.kernels.backends.memory import slot_dtype
 from torchopt.kernels.differentiable import Group
 from torchopt.kernels.generate.graph import Kernel
-from torchopt.kernels.generate.learned import is_hyper
-from torchopt.kernels.generate.program import UPDATE, Program, slot_operand
+from torchopt.kernels.generate.program import UPDATE, slot_operand
 from torchopt.kernels.matching import Segment
 from torchopt.kernels.reading import PLAIN
 from torchopt.kernels.rows import read_rows, unfit_hypers
@@ -97,8 +95,7 @@ def _assign_all(
     rows = read_rows(segment, leaves.hyper)
     if rows is None or (mode == "apply" and not has_params):
         return None
-    values = rows.values()
-    program = rows.program(segment, values, t, present, has_params)
+    program, values = rows.program(segment, t, present, has_params)
     if program is None or backends.missing(device, program, mode):
         return None
     if program.kinds:
@@ -139,7 +136,7 @@ def _common_class(leaves: Leaves, slots: list[Any]) -> tuple[Any, ...] | None:
         return None
     if type(t) is not int or set(leaves.t) != {t}:
         return None
-    present = tuple(_is_there(column, 0) for column in slots)
+    present = tuple(isinstance(c, Packed) or c[0] is not None for c in slots)
     for column, there in zip(slots, present):
         if there and not _slots_fit(column, common):
             return None
@@ -190,7 +187,8 @@ def _unfit(g: Tensor, p: Tensor | None, slots: list[Tensor], types: Set[type]) -
 def _group(segment: Segment, leaves: Leaves, slots: list[Any], mode: str, taker: _Taker) -> Group:
     """Gather all that one kernel call needs."""
     program, positions = taker.program, taker.positions
-    kernel = program.kernels[mode]
+    kernel, hypers = program.kernels[mode], program.hypers(mode)
+    inputs = [s for s in kernel.inputs if s not in hypers]  # hyperparameters come last
     rows = [leaves.hyper[k] for k in positions]
     rules = Rules(
         segment,
@@ -199,27 +197,15 @@ def _group(segment: Segment, leaves: Leaves, slots: list[Any], mode: str, taker:
         taker.present,
         taker.has_params,
         mode == "apply",
-        inputs_of(program, mode),
+        [*inputs, *hypers],
         kernel.output_operands,
         {},
         *_packing(leaves, slots, kernel, positions),
     )
-    for operand in program.hypers(mode):
+    for operand in hypers:
         rules.hyper_dims[operand] = list(map(Tensor.dim, rules.hypers(operand)))
     indices = taker.indices if len(taker.values) > 1 else None
     return Group(program, mode, len(positions), indices, taker.values, rules)
-
-
-def inputs_of(program: Program, mode: str) -> list[str]:
-    """Return the operands that a node of the graph takes: hyperparameters come last."""
-    inputs = program.kernels[mode].inputs
-    if not program.kinds:
-        return inputs
-    return [*(s for s in inputs if not is_hyper(s)), *program.hypers(mode)]
-
-
-def _is_there(column: Any, position: int) -> bool:
-    return isinstance(column, Packed) or column[position] is not None
 
 
 def _packing(

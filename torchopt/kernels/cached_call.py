@@ -19,7 +19,6 @@ from torchopt.base.signatures import KnownSignatures
 from torchopt.core.engine import Call
 from torchopt.core.packed import Packed, Packing
 from torchopt.core.plan import Plan
-from torchopt.kernels.assignment import inputs_of
 from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.backends.memory import slot_dtype
 from torchopt.kernels.differentiable import Group
@@ -63,28 +62,34 @@ class Signature(NamedTuple):
     device: torch.device
 
 
+class Operands(NamedTuple):
+    """What goes into a program and comes out, in the order of its tensors, and what is packed."""
+
+    inputs: list[str]
+    outputs: list[str]
+    packed_in: frozenset[str]
+    packed_out: frozenset[str]
+
+
 class Executable:
     """What the calls of one signature have found out.
 
     Attributes:
-        operands: For each program that ran, its inputs and outputs that are packed.
+        operands: Those of each program that ran.
+        known: Lists of tensors that fitted.
     """
 
     def __init__(self) -> None:
-        self.operands: dict[Program, tuple[frozenset[str], frozenset[str]]] = {}
-        self._known = KnownSignatures(KINDS)
+        self.operands: dict[Program, Operands] = {}
+        self.known = KnownSignatures(KINDS)
         self._left = ADDED
         self._seen = False
 
-    def knows(self, tensors: Sequence[Any]) -> bool:
-        """Whether tensors are like others that fitted."""
-        return self._known.knows(tensors)
-
     def add(self, tensors: Sequence[Any]) -> None:
         """Remember tensors that fit."""
-        if self._left and not self._known.knows(tensors):
+        if self._left and not self.known.knows(tensors):
             self._left -= 1
-            self._known.add(tensors)
+            self.known.add(tensors)
 
     def add_columns(self, columns: Sequence[Sequence[Any]]) -> None:
         """Remember all tensors of a call, if it is not the only one of its kind."""
@@ -115,20 +120,29 @@ class CachedCall:
     signature: Signature
     executable: Executable
 
-    def is_of(self, plan: Plan, call: Call, apply: bool) -> bool:
-        """Whether a call is one of this transformation, for as many parameters."""
-        own = self.signature
-        return self.segment.plan is plan and own.apply == apply and len(own.shapes) == len(call.g)
-
     def group(self, call: Call, packing: Packing | None) -> Group | None:
         """Return what the kernel call needs, or ``None`` if something differs."""
-        if not self._takes_slots(call, packing) or not self._fits(call.g, packing):
-            return None
-        if self.signature.has_params:
-            if not self._fits(call.p, packing):
+        own, known = self.signature, self.executable.known
+        for name, there in zip(self.segment.slots, own.present):
+            column: Any = call.slots[name]
+            if not there:
+                if any(value is not None for value in column):
+                    return None
+            elif packing is None:
+                if type(column) is not list or not known.knows(column):
+                    return None
+            elif (
+                type(column) is not Packed
+                or column.packing is not packing
+                or column.flat.dtype != slot_dtype(own.dtype)
+                or column.flat.device != own.device
+            ):
                 return None
-        elif {*map(type, call.p)} != {type(None)}:
+        if not own.has_params and {*map(type, call.p)} != {type(None)}:
             return None
+        for tensors in (call.g, call.p) if own.has_params else (call.g,):
+            if not known.knows(tensors) and not self._become_known(tensors, packing):
+                return None
         rows = self.rows
         if rows is None or not rows.stand_for(call.hyper):
             rows = read_rows(self.segment, call.hyper)
@@ -138,29 +152,8 @@ class CachedCall:
             self.rows = _without_graph(rows, packing)
         return self._group(call, packing, rows)
 
-    def _takes_slots(self, call: Call, packing: Packing | None) -> bool:
-        own = self.signature
-        for name, there in zip(self.segment.slots, own.present):
-            column: Any = call.slots[name]
-            if not there:
-                if any(value is not None for value in column):
-                    return False
-            elif packing is None:
-                if type(column) is not list or not self.executable.knows(column):
-                    return False
-            elif (
-                type(column) is not Packed
-                or column.packing is not packing
-                or column.flat.dtype != slot_dtype(own.dtype)
-                or column.flat.device != own.device
-            ):
-                return False
-        return True
-
-    def _fits(self, tensors: list[Any], packing: Packing | None) -> bool:
-        """Whether these are plain tensors of the shapes, dtype and device of the signature."""
-        if self.executable.knows(tensors):
-            return True
+    def _become_known(self, tensors: list[Any], packing: Packing | None) -> bool:
+        """Check tensors of which no like were seen; return whether they are of the signature."""
         if packing is None:
             return False
         own = self.signature
@@ -179,8 +172,7 @@ class CachedCall:
         t: Any = call.t[0]
         own, segment = self.signature, self.segment
         mode = "apply" if own.apply else "update"
-        values = rows.values()
-        program = rows.program(segment, values, t, own.present, own.has_params)
+        program, values = rows.program(segment, t, own.present, own.has_params)
         operands = None if program is None else self.executable.operands.get(program)
         if program is None or operands is None:
             return None
@@ -196,11 +188,12 @@ class CachedCall:
             own.present,
             own.has_params,
             own.apply,
-            inputs_of(program, mode),
-            program.kernels[mode].output_operands,
+            operands.inputs,
+            operands.outputs,
             {operand: [x.dim() for x in column] for operand, column in tensors.items()},
-            *operands,
-            packing if any(operands) else None,
+            operands.packed_in,
+            operands.packed_out,
+            packing if operands.packed_in or operands.packed_out else None,
         )
         steps = [(row, t) for row in values]
         return Group(program, mode, len(call.g), rows.indices, steps, rules)
@@ -213,13 +206,16 @@ def cached_group(plan: Plan, call: Call, apply: bool) -> tuple[Segment, Group] |
     """
     if not call.g or type(call.t[0]) is not int or call.t.count(call.t[0]) != len(call.t):
         return None
-    packing = call.packing or _packing_of(call)
-    if packing is None:
-        kept = _calls_of(plan)
-    else:
-        kept = () if packing.cached is None else (packing.cached,)
+    packing = call.packing
+    for column in call.slots.values():
+        if packing is None and type(column) is Packed:
+            packing = column.packing
+    kept: Sequence[Any] = plan.cached_calls if packing is None else [packing.cached]
     for cached in reversed(kept):
-        if cached.is_of(plan, call, apply):
+        if cached is None or cached.segment.plan is not plan:
+            continue
+        own = cached.signature
+        if own.apply == apply and len(own.shapes) == len(call.g):
             group = cached.group(call, packing)
             if group is not None:
                 return cached.segment, group
@@ -247,7 +243,8 @@ def remember(segment: Segment, call: Call, group: Group, apply: bool) -> None:
     if group.program not in found.operands:
         if len(found.operands) >= PROGRAMS:
             found.operands.clear()
-        found.operands[group.program] = rule.packed_in, rule.packed_out
+        own = Operands(rule.inputs, rule.outputs, rule.packed_in, rule.packed_out)
+        found.operands[group.program] = own
     if packing is None:
         slots = [call.slots[n] for n, there in zip(segment.slots, rule.present) if there]
         columns = [call.g, *([call.p] if rule.has_params else []), *slots]
@@ -279,7 +276,7 @@ def _made(
     if segment.structure is not None:
         return CachedCall(segment, kept_rows, signature, executable(signature))
     # parts that nobody but this transformation has
-    kept = _calls_of(segment.plan) if packing is None else [packing.cached]
+    kept = segment.plan.cached_calls if packing is None else [packing.cached]
     for cached in kept:
         if cached is not None and cached.segment is segment and cached.signature == signature:
             return CachedCall(segment, kept_rows, signature, cached.executable)
@@ -295,7 +292,7 @@ def _begun(plan: Plan, packing: Packing | None, call: Call, apply: bool) -> Cach
         return None
     columns = [call.slots[name] for name in segment.slots]
     present = tuple(type(c) is Packed or c[0] is not None for c in columns)
-    if packing is None and any(map(_is_packed, columns)):
+    if packing is None and Packed in map(type, columns):
         return None
     cached = _made(segment, packing, call, present, apply)
     return cached if cached is not None and cached.executable.operands else None
@@ -306,26 +303,10 @@ def _without_graph(rows: Rows, packing: Packing | None) -> Rows | None:
     return rows if packing is not None or not rows.tensors else None
 
 
-def _is_packed(column: Any) -> bool:
-    return type(column) is Packed
-
-
-def _calls_of(plan: Plan) -> list[CachedCall]:
-    """Return the last calls of a transformation whose slots are not packed."""
-    return plan.__dict__.get("cached_calls", [])
-
-
 def _keep(cached: CachedCall, packing: Packing | None) -> None:
     if packing is not None:
         packing.cached = cached
         return
     plan = cached.segment.plan
-    others = [one for one in _calls_of(plan) if one.signature != cached.signature]
-    plan.__dict__["cached_calls"] = [*others[1 - CALLS :], cached]  # another thread may read it
-
-
-def _packing_of(call: Call) -> Packing | None:
-    for column in call.slots.values():
-        if type(column) is Packed:
-            return column.packing
-    return None
+    others = [one for one in plan.cached_calls if one.signature != cached.signature]
+    plan.cached_calls = [*others[1 - CALLS :], cached]  # another thread may read the old list

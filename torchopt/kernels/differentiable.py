@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchopt.base.torch_internals import top_saved_tensors_hooks
 from torchopt.core.packed import Packed
 from torchopt.kernels.arguments import Arguments, with_hypers
 from torchopt.kernels.backends.launch import SUM, launch
-from torchopt.kernels.backends.memory import Column
 from torchopt.kernels.generate.graph import Kernel, topological
 from torchopt.kernels.generate.learned import hypers_of, is_hyper
 from torchopt.kernels.generate.program import Program
-from torchopt.kernels.independent import Part, divide
+from torchopt.kernels.independent import divide
 from torchopt.kernels.places import Place, places
 from torchopt.kernels.rules import Rules
 
@@ -75,21 +74,6 @@ class Group:
             begin = end
         return columns
 
-    def launch_columns(
-        self, operands: Sequence[str], items: Sequence[Any], packed: frozenset[str]
-    ) -> dict[str, Column]:
-        """Return flat tensors by operand as :func:`launch` takes them."""
-        columns: dict[str, Column] = {}
-        for operand, column in self.columns(operands, items, packed).items():
-            if operand not in packed:
-                columns[operand] = list(column)
-            elif column[0] is None:
-                columns[operand] = [None] * self.count
-            else:
-                assert self.rule.packing is not None
-                columns[operand] = Packed(column[0], self.rule.packing)
-        return columns
-
     @property
     def places_in(self) -> list[Place]:
         """Where the inputs stand."""
@@ -118,33 +102,30 @@ class Group:
         if self.rule.packing is not None:
             return [(list(range(self.count)), self)]
         columns = [tensors[k : k + self.count] for k in range(0, len(tensors), self.count)]
-        parts = split_for_hooks(divide(columns, (), self.count))
+        parts = divide(columns, (), self.count)
         if len(parts) > 1:
             return [(rows, self.subset(rows, bare)) for rows, bare in parts]
-        return [(parts[0].rows, self.as_bare(parts[0].bare))]
-
-    def as_bare(self, bare: bool) -> Group:
-        """Return the same with another value of ``bare``."""
-        if bare == self.bare:
-            return self
-        return Group(
-            self.program, self.mode, self.count, self.indices, self.values, self.rule, bare
-        )
+        rows, bare = parts[0]
+        return [(rows, self if bare == self.bare else dataclasses.replace(self, bare=bare))]
 
     def arguments(self, tensors: Sequence[Tensor], sums: bool = False) -> Arguments:
         """Return what kernels read of real tensors; ``sums`` if derivatives are to be summed."""
         rule = self.rule
-        columns: dict[str, Any] = self.launch_columns(rule.inputs, tensors, rule.packed_in)
+        columns: dict[str, Any] = self.columns(rule.inputs, list(tensors), rule.packed_in)
+        for operand in rule.packed_in:
+            assert rule.packing is not None
+            columns[operand] = Packed(columns[operand][0], rule.packing)
         if not rule.hyper_dims:
             return Arguments(columns, {}, self.values, self.indices, 1)
         return with_hypers(columns, self.program, rule, self.values, self.indices, sums)
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the forward kernel on real tensors."""
-        kernel, rule = self.kernel, self.rule
+        kernel, rule = self.program.kernels[self.mode], self.rule
         arguments = self.arguments(tensors)
+        function = self.program.numbers[self.mode]
         try:
-            numbers = arguments.numbers(self.program.numbers[self.mode])
+            numbers = [function(values, step) for values, step in arguments.values]
         except ArithmeticError:  # a learned number at the end of its range
             return rule(*tensors)
         inputs = arguments.columns
@@ -153,17 +134,8 @@ class Group:
         }
         like: Any = inputs["p"] if "p" in inputs else inputs["g"]
         outputs = launch(kernel, inputs, like, wanted, numbers, arguments.indices, arguments.pieces)
-        return tuple(_flat(outputs))
-
-
-def _flat(outputs: dict[str, Column]) -> list[Any]:
-    flat: list[Any] = []
-    for column in outputs.values():
-        if isinstance(column, Packed):
-            flat.append(column.flat)
-        else:
-            flat += column
-    return flat
+        flat = [(x.flat,) if type(x) is Packed else x for x in outputs.values()]
+        return tuple(itertools.chain.from_iterable(flat))
 
 
 @dataclasses.dataclass(eq=False)
@@ -220,7 +192,8 @@ class BackwardCall:
         columns = [[found.get((s, k), _NOTHING) for k in everyone] for s in operands]
         divided = []
         for rows, bare in divide(columns, (), self.group.count):
-            divided += [(own, self.subset(own, found)) for own in _one_by_one(rows, bare)]
+            apart = [[k] for k in rows] if bare else [rows]
+            divided += [(own, self.subset(own, found)) for own in apart]
         return divided
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
@@ -241,14 +214,18 @@ class BackwardCall:
         summed = frozenset(filter(group.program.summed, hypers))
         arguments = group.arguments(saved, bool(summed))
         try:
-            numbers = arguments.numbers(function)
+            numbers = [function(values, step) for values, step in arguments.values]
         except ArithmeticError:  # a learned number at the end of its range
             return self.rule(*tensors)
         inputs = arguments.columns
         like = inputs["p"] if "p" in inputs else inputs["g"]
         operands = [f"bar_{s}" for s in group.kernel.output_operands]
         packed = frozenset(f"bar_{s}" for s in rule.packed_out)
-        columns: dict[str, Any] = inputs | group.launch_columns(operands, bars, packed)
+        columns: dict[str, Any] = inputs | group.columns(operands, bars, packed)
+        for operand in packed:
+            assert rule.packing is not None
+            (bar,) = columns[operand]
+            columns[operand] = [None] * group.count if bar is None else Packed(bar, rule.packing)
         wanted: dict[str, Any] = {}
         for operand in kernel.output_operands:
             wanted[operand] = self.wanted[operand]
@@ -270,7 +247,8 @@ class BackwardCall:
             outputs[operand] = self._by_hypers(
                 operand, outputs[operand], arguments.given[operand], like
             )
-        return tuple([x for x in _flat(outputs) if x is not None])
+        flat = [(x.flat,) if type(x) is Packed else x for x in outputs.values()]
+        return tuple([x for x in itertools.chain.from_iterable(flat) if x is not None])
 
     def _by_hypers(
         self, operand: str, found: Any, given: Sequence[Tensor], like: Sequence[Tensor]
@@ -333,17 +311,6 @@ _NOTHING = torch.empty(0)
 
 def _is_like(x: Tensor, h: Tensor) -> bool:
     return x.shape == h.shape and x.dtype == h.dtype
-
-
-def split_for_hooks(parts: list[Part]) -> list[Part]:
-    """Divide further where hooks want to see what is saved: that of a bare part is kept by hand."""
-    if top_saved_tensors_hooks is None or top_saved_tensors_hooks(False) is None:
-        return parts
-    return [Part(own, bare) for rows, bare in parts for own in _one_by_one(rows, bare)]
-
-
-def _one_by_one(rows: list[int], bare: bool) -> list[list[int]]:
-    return [[k] for k in rows] if bare else [rows]
 
 
 @functools.lru_cache(maxsize=256)

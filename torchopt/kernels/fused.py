@@ -7,10 +7,10 @@ cannot take are computed by the rules, one by one, and the reason is told to who
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -27,20 +27,18 @@ from torchopt.base.torch_internals import (
     peek_interpreter_stack,
     register_constant,
 )
-from torchopt.core.engine import Call, Leaves, run_by_rules
+from torchopt.core.engine import Call, Leaves, asked, run_by_rules
 from torchopt.core.packed import Packed
 from torchopt.core.plan import Plan
 from torchopt.core.transform import GradientTransformation
-from torchopt.kernels import levels
 from torchopt.kernels.assignment import assign
 from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.cached_call import cached_group, remember
-from torchopt.kernels.differentiable import Group, split_for_hooks
-from torchopt.kernels.generate.learned import is_hyper
-from torchopt.kernels.generate.program import UPDATE, slot_operand
+from torchopt.kernels.differentiable import Group
+from torchopt.kernels.generate.program import GRADIENT, PARAMETER, UPDATE
 from torchopt.kernels.independent import divide, named
 from torchopt.kernels.matching import Segment, segments_from, unjoined, whole_segment
-from torchopt.kernels.nodes import Fused
+from torchopt.kernels.nodes import Fused, record
 from torchopt.kernels.places import spread
 
 
@@ -145,24 +143,15 @@ def covers(plan: Plan) -> bool:
     return whole_segment(plan) is not None and not unsupported_reason()
 
 
-def unsupported_reason() -> str:
-    """Return why nothing can be fused here and now; the empty string if nothing is in the way."""
-    if torch.compiler.is_compiling():
+def unsupported_reason(by_tracers: bool = True) -> str:
+    """Return why nothing can be fused here and now; the empty string if nothing is in the way.
+
+    ``by_tracers`` says whether tracers are in the way, or are shown kernels as operators.
+    """
+    if by_tracers and torch.compiler.is_compiling():
         return "torch.compile fuses the rules itself"
-    if len_torch_dispatch_stack() > 0:
+    if by_tracers and len_torch_dispatch_stack() > 0:
         return "a dispatch mode is watching (FakeTensor, make_fx, ...)"
-    return unsupported_by_derivatives()
-
-
-def _traced(part: GradientTransformation) -> bool:
-    """Whether a tracer is at work, to which kernels are shown as operators where required."""
-    if torch.compiler.is_compiling():
-        return True
-    return bool(part.use_accelerated_op) and len_torch_dispatch_stack() > 0
-
-
-def unsupported_by_derivatives() -> str:
-    """Return why nothing can be fused for the derivatives that are being taken, if so."""
     if in_forward_mode():
         return "forward-mode derivatives go through the rules"
     if get_tracing_state() is not None:
@@ -171,6 +160,13 @@ def unsupported_by_derivatives() -> str:
         if interpreter.key() not in (TransformType.Grad, TransformType.Vmap):
             return "forward-mode derivatives and functionalization go through the rules"
     return ""
+
+
+def _traced(part: GradientTransformation) -> bool:
+    """Whether a tracer is at work, to which kernels are shown as operators where required."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool(part.use_accelerated_op) and len_torch_dispatch_stack() > 0
 
 
 def compute(
@@ -195,11 +191,11 @@ def compute(
         for operand, column in group.columns(rule.outputs, outputs, rule.packed_out).items():
             if operand in rule.packed_out:
                 assert rule.packing is not None
-                new[segment.slots[int(operand[1:])]] = Packed(column[0], rule.packing)
+                new[segment.slot_by_operand[operand]] = Packed(column[0], rule.packing)
                 continue
             target = results
             if operand != UPDATE:
-                name = segment.slots[int(operand[1:])]
+                name = segment.slot_by_operand[operand]
                 if name not in new:
                     new[name] = list(columns[name])
                 target = new[name]
@@ -227,16 +223,17 @@ def _inputs(
     group: Group,
 ) -> list[Tensor]:
     """Return the tensors of a group, operand by operand."""
-    sources = {"g": leaves.g, "p": leaves.p}
-    sources.update({slot_operand(k): columns[name] for k, name in enumerate(segment.slots)})
+    sources = {GRADIENT: leaves.g, PARAMETER: leaves.p}
+    sources.update({operand: columns[name] for operand, name in segment.slot_by_operand.items()})
+    rule = group.rule
     tensors: list[Tensor] = []
     whole = list(positions) == list(range(len(leaves.g)))
-    for operand in group.rule.inputs:
-        if is_hyper(operand):
-            tensors += group.rule.hypers(operand)
+    for operand in rule.inputs:
+        if operand in rule.hyper_dims:
+            tensors += rule.hypers(operand)
             continue
         source = sources[operand]
-        if operand in group.rule.packed_in:
+        if operand in rule.packed_in:
             tensors.append(source.flat)
         else:
             tensors += source if whole else [source[k] for k in positions]
@@ -250,9 +247,10 @@ def _packed_if_one_node(group: Group, tensors: list[Tensor]) -> tuple[Group, lis
     rule = group.rule
     columns = group.columns(rule.inputs, tensors, rule.packed_in)
     flat = [columns.pop(operand)[0] for operand in rule.packed_in]
-    parts = split_for_hooks(divide(list(columns.values()), flat, group.count))
+    parts = divide(list(columns.values()), flat, group.count)
     if len(parts) == 1:
-        return group.as_bare(parts[0].bare), tensors
+        bare = parts[0].bare
+        return group if bare == group.bare else dataclasses.replace(group, bare=bare), tensors
     found = spread(group.places_in, tensors, group.rule.packing)
     group = group.subset(range(group.count))
     return group, [found[place] for place in group.places_in]
@@ -264,7 +262,7 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
     A new parameter gets a node of its own behind that of the step: a derivative by parameters of
     different steps, which autograd takes at their nodes, would else run through the later step.
     """
-    outputs = levels.apply(Fused, group, tensors)
+    outputs = record(Fused, group, tensors)
     if group.mode != "apply" or group.count == 1 or peek_interpreter_stack() is not None:
         return outputs
     n = group.count  # updates come first
@@ -275,7 +273,7 @@ def call(group: Group, tensors: list[Tensor]) -> Sequence[Tensor]:
 
 def answer_for(segment: Segment, leaves: Leaves, unfit: dict[int, str]) -> None:
     """Tell why parameters are not fused, or refuse it if a part requires kernels."""
-    lines = _asked.get()
+    lines = asked.get()
     for k, reason in unfit.items():
         if lines is not None:
             names = ", ".join(type(part).__name__ for part in segment.parts)
@@ -303,22 +301,14 @@ def unavailable(device: str) -> str:
     return backends.unavailable(device)
 
 
-_asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)
-
-
-def is_asked() -> bool:
-    """Whether somebody wants to know why updates are not fused."""
-    return _asked.get() is not None
-
-
 @contextlib.contextmanager
 def asking(lines: list[str]) -> Iterator[None]:
     """Collect, inside a ``with`` block, why updates are not fused; nothing is refused there."""
-    token = _asked.set(lines)
+    token = asked.set(lines)
     try:
         yield
     finally:
-        _asked.reset(token)
+        asked.reset(token)
 
 
 @functools.lru_cache(maxsize=64)

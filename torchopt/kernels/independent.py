@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
+from torchopt.base.torch_internals import top_saved_tensors_hooks
+
 
 class Part(NamedTuple):
     """Parameters that may share a node.
@@ -93,16 +95,25 @@ def divide(columns: Sequence[Sequence[Tensor]], flat: Sequence[Tensor], count: i
                 node: Any = get_gradient_edge(x).node
                 hooked[node] = behind[node] = behind.get(node, 0) | 1 << k
     if not behind:
-        return [Part(together.rows, True)]
+        return _apart_for_hooks([Part(together.rows, True)])
     if hooked:
-        return _Search(behind, hooked, everyone, count).parts()
+        return _apart_for_hooks(_Search(behind, hooked, everyone, count).parts())
     if _same_step(behind, everyone):
         return [together]
     search = _Search(behind, hooked, everyone, count)
     parts = search.parts()
     if search.common is not None:
         _remember_ways(columns, count, search.common)
-    return parts
+    return _apart_for_hooks(parts)
+
+
+def _apart_for_hooks(parts: list[Part]) -> list[Part]:
+    """Divide further where hooks want to see what is saved: that of a bare part is kept by hand."""
+    if top_saved_tensors_hooks is None or top_saved_tensors_hooks(False) is None:
+        return parts
+    return [
+        Part(own, bare) for rows, bare in parts for own in ([[k] for k in rows] if bare else [rows])
+    ]
 
 
 def _is_step(node: Any) -> bool:

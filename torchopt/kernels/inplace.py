@@ -69,9 +69,10 @@ class Prepared:
         self.known_written, self.known_grads = KnownSignatures(), KnownSignatures()
         self.apart: list[int] = []  # addresses of gradients known to lie elsewhere
         self.program: Program | None = None
-        self.call: native.KernelCall | None = None
+        self.call: Any = None  # the KernelCall, once there is a program
         self.told: list[int] = []  # addresses of gradients that the call has been given
-        self.numbers: dict[str, float] = {}  # the counters of the step being taken
+        self.row: Sequence[float] = ()  # the kernel's numbers at the step being taken
+        self.numbers: dict[str, float] = {}  # and the counters
 
     @staticmethod
     def make(plan: Plan, params: list[Tensor], states: list[dict[str, Any]]) -> Prepared | None:
@@ -213,8 +214,7 @@ class Prepared:
             if not kept.issuperset(program.kernels[MODE].output_operands[1:]):
                 return False  # a slot that is not there yet has to be made
             self.program, self.call, self.told = program, self._make_call(program), []
-        assert self.call is not None
-        self.call.set_numbers(program.numbers[MODE](read.values, t))
+        self.row = program.numbers[MODE](read.values, t)
         return True
 
     def _make_call(self, program: Program) -> native.KernelCall:
@@ -235,19 +235,8 @@ class Prepared:
             list(itertools.chain.from_iterable(outputs)),
         )
 
-    def begin(self) -> None:
-        """Forget that an earlier step was done."""
-        assert self.call is not None
-        self.call.done = False
-
-    @property
-    def done(self) -> bool:
-        """Whether everything has been written since :meth:`begin`."""
-        return self.call is not None and self.call.done
-
     def execute(self) -> None:
         """Overwrite parameters and slots; the gradients are those that :meth:`takes` has seen."""
-        assert self.call is not None
         assert self.program is not None
         # autograd must see that saved tensors have changed, as after any operation in place
         increment_version(self.written)
@@ -255,7 +244,7 @@ class Prepared:
         if GRADIENT in inputs and self.apart is not self.told:
             self.call.set_input(inputs.index(GRADIENT), self.apart)
             self.told = self.apart
-        self.call.run()
+        self.call.run(self.row)
 
 
 def _overlap(spans: Iterable[tuple[int, int]]) -> bool:
@@ -371,18 +360,18 @@ def _common_numbers(states: Sequence[dict[str, Any]], names: Iterable[str]) -> A
 def _commit(work: Sequence[tuple[Prepared, int]], counts: bool) -> None:
     """Overwrite all groups; an interrupt leaves all old values or, once begun, all new ones."""
     for prepared, _ in work:
-        prepared.begin()
+        prepared.call.done = False
     try:
         _write(work, counts)
     except BaseException:
-        if any(prepared.done for prepared, _ in work):
+        if any(prepared.call.done for prepared, _ in work):
             _write(work, counts)
         raise
 
 
 def _write(work: Sequence[tuple[Prepared, int]], counts: bool) -> None:
     for prepared, step in work:
-        if not prepared.done:
+        if not prepared.call.done:
             prepared.execute()
         if counts:
             for state in prepared.states:

@@ -6,14 +6,20 @@ import dataclasses
 import functools
 import itertools
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torchopt.base.values import is_plain, same
 from torchopt.core.plan import Plan
 from torchopt.core.transform import GradientTransformation
 from torchopt.kernels.generate.learned import NUMBER, hyper_operand
-from torchopt.kernels.generate.program import Program, build, compiled, holds
+from torchopt.kernels.generate.program import (
+    Conditions,
+    Program,
+    build,
+    conditions_of,
+    slot_operand,
+)
 from torchopt.kernels.generate.tracing import UntraceableError
 from torchopt.kernels.generate.watching import Watch
 from torchopt.kernels.reading import read_tensor
@@ -33,7 +39,7 @@ class Variant:
         has_params: Whether the parameter is known.
         program: The program.
         reason: Why there is none.
-        guards: Comparisons of numbers, and how they must come out (where there is no program).
+        conditions: For which numbers it is that one; ``None`` for one that is not kept.
         own: What a rule has read from itself instead of its arguments; ``None`` if nothing.
         kinds: The kinds of the hyperparameters; empty if all are numbers.
     """
@@ -43,18 +49,9 @@ class Variant:
     has_params: bool
     program: Program | None
     reason: str = ""
-    guards: tuple[Any, tuple[bool, ...]] | None = None
+    conditions: Conditions | None = None
     own: Any = None
     kinds: tuple[str, ...] = ()
-
-    def holds(self, values: Sequence[float], t: int) -> bool:
-        """Whether it is that of these numbers, too."""
-        if self.program is not None:
-            return self.program.holds(values, t)
-        if self.guards is None:
-            return False
-        compare, outcome = self.guards
-        return holds(compare, outcome, values, t)
 
 
 class Read(NamedTuple):
@@ -80,6 +77,8 @@ class Segment:
         self.plan, self.first, self.last = plan, first, last
         self.parts = plan.parts[first:last]
         self.slots = [name for names in plan.slots[first:last] for name in names]
+        #: The slot that an operand is.
+        self.slot_by_operand = {slot_operand(k): name for k, name in enumerate(self.slots)}
         #: What is the same for transformations of the same structure; ``None`` if nobody can say.
         self.structure = _structure_of(self.parts)
         self.variants = [] if self.structure is None else _known_variants(self.structure)
@@ -179,7 +178,8 @@ class Segment:
                 and known.present == present
                 and known.has_params == has_params
                 and (known.own is None or same(known.own, self._own_values()))
-                and known.holds(values, t)
+                and known.conditions is not None
+                and known.conditions.hold(values, t)
             ):
                 return known
         made = Variant(flags, present, has_params, None, kinds=kinds)
@@ -192,10 +192,11 @@ class Segment:
             numbers = self.with_hypers(row, tensors)
         try:
             made.program = build(watch.parts, self.rows(numbers), t, present, has_params, kinds)
+            made.conditions = made.program.conditions
         except Exception as error:
             what = "is not pointwise" if isinstance(error, UntraceableError) else "cannot be traced"
             made.reason = f"its rule {what}: {error}"
-            made.guards = compiled(getattr(error, "guards", ()))
+            made.conditions = conditions_of(getattr(error, "guards", ()))
         kept = self.variants
         if watch.was_read:
             made.own = self._own_values()

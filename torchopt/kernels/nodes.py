@@ -9,21 +9,31 @@ out, as by the rules.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import (
-    graph_task_keeps_graph,
+    SingleLevelFunction,
+    TransformType,
+    add_batch_dim,
+    current_interpreter,
+    enable_single_level_autograd_function,
     in_forward_mode,
     is_legacy_batchedtensor,
+    lift_of,
     peek_interpreter_stack,
+    set_forward_grad_enabled,
+    unwrap_batched,
+    unwrap_for_grad,
+    unwrap_if_dead,
+    wrap_for_grad,
 )
 from torchopt.core.packed import Packing
-from torchopt.kernels import levels
 from torchopt.kernels.differentiable import BackwardCall, Group, sources
 from torchopt.kernels.generate.learned import is_hyper
+from torchopt.kernels.kept import NOTHING, Kept
 from torchopt.kernels.places import ALL, collected, rows_given, spread
 
 
@@ -48,7 +58,7 @@ class Fused(torch.autograd.Function):
             constant = [s for s in outputs if needed.isdisjoint(sources(group.kernel)[s])]
             ctx.mark_non_differentiable(*(x for operand in constant for x in outputs[operand]))
             if needed.issubset(group.program.passes[f"backward_{group.mode}"]):
-                ctx.kept = _NOTHING_KEPT
+                ctx.kept = NOTHING
                 return  # the derivatives are those that come in; nothing needs to be kept
         if group.bare and group.count > 1:
             ctx.kept = Kept(inputs[1:], group)
@@ -176,65 +186,6 @@ def _second_derivatives(
     return vjp(tuple(torch.zeros_like(o) if b is None else b for o, b in zip(outputs, bars)))
 
 
-class Kept:
-    """The inputs of a node, given up parameter by parameter.
-
-    What ``save_for_backward`` keeps is freed at once. Where parameters that do not depend on each
-    other share a node, a backward pass through one of them must leave those of the others.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], group: Group) -> None:
-        self._tensors: list[Any] = list(tensors)
-        self._versions = [x._version for x in tensors]
-        self._group = group
-        self._gone: set[int] = set()
-
-    def take(self, rows: Sequence[int]) -> list[Tensor | None]:
-        """Return the inputs of some parameters, for good unless the graph is retained.
-
-        Raises:
-            RuntimeError: If they are gone, or one of them has been changed in place.
-        """
-        if not self._gone.isdisjoint(rows):
-            raise RuntimeError(
-                "Trying to backward through the graph a second time: what a step of an optimizer "
-                "had saved was freed by the first .backward() or autograd.grad(). Specify "
-                "retain_graph=True there."
-            )
-        taken, for_good = self._tensors, not graph_task_keeps_graph()
-        everyone = len(rows) == self._group.count
-        if not everyone:
-            wanted = {ALL, *rows}
-            at = self._group.places_in
-            taken = [x if row in wanted else None for (_, row), x in zip(at, taken)]
-        for x, version in zip(taken, self._versions):
-            if x is not None and x._version != version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an "
-                    f"inplace operation: an input of a step of an optimizer, {tuple(x.shape)}, is "
-                    f"at version {x._version}; expected version {version} instead."
-                )
-        if for_good:
-            self._gone.update(rows)
-            if len(self._gone) == self._group.count:
-                self._tensors = []
-            else:
-                at = self._group.places_in
-                kept = [None if row in self._gone else x for (_, row), x in zip(at, self._tensors)]
-                self._tensors = kept
-        return taken
-
-
-class _NothingKept:
-    """That of a node which needs none of its inputs."""
-
-    def take(self, rows: Sequence[int]) -> tuple[Tensor, ...]:
-        return ()
-
-
-_NOTHING_KEPT = _NothingKept()
-
-
 def _passed(
     bars: Sequence[Tensor | None], needs: Sequence[bool], packing: Packing | None
 ) -> list[Tensor | None]:
@@ -267,4 +218,113 @@ def _backward(
         return call.rule_by_autograd(*tensors)
     if call.group.rule.packing is not None and peek_interpreter_stack() is not None:
         return call.rule(*tensors)  # a batch of flat tensors has another layout
-    return levels.apply(FusedBackward, call, tensors)
+    return record(FusedBackward, call, tensors)
+
+
+# Levels of torch.func ----------------------------------------------------------------------------
+#
+# ``torch.autograd.Function.apply`` does the same for any tree of arguments, and takes it apart and
+# puts it together again several times on each level, which took 5 to 8 % of a meta-step of 32 tasks
+# under ``vmap``. What a level does to a tensor is torch's own; only the way there is shorter. Only
+# ``grad`` and ``vmap`` come here; the others go through the rules (``unsupported_reason``).
+
+
+def record(
+    function: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Compute ``call.run(tensors)`` and record it wherever a graph is recorded.
+
+    Args:
+        function: The ``torch.autograd.Function`` that does so, with ``setup_context``. Its outputs,
+            all of them new tensors, have one batch dimension more, at the front, if all inputs
+            have.
+        call: What it does, its first argument; ``call.divided(tensors)`` says of which parameters
+            each node may be, ``call.places_in`` and ``call.places_out`` where their tensors stand.
+        tensors: The others.
+    """
+    # what a level saved that has ended since is still wrapped by it, and may be of another one
+    tensors = list(map(unwrap_if_dead, tensors))
+    if peek_interpreter_stack() is not None:
+        return _at_level(function, call, tensors)
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        return call.run(tensors)
+    # past the argument binding of Function.apply, which is for torch.func and costs time
+    node: Any = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+    parts = call.divided(tensors)
+    if len(parts) == 1:
+        return node(parts[0][1], *tensors)
+    return _recorded_apart(node, call, parts, tensors)
+
+
+def _at_level(
+    function: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Do what the innermost level of torch.func does."""
+    interpreter: Any = current_interpreter()
+    if interpreter.key() == TransformType.Vmap:
+        return _batched(function, interpreter, call, tensors)
+    lifted = map(lift_of(interpreter), tensors)
+    with enable_single_level_autograd_function():
+        return _FusedAtLevel.apply(_Level(function, interpreter, call), *lifted)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _recorded_apart(
+    node: Any, call: Group | BackwardCall, parts: Sequence[Any], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Record parameters that do not depend on each other in nodes of their own."""
+    places_in, places_out = call.places_in, call.places_out
+    outputs: dict[Any, Tensor] = {}
+    for rows, part in parts:
+        own = [x for (_, row), x in zip(places_in, tensors) if row in rows]
+        recorded = any(x.requires_grad for x in own)
+        results = node(part, *own) if recorded else part.run(own)
+        outputs.update(zip([place for place in places_out if place[1] in rows], results))
+    return [outputs[place] for place in places_out]
+
+
+def _batched(
+    function: Any, interpreter: Any, call: Group | BackwardCall, tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    level, size = interpreter.level(), interpreter.batch_size()
+    pairs = [unwrap_batched(x, level) for x in tensors]
+    if all(dim is None for _, dim in pairs):
+        with interpreter.lower():
+            return record(function, call, tensors)
+    with interpreter.lower():
+        whole = [
+            x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0) if dim else x
+            for x, dim in pairs
+        ]
+        outputs = record(function, call, whole)
+    return [add_batch_dim(x, 0, level) for x in outputs]
+
+
+class _Level(NamedTuple):
+    """A call as the graph of one level of ``grad`` records it."""
+
+    function: Any
+    interpreter: Any
+    call: Any
+
+
+class _FusedAtLevel(SingleLevelFunction):
+    """The node of one level; below it are the other levels, and at last the function itself."""
+
+    @staticmethod
+    def forward(level: _Level, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        number = level.interpreter.level()
+        below = [unwrap_for_grad(x, number) for x in tensors]
+        # a node computes without grad mode, but the levels below record graphs of their own
+        with torch.enable_grad(), set_forward_grad_enabled(True), level.interpreter.lower():
+            outputs = record(level.function, level.call, below)
+        return tuple([wrap_for_grad(x, number) for x in outputs])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        level: _Level = inputs[0]
+        ctx.function = level.function
+        level.function.setup_context(ctx, (level.call, *inputs[1:]), output)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.function.backward(ctx, *bars)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import peek_interpreter_stack
-from torchopt.base.values import same
 from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.generate.learned import NUMBER, SINGLE
 from torchopt.kernels.generate.program import Program
@@ -45,8 +44,13 @@ class Rows:
         self.tensors = {f"h{j}": c for j, c in columns.items() if kinds[j] != NUMBER}
         self._changing = frozenset(f"h{j}" for j in columns)
 
-    def values(self) -> list[list[float]]:
-        """Return the numbers of each distinct row; tensors with one entry are read now."""
+    def program(
+        self, segment: Segment, t: Any, present: tuple[bool, ...], has_params: bool
+    ) -> tuple[Program | None, list[list[float]]]:
+        """Return the program of all of them, if it is one, and the numbers of each distinct row.
+
+        Tensors with one entry are read now.
+        """
         rows = [list(self.first.values) for _ in self.distinct]
         for j, column in self._numbers.items():
             for row, number in zip(rows, column):
@@ -56,20 +60,11 @@ class Rows:
             found = repeat(column[0].item()) if one else map(Tensor.item, column)
             for row, number in zip(rows, found):
                 row[j] = float(number)
-        return rows
-
-    def program(
-        self, segment: Segment, values: list[list[float]], t: Any, present: Any, has_params: bool
-    ) -> Program | None:
-        """Return the program of all of them, if it is one."""
-        first = self.first._replace(values=values[0])
+        first = self.first._replace(values=rows[0])
         program = segment.variant(self.distinct[0], first, t, present, has_params).program
-        if program is None:
-            return None
-        others_may_differ = not self._changing.isdisjoint(program.guarded)
-        if others_may_differ and not all(program.holds(row, t) for row in values):
-            return None
-        return program
+        if program is None or self._changing.isdisjoint(program.guarded):
+            return program, rows
+        return (program if all(program.conditions.hold(row, t) for row in rows) else None), rows
 
     def stand_for(self, given: Sequence[dict[str, Any]]) -> bool:
         """Whether these are the rows that were read, and can be read again."""
@@ -78,15 +73,6 @@ class Rows:
         if given is self.given:
             return True
         return self.indices is None and all(map(is_, given, repeat(self.distinct[0])))
-
-    def are(self, other: Rows) -> bool:
-        """Whether other rows have the same hyperparameters."""
-        if self.given is other.given:
-            return True
-        if self.indices is not None or other.indices is not None:
-            return False
-        row, others = self.distinct[0], other.distinct[0]
-        return row.keys() == others.keys() and all(map(same, row.values(), others.values()))
 
     def of_each(self, operand: str) -> list[Tensor]:
         """Return the tensor of each parameter that a operand stands for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -21,17 +22,22 @@ class BiCGStab(LinearSolver):
 
     def run(self, system: System) -> Solved:
         """Iterate, from the true residual again and again."""
+        tries = itertools.count()
 
         def cycle(r: Tensor, tol: Tensor, going: Tensor, most: int) -> Cycle:
-            return biconjugate_gradients(system, r, tol, going, most)
+            shadow = r
+            if next(tries) % 2:  # from the same point the same shadow would lead the same way
+                turned = system.product(r)
+                shadow = r + over(norm(r), norm(turned)) * turned
+            return biconjugate_gradients(system, r, shadow, tol, going, most)
 
         return restarted(system, cycle, cycles=5)
 
 
 def biconjugate_gradients(
-    system: System, r: Tensor, tol: Tensor, going: Tensor, most: int
+    system: System, r: Tensor, shadow: Tensor, tol: Tensor, going: Tensor, most: int
 ) -> Cycle:
-    r"""Iterate for :math:`A d = r`, with the first residual :math:`\hat r` as the shadow.
+    r"""Iterate for :math:`A d = r`, with a shadow :math:`\hat r`, such as the first residual.
 
     .. math::
         v &= A M p, \quad \alpha = \frac{\hat r^T r}{\hat r^T v}, \quad s = r - \alpha v, \quad
@@ -45,8 +51,8 @@ def biconjugate_gradients(
     Reference:
         van der Vorst, Bi-CGSTAB, SIAM Journal on Scientific and Statistical Computing 13, 1992.
     """
-    d, p, shadow = torch.zeros_like(r), r, r
-    rho, best, least = dot(r, r), d, norm(r)
+    d, p = torch.zeros_like(r), r
+    rho, best, least = dot(shadow, r), d, norm(r)
     reason, iterations, eps = system.zeros(), system.zeros(), torch.finfo(r.dtype).eps
     broken = system.none()
     for _ in range(most):

@@ -131,7 +131,7 @@ def _solved(job: Job, b: Tensor, start: Tensor | None, values: Sequence[Tensor])
     """Solve systems of plain tensors; nothing is recorded to the outside."""
     if not b.numel():
         nothing = torch.zeros_like(b[..., :1].sum(-1, keepdim=True), dtype=torch.int64)
-        job.report.update(code=nothing + CONVERGED, iterations=nothing, residual=nothing)
+        _write(job.report, Solved(b, nothing, nothing + CONVERGED), nothing)
         return b.clone()
     of_product, of_other = job.parts(copies_of(values))
     forward, backward = map(_quiet, job.product.bind(of_product))
@@ -141,15 +141,22 @@ def _solved(job: Job, b: Tensor, start: Tensor | None, values: Sequence[Tensor])
         rest = tol, most, job.product.tags, job.is_real
         found = job.solver.run(System(forward, backward, b, start, precondition, *rest))
         residual = norm(b - forward(found.x)) if found.residual is None else found.residual
-        job.report.update(
-            code=found.code,
-            iterations=found.iterations,
-            residual=residual,
-            extra=found.extra,
-            method=found.method,
-        )
+        _write(job.report, found, residual)
         job.solver.judge(job.report, tol, job.of)
     return found.x
+
+
+def _write(report: dict[str, Any], found: Solved, residual: Tensor) -> None:
+    """Write down how it went, in numbers: no level of ``torch.func`` is open here."""
+    report.update(
+        codes=found.code.reshape(-1).tolist(),
+        iterations=found.iterations.squeeze(-1),
+        most=int(found.iterations.max()) if found.iterations.numel() else 0,
+        residual=residual.squeeze(-1),
+        largest=float(residual.max()) if residual.numel() else 0.0,
+        extra=None if found.extra is None else found.extra.squeeze(-1),
+        method=found.method,
+    )
 
 
 def _same(v: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ class LinearOperator:
         *consts: Trees of what :math:`A` depends on.
         tags: What is promised, of ``"symmetric"`` (Hermitian, if complex), ``"positive_definite"``,
             ``"diagonal"``, ``"lower_triangular"``, ``"upper_triangular"``; entries are those of the
-            flat vector, the leaves one after the other. :meth:`check` looks whether it is true.
+            flat vector, the leaves one after the other. A promise that is not kept gives wrong
+            derivatives, for the adjoint of a symmetric operator is taken to be itself;
+            :meth:`check` looks whether it is kept.
         adjoint: The product with the adjoint, ``adjoint(u, *consts)``. By default autograd derives
             it from ``fn``.
 

@@ -55,14 +55,26 @@ class Transposed:
 
     def __init__(self, forward: Map) -> None:
         self.forward = forward
-        self.pull: Callable[[Tensor], Tensor] | None = None
+        self.pull: Callable[[Tensor], list[Tensor]] | None = None
+
+    def _recorded(self, v: Tensor) -> Tensor:
+        value = self.forward(v)
+        if not any_level() and not value.requires_grad:
+            raise RuntimeError(
+                "The adjoint is needed (for a derivative, or by the solver) and cannot be derived: "
+                "the product records no graph from v to its value. It is detached, under "
+                "torch.no_grad(), or a gradient without create_graph=True. Record it, or write "
+                "LinearOperator(fn, adjoint=...), or tags='symmetric' if it is."
+            )
+        return value
 
     def __call__(self, u: Tensor) -> Tensor:
         """Return the product; recorded where gradients are."""
+        if any_level():  # what is recorded there does not outlive the level
+            return pull_back(self._recorded, [torch.zeros_like(u)])(u)[0]
         if self.pull is None:
-            pull = pull_back(lambda v: self.forward(v), [torch.zeros_like(u)])
-            self.pull = lambda u: pull(u)[0]
-        return self.pull(u)
+            self.pull = pull_back(self._recorded, [torch.zeros_like(u)])
+        return self.pull(u)[0]
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,8 @@ class Product:
             def forward(v: Tensor) -> Tensor:
                 return layout.flatten(fn(layout.unflatten(v), *consts), "matvec(v)")
 
+            if adjoint is None and "symmetric" in source.tags:
+                return forward, forward
             if adjoint is None:
                 return forward, Transposed(forward)
 

@@ -143,19 +143,18 @@ class LinearSolver(abc.ABC):
         job = Job(self, product, precondition, layout.is_real, layout.rtol)
         x = solve_flat(job, right, start)
         report = job.report
-        extra = report.get("extra")
-        codes = [CODES[k - 1] for k in report["code"].reshape(-1).tolist()]
+        codes = [CODES[k - 1] for k in report["codes"]]
         failed = [outcome for outcome in codes if not outcome.success]
         return LinearSolution(
             layout.unflatten(x),
-            int(report["iterations"].max()) if codes else 0,
-            float(report["residual"].max()) if codes else 0.0,
+            report["most"],
+            report["largest"],
             failed[0] if failed else Outcome.CONVERGED,
-            report["iterations"].squeeze(-1),
-            report["residual"].squeeze(-1),
+            report["iterations"],
+            report["residual"],
             tuple(codes),
-            report.get("method") or self.title,
-            None if extra is None else extra.squeeze(-1),
+            report["method"] or self.title,
+            report["extra"],
         )
 
     def prepared(self, product: Product, b: Tensor) -> tuple[Product, Tensor]:
@@ -174,14 +173,13 @@ class LinearSolver(abc.ABC):
         Raises:
             LinearSolveError: Under ``on_failure="raise"``.
         """
-        codes = report["code"].reshape(-1)
-        wrong = codes != 1
-        if self.on_failure == "ignore" or not bool(wrong.any()):
+        outcomes = [CODES[code - 1] for code in report["codes"]]
+        wrong = [k for k, outcome in enumerate(outcomes) if not outcome.success]
+        if self.on_failure == "ignore" or not wrong:
             return
-        k = int(wrong.nonzero()[0])
-        outcome = CODES[int(codes[k]) - 1]
-        several, name = codes.numel() > 1, report.get("method") or self.title
-        count = f"{int(wrong.sum())} of {codes.numel()} systems" if several else "A system"
+        k, name = wrong[0], report["method"] or self.title
+        outcome = outcomes[k]
+        count = f"{len(wrong)} of {len(outcomes)} systems" if len(outcomes) > 1 else "A system"
         residual = float(report["residual"].reshape(-1)[k])
         message = (
             f"{count}{of} not solved by {name}: {outcome.name.lower()} "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
-from torchopt.base.numerics import to_compute_dtype
+from torchopt.base.numerics import as_pairs, from_pairs, to_compute_dtype
 from torchopt.typing import TensorTree
 
 
@@ -85,9 +85,7 @@ class Layout:
 
     def _reals(self, leaf: Tensor, dtype: torch.dtype | None) -> Tensor:
         if dtype is not None and dtype.is_complex:
-            # not view_as_real, whose derivative refuses what begins at an odd place
-            leaf = leaf.to(dtype)
-            leaf = torch.stack([leaf.real, leaf.imag], -1)
+            leaf = as_pairs(leaf.to(dtype))
         return leaf.reshape(-1).to(self.dtype)
 
     def unflatten(self, x: Tensor) -> TensorTree:
@@ -111,9 +109,7 @@ def _real_dtype(leaf: Tensor) -> torch.dtype:
 
 def _shaped(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
-        pairs = part.reshape(*shape, 2)
-        # not view_as_complex, which refuses what begins at an odd place
-        return torch.complex(pairs[..., 0], pairs[..., 1]).to(dtype)
+        return from_pairs(part.reshape(*shape, 2)).to(dtype)
     return part.reshape(shape).to(dtype)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchopt.base.levels import is_tracked
 from torchopt.base.misuse.given import given, some
 from torchopt.diff.implicit.condition import Argument, Condition
 from torchopt.diff.implicit.decorators import check_residual, check_solve
@@ -47,10 +46,11 @@ class ImplicitMetaGradientModule(MetaGradientModule):
     Arguments of ``solve`` that require grad are differentiated by as meta-parameters are. Frozen
     parameters are constants, and buffers are after each evaluation what they were before.
 
-    Args of the class:
-        linear_solve: As of :func:`torchopt.diff.implicit.custom_root`; subclasses inherit it.
-        residual_check: The largest absolute entry of the gradient, or of ``optimality``, that is
-            accepted at the solution; ``None`` does not look.
+    Options of the class, which subclasses inherit:
+
+    * ``linear_solve``: as ``solve`` of :func:`torchopt.diff.implicit.custom_root`;
+    * ``residual_check``: the largest absolute entry of the gradient, or of ``optimality``, that is
+      accepted at the solution; ``None`` does not look.
 
     Raises:
         TypeError: When the class is made, if a method is missing, static or a class method.
@@ -194,7 +194,8 @@ class _Problem:
             raise RuntimeError(
                 f"{self.title} has no meta-parameters to be differentiated by. Give its "
                 "constructor tensors that require grad, or modules, and assign them to "
-                "attributes; a module in eval() mode whose parameters are all frozen (requires_grad=False) is none."
+                "attributes; a module in eval() mode whose parameters are all frozen "
+                "(requires_grad=False) is none."
             )
 
     @contextlib.contextmanager
@@ -250,10 +251,7 @@ class _Problem:
         condition = Condition(
             _Evaluated(self), solution, arguments, solve, tags, title, self.holding
         )
-        tracked = any(map(is_tracked, condition.parameters))
-        if tracked or bound is not None:
-            condition.check(bound)
-        if tracked:
+        if condition.is_differentiated(bound):
             for name, tensor in condition.solution().items():
                 found[name].place(tensor)
 

@@ -65,6 +65,9 @@ class MetaGradientModule(nn.Module):
     def _was_given(self, value: Any) -> bool:
         return any(value is x for x in self._meta_given)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()  # what it is given, __new__ has noted
+
     # Attributes ----------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
@@ -117,6 +120,23 @@ class MetaGradientModule(nn.Module):
             else:
                 param.__class__ = FastWeight  # with history: its graph stays
         super().register_parameter(name, param)  # pyright: ignore[reportArgumentType]
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a module of the inner problem.
+
+        Raises:
+            ValueError: If it was given to the constructor, and is one of the outer problem.
+        """
+        if module is not None and self._was_given(module):
+            raise ValueError(
+                f"{name!r} was given to the constructor and belongs to the outer problem. Call "
+                f"register_meta_module({name!r}, ...), or give the constructor a copy."
+            )
+        super().add_module(name, module)
+
+    def register_module(self, name: str, module: nn.Module | None) -> None:
+        """Do what :meth:`add_module` does."""
+        self.add_module(name, module)
 
     def register_meta_parameter(self, name: str, param: Tensor | None) -> None:
         """Add a tensor of the outer problem.

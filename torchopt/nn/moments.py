@@ -33,13 +33,16 @@ class Moment:
     """The modules at one moment: what has been replaced since, as it was then.
 
     It holds nothing that was computed later, so that no cycle passes through the graph, where
-    Python's collector cannot see.
+    Python's collector cannot see. Nor does it keep a module alive: a function that reads one does,
+    and a moment is told of modules that came later, too.
     """
 
     __slots__ = ("__weakref__", "before", "spoiled")
 
     def __init__(self) -> None:
-        self.before: dict[tuple[int, str, str], tuple[nn.Module, Any]] = {}
+        #: Module -> kind and name -> what stood there.
+        self.before: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Any]]
+        self.before = weakref.WeakKeyDictionary()
         self.spoiled: str | None = None  # why it cannot come back
 
     @contextlib.contextmanager
@@ -51,7 +54,11 @@ class Moment:
             yield
             return
         with _running:
-            entries = [(*key[1:], *value) for key, value in self.before.items()]
+            entries = [
+                (kind, name, module, value)
+                for module, before in self.before.items()
+                for (kind, name), value in before.items()
+            ]
             holders = {id(_holder(m, kind)): _holder(m, kind) for kind, _, m, _ in entries if kind}
             present = [(holder, dict(holder)) for holder in holders.values()]
             modes = [(m, m.training) for kind, name, m, _ in entries if not kind]
@@ -104,7 +111,7 @@ def spoil(module: nn.Module, name: str, tensor: Tensor, why: str) -> None:
     """Say of all moments at which a module held this parameter that its values are lost."""
     for reference in _alive():
         moment: Any = reference()
-        if moment.before.get((id(module), "_parameters", name), (module, tensor))[1] is tensor:
+        if moment.before.get(module, {}).get(("_parameters", name), tensor) is tensor:
             moment.spoiled = why
 
 
@@ -131,17 +138,17 @@ def record(module: nn.Module, kind: str, name: str) -> None:
     """Tell the moments what is there, before it changes."""
     if noting:
         written.add(module)
-    key = (id(module), kind, name)
+    key = (kind, name)
     old = _holder(module, kind).get(name, ABSENT)
     dead = 0
     for reference in reversed(references):
         moment = reference()
         if moment is None:
             dead += 1
-        elif key in moment.before:
+        elif key in (before := moment.before.setdefault(module, {})):
             break  # then all earlier ones know it
         else:
-            moment.before[key] = (module, old)
+            before[key] = old
     if dead > 8 or dead == len(references):
         references[:] = _alive()
 

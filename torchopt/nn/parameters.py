@@ -89,17 +89,13 @@ class ParameterSite:
     tensor: Tensor
     owners: list[tuple[nn.Module, str]]
 
-    def place(self, tensor: Tensor) -> None:
-        """Put ``tensor`` where the old one was."""
-        for owner, attribute in self.owners:
-            place_parameter(owner, attribute, tensor)
-
 
 def place_each(sites: Sequence[ParameterSite], tensors: Sequence[Tensor | None]) -> None:
     """Put tensors where the old ones were; ``None`` leaves the old one."""
     for site, tensor in zip(sites, tensors):
         if tensor is not None:
-            site.place(tensor)
+            for owner, attribute in site.owners:
+                place_parameter(owner, attribute, tensor)
 
 
 def parameter_sites(module: nn.Module) -> dict[str, ParameterSite]:

@@ -13,7 +13,7 @@ from torchopt.base import misuse, tree
 from torchopt.core.opt_state import OptState
 from torchopt.nn import marks, moments
 from torchopt.nn.copying import Copier, CopiesHistory
-from torchopt.nn.parameters import named_places, parameter_sites, place_all
+from torchopt.nn.parameters import named_places, parameter_sites, place_all, place_each
 from torchopt.nn.targets import check_tree
 from torchopt.typing import PyTree
 
@@ -255,7 +255,7 @@ def stop_gradient(target: T) -> T:
             if old.grad_fn is not None:
                 leaf = nn.Parameter(old.detach(), requires_grad=old.requires_grad)
                 marks.carry(old, leaf)
-                site.place(leaf)
+                place_each([site], [leaf])
         for _, owner, attribute, buffer in named_places(target, "_buffers"):
             if buffer.grad_fn is not None:
                 moments.put(owner, "_buffers", attribute, buffer.detach())

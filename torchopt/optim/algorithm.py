@@ -1,16 +1,16 @@
 """Of which algorithm a saved state is, where slots and hyperparameters do not tell.
 
 LAMB keeps what Adam keeps, under the same names. Groups of algorithms that ``torch.optim`` has not
-say so when they are saved; those that it has are saved as it saves them.
+say so; those that it has are saved as it saves them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 
-#: The key in a saved group.
+#: The key in a group.
 ALGORITHM = "algorithm"
 
 #: The recipes that ``torch.optim`` has a class for, in the newest version known.
@@ -48,9 +48,15 @@ def recipe_of(optimizer: object) -> str:
 
 
 def mark(optimizer: object) -> dict[str, str]:
-    """Return what a saved group says of its algorithm."""
+    """Return what a group says of its algorithm."""
     name = recipe_of(optimizer)
     return {ALGORITHM: name} if name and name not in OF_TORCH else {}
+
+
+def set_mark(optimizer: object, group: MutableMapping[str, Any]) -> None:
+    """Let a live group say what a saved one says; it may be a copy of another optimizer's."""
+    group.pop(ALGORITHM, None)
+    group.update(mark(optimizer))
 
 
 def check_mark(optimizer: object, group: Mapping[str, Any]) -> None:

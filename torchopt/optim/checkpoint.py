@@ -10,10 +10,11 @@ from torch import Tensor
 
 from torchopt.base import misuse, tree
 from torchopt.core import hyper, whole
+from torchopt.core.evaluation import evaluates
 from torchopt.core.plan import Plan
 from torchopt.core.slots import Slot
-from torchopt.optim.algorithm import ALGORITHM, check_mark, mark
-from torchopt.optim.evaluation import TRAINED
+from torchopt.optim.algorithm import check_mark, mark, set_mark
+from torchopt.optim.evaluation import TRAIN_MODE, TRAINED
 from torchopt.optim.protocols import OptimizerLike
 from torchopt.optim.schedules import REPLACED
 
@@ -135,7 +136,8 @@ def _checked_group(
             f"that of {title} has {len(live['params'])}."
         )
     check_mark(optimizer, saved)
-    group = {n: value for n, value in saved.items() if n not in (REPLACED, ALGORITHM)}
+    group = {n: value for n, value in saved.items() if n != REPLACED}
+    set_mark(optimizer, group)
     if "label" in live and group.setdefault("label", live["label"]) != live["label"]:
         raise ValueError(
             f"Parameter group {index} of the state has the label {group['label']!r}, that of "
@@ -148,6 +150,7 @@ def _checked_group(
         )
     for name, spec in specs.items():
         if name in group:
+            group[name] = from_text(group[name], spec)
             check_saved(name, group[name], spec)
         elif name in optimizer.former_defaults and not is_recent(saved, specs):
             group[name] = optimizer.former_defaults[name]
@@ -169,6 +172,17 @@ def _checked_group(
     return _reordered(group, _order_by_name(index, list(names), list(own)), specs)
 
 
+def set_notes(optimizer: OptimizerLike, group: dict[str, Any]) -> None:
+    """Let a new group say what a saved one does: of which algorithm, and that it is in training.
+
+    It does from the start, for what takes states apart and puts them together again by the keys of
+    live groups, as ``torch.distributed.checkpoint`` where it flattens them.
+    """
+    set_mark(optimizer, group)
+    if evaluates(optimizer.transformation):
+        group.setdefault(TRAIN_MODE, True)
+
+
 def check_saved(name: str, value: Any, spec: hyper.HyperSpec) -> None:
     """Refuse a saved hyperparameter that this optimizer cannot have: three betas for two.
 
@@ -179,6 +193,16 @@ def check_saved(name: str, value: Any, spec: hyper.HyperSpec) -> None:
         hyper.check(name, value, spec)
     except (TypeError, ValueError) as error:
         raise ValueError(f"The state belongs to another optimizer: {error}") from error
+
+
+def as_text(value: Any) -> Any:
+    """Return a hyperparameter as it is saved: a dtype by name, for checkpoints that know none."""
+    return str(value) if isinstance(value, torch.dtype) else value
+
+
+def from_text(value: Any, spec: hyper.HyperSpec) -> Any:
+    """Return what :func:`as_text` was given."""
+    return next((x for x in spec.choices if as_text(x) == value), value)
 
 
 def is_recent(group: Mapping[str, Any], specs: Mapping[str, Any]) -> bool:
@@ -222,7 +246,7 @@ def _reordered(group: dict[str, Any], order: list[int], specs: Mapping[str, Any]
 def saved_group(optimizer: OptimizerLike, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter group to save: tensors that schedulers change in place are copied."""
     names = optimizer.group_specs(group)
-    own = {name: _copied(value) if name in names else value for name, value in group.items()}
+    own = {n: as_text(_copied(value)) if n in names else value for n, value in group.items()}
     return {**optimizer.fixed_options, **own, **mark(optimizer)}
 
 

@@ -40,8 +40,9 @@ def refuse_released(call: Call) -> None:
 
 def _released(column: Iterable[Any]) -> Iterable[int]:
     for k, x in enumerate(column):
-        addressed = type(x) in _ADDRESSED and x.layout == torch.strided and not x.is_meta
-        if addressed and not x.data_ptr() and x.numel() and not x._is_zerotensor():
+        # the address first: it alone is asked of what has memory
+        unaddressed = type(x) in _ADDRESSED and x.layout == torch.strided and not x.data_ptr()
+        if unaddressed and x.numel() and not (x.is_meta or x._is_zerotensor()):
             yield k
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,83 +15,9 @@ from torchopt.core.gather import Members, gather
 from torchopt.core.packed import Packed, PackedDict, Packing
 from torchopt.core.plan import Plan
 from torchopt.core.transform import GradientTransformation
-from torchopt.nn.parameters import ParameterSite, ParameterWalk, modules_of, named_places
+from torchopt.nn.parameters import named_places
 from torchopt.optim.meta_state import GroupState
-
-
-_requires_grad = operator.attrgetter("requires_grad")
-
-
-class Entry(NamedTuple):
-    """One parameter of one group."""
-
-    group: int
-    name: str
-    site: ParameterSite
-
-
-class Trainable:
-    """The parameters of all groups that require grad, at this moment.
-
-    Attributes:
-        frozen: By group, those that did not at some step: a state may be without them.
-    """
-
-    def __init__(self, frozen: Mapping[int, set[str]] | None = None) -> None:
-        self.frozen = {index: set(names) for index, names in (frozen or {}).items()}
-        self._walks: list[ParameterWalk] = []
-        self._entries: list[list[Entry]] = []
-
-    def now(self, groups: Sequence[dict[str, Any]]) -> tuple[list[Entry], list[Tensor]]:
-        """Return the entries and their present tensors."""
-        entries: list[Entry] = []
-        params: list[Tensor] = []
-        for index, group in enumerate(groups):
-            own = self._look_up(index, group["params"])
-            if own is None:
-                own = self._walk(index, group["params"])
-            known = self._entries[index]
-            if all(map(_requires_grad, own)):
-                entries += known
-                params += own
-                continue
-            for entry, tensor in zip(known, own):
-                if tensor.requires_grad:
-                    entries.append(entry)
-                    params.append(tensor)
-                else:
-                    self.frozen.setdefault(index, set()).add(entry.name)
-        return entries, params
-
-    def modules(self, networks: Sequence[nn.Module]) -> list[nn.Module]:
-        """Return networks and their sub-modules, each once."""
-        if len(networks) == len(self._walks) == 1:
-            walk = self._walks[0]
-            if walk.module is networks[0] and walk.has_same_modules():
-                return walk.modules
-        return list({id(m): m for network in networks for m in modules_of(network)}.values())
-
-    def _look_up(self, index: int, module: Any) -> list[Tensor] | None:
-        if index < len(self._walks) and self._walks[index].module is module:
-            return self._walks[index].tensors()
-        return None
-
-    @property
-    def count(self) -> int:
-        """How many networks have been walked over."""
-        return len(self._walks)
-
-    def add(self, walk: ParameterWalk) -> None:
-        """Take the walk over the next group's network, made already."""
-        index = len(self._walks)
-        self._walks.append(walk)
-        self._entries.append([Entry(index, site.name, site) for site in walk.sites])
-
-    def _walk(self, index: int, module: Any) -> list[Tensor]:
-        walk = ParameterWalk(module)
-        del self._walks[index:], self._entries[index:]
-        self.add(walk)
-        return [site.tensor for site in walk.sites]
+from torchopt.optim.steady import Entry
 
 
 def known_names(module: nn.Module) -> resolving.Known:

@@ -15,7 +15,7 @@ from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
 from torchopt.base.values import describe, same
 from torchopt.core import step_tags, whole
-from torchopt.core.engine import Call, advance
+from torchopt.core.engine import advance
 from torchopt.core.evaluation import converted_call
 from torchopt.core.extra_values import check_extra
 from torchopt.core.opt_state import OptState
@@ -27,19 +27,12 @@ from torchopt.nn.checkpointing import remember_weights
 from torchopt.nn.parameters import place_each
 from torchopt.nn.snapshot import extract_state_dict
 from torchopt.optim import given_gradients
-from torchopt.optim.meta_call import (
-    Entry,
-    Trainable,
-    known_of_all,
-    names_of,
-    new_call,
-    next_states,
-)
+from torchopt.optim.meta_call import known_of_all, names_of, new_call, next_states
 from torchopt.optim.meta_groups import checked_group
 from torchopt.optim.meta_saved import loaded_form, saved_form
 from torchopt.optim.meta_state import GroupState, checked_state, state_of
-from torchopt.optim.second_gradient import evaluated, extra_of_network
-from torchopt.optim.steady import Steady
+from torchopt.optim.second_gradient import evaluated, gradients_in_network
+from torchopt.optim.steady import Steady, Trainable
 
 
 P = ParamSpec("P")
@@ -193,7 +186,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
             check_extra(self.transformation, extra, type(self).__name__)
         track = torch.is_grad_enabled()
         create_graph = (self.create_graph if create_graph is None else create_graph) and track
-        loss, closure = evaluated(loss)
+        loss, closure = (loss, None) if isinstance(loss, Tensor) else evaluated(loss)
         entries, params = self._trainable.now(self.param_groups)
         marked = marks.any_marked(params)
         names = partial(names_of, self.param_groups, entries)
@@ -203,11 +196,19 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         )
         if marked:
             g = marks.filtered(params, g, create_graph)
-        steady, call = self._next_call(entries, params, g)
-        whole.begin(self.transformation.plan, self._pairs, call)
-        own = extra_of_network(closure, self.param_groups, entries, call, create_graph)
-        call.extra = {**extra, **own} if value is None else {"value": value, **extra, **own}
-        weights, slots = advance(self.transformation, call, apply=True)
+        tx, plan, steady = self.transformation, self.transformation.plan, self._steady
+        given = tx, self.param_groups, self._states, entries, params, g
+        call = None if steady is None else steady.call(*given)
+        if call is None:
+            steady, call = None, new_call(*given)
+        if plan.whole:
+            whole.begin(plan, self._pairs, call)
+        call.extra = extra if value is None else {"value": value, **extra}
+        if closure is not None:
+            modules = [group["params"] for group in self.param_groups]
+            grad_fn = gradients_in_network(closure, modules, entries, call, create_graph)
+            call.extra = {**call.extra, "grad_fn": grad_fn}
+        weights, slots = advance(tx, call, apply=True)
         call.extra = {}  # calls are kept, and would keep the graph of the loss
         new_weights = [
             w if w is None or track else w.detach().requires_grad_(True) for w in weights
@@ -222,10 +223,9 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         if state is not None:
             states = [state]
         else:
-            kept_at = self.transformation.plan.kept_at
-            states = next_states(self._states, entries, call, slots, track, kept_at)
+            states = next_states(self._states, entries, call, slots, track, plan.kept_at)
             steady = None
-        pairs = whole.end(self.transformation.plan, call)
+        pairs = whole.end(plan, call) if plan.whole else {}
         pairs = pairs if track else tree.tree_map(_detached, pairs)
         sites = [entry.site for entry in entries]
 
@@ -238,17 +238,6 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
     def _forget(self) -> None:
         """Drop what earlier steps found out: it belongs to the optimizer that this is a copy of."""
         self._trainable, self._steady = Trainable(self._trainable.frozen), None
-
-    def _next_call(
-        self, entries: list[Entry], params: list[Tensor], grads: list[Any]
-    ) -> tuple[Steady | None, Call]:
-        """Return the call of this step, and what is known of it if it is like the one before."""
-        steady, groups, states = self._steady, self.param_groups, self._states
-        if steady is not None:
-            call = steady.call(self.transformation, groups, states, entries, params, grads)
-            if call is not None:
-                return steady, call
-        return None, new_call(self.transformation, groups, states, entries, params, grads)
 
     # Evaluation -------------------------------------------------------------------------------
 

@@ -15,7 +15,14 @@ from torchopt.core import hyper
 from torchopt.core.opt_state import OptState
 from torchopt.nn.parameters import ParameterSite, parameter_sites
 from torchopt.optim.algorithm import ALGORITHM, check_mark, mark
-from torchopt.optim.checkpoint import check_saved, counter_of, is_recent, number_to_tensor
+from torchopt.optim.checkpoint import (
+    as_text,
+    check_saved,
+    counter_of,
+    from_text,
+    is_recent,
+    number_to_tensor,
+)
 from torchopt.optim.evaluation import TRAIN_MODE
 from torchopt.optim.meta_state import GroupState
 from torchopt.optim.protocols import MetaOptimizerLike
@@ -55,7 +62,11 @@ def saved_form(optimizer: MetaOptimizerLike, states: Sequence[GroupState]) -> di
                         n: number_to_tensor(c[name]) for n, c in state.counters.items() if name in c
                     },
                 }
-        saved = {k: v for k, v in group.items() if k != "params" and not hyper.has_schedule(v)}
+        saved = {
+            name: as_text(value)
+            for name, value in group.items()
+            if name != "params" and not hyper.has_schedule(value)
+        }
         params = list(range(first, first + len(names)))
         own = {**fixed, **saved, **mark(optimizer)}
         groups.append({**own, "params": params, "param_names": names})
@@ -189,6 +200,7 @@ def _hyperparameters(
     group = {**{name: value for name, value in former.items() if name in specs}, **group}
     for name, spec in specs.items():
         if name in group:
+            group[name] = from_text(group[name], spec)
             check_saved(name, group[name], spec)
         elif name not in optional and not hyper.has_schedule(live[name]):  # schedules are not saved
             raise ValueError(

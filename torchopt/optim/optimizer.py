@@ -16,13 +16,13 @@ from torchopt.core import engine, hyper, whole
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.apply import refuse_unwritable
 from torchopt.core.engine import Call, advance
-from torchopt.core.extra_values import check_extra
+from torchopt.core.extra_values import agreed, check_extra
 from torchopt.core.gather import Members, gather
 from torchopt.core.gradient_checks import refuse_parameters
 from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
-from torchopt.optim.checkpoint import load, saved
+from torchopt.optim.checkpoint import load, saved, set_notes
 from torchopt.optim.evaluation import refuse_step, swap_in_place
 from torchopt.optim.memory import apart, refuse_released, slots_of, slots_to_keep
 from torchopt.optim.part_groups import (
@@ -152,6 +152,7 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             del self.param_groups[-1]
             raise
+        set_notes(self, self.param_groups[-1])
         if self._parts is not None:
             self._parts.place(self.param_groups[-1], places)
         self.transformation = tx
@@ -260,7 +261,7 @@ class Optimizer(torch.optim.Optimizer):
         call = self._call(params, grads)
         counts, plan = self._counts_steps(), self.transformation.plan
         call.overwrites = not plan.narrow  # of narrow slots a rule sees copies
-        call.extra = {**self._extra(params, loss, closure), **extra}
+        call.extra = agreed(plan.reads, params, {**self._extra(params, loss, closure), **extra})
         if not (compiling := torch.compiler.is_compiling()):
             refuse_released(call)
         updates, slots = advance(self.transformation, call)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torchopt.diff.gradient import differentiate
 from torchopt.nn import marks
 from torchopt.nn.buffers import keep_buffers
 from torchopt.nn.parameters import place_each
-from torchopt.optim.meta_call import Entry
+from torchopt.optim.steady import Entry
 from torchopt.typing import PyTree
 
 
@@ -44,7 +46,8 @@ def gradients_in_place(
     """Let parameters have other values while a closure computes their gradients; return those.
 
     Raises:
-        RuntimeError: For a parameter that cannot be changed by itself, before any has changed.
+        RuntimeError: For a parameter that cannot be changed by itself, before any has changed; and
+            if the closure adds to the gradients that there are.
     """
     changed = [k for k, (p, value) in enumerate(zip(params, values)) if value is not p]
     refuse_unwritable([params[k] for k in changed], lambda k: f"params[{changed[k]}]")
@@ -53,7 +56,7 @@ def gradients_in_place(
         try:
             for k in changed:
                 params[k].copy_(values[k])
-            with torch.enable_grad():
+            with _marked(params), torch.enable_grad():
                 closure()
             # the gradients themselves may be written to again, as when the next ones are added
             return [None if p.grad is None else p.grad.detach().clone() for p in params]
@@ -62,18 +65,36 @@ def gradients_in_place(
                 params[k].copy_(value)
 
 
-def extra_of_network(
-    closure: Callable[[], Tensor] | None,
-    groups: Sequence[Mapping[str, Any]],
-    entries: Sequence[Entry],
-    call: Call,
-    create_graph: bool,
-) -> dict[str, Any]:
-    """Return what rules may read of a differentiable step besides the value of the loss."""
-    if closure is None:
-        return {}
-    modules = [group["params"] for group in groups]
-    return {"grad_fn": gradients_in_network(closure, modules, entries, call, create_graph)}
+@contextmanager
+def _marked(params: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse what is added to the gradients of parameters instead of taking their place.
+
+    Meanwhile they are infinite: an infinite one to which something finite was added still is.
+
+    Raises:
+        RuntimeError: With the gradients as they were.
+    """
+    before: list[tuple[Tensor, Tensor, Tensor]] = []
+    for p in params:
+        if p.grad is not None and p.grad.layout == torch.strided:
+            before.append((p, p.grad, torch.full_like(p.grad, math.inf)))
+            p.grad = before[-1][2]
+    try:
+        yield
+        kept = [(p, g, mark) for p, g, mark in before if p.grad is mark]
+        if kept and all(bool((mark == math.inf).all()) for *_, mark in kept):
+            raise RuntimeError(
+                "The closure added the second gradient to the first one. Let it call "
+                "optimizer.zero_grad() each time before backward(). Where the gradients of several "
+                "batches are added up for one step, call first_step() and second_step() of a "
+                "torchopt.SAM behind the backward passes of all of them."
+            )
+    except BaseException:
+        for p, g, _ in before:
+            p.grad = g
+        raise
+    for p, g, mark in kept:  # set to zero in place: who holds the tensor still does
+        p.grad = g.copy_(mark)
 
 
 def gradients_in_network(

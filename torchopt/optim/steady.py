@@ -1,24 +1,99 @@
-"""A differentiable step like the one before: what that one found out need only be compared."""
+"""What a differentiable step finds again: parameters, and all that the one before found out.
+
+A step like the one before need only compare.
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchopt.base.signatures import KnownSignatures
 from torchopt.base.values import is_plain
-from torchopt.core.engine import Call, initialise_packed
+from torchopt.core.engine import Call
+from torchopt.core.gather import initialise_packed
 from torchopt.core.packed import Packed, PackedDict, Packing
 from torchopt.core.transform import GradientTransformation
-from torchopt.optim.meta_call import Entry
+from torchopt.nn.parameters import ParameterSite, ParameterWalk, modules_of
 from torchopt.optim.meta_state import GroupState
 
 
+_requires_grad = operator.attrgetter("requires_grad")
 _shape_of = operator.attrgetter("shape")
 _name_of = operator.attrgetter("name")
+
+
+class Entry(NamedTuple):
+    """One parameter of one group."""
+
+    group: int
+    name: str
+    site: ParameterSite
+
+
+class Trainable:
+    """The parameters of all groups that require grad, at this moment.
+
+    Attributes:
+        frozen: By group, those that did not at some step: a state may be without them.
+    """
+
+    def __init__(self, frozen: Mapping[int, set[str]] | None = None) -> None:
+        self.frozen = {index: set(names) for index, names in (frozen or {}).items()}
+        self._walks: list[ParameterWalk] = []
+        self._entries: list[list[Entry]] = []
+
+    def now(self, groups: Sequence[dict[str, Any]]) -> tuple[list[Entry], list[Tensor]]:
+        """Return the entries and their present tensors."""
+        entries: list[Entry] = []
+        params: list[Tensor] = []
+        for index, group in enumerate(groups):
+            walk = self._walks[index] if index < len(self._walks) else None
+            own = None
+            if walk is not None and walk.module is group["params"]:
+                own = walk.tensors()
+            if own is None:
+                own = self._walk(index, group["params"])
+            known = self._entries[index]
+            if all(map(_requires_grad, own)):
+                entries += known
+                params += own
+                continue
+            for entry, tensor in zip(known, own):
+                if tensor.requires_grad:
+                    entries.append(entry)
+                    params.append(tensor)
+                else:
+                    self.frozen.setdefault(index, set()).add(entry.name)
+        return entries, params
+
+    def modules(self, networks: Sequence[nn.Module]) -> list[nn.Module]:
+        """Return networks and their sub-modules, each once."""
+        if len(networks) == len(self._walks) == 1:
+            walk = self._walks[0]
+            if walk.module is networks[0] and walk.has_same_modules():
+                return walk.modules
+        return list({id(m): m for network in networks for m in modules_of(network)}.values())
+
+    @property
+    def count(self) -> int:
+        """How many networks have been walked over."""
+        return len(self._walks)
+
+    def add(self, walk: ParameterWalk) -> None:
+        """Take the walk over the next group's network, made already."""
+        index = len(self._walks)
+        self._walks.append(walk)
+        self._entries.append([Entry(index, site.name, site) for site in walk.sites])
+
+    def _walk(self, index: int, module: Any) -> list[Tensor]:
+        walk = ParameterWalk(module)
+        del self._walks[index:], self._entries[index:]
+        self.add(walk)
+        return [site.tensor for site in walk.sites]
 
 
 def _entries(tree: Mapping[str, Any]) -> list[Any]:
@@ -119,25 +194,22 @@ class Steady:
             grads, params, [step + 1] * len(params), {}, self.rows, lambda: names, reference
         )
         call.pack_slots, call.packing = True, self.packing
-        # a count of 0 may come with slots that somebody gave
-        slots = self._slots(states[0]) if known else self._fresh_slots(tx, call)
-        if slots is None:
-            return None
-        call.slots = slots
-        return call
-
-    def _slots(self, state: GroupState) -> dict[str, Any] | None:
+        if not known:  # a count of 0 may come with slots that somebody gave
+            fresh = self._fresh_slots(tx, call)
+            call.slots = fresh or {}
+            return None if fresh is None else call
         slots: dict[str, Any] = {}
-        for slot, column in state.slots.items():
+        for slot, column in states[0].slots.items():
             if slot in self.absent:
                 if column is not self.absent[slot]:
                     return None
-                slots[slot] = [None] * len(self.names)
-            elif type(column) is not PackedDict or column.names is not self.names:
+                slots[slot] = [None] * len(names)
+            elif type(column) is not PackedDict or column.names is not names:
                 return None
             else:
                 slots[slot] = column.packed
-        return slots
+        call.slots = slots
+        return call
 
     def _fresh_slots(self, tx: GradientTransformation, call: Call) -> dict[str, Any] | None:
         """Return the slots of a first step; the numbers that they are have no memory to share."""

@@ -57,6 +57,7 @@ class StepByAdafactor(TensorTransformation):
     )
     uses_step = True
     accepts_complex = False
+    batches = True
 
     def rule(
         self,
@@ -77,22 +78,22 @@ class StepByAdafactor(TensorTransformation):
         b2 = 1 - power(t, beta2_decay)
         v, slots = _second_moment(g, slots, b2, eps1)
         u = g * _at_least(v, eps1 * eps1).rsqrt()
-        u = u / _at_least(_rms(u) / d, 1.0)
         rate = _at_most(lr, 1 / power(t, 0.5)) * _at_least(_rms(p), eps[1])
-        u = -rate * u
+        u = u * (-rate / _at_least(_rms(u) / d, 1.0))
         return (u if is_zero(weight_decay) else u - lr * weight_decay * p), slots
 
 
 def _second_moment(g: Tensor, slots: tuple, b2: Any, eps1: Any) -> tuple[Tensor, tuple]:
     """Return the second moment of a gradient, for a matrix from its rows and columns."""
     r, c, v = slots
+    squares = g.square()
     if g.dim() < 2:
-        v = moving_average(v, g.square(), b2)
+        v = moving_average(v, squares, b2)
         return v, (r, c, v)
-    r = moving_average(r, g.square().mean(dim=-1, keepdim=True), b2)
-    c = moving_average(c, g.square().mean(dim=-2, keepdim=True), b2)
+    r = moving_average(r, squares.mean(dim=-1, keepdim=True), b2)
+    c = moving_average(c, squares.mean(dim=-2, keepdim=True), b2)
     total = _at_least(r.mean(dim=-2, keepdim=True), eps1)
-    return (r @ c) / total, (r, c, v)
+    return (r / total) @ c, (r, c, v)
 
 
 def _rms(x: Tensor) -> Tensor:

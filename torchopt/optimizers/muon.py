@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import tree
+from torchopt.base.distributed import spread_as, whole
 from torchopt.base.numerics import moving_average
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
@@ -72,8 +73,9 @@ class ScaleByMuon(TensorTransformation):
             raise ValueError(f"A gradient {self.refuses(g)}")
         b = moving_average(slots[0], g, momentum)
         ahead = moving_average(g, b, 1 - momentum) if nesterov else b
-        o = orthogonalized(ahead.to(ns_dtype), ns_coefficients, ns_steps, eps).to(g.dtype)
-        return o * _scale_of(g.shape, adjust_lr_fn), (b,)
+        # whole, if it is spread over processes: they would add up what has been rounded
+        o = orthogonalized(whole(ahead).to(ns_dtype), ns_coefficients, ns_steps, eps).to(g.dtype)
+        return spread_as(o * _scale_of(g.shape, adjust_lr_fn), g), (b,)
 
 
 def orthogonalized(x: Tensor, coefficients: tuple[Any, ...], steps: int, eps: Any) -> Tensor:

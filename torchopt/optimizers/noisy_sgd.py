@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base.distributed import spread_as
 from torchopt.base.numerics import power, root
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
@@ -40,7 +41,8 @@ class AddNoise(GradientTransformation):
         for g, t, h, position in zip(leaves.g, leaves.t, leaves.hyper, leaves.index):
             variance = h["eta"] / power(t, h["gamma"])
             size = root(variance) if isinstance(variance, Tensor) else variance**0.5
-            updates.append(g + normal(g, h["seed"], t, names[position]) * size)
+            noise = spread_as(normal(g, h["seed"], t, names[position]), g)
+            updates.append(g + noise * size)
         return updates, leaves.slots
 
 

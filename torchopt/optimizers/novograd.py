@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
+from torchopt.base.distributed import whole
 from torchopt.base.numerics import add_scaled, is_zero, moving_average, root
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
@@ -39,6 +40,7 @@ class ScaleByNovograd(TensorTransformation):
     slots = (Slot("exp_avg"), Slot("exp_avg_sq", shape=_of_a_number))
     uses_step = True
     accepts_complex = False
+    batches = True
 
     def rule(
         self,
@@ -54,7 +56,7 @@ class ScaleByNovograd(TensorTransformation):
         """Return the new momentum, of normalized gradients and decay."""
         b1, b2 = betas
         m, v = slots
-        v = _second_moment(v, g.square().sum(), b2, t)
+        v = _second_moment(v, whole(g.square().sum()), b2, t)
         u = g / (root(v) + eps)
         if not is_zero(weight_decay):
             u = add_scaled(u, misuse.given_params("Weight decay", p), weight_decay)

@@ -16,7 +16,7 @@ from torchopt.optim.meta_optimizer import MetaOptimizer
 from torchopt.optim.named import from_recipe, meta_from_recipe
 from torchopt.optim.optimizer import Optimizer
 from torchopt.transforms.basic import scale_by_learning_rate
-from torchopt.transforms.clip import square_sum
+from torchopt.transforms.clip import all_zero, square_sum
 from torchopt.typing import Hyperparameter
 
 
@@ -37,6 +37,8 @@ class ScaleByPolyak(GradientTransformation):
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Multiply all gradients by the step size that the loss and their common norm give."""
         value = leaves.call.extra.get("value")
+        if value is None and all_zero(leaves.g):
+            return [torch.zeros_like(g) for g in leaves.g], leaves.slots
         if not isinstance(value, (int, float, Tensor)) or (
             isinstance(value, Tensor) and value.numel() != 1
         ):
@@ -92,7 +94,10 @@ def scale_by_polyak(
 
     The value :math:`f` of the loss comes with each update: ``update(grads, state, params,
     value=loss)``; :meth:`torchopt.Optimizer.step` takes that of its closure, and
-    :meth:`torchopt.MetaOptimizer.step` its loss, or what ``value`` says beside ``grads``.
+    :meth:`torchopt.MetaOptimizer.step` its loss, or what ``value`` says beside ``grads``. It is the
+    loss whose gradient is given: the mean, where gradients of several batches or processes are
+    averaged (parameters of FSDP2 tell the processes, and the mean is taken here). A step from
+    gradients that are all zero needs none.
 
     No slots. Differentiable in gradients, the value and every number; with the gradient that is
     zero everywhere no derivative passes.

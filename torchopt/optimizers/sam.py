@@ -145,8 +145,13 @@ class SAM(Optimizer):
             p.copy_(value)
         self._before = None
 
-    def second_step(self) -> None:
+    def second_step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Go back, and take the step of ``base`` with the gradients where :meth:`first_step` led.
+
+        Args:
+            scaler: What the losses of both passes were scaled by. It unscales the gradients, and
+                leaves the step out if one is not finite; call its ``update`` afterwards. The first
+                gradients stay as they are: their size does not count.
 
         Raises:
             RuntimeError: If :meth:`first_step` was not called before.
@@ -159,7 +164,10 @@ class SAM(Optimizer):
         self.restore()
         self._at_ascent = True
         try:
-            self.step()
+            if scaler is None:
+                self.step()
+            else:
+                scaler.step(self)
         finally:
             self._at_ascent = False
 

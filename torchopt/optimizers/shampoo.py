@@ -63,6 +63,7 @@ class ScaleByShampoo(TensorTransformation):
         *for_dimensions("inverse_root", _has_root, identity),
         *for_dimensions("diagonal", _has_diagonal, square=False),
     )
+    gathers = True
     uses_step = True
     accepts_complex = False
 

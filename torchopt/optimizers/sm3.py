@@ -37,6 +37,7 @@ class ScaleBySM3(TensorTransformation):
     # a tensor has as many vectors as dimensions: they stand in one, one after the other
     slots = (Slot("accumulator", shape=_slices), Slot("momentum_buffer"))
     accepts_complex = False
+    batches = True
 
     def rule(
         self, g: Tensor, p: Any, t: Step, slots: tuple, *, momentum: Any, eps: Any

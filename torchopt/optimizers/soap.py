@@ -69,6 +69,7 @@ class ScaleBySoap(TensorTransformation):
         *for_dimensions("preconditioner", _has_basis),
         *for_dimensions("basis", _has_basis, identity),
     )
+    gathers = True
     uses_step = True
     accepts_complex = False
 

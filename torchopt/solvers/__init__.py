@@ -4,9 +4,9 @@ A solver calls the function itself, as often as it needs. How the solution is di
 object of its own: implicitly, by recording the iterations, or not at all.
 """
 
+from torchopt.diff.adjoints.unrolled import Unrolled as Unrolled
 from torchopt.solvers.base import Solution as Solution
 from torchopt.solvers.base import Solver as Solver
-from torchopt.solvers.base import Unrolled as Unrolled
 from torchopt.solvers.base import minimize as minimize
 from torchopt.solvers.bisection import Bisection as Bisection
 from torchopt.solvers.broyden import Broyden as Broyden

@@ -239,37 +239,6 @@ class Adjoint(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Unrolled:
-    """Differentiate a solver by recording its iterations.
-
-    The solution is then differentiable in the start and in ``args``, in tensors that the function
-    closes over, and in hyperparameters that are tensors: exactly, for the iterations that were
-    made. Memory grows with them. Lengths of steps are part of the graph. Decisions (which steps to
-    try, which pairs to remember, when to end) have no derivative.
-
-    Example:
-        >>> import torch, torchopt
-        >>> from torchopt.solvers import GradientDescent, Unrolled, minimize
-        >>> target = torch.tensor(3.0, requires_grad=True)
-        >>> fn = lambda p, target: (p - target).square()
-        >>> solver = GradientDescent(torchopt.sgd(0.25), max_iter=2)
-        >>> solution = minimize(fn, solver, torch.tensor(0.0), target, adjoint=Unrolled())
-        >>> torch.autograd.grad(solution.params, target)  # 1 - (1 - 2 * 0.25) ** 2
-        (tensor(0.7500),)
-    """
-
-    def __call__(
-        self,
-        solver: Solver[Any],
-        fn: Callable[..., Tensor],
-        params: TensorTree,
-        args: tuple[PyTree, ...],
-    ) -> Solution:
-        """Run the loop, recording it."""
-        return solver.run(fn, params, *args, create_graph=torch.is_grad_enabled())
-
-
 def minimize(
     fn: Callable[..., Tensor],
     solver: Solver[Any],
@@ -287,7 +256,7 @@ def minimize(
         params: The start, any tree of floating-point or complex tensors. Left as it is.
         *args: Passed on to ``fn``.
         adjoint: How to differentiate the solution. ``None``: not at all, its tensors are cut from
-            the graph; :class:`torchopt.solvers.Unrolled`: by recording the iterations;
+            the graph; :class:`torchopt.diff.Unrolled`: by recording the iterations;
             :class:`torchopt.diff.Implicit`: by the condition that it satisfies.
 
     Returns:

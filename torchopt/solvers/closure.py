@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
+from torchopt.base.distributed import mean_of_processes, spread_as
 from torchopt.base.misuse.given import given
 from torchopt.solvers.flat import Layout, Number, Objective
 
@@ -69,14 +70,14 @@ class ClosureObjective(Objective):
                 f"The closure of {self.title}.step must return one real number, got "
                 f"{misuse.short(loss)}. Take its mean(), sum(), abs() or real."
             )
-        return loss.item()
+        return mean_of_processes(loss, self.params).item()
 
     def write(self, x: Tensor) -> None:
         """Put a vector into the parameters."""
         if x is not self.written:
             self.written = x
             for p, part in zip(self.params, self.layout.leaves(x)):
-                p.copy_(part)
+                p.copy_(spread_as(part, p))
 
     def restore(self) -> None:
         """Put back what the parameters held at first."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from typing_extensions import TypeAlias
 
 from torchopt.base import misuse, tree
+from torchopt.base.distributed import whole
 from torchopt.base.misuse.given import given
-from torchopt.base.numerics import to_compute_dtype
+from torchopt.base.numerics import as_pairs, from_pairs, to_compute_dtype
 from torchopt.typing import PyTree, TensorTree
 
 
@@ -65,9 +66,9 @@ class Layout:
         return torch.cat([self._reals(leaf) for leaf in leaves if leaf is not None])
 
     def _reals(self, leaf: Tensor) -> Tensor:
+        leaf = whole(leaf)  # every process has the vector of all
         if leaf.is_complex():
-            # not view_as_real, whose derivative refuses what begins at an odd place
-            leaf = torch.stack([leaf.real, leaf.imag], -1)
+            leaf = as_pairs(leaf)
         return leaf.reshape(-1).to(self.dtype)
 
     def unflatten(self, x: Tensor) -> TensorTree:
@@ -94,9 +95,7 @@ def _real_dtype(leaf: Tensor) -> torch.dtype:
 
 def _shaped(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
-        pairs = part.reshape(*shape, 2)
-        # not view_as_complex, which refuses what begins at an odd place
-        part = torch.complex(pairs[..., 0], pairs[..., 1])
+        part = from_pairs(part.reshape(*shape, 2))
     return part.reshape(shape).to(dtype)
 
 

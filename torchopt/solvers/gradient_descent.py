@@ -38,7 +38,7 @@ class GradientDescent(Solver[DescentState]):
         max_iter: Most iterations.
         max_eval: Most calls of the function, one for each iteration and one at the start.
 
-    Differentiable, with :class:`torchopt.solvers.Unrolled`, in the start, the arguments of the
+    Differentiable, with :class:`torchopt.diff.Unrolled`, in the start, the arguments of the
     function and the hyperparameters of the transformation.
 
     Raises:

@@ -108,7 +108,7 @@ class LBFGS(Solver[LBFGSState]):
         max_eval: Most calls of the function (a line search ends at this number or one later);
             ``None`` for no limit.
 
-    Differentiable, with :class:`torchopt.solvers.Unrolled`, in the start, the arguments of the
+    Differentiable, with :class:`torchopt.diff.Unrolled`, in the start, the arguments of the
     function and ``lr``. Parameters in half precision are computed with in float32. Decisions depend
     on values, so there is no ``vmap``.
 

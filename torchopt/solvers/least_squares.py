@@ -39,7 +39,7 @@ def least_squares(
         *args: Passed on to ``fn``.
         adjoint: How to differentiate the solution: :class:`torchopt.diff.Implicit`, the default, by
             the gradient that is zero there (with the second derivatives of the residuals, which
-            Gauss-Newton leaves out of its steps); :class:`torchopt.solvers.Unrolled`: by recording
+            Gauss-Newton leaves out of its steps); :class:`torchopt.diff.Unrolled`: by recording
             the iterations; ``None``: not at all.
 
     Returns:

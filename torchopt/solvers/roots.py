@@ -157,7 +157,7 @@ def find_root(
         *args: Passed on to ``fn``.
         adjoint: How to differentiate the solution: :class:`torchopt.diff.Implicit`, the default, by
             :math:`F = 0` and one linear system, in ``args`` and in tensors that ``fn`` closes over;
-            :class:`torchopt.solvers.Unrolled`: by recording the iterations; ``None``: not at all.
+            :class:`torchopt.diff.Unrolled`: by recording the iterations; ``None``: not at all.
 
     Returns:
         The last parameters, the Euclidean norm of the residual (``value``), its largest entry

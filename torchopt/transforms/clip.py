@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base.distributed import greatest
+from torchopt.base.distributed import whole as whole_number
 from torchopt.base.numerics import root
+from torchopt.base.torch_internals import peek_interpreter_stack
 from torchopt.core.engine import Leaves
 from torchopt.core.hyper import check_number, hyper
 from torchopt.core.rules import ElementwiseTransformation
@@ -67,8 +70,7 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """
     first = tensors[0]
     if order == math.inf:
-        parts = [g.abs().max() for g in tensors if g.numel()]
-        parts = [whole_number(part).to(device=first.device) for part in parts]
+        parts = [greatest(g).to(device=first.device) for g in tensors if g.numel()]
         return torch.stack(parts or [whole_number(first.new_zeros(()))]).max()
     if order == 2.0:
         return root(square_sum(tensors))
@@ -80,6 +82,20 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     return total if order == 1.0 else _safe_power(total, 1.0 / order)
 
 
+def all_zero(tensors: list[Tensor]) -> bool:
+    """Whether there is no gradient anywhere: then a step needs no loss, and no second gradient.
+
+    What makes the state of an optimizer before there is one (``torch.distributed.checkpoint``)
+    takes a step from gradients that are zero, and has no closure. The entries are read, which waits
+    for the device; where they cannot be (a compiler, ``torch.func``), the answer is no.
+    """
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
+        return False
+    if any(g.layout != torch.strided for g in tensors):
+        return False
+    return not global_norm([g.detach() for g in tensors], math.inf).item()
+
+
 def square_sum(tensors: list[Tensor]) -> Tensor:
     """Return the squared norm of all tensors taken as one vector; see :func:`global_norm`."""
     return sum_of_parts([g.square().sum() for g in tensors])
@@ -89,16 +105,6 @@ def sum_of_parts(parts: list[Tensor]) -> Tensor:
     """Return the sum of 0-d tensors that may be on several devices, or distributed."""
     device = parts[0].device
     return torch.stack([whole_number(part).to(device=device) for part in parts]).sum()
-
-
-def whole_number(part: Tensor) -> Tensor:
-    """Return a 0-d tensor as a plain one: that of a DTensor, the same on every process.
-
-    Plain and distributed tensors, or those of two meshes, cannot be added otherwise.
-    """
-    if type(part) is Tensor or not hasattr(part, "full_tensor"):
-        return part
-    return part.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _safe_power(x: Tensor, exponent: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
+from torchopt.base.distributed import spread_as, whole
 from torchopt.core.engine import Leaves
 from torchopt.core.rules import ElementwiseTransformation
 from torchopt.core.transform import GradientTransformation, transformation
@@ -81,14 +82,15 @@ class Project(GradientTransformation):
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
         """Return the way from each parameter to the projection of where it was led."""
         params = [misuse.given_params("project", p) for p in leaves.p]
-        new: Any = [p + g for p, g in zip(params, leaves.g)]
+        # a projection sees whole tensors, if they are spread over processes
+        new: Any = [whole(p + g) for p, g in zip(params, leaves.g)]
         new = [self.projection(x) for x in new] if self.each else self.projection(new)
         if not isinstance(new, (list, tuple)) or len(new) != len(params):
             raise TypeError(
                 f"The projection must return as many tensors as it is given, {len(params)}, got "
                 f"{misuse.short(new)}."
             )
-        return [x - p for x, p in zip(new, params)], leaves.slots
+        return [spread_as(x, p) - p for x, p in zip(new, params)], leaves.slots
 
 
 def project(

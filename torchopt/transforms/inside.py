@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
+from torchopt.base.distributed import whole
 from torchopt.core import hyper
-from torchopt.core.engine import Leaves, part_slots, run
+from torchopt.core.engine import Leaves, run
 from torchopt.core.evaluation import converted, evaluates
+from torchopt.core.gather import part_slots
 from torchopt.core.pair import as_transformation
 from torchopt.core.slots import Slot
 from torchopt.core.sparse_entries import ChangedSlot
@@ -322,5 +324,6 @@ def count_of(t: Any) -> int:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all entries of tensors are finite; read once, which waits for the device."""
-    flags = [(g._values() if g.layout == torch.sparse_coo else g).isfinite().all() for g in tensors]
+    values = [g._values() if g.layout == torch.sparse_coo else g for g in tensors]
+    flags = [whole(x.isfinite().all()) for x in values]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from torchopt.base import misuse
-from torchopt.core.engine import Leaves, part_slots
+from torchopt.core.engine import Leaves
+from torchopt.core.gather import part_slots
 from torchopt.core.hyper import hyper
 from torchopt.core.slots import PARAM, Slot
 from torchopt.core.transform import GradientTransformation, transformation

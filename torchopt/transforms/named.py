@@ -12,8 +12,9 @@ from torch import Tensor
 from torchopt.base import misuse
 from torchopt.core import hyper
 from torchopt.core.chaining import chain
-from torchopt.core.engine import Leaves, part_slots, run
+from torchopt.core.engine import Leaves, run
 from torchopt.core.evaluation import converted, evaluates
+from torchopt.core.gather import part_slots
 from torchopt.core.pair import as_transformation
 from torchopt.core.slots import Counter, Slot
 from torchopt.core.transform import GradientTransformation, check_transformation, transformation

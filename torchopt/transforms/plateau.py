@@ -14,6 +14,7 @@ from torchopt.core.engine import Call, Leaves
 from torchopt.core.hyper import choice, hyper
 from torchopt.core.slots import Slot
 from torchopt.core.transform import GradientTransformation, transformation
+from torchopt.transforms.clip import all_zero
 from torchopt.typing import Hyperparameter
 
 
@@ -59,9 +60,10 @@ class ReduceOnPlateau(GradientTransformation):
     def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple[Tensor | None, ...]]]:
         """Take the value of the loss in, and multiply all gradients by the scale that is now."""
         own = leaves.call.pairs[id(self)]
-        row = _common_row(leaves.hyper)
-        value = _value(leaves.call.extra.get("value"), own.value["avg_value"])
-        own.value = _after(own.value, -value if row["mode"] == "max" else value, **row)
+        row, given = _common_row(leaves.hyper), leaves.call.extra.get("value")
+        if given is not None or not all_zero(leaves.g):
+            value = _value(given, own.value["avg_value"])
+            own.value = _after(own.value, -value if row["mode"] == "max" else value, **row)
         scale = own.value["scale"]
         return [g * scale.to(device=g.device, dtype=g.dtype) for g in leaves.g], leaves.slots
 

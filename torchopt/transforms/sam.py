@@ -13,7 +13,7 @@ from torchopt.core.call_trees import as_list, as_tree
 from torchopt.core.engine import Leaves
 from torchopt.core.hyper import flag, hyper
 from torchopt.core.transform import GradientTransformation, transformation
-from torchopt.transforms.clip import global_norm
+from torchopt.transforms.clip import all_zero, global_norm
 from torchopt.transforms.inside import Wrapper, prepared
 from torchopt.typing import Hyperparameter
 
@@ -62,13 +62,16 @@ class SharpnessAware(Wrapper):
         """Return the gradients at the ascended point, as the inside takes them."""
         call = leaves.call
         grad_fn = call.extra.get("grad_fn")
+        if grad_fn is None and all_zero(leaves.g):
+            return leaves.g  # there is no way up, so these are the gradients there
         if not callable(grad_fn):
             given = "none" if grad_fn is None else misuse.short(grad_fn)
             raise ValueError(
                 f"sam needs the gradients at a second point, got {given} of a function of the "
                 "parameters. Write tx.update(grads, state, params, grad_fn=...), or "
                 "optimizer.step(closure) with a closure that computes the loss anew; of a "
-                "torchopt.SAM also first_step() and second_step()."
+                "torchopt.SAM also first_step() and second_step(), or second_step(scaler) where a "
+                "torch.amp.GradScaler scales the losses."
             )
         values = list(call.p)
         for i, p, e in zip(leaves.index, leaves.p, self.ascents(leaves)):
@@ -120,8 +123,8 @@ def sam(
       gradients, ``torch.func.grad(loss)``, say, on the same batch. Optax calls this opaque mode,
       and gives the function a number besides.
     * :class:`torchopt.SAM` and ``torchopt.Optimizer``: ``step(closure)``, which calls the closure
-      twice; or :meth:`torchopt.SAM.first_step` and :meth:`torchopt.SAM.second_step` in a loop of
-      one's own.
+      twice, and refuses one that does not begin with ``zero_grad()``; or
+      :meth:`torchopt.SAM.first_step` and :meth:`torchopt.SAM.second_step` in a loop of one's own.
     * :class:`torchopt.MetaSAM` and ``torchopt.MetaOptimizer``: ``step(closure)``, where the closure
       returns the loss.
 

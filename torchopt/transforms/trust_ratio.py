@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
+from torchopt.base.distributed import whole
 from torchopt.base.numerics import is_zero, root
 from torchopt.core.hyper import hyper
 from torchopt.core.rules import TensorTransformation
@@ -17,6 +18,8 @@ from torchopt.typing import Hyperparameter, Step
 
 class TrustRatio(TensorTransformation):
     """The rule of :func:`scale_by_trust_ratio`; subclasses say which of its numbers may be set."""
+
+    batches = True
 
     def rule(
         self,
@@ -40,7 +43,7 @@ class TrustRatio(TensorTransformation):
 
 def _norm(x: Tensor, floor: Any) -> Tensor:
     """Return the norm of all entries, or its floor; derivatives of any order are zero at zero."""
-    norm = root(x.square().sum())
+    norm = root(whole(x.square().sum()))
     if is_zero(floor):
         return norm
     if isinstance(floor, Tensor):

@@ -20,6 +20,7 @@ class Centralize(TensorTransformation):
     """Subtract the mean of each output unit; see :func:`centralize`."""
 
     accepts_complex = False
+    batches = True
 
     def rule(self, g: Tensor, p: Any, t: Step, slots: tuple) -> tuple[Tensor, tuple]:
         """Return ``g`` minus its mean over all dimensions but the first."""
@@ -59,6 +60,7 @@ class ClipByBlockRms(TensorTransformation):
     threshold: Hyperparameter = hyper(gt=0, scalar=True)
 
     accepts_complex = False
+    batches = True
 
     def rule(
         self, g: Tensor, p: Any, t: Step, slots: tuple, *, threshold: Any
@@ -102,6 +104,7 @@ class AdaptiveGradClip(TensorTransformation):
     dim: int | tuple[int, ...] | None = None
 
     accepts_complex = False
+    batches = True
 
     def rule(
         self, g: Tensor, p: Tensor | None, t: Step, slots: tuple, *, clipping: Any, eps: Any

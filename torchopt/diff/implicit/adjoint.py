@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.base.levels import is_tracked
 from torchopt.base.misuse.given import given
 from torchopt.diff.implicit.condition import Argument, Condition, Sealed
 from torchopt.diff.implicit.decorators import check_residual, check_solve
@@ -92,11 +91,7 @@ class Implicit:
         title = f"the gradient of {given(fn)}" if tags else ""
         condition = Condition(function, found, arguments, self.solve, tags, title)
         condition.warn_of_constants("all", params)
-        tracked = any(map(is_tracked, condition.parameters))
-        if not tracked and self.residual_check is None:
-            return dataclasses.replace(end, params=found)
-        condition.check(self.residual_check)
-        if not tracked:
+        if not condition.is_differentiated(self.residual_check):
             return dataclasses.replace(end, params=found)
         if failed:
             warnings.warn(

@@ -198,6 +198,13 @@ class Condition(System):
             if not size <= bound:
                 raise ValueError(_unsatisfied(self, size, bound))
 
+    def is_differentiated(self, bound: float | None) -> bool:
+        """Check the condition where that is asked for or recorded, and return whether it is."""
+        recording = torch.is_grad_enabled() or any_level() or in_forward_mode()
+        if recording or bound is not None:
+            self.check(bound)
+        return any(map(is_tracked, self.parameters))
+
     def _keep(self, used: list[bool]) -> None:
         """Drop tensors that the function could use, and does not: a network's own weights, say."""
         n, m = len(self._wanted), len(self._wanted) + len(self._hidden)

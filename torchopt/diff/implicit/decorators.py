@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torchopt.base import tree
-from torchopt.base.levels import is_tracked
 from torchopt.base.misuse.given import given, short
 from torchopt.core import hyper
 from torchopt.diff.implicit.binding import Argnums, Binding, check_argnums
@@ -112,10 +111,7 @@ def custom_root(
             solution, aux = solved(solver, positional, keywords, has_aux)
             condition = Condition(optimality_fn, solution, arguments, solve)
             condition.warn_of_constants(short(argnums), positional[0])
-            tracked = any(map(is_tracked, condition.parameters))
-            if tracked or residual_check is not None:
-                condition.check(residual_check)
-            if any(map(is_tracked, condition.parameters)):
+            if condition.is_differentiated(residual_check):
                 solution = condition.solution()
             return (solution, aux) if has_aux else solution
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
+from torchopt.base.numerics import as_pairs, from_pairs
 from torchopt.diff.pullback import Tensors
 from torchopt.typing import PyTree
 
@@ -82,9 +83,7 @@ class Unknowns:
                 )
             shape, dtype = self.likes[len(result)]
             if kind and not pairs:
-                x = torch.view_as_real(
-                    (x if x.is_complex() else torch.complex(x, 0 * x)).resolve_conj()
-                )
+                x = as_pairs(x if x.is_complex() else torch.complex(x, 0 * x))
             if x.shape != shape:
                 raise ValueError(
                     f"{what} must have the shapes of the solution: {tuple(shape)} at "
@@ -106,8 +105,8 @@ def _is_real_or_complex(leaf: Any) -> bool:
 
 
 def _real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return as_pairs(x) if x.is_complex() else x
 
 
 def _restored(x: Tensor, is_complex: bool) -> Tensor:
-    return torch.view_as_complex(x.contiguous()) if is_complex else x
+    return from_pairs(x) if is_complex else x

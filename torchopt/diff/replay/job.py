@@ -26,6 +26,33 @@ class Point:
 
 
 @dataclass
+class Scope:
+    """What a node of the graph has to know of the tensors that it is given.
+
+    They are some of its own (``carry_at`` and ``xs_at`` say how many), and those closed over.
+    """
+
+    consts: list[Tensor]
+    functional: bool  #: Whether levels of torch.func are open.
+    keeps_outside: bool  #: Whether a graph from outside is part of its own.
+    devices: list[int]
+    carry_at: list[int]
+    xs_at: list[int]
+
+
+@dataclass
+class Recorded:
+    """A step with its graph; under torch.func only what it is to be taken with."""
+
+    leaves: list[Any]
+    row: Sequence[Tensor]
+    consts: Sequence[Tensor]
+    outputs: list[Any]
+    by: list[Tensor]
+    create_graph: bool
+
+
+@dataclass
 class Job:
     """A loop, and what watching its first step has told.
 
@@ -36,7 +63,7 @@ class Job:
     loop: Loop
     consts: list[Tensor]
     functional: bool  #: Whether levels of torch.func are open.
-    records: bool  #: Whether the step calls autograd itself, and so needs a graph in each run.
+    calls: int  #: How often the step calls autograd itself; then it needs a graph in each run.
     keeps_outside: bool  #: Whether a graph from outside is part of that of each step.
     devices: list[int]
     autocast: Autocast
@@ -49,9 +76,8 @@ class Job:
         self.xs_at = [i for i, x in enumerate(self.loop.xs) if isinstance(x, Tensor)]
         self.carry = [self.loop.start[i] for i in self.carry_at]
         self.xs = [self.loop.xs[i] for i in self.xs_at]
-        self.carry_differs = [_is_smooth(x) for x in self.carry]
-        self.xs_differ = [_is_smooth(x) and may_have_derivative(x) for x in self.xs]
-        self.counts = {"advances": 0, "recorded": 0, "carries": 0}
+        self.carry_differs = [is_smooth(x) for x in self.carry]
+        self.xs_differ = [is_smooth(x) and may_have_derivative(x) for x in self.xs]
 
     # Tensors and leaves ------------------------------------------------------------------------
 
@@ -119,14 +145,14 @@ class Job:
         self, leaves: list[Any], x: Any, consts: Sequence[Tensor]
     ) -> tuple[list[Any], list[Any]]:
         """Take one step of which nothing is recorded."""
-        if not self.records:
+        if not self.calls:
             with torch.no_grad(), self.reading(consts):
                 return self.loop.take(leaves, x)
         with torch.enable_grad(), self.reading(consts):
             for i, smooth in zip(self.carry_at, self.carry_differs):
                 leaves[i] = leaves[i].detach().requires_grad_(smooth)
             carry, y = self.loop.take(leaves, x)
-        return _cut(carry), _cut(y)
+        return cut(carry), cut(y)
 
     def sweep(
         self,
@@ -148,30 +174,30 @@ class Job:
             rows.append(y)
         return leaves, rows
 
-    def pull(
-        self,
-        leaves: list[Any],
-        row: Sequence[Tensor],
-        consts: Sequence[Tensor],
-        cotangents: Sequence[Tensor | None],
-        create_graph: bool,
-    ) -> list[Tensor | None]:
-        """Take one step with a graph, and return the derivatives by its tensors.
-
-        ``cotangents`` are those of the carry's tensors, and of the leaves of ``y``.
-        """
-        self.counts["recorded"] += 1
+    def record(
+        self, leaves: list[Any], row: Sequence[Tensor], consts: Sequence[Tensor], create_graph: bool
+    ) -> Recorded:
+        """Take one step with a graph; its inputs are leaves of it, or nodes of their own."""
         if self.functional:
-            return self._pull_functional(leaves, row, consts, cotangents)
-        carry = self.tensors(leaves)
-        given = [*_inputs(carry, self.carry_differs, create_graph)]
+            return Recorded(leaves, row, consts, [], [], create_graph)
+        given = [*_inputs(self.tensors(leaves), self.carry_differs, create_graph)]
         given_x = [*_inputs(row, self.xs_differ, create_graph)]
         with torch.enable_grad(), self.reading(consts):
             for i, tensor in zip(self.carry_at, given):
                 leaves[i] = tensor
             new, y = self.loop.take(leaves, self.from_row(given_x) if row else self.x((), 0))
-        pairs = _pairs([*self.tensors(new), *y], cotangents)
         by = [t for t, d in zip([*given, *given_x, *consts], self.differs()) if d]
+        return Recorded(new, row, consts, [*self.tensors(new), *y], by, create_graph)
+
+    def pull(self, recorded: Recorded, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the derivatives of a step by its tensors.
+
+        ``cotangents`` are those of the carry's tensors, and of the leaves of ``y``.
+        """
+        if self.functional:
+            return self._pull_functional(recorded, cotangents)
+        pairs = _pairs(recorded.outputs, cotangents)
+        by, create_graph = recorded.by, recorded.create_graph
         if not pairs or not by:
             return self._placed([None] * len(by))
         outputs, seeds = zip(*pairs)
@@ -186,13 +212,10 @@ class Job:
         return self._placed(grads)
 
     def _pull_functional(
-        self,
-        leaves: list[Any],
-        row: Sequence[Tensor],
-        consts: Sequence[Tensor],
-        cotangents: Sequence[Tensor | None],
+        self, recorded: Recorded, cotangents: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        flat = [*self.tensors(leaves), *row, *consts]
+        leaves, row = list(recorded.leaves), recorded.row
+        flat = [*self.tensors(leaves), *row, *recorded.consts]
         at = [i for i, d in enumerate(self.differs()) if d]
         wanted = [i for i, c in enumerate(cotangents) if c is not None]
 
@@ -210,7 +233,7 @@ class Job:
 
         if not wanted or not at:
             return self._placed([None] * len(at))
-        _, pull = torch.func.vjp(outputs, *(flat[i] for i in at))
+        pull = torch.func.vjp(outputs, *(flat[i] for i in at))[1]
         return self._placed(pull(tuple(c for c in cotangents if c is not None)))
 
     def _placed(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -219,11 +242,13 @@ class Job:
         return [next(rest) if d else None for d in self.differs()]
 
 
-def _is_smooth(tensor: Tensor) -> bool:
+def is_smooth(tensor: Tensor) -> bool:
+    """Whether there are derivatives by tensors of this dtype."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _cut(leaves: Sequence[Any]) -> list[Any]:
+def cut(leaves: Sequence[Any]) -> list[Any]:
+    """Return leaves without their history."""
     return [x.detach() if isinstance(x, Tensor) else x for x in leaves]
 
 

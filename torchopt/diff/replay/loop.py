@@ -34,6 +34,7 @@ class Loop:
         self.paths = tree.leaf_paths(carry)
         self.xs, self.xs_spec = tree.flatten(xs)
         self.length = _length(self.xs, tree.leaf_names(xs), length)
+        self.end = self.spec  # the structure of the last carry
         self.y_spec: Any = None
         self.y_names: list[str] = []
         self.y_likes: list[Any] = []
@@ -50,24 +51,40 @@ class Loop:
             ValueError: If it returns a carry of another structure, or a leaf of another shape,
                 dtype or device, or ``y`` of another structure than before.
         """
-        result = self.step(tree.unflatten(self.spec, leaves), x)
+        carry, y = self.step_from(tree.unflatten(self.spec, leaves), x)
+        new, spec = tree.flatten(carry)
+        if spec == self.spec:
+            return new, y
+        difference = _other_node(spec, self.spec)
+        if difference is not None:
+            raise ValueError(
+                f"step must keep the structure of the carry, and what its {difference.__name__} "
+                "holds beside its leaves; a step that is taken again starts from the first."
+            )
+        by_path = dict(zip(tree.leaf_paths(carry), new))
+        return [by_path[path] for path in self.paths], y
+
+    def step_from(self, carry: PyTree, x: PyTree) -> tuple[PyTree, list[Any]]:
+        """Take one step; return the carry as the step returned it, and the leaves of ``y``."""
+        result = self.step(carry, x)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(
                 "step must return the pair (carry, y); return (carry, None) where there is no y. "
                 f"Got {given(result)}."
             )
         carry, y = result
-        new = self._carry_leaves(carry)
-        for path, old_leaf, new_leaf in zip(self.paths, leaves, new):
+        leaves, spec = tree.flatten(carry)
+        if spec != self.spec:
+            leaves = self._in_order(carry, leaves)
+        for path, old_leaf, new_leaf in zip(self.paths, self.start, leaves):
             if not _alike(old_leaf, new_leaf):
                 _refuse_leaf(called(tree.dotted(path), "the carry"), old_leaf, new_leaf)
-        return new, self._y_leaves(y)
+        return carry, self._y_leaves(y)
 
-    def _carry_leaves(self, carry: PyTree) -> list[Any]:
-        leaves, spec = tree.flatten(carry)
-        if spec == self.spec:
-            return leaves
+    def _in_order(self, carry: PyTree, leaves: list[Any]) -> list[Any]:
         paths = tree.leaf_paths(carry)
+        if paths == self.paths:
+            return leaves
         by_path = dict(zip(paths, leaves))
         if len(paths) != len(self.paths) or by_path.keys() != set(self.paths):
             difference = tree.first_difference(paths, self.paths)
@@ -104,14 +121,22 @@ class Loop:
 
     def result(self, leaves: Sequence[Any], ys: Sequence[Any]) -> tuple[PyTree, PyTree]:
         """Return what the loop returns."""
-        return tree.unflatten(self.spec, list(leaves)), tree.unflatten(self.y_spec, list(ys))
+        return tree.unflatten(self.end, list(leaves)), tree.unflatten(self.y_spec, list(ys))
 
-    def plain(self) -> tuple[list[Any], list[Any]]:
-        """Run all steps as they are; whatever is recording records them."""
-        leaves, rows = self.start, []
+    def plain(
+        self,
+        before: Callable[[int, PyTree], PyTree] = lambda t, carry: carry,
+        after: Callable[[int, list[Any]], list[Any]] = lambda t, y: y,
+    ) -> tuple[list[Any], list[Any]]:
+        """Run all steps as they are; whatever is recording records them.
+
+        ``before`` may exchange the carry before each step, and ``after`` its ``y``.
+        """
+        carry, rows = tree.unflatten(self.spec, self.start), []
         for t in range(self.length):
-            leaves, y = self.take(leaves, self.x(self.xs, t))
-            rows.append(y)
+            carry, y = self.step_from(before(t, carry), self.x(self.xs, t))
+            rows.append(after(t, y))
+        leaves, self.end = tree.flatten(carry)
         return leaves, self.stacked(rows)
 
 
@@ -152,6 +177,24 @@ def _length(xs: list[Any], names: list[str], length: int | None) -> int:
     return number
 
 
+def _other_node(spec: Any, other: Any) -> type | None:
+    """Return the class of the first node of two trees with the same paths that differs.
+
+    Plain containers may stand for each other, as the tuple that ``autograd.grad`` returns for a
+    list; what another node holds beside its leaves has to be the same.
+    """
+    if spec == other:
+        return None
+    if not _is_container(spec.type) or not _is_container(other.type):
+        return other.type or spec.type
+    found = (_other_node(a, b) for a, b in zip(spec.children(), other.children()))
+    return next((node for node in found if node is not None), None)
+
+
+def _is_container(kind: type | None) -> bool:
+    return kind is not None and issubclass(kind, (tuple, list, dict))
+
+
 def _likes(leaves: Sequence[Any]) -> list[Any]:
     """Return examples to compare leaves with, that hold no graph and no memory of their own."""
     return [
@@ -185,8 +228,7 @@ def _refuse_leaf(what: str, old: Any, new: Any) -> None:
     if isinstance(new, Tensor) and isinstance(old, (int, float)):
         cure = f" Start from torch.tensor({old})."
     raise TypeError(
-        f"step must keep the kind of {what}: it was {given(old)} and is "
-        f"{given(new)}.{cure}"
+        f"step must keep the kind of {what}: it was {given(old)} and is {given(new)}.{cure}"
     )
 
 

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import tree
-from torchopt.base.torch_internals import (
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
-    temporarily_clear_interpreter_stack,
-)
+from torchopt.base.torch_internals import temporarily_clear_interpreter_stack
 from torchopt.base.values import describe
 from torchopt.diff.replay import watch
 from torchopt.diff.replay.loop import Loop, called
@@ -28,7 +24,7 @@ class Watched:
     consts: list[Tensor]
     leaves: list[Any]
     y: list[Any]
-    records: bool
+    calls: int  # of autograd in the step
     keeps_outside: bool
     results_differ: list[bool]
 
@@ -41,25 +37,25 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
             computed from another.
     """
     random = RandomState.now(devices)
-    first, seen, given = _take(loop, functional)
+    first, seen, given = one_step(loop, functional)
     inside = {id(t) for t in given}
     outside = [t for t in seen.read.values() if watch.may_have_derivative(t)]
     outside = [t for t in outside if id(t) not in inside]
     if functional or any(t.grad_fn is not None for t in outside):
         # what an unseen operation of the step has made is another object each time
         random.put_back()
-        _, again, _ = _take(loop, functional)
+        _, again, _ = one_step(loop, functional)
         outside = [t for t in outside if id(t) in again.read]
     random.put_back()
-    names = watch.names_in(loop.step)
-    _refuse_changes(loop, seen, given, names)
+    _refuse_changes(loop, seen, given)
     leaves, y = first
     if functional:
-        return Watched(outside, leaves, y, False, False, [])
+        return Watched(outside, leaves, y, 0, False, [])
     results = [x for x in leaves if isinstance(x, Tensor)]
     outputs = [*results, *(t for t in y if isinstance(t, Tensor))]
     consts, alone = watch.reached([t for t in outputs if t.requires_grad], given, outside)
     if (pair := watch.depends(consts)) is not None:
+        names = watch.names_in(loop.step)
         shown = [_called(t, names) for t in pair]
         raise ValueError(
             f"The step closes over {shown[0]} and over {shown[1]}, from which it was computed, and "
@@ -68,23 +64,26 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
         )
     differ = [t.requires_grad for t in results]
     differ += [isinstance(t, Tensor) and t.requires_grad for t in y if t is not None]
-    return Watched(consts, leaves, y, seen.differentiates, alone, differ)
+    return Watched(consts, leaves, y, seen.calls, alone, differ)
 
 
-def _take(loop: Loop, functional: bool) -> tuple[tuple[list[Any], list[Any]], Any, list[Tensor]]:
+def _own(x: Any, functional: bool) -> Any:
+    """Return what a watched step is given in the place of a tensor."""
+    if not isinstance(x, Tensor):
+        return x
+    if functional:
+        return x.clone()
+    if x.is_floating_point() or x.is_complex():
+        return x.detach().requires_grad_().clone()  # no leaf: autograd guards these itself
+    return x.detach().clone()
+
+
+def one_step(
+    loop: Loop, functional: bool
+) -> tuple[tuple[list[Any], list[Any]], watch.Watch, list[Tensor]]:
     """Take the first step, watched; return its results, the watch and the tensors it was given."""
-
-    def own(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if functional:
-            return x.clone()
-        if x.is_floating_point() or x.is_complex():
-            return x.detach().requires_grad_().clone()  # no leaf: autograd guards these itself
-        return x.detach().clone()
-
-    start = [own(x) for x in loop.start]
-    row = [None if x is None else own(x[0]) for x in loop.xs]
+    start = [_own(x, functional) for x in loop.start]
+    row = [None if x is None else _own(x[0], functional) for x in loop.xs]
     x = tree.unflatten(loop.xs_spec, row)
     seen = watch.Watch()
     with torch.enable_grad(), Autocast().again(), seen:
@@ -92,12 +91,11 @@ def _take(loop: Loop, functional: bool) -> tuple[tuple[list[Any], list[Any]], An
     return results, seen, [t for t in (*start, *row) if isinstance(t, Tensor)]
 
 
-def _refuse_changes(
-    loop: Loop, seen: watch.Watch, given: Sequence[Tensor], names: dict[int, str]
-) -> None:
+def _refuse_changes(loop: Loop, seen: watch.Watch, given: Sequence[Tensor]) -> None:
     changed = seen.changed()
     if not changed:
         return
+    names = watch.names_in(loop.step)
     at = {id(t): i for i, t in enumerate(given)}
     paths = [p for p, x in zip(loop.paths, loop.start) if isinstance(x, Tensor)]
     shown = []
@@ -143,10 +141,11 @@ def check_repeatable(
         random.put_back()
     if difference is not None:
         raise RuntimeError(
-            f"The step gives another {difference} when it is taken again with the same carry, x and "
-            "random state, so it cannot be replayed. Does it draw from a torch.Generator of its "
-            "own, from numpy or random, count its calls, or read the next batch? Put such things "
-            "into the carry or xs, or differentiate with adjoint=Unrolled()."
+            f"The step gives another {difference} when it is taken again with the same "
+            "carry, x and random state, so it cannot be replayed. Does it draw from a "
+            "torch.Generator of its own, from numpy or random, count its calls, or read the next "
+            "batch? Put such things into the carry or xs, or differentiate with "
+            "adjoint=Unrolled()."
         )
 
 
@@ -165,13 +164,7 @@ def _same(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor):
         return bool(a == b) or (a != a and b != b)
     with temporarily_clear_interpreter_stack(), torch.no_grad():
-        a, b = _bare(a), _bare(b)
+        a, b = watch.bare(a).detach(), watch.bare(b).detach()
         if torch.equal(a, b):
             return True
         return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _bare(tensor: Tensor) -> Tensor:
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return tensor.detach()

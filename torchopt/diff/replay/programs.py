@@ -1,122 +1,23 @@
-"""Functions of tensors whose derivatives are computed by replaying, at every order.
+"""A loop as a program: the steps, and the way back through them.
 
-One node of the graph (:class:`Isolated`) evaluates a program, and remembers no more than its
-inputs. Its derivative is another program: of :class:`Steps` it is :class:`Pull`, which goes back
-through the steps, and of that (and of any further one) it is :class:`Derivative`, which takes
-steps apart at carries that are computed anew from the start, each part a node again. So carries
-that are kept between the sweeps are values only and never part of a graph: were they, second
-derivatives would be wrong without a word.
-
-A node's inputs are cut from the graph before a program is run, and what the program is
-differentiated by are new leaves. Hence it does not matter that a carry was itself computed from a
-tensor that the step closes over: the derivative by that tensor is that of this program alone.
+The derivative of :class:`Steps` is :class:`Pull`, which goes back as a schedule says. To be
+differentiated itself, it takes the steps apart at carries that are computed anew from the start,
+each part a node of the graph.
 """
 
 from __future__ import annotations
 
-import abc
+import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchopt.base.torch_internals import (
-    graph_task_keeps_graph,
-    peek_interpreter_stack,
-    unwrap_if_dead,
-)
-from torchopt.diff.replay.job import Job, Point, _is_smooth
-from torchopt.diff.replay.random_state import RandomState, undisturbed
+from torchopt.base.torch_internals import graph_task_keeps_graph, peek_interpreter_stack
+from torchopt.diff.replay.job import Job, Point, Recorded, cut
+from torchopt.diff.replay.nodes import Program, apply
+from torchopt.diff.replay.random_state import RandomState
 from torchopt.diff.replay.store import Carry, Layered, Store
-
-
-Maybe = Sequence[Any]
-
-
-class Isolated(torch.autograd.Function):
-    """The node of the graph that a program is."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(program: Program, *tensors: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Evaluate a program."""
-        return tuple(program.values([t.detach() for t in tensors]))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Remember the inputs."""
-        program, *tensors = inputs
-        ctx.program = program
-        # a result that nothing depends on has no gradient, and not zero: zero times nan is nan
-        ctx.set_materialize_grads(False)
-        if isinstance(program, Steps) and program.first and not program.job.functional:
-            ctx.mark_non_differentiable(
-                *(t for t, d in zip(output, program.job.results_differ) if not d)
-            )
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Evaluate the derivative; as a node, if it is to be differentiated."""
-        program: Program = ctx.program
-        derivative = program.derivative([c is not None for c in cotangents])
-        inputs = _alive([*ctx.saved_tensors, *(c for c in cotangents if c is not None)])
-        with undisturbed(program.job.devices):
-            if torch.is_grad_enabled():
-                grads = apply(derivative, inputs)
-            else:
-                grads = derivative.values(inputs)
-        rest = iter(grads)
-        return None, *(next(rest) if d else None for d in program.differs())
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Evaluate the derivative along a direction."""
-        program: Program = ctx.program
-        pushed = Pushed(program, [t is not None for t in tangents])
-        with undisturbed(program.job.devices):
-            along = (t for t in tangents if t is not None)
-            results = apply(pushed, _alive([*ctx.saved_tensors, *along]))
-        rest = iter(results)
-        return tuple(next(rest) if smooth else None for smooth in pushed.smooth)
-
-
-def _alive(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors without the wraps of levels of torch.func that have ended.
-
-    Operators of torch take them off, but levels that are opened inside of a program do not.
-    """
-    return [unwrap_if_dead(t) for t in tensors]
-
-
-def apply(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
-    """Evaluate a program as a node."""
-    return list(Isolated.apply(program, *tensors))  # pyright: ignore[reportArgumentType]
-
-
-class Program(abc.ABC):
-    """A function of a flat list of tensors."""
-
-    job: Job
-
-    @abc.abstractmethod
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Evaluate it; nothing is recorded."""
-
-    @abc.abstractmethod
-    def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Evaluate it where a graph is recorded."""
-
-    @abc.abstractmethod
-    def differs(self) -> list[bool]:
-        """Return by which of its inputs it may be differentiated."""
-
-    def derivative(self, present: list[bool]) -> Program:
-        """Return the program of the inputs and of those cotangents that are there."""
-        return Derivative(self, present)
 
 
 class Steps(Program):
@@ -132,6 +33,10 @@ class Steps(Program):
         """Return by what a loop may be differentiated."""
         return self.job.differs()
 
+    def constant(self) -> list[bool]:
+        """Return which results of the loop have no derivative."""
+        return [not d for d in self.job.results_differ] if self.first else []
+
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Take the steps; the loop itself keeps carries for its backward pass."""
         job, keep = self.job, None
@@ -146,7 +51,7 @@ class Steps(Program):
         if not self.first:
             rows = []
         ys = [y for y in job.loop.stacked(rows) if y is not None]
-        return _fresh([*job.tensors(leaves), *ys], tensors)
+        return fresh([*job.tensors(leaves), *ys], tensors)
 
     def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Take the steps with all of their graph."""
@@ -194,8 +99,7 @@ class Pull(Program):
         rest = iter(ys)
         given = [None if like is None else next(rest, None) for like in self.job.loop.y_likes]
         return [
-            c if isinstance(like, Tensor) else None
-            for c, like in zip(given, self.job.loop.y_likes)
+            c if isinstance(like, Tensor) else None for c, like in zip(given, self.job.loop.y_likes)
         ]
 
     # Values --------------------------------------------------------------------------------------
@@ -207,7 +111,7 @@ class Pull(Program):
         carry, xs, consts = job.inputs(tensors)
         back = _Back(job, xs, consts, *self._cotangents(tensors))
         store = self._store(carry, xs, consts, schedule.kept())
-        kept = len(schedule.kept())
+        recorded: list[Recorded] = []
         at_hand: Carry | None = None
         for kind, step in schedule.backward():
             if kind == "load":
@@ -216,22 +120,20 @@ class Pull(Program):
                 at_hand = Carry(list(at_hand.leaves), at_hand.random)
             elif kind == "drop":
                 store.drop(step)
-                kept -= 1
+            elif kind == "pull":
+                back.through(recorded.pop(), step)
+            elif at_hand is None:
+                raise AssertionError(f"{kind} without a carry at hand")
             elif kind == "keep":
-                assert at_hand is not None
                 at_hand = Carry(at_hand.leaves, RandomState.now(job.devices, at_hand.random))
                 store.put(step, Carry(list(at_hand.leaves), at_hand.random))
-                kept += 1
-                job.counts["carries"] = max(job.counts["carries"], kept)
             elif kind == "advance":
-                assert at_hand is not None
-                job.counts["advances"] += 1
                 leaves, _ = job.advance(at_hand.leaves, job.x(xs, step), consts)
                 at_hand = Carry(leaves, at_hand.random)
             else:
-                assert at_hand is not None
-                back.through(at_hand.leaves, step, create_graph=False)
-                at_hand = None
+                row = job.row(xs, step)
+                recorded.append(job.record(at_hand.leaves, row, consts, create_graph=False))
+                at_hand = Carry(cut(recorded[-1].leaves), at_hand.random)
         return back.result([t for t, d in zip(tensors, job.differs()) if d])
 
     def _store(
@@ -239,7 +141,6 @@ class Pull(Program):
     ) -> Store:
         """Return a store that holds what the first sweep keeps, to be used up."""
         job = self.job
-        job.counts["carries"] = max(job.counts["carries"], len(kept))
         if self.store is not None:
             if job.functional or graph_task_keeps_graph():
                 return Layered(self.store, kept, job.new_store())
@@ -263,10 +164,11 @@ class Pull(Program):
         if self.length == 1:
             back = _Back(job, xs, consts, cotangents, ys)
             self.point.random.put_back()
-            back.through(job.leaves(carry, self.point), 0, create_graph=True)
+            leaves = job.leaves(carry, self.point)
+            back.through(job.record(leaves, job.row(xs, 0), consts, create_graph=True), 0)
             return back.result(by)
         ends = job.schedule(self.length).parts(0, self.length)
-        sizes = [high - low for low, high in zip(ends, ends[1:])]
+        sizes = [high - low for low, high in itertools.pairwise(ends)]
         parts_of_xs = list(zip(*(x.split(sizes) for x in xs))) or [()] * len(sizes)
         columns = [[None] * len(sizes) if y is None else y.split(sizes) for y in ys]
         parts_of_ys = list(zip(*columns)) or [()] * len(sizes)
@@ -298,12 +200,10 @@ class _Back:
         self.by_xs: list[list[Tensor | None]] = []
         self.by_consts: list[Tensor | None] = [None] * len(consts)
 
-    def through(self, leaves: list[Any], index: int, create_graph: bool) -> None:
+    def through(self, recorded: Recorded, index: int) -> None:
         """Go back through one step."""
         y = [None if c is None else c[index] for c in self.ys]
-        row = self.job.row(self.xs, index)
-        grads = self.job.pull(leaves, row, self.consts, [*self.carry, *y], create_graph)
-        by_xs = self._take(grads)
+        by_xs = self._take(self.job.pull(recorded, [*self.carry, *y]))
         self.by_xs.append([None if g is None else g[None] for g in by_xs])
 
     def part(
@@ -350,116 +250,7 @@ class _Back:
         return torch.cat(list(column)) if len(column) > 1 else column[0]  # pyright: ignore[reportArgumentType]
 
 
-class Derivative(Program):
-    """The derivative of any program: of its inputs and cotangents, its derivatives by the inputs."""
-
-    def __init__(self, program: Program, present: list[bool]) -> None:
-        self.job, self.program, self.present = program.job, program, present
-
-    def differs(self) -> list[bool]:
-        """Return by what it may be differentiated."""
-        return [*self.program.differs(), *(True for p in self.present if p)]
-
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Evaluate it."""
-        return self._evaluated(tensors, create_graph=False)
-
-    def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Evaluate it where a graph is recorded."""
-        return self._evaluated(tensors, create_graph=True)
-
-    def _evaluated(self, tensors: Sequence[Tensor], create_graph: bool) -> list[Tensor]:
-        differs = self.program.differs()
-        inputs, cotangents = tensors[: len(differs)], tensors[len(differs) :]
-        if self.job.functional:
-            return self._functional(inputs, cotangents)
-        rest = iter(cotangents)
-        seeds = [next(rest) if p else None for p in self.present]
-        at = self._at_consts()
-        with torch.enable_grad():
-            given = [
-                self.job.consts[at[i]]
-                if i in at
-                else (t.view_as(t) if t.requires_grad and create_graph else _leaf(t, d))
-                for i, (t, d) in enumerate(zip(inputs, differs))
-            ]
-            outputs = self.program.recorded(given)
-        pairs = [
-            (output, seed)
-            for output, seed in zip(outputs, seeds)
-            if seed is not None and output.requires_grad
-        ]
-        by = [t for t, d in zip(given, differs) if d]
-        if not pairs:
-            return [torch.zeros_like(t) for t in by]
-        grads = torch.autograd.grad(
-            [output for output, _ in pairs],
-            by,
-            [seed for _, seed in pairs],
-            create_graph=create_graph,
-            retain_graph=create_graph or self.job.keeps_outside,
-            allow_unused=True,
-        )
-        return [torch.zeros_like(t) if g is None else g for t, g in zip(by, grads)]
-
-    def _functional(
-        self, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> list[Tensor]:
-        at = [i for i, d in enumerate(self.program.differs()) if d]
-
-        def outputs(*by: Tensor) -> tuple[Tensor, ...]:
-            here = list(inputs)
-            for i, tensor in zip(at, by):
-                here[i] = tensor
-            results = self.program.recorded(here)
-            return tuple(r for r, p in zip(results, self.present) if p)
-
-        _, pull = torch.func.vjp(outputs, *(inputs[i] for i in at))
-        return list(pull(tuple(cotangents)))
-
-    def _at_consts(self) -> dict[int, int]:
-        first = len(self.job.carry_at) + len(self.job.xs_at)
-        return {first + i: i for i in range(len(self.job.consts))}
-
-
-class Pushed(Program):
-    """The derivative of any program along a direction, under torch.func."""
-
-    def __init__(self, program: Program, present: list[bool]) -> None:
-        self.job, self.program, self.present = program.job, program, present
-        self.smooth: list[bool] = []
-
-    def differs(self) -> list[bool]:
-        """Return by what it may be differentiated."""
-        return [*self.program.differs(), *(True for p in self.present if p)]
-
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Evaluate it."""
-        return self.recorded(tensors)
-
-    def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Evaluate it where a graph is recorded."""
-        n = len(self.present)
-        inputs, tangents = tensors[:n], tensors[n:]
-        at = [i for i, p in enumerate(self.present) if p]
-
-        def outputs(*along: Tensor) -> tuple[Tensor, ...]:
-            here = list(inputs)
-            for i, tensor in zip(at, along):
-                here[i] = tensor
-            results = self.program.recorded(here)
-            self.smooth = [_is_smooth(r) for r in results]
-            return tuple(r for r, smooth in zip(results, self.smooth) if smooth)
-
-        _, pushed = torch.func.jvp(outputs, tuple(inputs[i] for i in at), tuple(tangents))
-        return list(pushed)
-
-
-def _leaf(tensor: Tensor, differs: bool) -> Tensor:
-    return tensor.detach().requires_grad_(differs)
-
-
-def _fresh(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def fresh(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return outputs that are no views of inputs, nor of each other."""
     seen = {id(t) for t in inputs}
     result = []

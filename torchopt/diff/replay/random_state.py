@@ -66,9 +66,7 @@ class Autocast:
     """
 
     def __init__(self) -> None:
-        self.settings = {
-            kind: torch.get_autocast_dtype(kind) for kind in _kinds() if _is_on(kind)
-        }
+        self.settings = {kind: torch.get_autocast_dtype(kind) for kind in _kinds() if _is_on(kind)}
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import (
+    TransformType,
     get_interpreter_stack,
     in_forward_mode,
     peek_interpreter_stack,
-    TransformType,
 )
 from torchopt.diff.replay.job import Job, Point
 from torchopt.diff.replay.loop import Loop
+from torchopt.diff.replay.nodes import apply
 from torchopt.diff.replay.probe import check_repeatable, look
-from torchopt.diff.replay.programs import apply, Steps
-from torchopt.diff.replay.random_state import Autocast, cuda_devices, RandomState
+from torchopt.diff.replay.programs import Steps
+from torchopt.diff.replay.random_state import Autocast, RandomState, cuda_devices
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Store
 from torchopt.diff.replay.watch import may_have_derivative
@@ -37,7 +38,7 @@ def is_recorded(loop: Loop) -> bool:
     )
 
 
-def refuse_levels(name: str) -> None:
+def refuse_levels(adjoint: object) -> None:
     """Refuse what a node of the graph cannot serve.
 
     Raises:
@@ -46,46 +47,51 @@ def refuse_levels(name: str) -> None:
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            f"unroll(..., adjoint={name}) cannot be compiled as a whole, for it decides itself what "
-            "is computed again. Compile the step, unroll(torch.compile(step), ...), or the whole "
-            "loop with adjoint=Unrolled()."
+            f"unroll(..., adjoint={type(adjoint).__name__}(...)) cannot be compiled as a whole, "
+            "for it decides itself what is computed again. Compile the step, "
+            "unroll(torch.compile(step), ...), or the whole loop with adjoint=Unrolled()."
         )
     levels = get_interpreter_stack() or ()
     forward = sum(level.key() == TransformType.Jvp for level in levels)
     if forward > 1:
         raise RuntimeError(
-            f"unroll(..., adjoint={name}) inside two levels of forward mode would have wrong "
-            "derivatives, for PyTorch loses one of them at a hand-written node of the graph. Use "
-            "adjoint=Unrolled(), or torch.func.jacrev for one of the two."
+            f"unroll(..., adjoint={adjoint}) inside two levels of forward mode would have wrong "
+            "derivatives, for PyTorch loses one of them at a hand-written node of the graph. "
+            "Use adjoint=Unrolled(), or torch.func.jacrev for one of the two."
         )
     if not levels and in_forward_mode():
         raise RuntimeError(
-            f"unroll(..., adjoint={name}) knows no dual numbers of torch.autograd.forward_ad. Use "
-            "torch.func.jvp, or adjoint=Unrolled()."
+            f"unroll(..., adjoint={adjoint}) knows no dual numbers of torch.autograd.forward_ad. "
+            "Use torch.func.jvp, or adjoint=Unrolled()."
         )
 
 
 def replayed(
     loop: Loop,
-    name: str,
+    adjoint: object,
     schedule: Callable[[int], Schedule],
     new_store: Callable[[], Store],
     check: bool = True,
 ) -> tuple[list[Any], list[Any]]:
     """Run a loop of which one node of the graph remembers a few carries."""
+    if not torch.is_grad_enabled():
+        return loop.plain()
+    refuse_levels(adjoint)
     if not is_recorded(loop):
         return loop.plain()
-    refuse_levels(name)
     job = prepared(loop, schedule, new_store, check)
     if not job.functional and not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts)):
         return loop.plain()
     point = Point(job.rest(loop.start), RandomState.now(job.devices))
     steps = Steps(job, point, loop.length, first=True)
-    results = apply(steps, [*job.carry, *job.xs, *job.consts])
+    return results_of(job, steps, apply(steps, [*job.carry, *job.xs, *job.consts]))
+
+
+def results_of(job: Job, steps: Steps, results: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the leaves of the last carry and of ``ys``, from what the node of a loop returned."""
     assert steps.end is not None
-    n = len(job.carry_at)
-    rest = iter(results[n:])
-    ys = [None if like is None else next(rest) for like in loop.y_likes]
+    n, rest = len(job.carry_at), iter(results[len(job.carry_at) :])
+    ys = [None if like is None else next(rest) for like in job.loop.y_likes]
     return job.leaves(results[:n], steps.end), ys
 
 
@@ -103,7 +109,7 @@ def prepared(
         loop=loop,
         consts=watched.consts,
         functional=functional,
-        records=watched.records,
+        calls=watched.calls,
         keeps_outside=watched.keeps_outside,
         devices=devices,
         autocast=Autocast(),

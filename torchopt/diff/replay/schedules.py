@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 
-Kind = Literal["load", "advance", "keep", "drop", "reverse"]
+Kind = Literal["load", "advance", "keep", "drop", "record", "pull"]
 
 
 class Action(NamedTuple):
@@ -38,7 +38,7 @@ class Action(NamedTuple):
 
     ``load``: take the kept carry ``step`` at hand. ``advance``: take ``step``, without a graph.
     ``keep``: keep the carry at hand, which is that before ``step``. ``drop``: forget it.
-    ``reverse``: take ``step`` with a graph, and differentiate it.
+    ``record``: take ``step`` with a graph of its own. ``pull``: differentiate it, and let that go.
     """
 
     kind: Kind
@@ -59,12 +59,14 @@ class Plan:
     advances: int  #: Steps taken once more without a graph.
     carries: int  #: The most carries that are kept at one time, that of the start included.
     bytes: int  #: What these take.
+    graphs: int = 1  #: The most steps that are recorded at one time.
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.steps} steps: {self.advances} taken once more, at most {self.carries} carries "
             f"kept, {size(self.bytes)}"
         )
+        return text if self.graphs == 1 else f"{text}, and the graphs of {self.graphs} steps"
 
 
 def size(number: int) -> str:
@@ -76,10 +78,13 @@ def size(number: int) -> str:
 
 
 class Schedule(abc.ABC):
-    """Says what to keep and what to compute again, for one length."""
+    """Says what to keep and what to compute again, for one length.
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    ``graphs`` is how many steps are recorded before they are differentiated.
+    """
+
+    def __init__(self, length: int, graphs: int = 1) -> None:
+        self.length, self.graphs = length, min(graphs, length)
 
     @abc.abstractmethod
     def kept(self) -> list[int]:
@@ -96,42 +101,51 @@ class Schedule(abc.ABC):
     def plan(self, carry_bytes: int) -> Plan:
         """Count the actions."""
         kept = most = len(self.kept())
-        advances = 0
-        for action in self.backward():
-            advances += action.kind == "advance"
-            kept += (action.kind == "keep") - (action.kind == "drop")
-            most = max(most, kept)
-        return Plan(self.length, advances, most, most * carry_bytes)
+        advances = recorded = graphs = 0
+        for kind, _ in self.backward():
+            advances += kind == "advance"
+            kept += (kind == "keep") - (kind == "drop")
+            recorded += (kind == "record") - (kind == "pull")
+            most, graphs = max(most, kept), max(graphs, recorded)
+        return Plan(self.length, advances, most, most * carry_bytes, graphs)
 
-
-def _reverse_kept(step: int) -> Iterator[Action]:
-    yield Action("load", step)
-    yield Action("drop", step)
-    yield Action("reverse", step)
+    def _last(self, low: int, high: int) -> Iterator[Action]:
+        """Yield how to go back through a few steps of which the first carry is kept."""
+        yield Action("load", low)
+        yield Action("drop", low)
+        for step in range(low, high):
+            yield Action("record", step)
+        for step in range(high - 1, low - 1, -1):
+            yield Action("pull", step)
 
 
 class Segments(Schedule):
     """Keep every n-th carry; refill one segment at a time."""
 
-    def __init__(self, length: int, every: int) -> None:
-        super().__init__(length)
+    def __init__(self, length: int, every: int, graphs: int = 1) -> None:
+        super().__init__(length, graphs)
         self.every = every
 
     def kept(self) -> list[int]:
+        """Return the steps before which the first sweep keeps the carry."""
         return list(range(0, self.length, self.every))
 
     def backward(self) -> Iterator[Action]:
+        """Yield the actions of the backward pass."""
         for low in reversed(self.kept()):
             high = min(low + self.every, self.length)
-            if high - low > 1:
+            starts = range(low, high, self.graphs)
+            if len(starts) > 1:
                 yield Action("load", low)
-            for step in range(low, high - 1):
-                yield Action("advance", step)
-                yield Action("keep", step + 1)
-            for step in range(high - 1, low - 1, -1):
-                yield from _reverse_kept(step)
+            for start in starts[1:]:
+                for step in range(start - self.graphs, start):
+                    yield Action("advance", step)
+                yield Action("keep", start)
+            for start in reversed(starts):
+                yield from self._last(start, min(start + self.graphs, high))
 
     def parts(self, low: int, high: int) -> list[int]:
+        """Return where to divide an interval."""
         every = self.every if high - low > self.every else 1
         return [*range(low, high, every), high]
 
@@ -140,20 +154,22 @@ class Halving(Schedule):
     """Keep the middle of what is left, again and again."""
 
     def kept(self) -> list[int]:
+        """Return the steps before which the first sweep keeps the carry."""
         steps, low = [0], 0
-        while self.length - low > 1:
+        while self.length - low > self.graphs:
             low = (low + self.length) // 2
             steps.append(low)
         return steps
 
     def backward(self) -> Iterator[Action]:
+        """Yield the actions of the backward pass."""
         ends = [*self.kept()[1:], self.length]
         for low, high in zip(reversed(self.kept()), reversed(ends)):
             yield from self._gap(low, high)
 
     def _gap(self, low: int, high: int) -> Iterator[Action]:
-        if high - low == 1:
-            yield from _reverse_kept(low)
+        if high - low <= self.graphs:
+            yield from self._last(low, high)
             return
         middle = (low + high) // 2
         yield Action("load", low)
@@ -164,47 +180,45 @@ class Halving(Schedule):
         yield from self._gap(low, middle)
 
     def parts(self, low: int, high: int) -> list[int]:
+        """Return where to divide an interval."""
         return [low, (low + high) // 2, high]
 
 
 class Binomial(Schedule):
     """Keep a given number of carries, and take as few steps again as that allows (revolve)."""
 
-    def __init__(self, length: int, slots: int) -> None:
-        super().__init__(length)
+    def __init__(self, length: int, slots: int, graphs: int = 1) -> None:
+        super().__init__(length, graphs)
         self.slots = min(slots, length)
 
     def kept(self) -> list[int]:
+        """Return the steps before which the first sweep keeps the carry."""
         return [low for low, _ in self._first_gaps()]
 
     def _first_gaps(self) -> list[tuple[int, int]]:
         """Return, from left to right, the gaps that the first sweep leaves: start, slots."""
         low, slots, gaps = 0, self.slots, [(0, self.slots)]
-        while slots > 1 and self.length - low > 1:
-            low += _advance(self.length - low, slots)
+        while slots > 1 and self.length - low > self.graphs:
+            low += self._advance(self.length - low, slots)
             slots -= 1
             gaps.append((low, slots))
         return gaps
 
     def backward(self) -> Iterator[Action]:
+        """Yield the actions of the backward pass."""
         gaps = self._first_gaps()
         ends = [*(low for low, _ in gaps[1:]), self.length]
         for (low, slots), high in zip(reversed(gaps), reversed(ends)):
             yield from self._gap(low, high, slots)
 
     def _gap(self, low: int, high: int, slots: int) -> Iterator[Action]:
-        if high - low == 1:
-            yield from _reverse_kept(low)
+        if high - low <= self.graphs:
+            yield from self._last(low, high)
             return
         if slots == 1:
-            for step in range(high - 1, low, -1):
-                yield Action("load", low)
-                for before in range(low, step):
-                    yield Action("advance", before)
-                yield Action("reverse", step)
-            yield from _reverse_kept(low)
+            yield from self._from_one(low, high)
             return
-        middle = low + _advance(high - low, slots)
+        middle = low + self._advance(high - low, slots)
         yield Action("load", low)
         for step in range(low, middle):
             yield Action("advance", step)
@@ -212,15 +226,35 @@ class Binomial(Schedule):
         yield from self._gap(middle, high, slots - 1)
         yield from self._gap(low, middle, slots)
 
+    def _from_one(self, low: int, high: int) -> Iterator[Action]:
+        """Yield how to go back where no other carry can be kept than the first."""
+        end = high
+        while end - low > self.graphs:
+            start = end - self.graphs
+            yield Action("load", low)
+            for step in range(low, start):
+                yield Action("advance", step)
+            for step in range(start, end):
+                yield Action("record", step)
+            for step in range(end - 1, start - 1, -1):
+                yield Action("pull", step)
+            end = start
+        yield from self._last(low, end)
+
+    def _advance(self, length: int, slots: int) -> int:
+        """Return how far to go before the next carry is kept, in whole parts."""
+        return _advance(-(-length // self.graphs), slots) * self.graphs
+
     def parts(self, low: int, high: int) -> list[int]:
+        """Return where to divide an interval."""
         return [low, (low + high) // 2, high]
 
 
 def _advance(length: int, slots: int) -> int:
-    """Return where, of so many steps, the next carry is best kept, with so many slots left.
+    r"""Return where, of so many steps, the next carry is best kept, with so many slots left.
 
-    With :math:`\\binom{s + r - 1}{s} < n \\le \\binom{s + r}{s}` the left part must be reversible in
-    r - 1 repetitions with s slots, and the right one in r repetitions with s - 1.
+    With :math:`\binom{s + r - 1}{s} < n \le \binom{s + r}{s}` the left part must be reversible
+    in r - 1 repetitions with s slots, and the right one in r repetitions with s - 1.
     """
     r = repetitions(length, slots)
     left = math.comb(slots + r - 1, slots)
@@ -241,12 +275,12 @@ def log_slots(length: int) -> int:
     return max(1, length - 1).bit_length() + 1
 
 
-def make(every: int | str, slots: int | None, length: int) -> Schedule:
+def make(every: int | str, slots: int | None, length: int, graphs: int = 1) -> Schedule:
     """Return the schedule of this name."""
     if isinstance(every, int):
-        return Segments(length, every)
+        return Segments(length, every, graphs)
     if every == "sqrt":
-        return Segments(length, max(1, math.isqrt(length)))
+        return Segments(length, max(1, math.isqrt(length)), graphs)
     if every == "log":
-        return Halving(length)
-    return Binomial(length, log_slots(length) if slots is None else slots)
+        return Halving(length, graphs)
+    return Binomial(length, log_slots(length) if slots is None else slots, graphs)

@@ -45,6 +45,13 @@ def may_have_derivative(value: Tensor) -> bool:
     return value.requires_grad
 
 
+def bare(tensor: Tensor) -> Tensor:
+    """Return a tensor without the wraps of all levels of torch.func."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
 class Watch(TorchFunctionMode):
     """Notes which tensors the operations of a step read that none of them has made.
 
@@ -56,7 +63,7 @@ class Watch(TorchFunctionMode):
         self.made: set[int] = set()
         self.read: dict[int, Tensor] = {}
         self.versions: dict[int, int] = {}
-        self.differentiates = False
+        self.calls = 0  # of autograd, at the level of the step itself
         self.depth = depth()
 
     def __torch_function__(
@@ -68,7 +75,7 @@ class Watch(TorchFunctionMode):
                 self.read[id(tensor)] = tensor
                 self.versions[id(tensor)] = _version(tensor)
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
-            self.differentiates |= depth() == self.depth
+            self.calls += depth() == self.depth
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             if id(tensor) not in self.read:
@@ -121,7 +128,7 @@ def reached(
     ends = {_edge(t): t for t in (*outside, *given) if t.grad_fn is not None}
     known, inside = {id(t) for t in (*given, *outside)}, {id(t) for t in given}
     found: dict[int, Tensor] = {id(t): t for t in outputs if t.grad_fn is None and t.requires_grad}
-    edges = [_edge(t) for t in outputs if t.grad_fn is not None]
+    edges: list[tuple[Any, int]] = [_edge(t) for t in outputs if t.grad_fn is not None]
     seen: set[Any] = set()
     alone = False
     while edges:
@@ -142,6 +149,22 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
     return tensor.grad_fn, tensor.output_nr
 
 
+def saved_behind(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors that the graph behind some tensors has saved."""
+    nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        saved = [getattr(node, name) for name in names]
+        for tensor in tensors_in([*saved, getattr(node, "saved_tensors", ())]):
+            yield bare(tensor)
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                nodes.append(after)
+
+
 #: How far the graph behind tensors from outside is looked at.
 FARTHEST = 20_000
 
@@ -159,7 +182,8 @@ def depends(tensors: list[Tensor]) -> tuple[Tensor, Tensor] | None:
     for tensor in tensors:
         if tensor.grad_fn is None:
             continue
-        nodes, seen = [tensor.grad_fn], {tensor.grad_fn}
+        nodes: list[Any] = [tensor.grad_fn]
+        seen: set[Any] = {tensor.grad_fn}
         while nodes:
             for after, index in nodes.pop().next_functions:
                 if after is None:
@@ -225,6 +249,8 @@ def _name(names: dict[int, str], name: str, value: Any, depth: int = 0) -> None:
                 _name(names, part, cell.cell_contents, depth + 1)
             except ValueError:
                 continue
-    elif depth < 4 and hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)):
+    elif (
+        depth < 4 and hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType))
+    ):
         for part, item in vars(value).items():
             _name(names, f"{name}.{part}", item, depth + 1)

@@ -35,7 +35,7 @@ class UnavailableError(Exception):
 
 
 #: Where entries of ``struct call`` of csrc/engine.h stand; all of them have 64 bits.
-_THREADS, _NUMBERS, _DONE, _SUMMED, _SUMS = 6, 11, 12, 14, 15
+_THREADS, _NUMBERS, _DONE = 6, 11, 12
 #: In the place of a kernel's position: it is a program.
 _PROGRAM = -1
 
@@ -62,7 +62,8 @@ class Library:
         self._library.torchopt_use_team.argtypes = [ctypes.c_void_p]
         self._library.torchopt_use_team.restype = None
         self._library.torchopt_use_team(_entry_of_openmp())
-        self._run = self._library.torchopt_run
+        #: Makes the call whose ``struct call`` is at an address; returns 0, or why it refuses.
+        self.run: Any = self._library.torchopt_run
         names = iter(map(self._library.torchopt_operation, itertools.count()).__next__, None)
         #: The operations of programs (csrc/operations.inc), and their positions.
         self.operations = {name.decode(): k for k, name in enumerate(names)}
@@ -86,56 +87,26 @@ class Library:
         position = self._library.torchopt_find(name.encode())
         return None if position < 0 else position
 
-    def run(
-        self,
-        kernel: int | Code,
-        dtype: int,
-        narrow_in: int,
-        narrow_out: int,
-        sizes: Sequence[int],
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        numbers: Sequence[float],
-        rows: Sequence[int] | None = None,
-        width: int = 0,
-        summed: int = 0,
-        sums: int = 0,
-    ) -> None:
-        """Run a kernel over many tensors.
-
-        Args:
-            kernel: What :meth:`find` returned, or a program.
-            dtype: A value of :data:`DTYPES`: that of the operands in ``narrow_in`` and
-                ``narrow_out``; in half precision the others are float32.
-            narrow_in: Bit ``k`` is set if input operand ``k`` has the parameters' dtype.
-            narrow_out: The same for output operands.
-            sizes: Entries of each tensor.
-            inputs: Addresses, operand by operand; 0 reads as zeros.
-            outputs: Addresses, operand by operand; what is written to 0 is dropped.
-            numbers: Rows of the kernel's numbers.
-            rows: The row of each tensor; ``None``: the only one.
-            width: The length of a row.
-            summed: Bit ``k`` is set if of output operand ``k`` the sum over each tensor is wanted.
-            sums: The address of the sums, in float64, operand by operand.
-        """
-        call = KernelCall(
-            self, kernel, dtype, narrow_in, narrow_out, sizes, inputs, outputs, rows, width
-        )
-        call.set_numbers(numbers)
-        call.set_sums(summed, sums)
-        call.run()
-
-    def run_call(self, call: int) -> None:
-        """Make the call whose ``struct call`` is at an address."""
-        code = self._run(call)
-        if code != 0:
-            raise RuntimeError(f"The fused engine refused a call (code {code}); please report it.")
-
 
 class KernelCall:
-    """A call of a kernel, which can be made again; the arguments are those of :meth:`Library.run`.
+    """A call of a kernel over many tensors, which can be made again.
 
     It keeps the arrays that ``struct call`` points to.
+
+    Args:
+        library: The library.
+        kernel: What :meth:`Library.find` returned, or a program.
+        dtype: A value of :data:`DTYPES`: that of the operands in ``narrow_in`` and
+            ``narrow_out``; in half precision the others are float32.
+        narrow_in: Bit ``k`` is set if input operand ``k`` has the parameters' dtype.
+        narrow_out: The same for output operands.
+        sizes: Entries of each tensor.
+        inputs: Addresses, operand by operand; 0 reads as zeros.
+        outputs: Addresses, operand by operand; what is written to 0 is dropped.
+        rows: The row of numbers of each tensor; ``None``: the only one.
+        width: The length of a row.
+        summed: Bit ``k`` is set if of output operand ``k`` the sum over each tensor is wanted.
+        sums: The address of the sums, in float64, operand by operand.
     """
 
     def __init__(
@@ -150,38 +121,35 @@ class KernelCall:
         outputs: Sequence[int],
         rows: Sequence[int] | None = None,
         width: int = 0,
+        summed: int = 0,
+        sums: int = 0,
     ) -> None:
         self._library = library
         self._count = len(sizes)
         self._tables = [array("q", values) for values in (sizes, inputs, outputs, rows or ())]
-        self._numbers = array("d")
         at = [table.buffer_info()[0] for table in self._tables]
         rows_at = at[3] if rows is not None else 0
         self._code = kernel if isinstance(kernel, Code) else None
         position = kernel if isinstance(kernel, int) else _PROGRAM
         program = 0 if self._code is None else self._code.address
         head = (position, dtype, narrow_in, narrow_out, self._count, width, 1)
-        self._call = array("q", (*head, at[0], rows_at, at[1], at[2], 0, 0, program, 0, 0))
+        tail = (0, 0, program, summed, sums)
+        self._call = array("q", (*head, at[0], rows_at, at[1], at[2], *tail))
         self._address = self._call.buffer_info()[0]
-
-    def set_numbers(self, values: Sequence[float]) -> None:
-        """Set the rows of the kernel's numbers."""
-        self._numbers = array("d", values)
-        self._call[_NUMBERS] = self._numbers.buffer_info()[0]
-
-    def set_sums(self, summed: int, address: int) -> None:
-        """Ask for the sums of some output operands; see :meth:`Library.run`."""
-        self._call[_SUMMED], self._call[_SUMS] = summed, address
 
     def set_input(self, position: int, addresses: Sequence[int]) -> None:
         """Let an input operand be at other addresses."""
         start = position * self._count
         self._tables[1][start : start + self._count] = array("q", addresses)
 
-    def run(self) -> None:
-        """Run the kernel."""
+    def run(self, numbers: Sequence[float]) -> None:
+        """Run the kernel with rows of its numbers."""
+        row = array("d", numbers)
+        self._call[_NUMBERS] = row.buffer_info()[0]
         self._call[_THREADS] = torch.get_num_threads()
-        self._library.run_call(self._address)
+        code = self._library.run(self._address)
+        if code != 0:
+            raise RuntimeError(f"The fused engine refused a call (code {code}); please report it.")
 
     @property
     def done(self) -> bool:

@@ -19,11 +19,13 @@ from torchopt.kernels.backends import availability as backends
 from torchopt.kernels.backends import cpu as native
 from torchopt.kernels.backends import gpu
 from torchopt.kernels.backends.memory import (
+    OF_PARAMETERS,
     Column,
     addresses,
     divided,
     dtype_of,
     narrow_mask,
+    slot_dtype,
 )
 from torchopt.kernels.generate.bytecode import Code
 from torchopt.kernels.generate.graph import Kernel
@@ -58,15 +60,17 @@ def launch(
     """
     packed = pieces > 1 or Packed in map(type, inputs.values())
     packed = packed or Packing in map(type, wanted.values())
-    like, inputs = _same_layout(like, {s: _readable(c) for s, c in inputs.items()}, packed)
+    readable = {s: c.readable() if type(c) is Packed else c for s, c in inputs.items()}
+    like, inputs = _same_layout(like, readable, packed)
     own = like[0].dtype
+    wide = slot_dtype(own)
     outputs: dict[str, Column] = {}
     sums: Tensor | None = None
     summed = [k for k, operand in enumerate(kernel.output_operands) if wanted[operand] is SUM]
     if summed:
         sums = torch.empty((len(summed), len(like) * pieces), dtype=torch.float64)
     for operand in kernel.output_operands:
-        dtype = dtype_of(operand, own)
+        dtype = own if operand in OF_PARAMETERS else wide
         mask = wanted[operand]
         if mask is SUM:
             outputs[operand] = [None] * len(like)
@@ -112,7 +116,7 @@ def run(
             like = _views(like, pieces)
         gpu.run(kernel, inputs, outputs, like, numbers, rows)
         return
-    function, narrow_in, narrow_out = _facts(kernel)
+    library, function, narrow_in, narrow_out = _facts(kernel)
     flat: Any = next((c for c in inputs.values() if isinstance(c, Packed)), None)
     sizes = list(map(Tensor.numel, like)) if flat is None else flat.packing.sizes
     in_places = [addresses(inputs[operand]) for operand in kernel.inputs]
@@ -124,7 +128,8 @@ def run(
             divided(p, sizes, bytes_of[s], pieces) for s, p in zip(kernel.inputs, in_places)
         ]
         out_places = [divided(p, sizes, bytes_of[s], pieces) for s, p in zip(outputs, out_places)]
-    native.library().run(
+    call = native.KernelCall(
+        library,
         function,
         native.DTYPES[like[0].dtype],
         narrow_in,
@@ -132,18 +137,19 @@ def run(
         sizes,
         list(chain.from_iterable(in_places)),
         list(chain.from_iterable(out_places)),
-        list(chain.from_iterable(numbers)),
         rows,
         len(kernel.numbers),
         sum(1 << k for k in summed),
         0 if sums is None else sums.data_ptr(),
     )
+    call.run(list(chain.from_iterable(numbers)))
 
 
 @functools.lru_cache(maxsize=256)
-def _facts(kernel: Kernel) -> tuple[int | Code, int, int]:
-    """Return what the library runs, and which operands have the parameters' dtype."""
+def _facts(kernel: Kernel) -> tuple[native.Library, int | Code, int, int]:
+    """Return the library, what it runs, and which operands have the parameters' dtype."""
     return (
+        native.library(),
         backends.function_of(kernel),
         narrow_mask(kernel.inputs),
         narrow_mask(kernel.output_operands),
@@ -157,14 +163,6 @@ def _views(column: Column, pieces: int) -> list[Any]:
         for x in column
         for piece in ([None] * pieces if x is None else x.view(pieces, -1).unbind())
     ]
-
-
-def _readable(column: Column) -> Column:
-    """Return a column as kernels can read it, if it is packed."""
-    if not isinstance(column, Packed):
-        return column
-    readable = column.readable()
-    return [None] * len(column) if readable is None else readable
 
 
 def _same_layout(

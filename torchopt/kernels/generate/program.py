@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,13 +49,32 @@ def slot_operand(position: int) -> str:
 Numbers = Callable[[Sequence[float], float], tuple[float, ...]]
 
 
+class Conditions(NamedTuple):
+    """The comparisons of numbers that a trace has come to.
+
+    Attributes:
+        compare: The function that makes them.
+        outcome: How they came out.
+    """
+
+    compare: Callable[[Sequence[float], float], tuple[bool, ...]]
+    outcome: tuple[bool, ...]
+
+    def hold(self, values: Sequence[float], step: float) -> bool:
+        """Whether they come out the same for these numbers."""
+        try:
+            return self.compare(values, step) == self.outcome
+        except (ArithmeticError, TypeError):  # a later comparison that the rule would not come to
+            return False
+
+
 @dataclasses.dataclass(eq=False)
 class Program:
     """What one segment computes for one parameter, as long as its guards hold.
 
     Attributes:
         kernels: ``"update"``, ``"apply"``, ``"backward_update"`` and ``"backward_apply"``.
-        guards: Conditions on the numbers, as a tuple of truth values and the function giving them.
+        conditions: For which numbers it was traced.
         numbers: For each kernel, the function that gives its numbers.
         passes: For each backward kernel, operands whose derivative is one that comes in, unchanged.
         kinds: The kind of each hyperparameter (see learned.py), empty if all are
@@ -64,8 +83,7 @@ class Program:
     """
 
     kernels: dict[str, Kernel]
-    guards: Callable[[Sequence[float], float], tuple[bool, ...]]
-    outcome: tuple[bool, ...]
+    conditions: Conditions
     numbers: dict[str, Numbers]
     passes: dict[str, dict[str, str]]
     kinds: tuple[str, ...] = ()
@@ -106,23 +124,6 @@ class Program:
             found = kernel, _compile(kernel.numbers, bool(self.kinds))
             self._backward[mode, hypers] = found
         return found
-
-    def holds(self, values: Sequence[float], step: float) -> bool:
-        """Whether the guards hold for these numbers."""
-        return holds(self.guards, self.outcome, values, step)
-
-
-def holds(
-    guards: Callable[[Sequence[float], float], tuple[bool, ...]],
-    outcome: tuple[bool, ...],
-    values: Sequence[float],
-    step: float,
-) -> bool:
-    """Whether comparisons of these numbers come out as in a trace."""
-    try:
-        return guards(values, step) == outcome
-    except (ArithmeticError, TypeError):  # a later comparison that the rule would not come to
-        return False
 
 
 def build(
@@ -171,7 +172,7 @@ def build(
         passes[name] = passed
     return Program(
         kernels,
-        *compiled(guards),
+        conditions_of(guards),
         {name: _compile(kernel.numbers, bool(kinds)) for name, kernel in kernels.items()},
         passes,
         kinds,
@@ -199,11 +200,10 @@ def _leaving(guards: Guards) -> Iterator[None]:
         raise
 
 
-def compiled(
-    guards: Sequence[tuple[str, bool]],
-) -> tuple[Callable[..., tuple[bool, ...]], tuple[bool, ...]]:
-    """Return the function that makes comparisons again, and how they came out."""
-    return _compile(source for source, _ in guards), tuple(outcome for _, outcome in guards)
+def conditions_of(guards: Sequence[tuple[str, bool]]) -> Conditions:
+    """Return comparisons so that they can be made again."""
+    compare = _compile(source for source, _ in guards)
+    return Conditions(compare, tuple(outcome for _, outcome in guards))
 
 
 def _symbolic_rows(rows: Sequence[dict[str, Any]], kinds: tuple[str, ...]) -> list[dict[str, Any]]:
