@@ -13,8 +13,9 @@ measured over the number of inner steps, in a process of its own each.
 
 The loss of a network is not convex. So conjugate gradients end at the first direction in which
 the problem has no positive curvature, and ``--damping`` is added to the strength in the derivative,
-10 as in the authors' code. Without it meta-training comes to little: 76.8 % instead of MAML's
-93.9 % in 300 iterations with the paper's strength of 2 and 5 conjugate gradient steps.
+10 as in the authors' code. Without it meta-training comes to little: 76.8 % in 300 iterations with
+the paper's strength of 2 and 5 conjugate gradient steps. With the settings here these were 91.4 %,
+beside 93.9 % of MAML: memory is what iMAML saves, and on tasks of this size it learns more slowly.
 
 Reference: Rajeswaran, Finn, Kakade and Levine, Meta-learning with implicit gradients, NeurIPS 2019,
 https://arxiv.org/abs/1909.04630.
