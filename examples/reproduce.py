@@ -52,6 +52,10 @@ EXAMPLES = (
         ("--data", "sinusoid"),
     ),
     Example("reweight", "reweight.py", "[Ren 2018](https://arxiv.org/abs/1803.09050)"),
+    Example(
+        "hyper_cleaning", "hyper_cleaning.py", "[Franceschi 2017](https://arxiv.org/abs/1703.01785)"
+    ),
+    Example("imaml", "imaml_few_shot.py", "[Rajeswaran 2019](https://arxiv.org/abs/1909.04630)"),
     Example("maml_rl", "maml_rl.py", "[Finn 2017](https://arxiv.org/abs/1703.03400)"),
     Example("mgrl", "mgrl.py", "[Xu 2018](https://arxiv.org/abs/1805.09801)"),
     Example(

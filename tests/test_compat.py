@@ -39,7 +39,10 @@ def test_each_row_of_the_table(module: str, name: str, target: str, today: str) 
 
 
 #: Where an attribute of a package is a function, which has the name of a module.
-FUNCTIONS = {"torchopt.schedule.polynomial", "torchopt.schedule.exponential_decay"}
+FUNCTIONS = {
+    *("torchopt.schedule.polynomial", "torchopt.schedule.exponential_decay"),
+    "torchopt.diff.zero_order",  # a module that can be called, as it was
+}
 
 
 @pytest.mark.parametrize("module", sorted(compat.HERE))

@@ -65,18 +65,8 @@ def test_dir_shows_public_names_only() -> None:
     assert set(names) == set(torchopt.__all__)
     modules = {name for name in names if isinstance(getattr(torchopt, name), ModuleType)}
     assert modules == {
-        *(
-            "diff",
-            "kernels",
-            "linear_solve",
-            "nn",
-            "projections",
-            "schedule",
-            "schedules",
-            "solvers",
-        ),
-        *("typing", "visual"),
-        "visual",
+        *("diff", "kernels", "linear_solve", "nn", "projections", "schedule", "schedules"),
+        *("solvers", "typing", "visual"),
     }
     assert not [name for name in names if name.startswith("_") and name != "__version__"]
 

@@ -64,8 +64,8 @@ def public_modules() -> list[ModuleType]:
     """
     shown = [getattr(torchopt, name) for name in reexported(torchopt) if name != "typing"]
     modules = [torchopt, *(value for value in shown if inspect.ismodule(value))]
-    for package in pkgutil.iter_modules(torchopt.__path__, "torchopt."):
-        if package.ispkg and not package.name.rpartition(".")[2].startswith("_"):
+    for package in pkgutil.walk_packages(torchopt.__path__, "torchopt."):
+        if package.ispkg and "._" not in package.name:
             module = importlib.import_module(package.name)
             modules += [module] if reexported(module) else []
     return list(dict.fromkeys(modules))

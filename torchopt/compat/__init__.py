@@ -135,14 +135,18 @@ typing                        compat.names         OptionalTensor ListOfOptional
 typing                        compat.names         TupleOfOptionalTensors SequenceOfOptionalTensors
 typing                        compat.names         OptionalTensorOrOptionalTensors TensorContainer
 typing                        compat.names         ModuleTensorContainers
+typing                        diff.zero_order.noise Samplable SampleFunc
 typing                        linear_solve.solver  LinearSolver
-typing                        -                    RRef SampleFunc Samplable
+typing                        -                    RRef
 update                        core.apply           apply_updates
 utils                         nn.snapshot          ModuleState extract_state_dict recover_state_dict
 utils                         nn.snapshot          stop_gradient module_clone
 utils                         nn.snapshot          module_detach_=stop_gradient
 utils                         -                    extract_module_containers
-diff                          -                    zero_order
+diff.zero_order               nn.zero_order        ZeroOrderGradientModule
+diff.zero_order.decorator     diff.zero_order      zero_order
+diff.zero_order.nn            nn.zero_order        ZeroOrderGradientModule
+diff.zero_order.nn.module     nn.zero_order        ZeroOrderGradientModule
 diff.implicit                 nn.implicit_module   ImplicitMetaGradientModule
 """
 

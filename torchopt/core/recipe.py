@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torchopt.base.calling import level_of_user
+
 
 F = TypeVar("F", bound=Callable[..., Any])
-_PACKAGE = __name__.partition(".")[0]
 
 
 def signature_of_recipe(
@@ -69,7 +69,7 @@ def without(name: str, why: str) -> Callable[[F], F]:
                     f"{name} is accepted for scripts written for TorchOpt 0.7.3 and ignored: {why} "
                     "See docs/coming_from/torchopt.md.",
                     FutureWarning,
-                    stacklevel=_depth_of_caller(),
+                    stacklevel=level_of_user(),
                 )
             return function(*args, **kwargs)
 
@@ -82,11 +82,3 @@ def without(name: str, why: str) -> Callable[[F], F]:
 ignoring_moment_requires_grad = without(
     "moment_requires_grad", "moments carry the graph of what they are made of."
 )
-
-
-def _depth_of_caller() -> int:
-    """Return the ``stacklevel`` of the first caller outside of this package, as seen one above."""
-    frame, depth = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        frame, depth = frame.f_back, depth + 1
-    return depth

@@ -2,3 +2,4 @@
 
 from torchopt.nn.implicit_module import ImplicitMetaGradientModule as ImplicitMetaGradientModule
 from torchopt.nn.meta_module import MetaGradientModule as MetaGradientModule
+from torchopt.nn.zero_order import ZeroOrderGradientModule as ZeroOrderGradientModule

@@ -1,0 +1,203 @@
+"""What the hyper-cleaning example shows: table, claims and the figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from rich.table import Table
+
+from common.cleaning_training import (
+    CHECKPOINTED,
+    CLEAN,
+    IMPLICIT,
+    LEARNED,
+    METHODS,
+    NONE,
+    ORACLE,
+    T1_T2,
+    UNROLLED,
+)
+from common.command import estimate
+from common.reporting import save_figure
+
+
+Rows = Sequence[dict[str, Any]]
+COLORS = {
+    NONE: "tab:gray",
+    CLEAN: "tab:brown",
+    ORACLE: "tab:olive",
+    UNROLLED: "tab:blue",
+    CHECKPOINTED: "tab:cyan",
+    IMPLICIT: "tab:orange",
+    T1_T2: "tab:green",
+}
+
+
+def values(rows: Rows, method: str, rate: float, key: str) -> list[float]:
+    """Return a figure of each seed, in the order of the seeds."""
+    chosen = [row for row in rows if (row["method"], row["rate"]) == (method, rate) and key in row]
+    return [row[key] for row in sorted(chosen, key=lambda row: row["seed"])]
+
+
+def rates(rows: Rows) -> list[float]:
+    """Return the shares of wrong labels there are rows of."""
+    return sorted({row["rate"] for row in rows})
+
+
+def measured(rows: Rows, method: str, key: str) -> dict[int, float]:
+    """Return a figure of the memory measurements by the number of inner steps."""
+    return {row["steps"]: row[key] for row in rows if row["method"] == method}
+
+
+def table(rows: Rows, memory: Rows) -> Table:
+    """Return accuracy, time and memory of all methods side by side."""
+    steps = sorted({row["steps"] for row in memory})
+    title = "Wrong labels: test accuracy (%), seconds for an update, memory of a derivative (MiB)"
+    result = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), min_width=60)
+    result.add_column("method", no_wrap=True)
+    headers = [f"{100 * rate:g} % wrong" for rate in rates(rows)]
+    for header in [*headers, "s", *(f"{count} steps" for count in steps), "error"]:
+        result.add_column(header, justify="right", no_wrap=True)
+    for method in METHODS:
+        if not any(row["method"] == method for row in rows):
+            continue
+        accuracies = [_text(values(rows, method, r, "test_accuracy")) for r in rates(rows)]
+        seconds = [x for rate in rates(rows) for x in values(rows, method, rate, "seconds")]
+        sizes = measured(memory, method, "memory")
+        errors = measured(memory, method, "error")
+        result.add_row(
+            method,
+            *accuracies,
+            f"{sum(seconds) / len(seconds):.2f}" if seconds else "",
+            *(f"{sizes[count]:.1f}" if count in sizes else "" for count in steps),
+            f"{errors[max(errors)]:.1g}" if errors else "",
+        )
+    return result
+
+
+def _text(values: Sequence[float]) -> str:
+    result = estimate(values)
+    return f"{result.mean:.1f} ± {result.half_width:.1f}"
+
+
+def claims(rows: Rows, memory: Rows) -> list[dict[str, Any]]:
+    """Say what was shown, with differences paired by seed."""
+    result = []
+    present = [method for method in LEARNED if any(row["method"] == method for row in rows)]
+    pairs = [(method, NONE) for method in present]
+    pairs += [(IMPLICIT, CLEAN)] if IMPLICIT in present else []
+    for rate in rates(rows):
+        for method, other in pairs:
+            plain = values(rows, other, rate, "test_accuracy")
+            ours = values(rows, method, rate, "test_accuracy")
+            if len(ours) != len(plain):
+                continue
+            gain = estimate([a - b for a, b in zip(ours, plain)])
+            result.append(
+                {
+                    "claim": f"{100 * rate:g} % wrong labels: weights learned by {method} "
+                    f"derivatives are better than {other}",
+                    "measured": f"{_text(ours)} % beside {_text(plain)} %, difference "
+                    f"{gain.mean:.1f} ± {gain.half_width:.1f} points",
+                    "holds": gain.mean - gain.half_width > 0,
+                }
+            )
+    return [*result, *_weights(rows, present), *_costs(memory)]
+
+
+def _weights(rows: Rows, present: Sequence[str]) -> list[dict[str, Any]]:
+    apart = [
+        f"{method} {estimate(wrong).mean:.2f} beside {estimate(right).mean:.2f}"
+        for method in present
+        for wrong, right in [
+            [
+                [x for rate in rates(rows) for x in values(rows, method, rate, f"{kind}_weight")]
+                for kind in ("wrong", "right")
+            ]
+        ]
+        if wrong and right
+    ]
+    learned = [row for row in rows if "wrong_weight" in row]
+    if not apart:
+        return []
+    return [
+        {
+            "claim": "in every run examples with wrong labels get lower weights",
+            "measured": "mean weight, from 0 to 1: " + ", ".join(apart),
+            "holds": all(row["wrong_weight"] < row["right_weight"] for row in learned),
+        }
+    ]
+
+
+def _costs(memory: Rows) -> list[dict[str, Any]]:
+    plain = measured(memory, UNROLLED, "memory")
+    result = []
+    for method, claim in (
+        (CHECKPOINTED, "checkpointed steps have the derivative of the unrolled ones in a tenth of "
+         "their memory"),
+        (IMPLICIT, "the implicit derivative comes to that of many unrolled steps in a tenth of "
+         "their memory"),
+    ):  # fmt: skip
+        sizes, errors = (measured(memory, method, key) for key in ("memory", "error"))
+        if not sizes or not plain:
+            continue
+        most = max(sizes)
+        text = ", ".join(f"{k} steps: {sizes[k]:.1f} MiB beside {plain[k]:.1f}" for k in sizes)
+        result.append(
+            {
+                "claim": claim,
+                "measured": f"{text}; relative difference {errors[most]:.1g} at {most} steps",
+                "holds": sizes[most] < 0.1 * plain[most] and errors[most] < 1e-2,
+            }
+        )
+    return result
+
+
+def draw(path: Path, rows: Rows, memory: Rows) -> None:
+    """Draw accuracy, what the weights say, and memory over the number of steps."""
+    mpl.use("Agg")  # no screen is needed
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    present = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    width = 0.8 / len(rates(rows))
+    for k, rate in enumerate(rates(rows)):
+        found = [estimate(values(rows, method, rate, "test_accuracy")) for method in present]
+        places = [i + (k - 0.5 * (len(rates(rows)) - 1)) * width for i in range(len(present))]
+        left.barh(
+            places,
+            [e.mean for e in found],
+            width,
+            xerr=[e.half_width for e in found],
+            color=[COLORS[method] for method in present],
+            alpha=1 - 0.45 * k,
+            capsize=2,
+        )
+    left.set_yticks(range(len(present)), present)
+    left.invert_yaxis()
+    lowest = min(row["test_accuracy"] for row in rows)
+    left.set(xlim=(max(0, lowest - 3), 100), xlabel="test accuracy (%)")
+    left.set(title=" and ".join(f"{100 * rate:g} %" for rate in rates(rows)) + " wrong labels")
+    for method in LEARNED:
+        curves = [
+            row["losses"]
+            for row in rows
+            if (row["method"], row["rate"]) == (method, rates(rows)[-1]) and "losses" in row
+        ]
+        means = [sum(column) / len(column) for column in zip(*curves)]
+        middle.plot(range(len(means)), means, color=COLORS[method], label=method)
+        sizes = measured(memory, method, "memory")
+        right.plot(list(sizes), list(sizes.values()), "o-", color=COLORS[method], label=method)
+    middle.set(xlabel="update of the weights", ylabel="loss on clean images")
+    middle.set(title=f"{100 * rates(rows)[-1]:g} % wrong labels")
+    right.set(xlabel="inner steps", ylabel="memory of a derivative (MiB)", title="Memory")
+    right.set_yscale("symlog", linthresh=0.1)
+    right.set(ylim=(0, None), xticks=sorted({row["steps"] for row in memory}))
+    for axes in (middle, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    save_figure(figure, path, dpi=110)
+    plt.close(figure)
