@@ -55,7 +55,7 @@ class LinearSolution:
     all_outcomes: tuple[Outcome, ...] = dataclasses.field(repr=False)
     #: The name of the function that makes the solver that was taken.
     method: str = dataclasses.field(default="", repr=False)
-    #: What an algorithm reports besides: the size of the last term of a series.
+    #: What an algorithm reports besides, such as the size of the last term of a series.
     extra: Tensor | None = dataclasses.field(default=None, repr=False)
 
 

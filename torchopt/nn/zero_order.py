@@ -31,7 +31,7 @@ class ZeroOrderGradientModule(nn.Module):
     standard normal, or where it is to come from a generator of your own. Each parameter asks it for
     noise in its shape, for each sample.
 
-    Args of the class:
+    Args:
         method: ``"naive"``, ``"forward"`` or ``"antithetic"``.
         num_samples: How many perturbations.
         sigma: How large they are.
@@ -39,8 +39,8 @@ class ZeroOrderGradientModule(nn.Module):
             if that fails.
         chunk_size: With ``torch.vmap``, at most how many samples at a time.
 
-    A subclass has those of its base where it says nothing else. ``forward`` should change no
-    buffers: BatchNorm belongs in ``eval()``.
+    These are arguments of the class; a subclass has those of its base where it says nothing else.
+    ``forward`` should change no buffers: BatchNorm belongs in ``eval()``.
 
     Raises:
         TypeError: At the definition of a class whose ``forward`` is no ordinary method, or for an

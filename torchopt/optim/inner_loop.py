@@ -45,8 +45,8 @@ def inner_loop(
         create_graph: ``False`` gives the first-order approximation.
         restore_buffers: Let the block work on copies of the buffers (BatchNorm statistics), and
             put the originals back. ``False`` keeps what the block made of them.
-        adjoint: How the steps are differentiated (:mod:`torchopt.diff`): by default they are
-            recorded. With :class:`torchopt.diff.Checkpointed` each is computed again in the
+        adjoint: How the steps are differentiated, an object of ``torchopt.diff``; by default they
+            are recorded. With :class:`torchopt.diff.Checkpointed` each is computed again in the
             backward pass, so that the memory is that of one step and of the carries that are kept
             (weights, buffers, state of the optimizer); the meta-gradient is the same, at every
             order. ``inner.step`` then takes a function that computes the loss. It is called again

@@ -63,8 +63,8 @@ class Solution:
 
     params: TensorTree
     value: Number  #: At ``params``: a float, or a 0-d tensor with its graph.
-    #: The largest absolute entry there of what is zero at a solution: the gradient; of
-    #: :func:`find_root` and :func:`fixed_point`, the residual.
+    #: The largest absolute entry of the gradient there, or of the residual of :func:`find_root` and
+    #: :func:`fixed_point`.
     grad_norm: float
     iterations: int
     evaluations: int  #: Calls of the function, each with its gradient.

@@ -23,7 +23,7 @@ Shaping: TypeAlias = Union[str, Callable[[Tensor], Tensor], None]
 
 
 class Evolved(NamedTuple):
-    """Where :func:`evolution_strategies` ended."""
+    """Where :func:`torchopt.diff.zero_order.evolution_strategies` ended."""
 
     #: The parameters, a tree like those at the start.
     params: TensorTree

@@ -90,7 +90,7 @@ def zero_order(
         chunk_size: With ``torch.vmap``, at most how many samples at a time, to save memory.
 
     Returns:
-        A decorator of functions that return a scalar: a tensor without dimensions or a number.
+        A decorator of functions that return a scalar, a tensor without dimensions or a number.
         Numbers and integers become tensors of the first perturbed tensor's dtype. The function
         should have no side effects. Under ``torch.vmap`` the batch's noise is drawn as its argument
         ``randomness`` says.
