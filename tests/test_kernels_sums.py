@@ -89,7 +89,8 @@ def test_an_interpreted_kernel_sums_alike(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backends, "_programs", {})
     function = backends.function_of(kernel())
     assert not isinstance(function, int)
-    monkeypatch.setattr("torchopt.kernels.backends.launch._facts", lambda k: (function, 3, 1))
+    facts = (native.library(), function, 3, 1)
+    monkeypatch.setattr("torchopt.kernels.backends.launch._facts", lambda k: facts)
     assert torch.equal(run(gs, bars)[1], compiled)
 
 
