@@ -300,9 +300,9 @@ def test_update_compiles_in_full_graph(case: Any) -> None:
     Counters are numbers at first and tensors then, and a warm-up of three steps ends. What is done
     at each second or third step makes for another graph when it is due again.
     """
-    warms_up = any("warmup" in name for name in case.kwargs)  # a branch on the step count
+    warms_up = any("warmup" in name for name in case.kwargs)  # whose end is behind a branch
     graphs = _compiled_steps(case.tx(), "aot_eager")
-    more = int(case.kind.has_counters or warms_up)
+    more = max(int(case.kind.has_counters), 2 * warms_up)
     more += case.kwargs.get(case.algorithm.occasional, 1) - 1
     # torch takes a float64 number on the CPU for one of Python's, and begins anew when it is none
     anew = int(any(shape(torch.Size((2, 3))) == () for shape in case.algorithm.shapes.values()))
