@@ -7,14 +7,14 @@ import sys as _sys
 from types import ModuleType as _ModuleType
 from typing import Any as _Any
 
-from torchopt.diff.zero_order.evolution import es_gradient as es_gradient
-from torchopt.diff.zero_order.evolution import evolution_strategies as evolution_strategies
-from torchopt.diff.zero_order.smoothing import zero_order as zero_order
+from torchopt.base import lazy as _lazy
 
 
 class _CallableModule(_ModuleType):
     def __call__(self, *args: _Any, **kwargs: _Any) -> _Any:
-        return zero_order(*args, **kwargs)
+        return self.zero_order(*args, **kwargs)
 
 
+# Imported when asked for: torch.distributions takes as long to import as the whole package.
 _sys.modules[__name__].__class__ = _CallableModule
+__getattr__, __dir__, __all__ = _lazy.public(_sys.modules[__name__])
