@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -15,8 +15,8 @@ from torchopt.base import tree
 from torchopt.base.misuse.given import given
 from torchopt.diff.implicit import Implicit
 from torchopt.solvers.base import Adjoint, Solution, Solver, State
-from torchopt.solvers.flat import Layout, Number, Objective
-from torchopt.solvers.linearized import Linearized
+from torchopt.solvers.flat import Layout, Number
+from torchopt.solvers.linearized import Residuals
 from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
 
@@ -25,31 +25,13 @@ from torchopt.typing import PyTree, TensorTree
 IMPLICIT = Implicit()
 
 
-class Residual(Objective):
+class Residual(Residuals):
     r"""A function of a tree that returns a tree like it, as a root finder sees it.
 
     Its "gradient" is the residual :math:`F`, and its value the Euclidean norm of it.
-
-    Args:
-        fn: ``fn(params, *args)`` returns the residual.
-        layout: Of ``params``.
-        args: Passed on.
-        create_graph: Record what is computed.
     """
 
-    def __init__(
-        self,
-        fn: Callable[..., TensorTree],
-        layout: Layout,
-        args: Sequence[PyTree] = (),
-        create_graph: bool = False,
-    ) -> None:
-        if not callable(fn):
-            raise TypeError(
-                f"fn must be a function of the parameters, got {given(fn)}. Write "
-                "find_root(fn, solver, params)."
-            )
-        self.fn, self.layout, self.args, self.create_graph = fn, layout, args, create_graph
+    called = "find_root"
 
     def residual(self, x: Tensor) -> Tensor:
         """Return the residual as a vector."""
@@ -75,10 +57,6 @@ class Residual(Objective):
             r = self.residual(x if self.create_graph else x.detach())
         r = r if self.create_graph else r.detach()
         return torch.linalg.vector_norm(r.detach()).item(), r
-
-    def linearized(self, x: Tensor) -> Linearized:
-        """Return the residual and its Jacobian near a point."""
-        return Linearized(self.residual, x, self.create_graph)
 
 
 S = TypeVar("S", bound=State)

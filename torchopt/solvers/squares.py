@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from torchopt.base.misuse.given import given
 from torchopt.diff.stationarity import stationarity
 from torchopt.solvers.base import (
     Solver,
     State,
     plain,
 )
-from torchopt.solvers.flat import Layout, Number, Objective
-from torchopt.solvers.linearized import Linearized
+from torchopt.solvers.flat import Layout, Number
+from torchopt.solvers.linearized import Residuals
 from torchopt.typing import PyTree, TensorTree
 
 
@@ -32,38 +31,15 @@ def half_of_squares(residual: TensorTree) -> Tensor:
     return layout.flatten(residual).square().sum() / 2
 
 
-class Squares(Objective):
-    r"""Half the sum of squared residuals, as a solver sees it: value :math:`\tfrac12 r^T r`.
+class Squares(Residuals):
+    r"""Half the sum of squared residuals, as a solver sees it: value :math:`\tfrac12 r^T r`."""
 
-    Args:
-        fn: ``fn(params, *args)`` returns a tree of residuals.
-        layout: Of ``params``.
-        args: Passed on.
-        create_graph: Record what is computed.
-    """
-
-    def __init__(
-        self,
-        fn: Callable[..., TensorTree],
-        layout: Layout,
-        args: Sequence[PyTree] = (),
-        create_graph: bool = False,
-    ) -> None:
-        if not callable(fn):
-            raise TypeError(
-                f"fn must be a function of the parameters, got {given(fn)}. Write "
-                "least_squares(fn, solver, params)."
-            )
-        self.fn, self.layout, self.args, self.create_graph = fn, layout, args, create_graph
+    called = "least_squares"
 
     def residual(self, x: Tensor) -> Tensor:
         """Return all residuals as a vector."""
         result = self.fn(self.layout.unflatten(x), *self.args)
         return Layout(result, "The residuals that fn returns").flatten(result)
-
-    def linearized(self, x: Tensor) -> Linearized:
-        """Return the residuals and their Jacobian near a point."""
-        return Linearized(self.residual, x, self.create_graph)
 
     def __call__(self, x: Tensor) -> tuple[Number, Tensor]:
         """Return value and gradient."""
