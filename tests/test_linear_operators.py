@@ -125,7 +125,7 @@ def eye(v: Any) -> Any:
         (lambda: solve_cg()(3, torch.ones(2)), TypeError, "must be a function"),
         (lambda: solve_cg()(eye, torch.ones(2, dtype=torch.int64)), TypeError, "floating-point"),
         (lambda: solve_cg()(eye, {"a": 1.0}), TypeError, "at 'a'"),
-        (lambda: solve_cg()(eye, {}), ValueError, "must have tensors"),
+        (lambda: solve_cg()(eye, {}), ValueError, "at least one entry"),
         (lambda: solve_cg()(lambda v: v[:1], torch.ones(2)), ValueError, r"shape \(2,\)"),
         (lambda: solve_cg()(lambda v: [v], torch.ones(2)), ValueError, r"matvec\(v\)"),
         (lambda: solve_cg()(lambda v: v * 1j, torch.ones(2)), TypeError, "make b complex"),

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from torchopt.base.layout import is_inexact
 from torchopt.base.torch_internals import (
     TransformType,
     get_interpreter_stack,
@@ -30,7 +31,7 @@ from torchopt.base.torch_internals import (
 from torchopt.linear_solve.product import Map, Product, Transposed
 from torchopt.linear_solve.pulling import copies_of, pull_back
 from torchopt.linear_solve.system import CONVERGED, Solved, System
-from torchopt.linear_solve.vectors import is_inexact, norm
+from torchopt.linear_solve.vectors import norm
 
 
 class Algorithm(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Union
 
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeAlias
 
-from torchopt.base import misuse, tree
+from torchopt.base import layout, misuse, tree
 from torchopt.base.distributed import whole
 from torchopt.base.misuse.given import given
-from torchopt.base.numerics import as_pairs, from_pairs, to_compute_dtype
 from torchopt.typing import PyTree, TensorTree
 
 
@@ -23,80 +21,26 @@ from torchopt.typing import PyTree, TensorTree
 Number: TypeAlias = Union[float, Tensor]
 
 
-class Layout:
-    """How the leaves of a tree lie in one vector, each after the other in the order of the tree.
-
-    The vector has the widest dtype of the leaves, float32 for half precision; complex numbers are
-    pairs of reals. ``None`` is no parameter and stays.
+class Layout(layout.Layout):
+    """How the leaves of a tree of parameters lie in one vector; every process has that of all.
 
     Raises:
         TypeError: If a leaf is no tensor of floating-point or complex numbers.
-        ValueError: If there is none, or they are on several devices.
+        ValueError: If there is no entry, or they are on several devices.
     """
 
     def __init__(self, params: TensorTree, what: str = "params") -> None:
-        leaves, self.spec = tree.flatten(params)
-        for k, leaf in enumerate(leaves):
-            if leaf is not None and not _is_parameter(leaf):
-                name = tree.quoted(tree.leaf_names(params)[k])
-                raise TypeError(
-                    f"{what} must be tensors of floating-point or complex numbers, got "
-                    f"{given(leaf)} at {name}. Give constants as further arguments of the function."
-                )
-        present = [leaf for leaf in leaves if leaf is not None]
-        devices = {leaf.device for leaf in present}
-        if not any(leaf.numel() for leaf in present) or len(devices) > 1:
-            found = f"tensors on {', '.join(map(str, devices))}" if devices else "none"
-            raise ValueError(
-                f"{what} must have at least one entry and be on one device, got {found}."
-            )
-        self.device = devices.pop()
-        self.shapes = [None if leaf is None else leaf.shape for leaf in leaves]
-        self.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
-        self.dtype = functools.reduce(torch.promote_types, map(_real_dtype, present))
-        self.sizes = [leaf.numel() * (2 if leaf.is_complex() else 1) for leaf in present]
-        self.numel = sum(self.sizes)
+        super().__init__(params, what, " Give constants as further arguments of the function.")
+        if not self.numel:
+            raise ValueError(f"{what} must have at least one entry, got none.")
 
     def flatten(self, params: TensorTree) -> Tensor:
         """Return the entries of a tree as a new vector."""
         return self.join(tree.flatten(params)[0])
 
-    def join(self, leaves: Sequence[Tensor | None]) -> Tensor:
-        """Return the entries of leaves as a new vector."""
-        return torch.cat([self._reals(leaf) for leaf in leaves if leaf is not None])
-
-    def _reals(self, leaf: Tensor) -> Tensor:
-        leaf = whole(leaf)  # every process has the vector of all
-        if leaf.is_complex():
-            leaf = as_pairs(leaf)
-        return leaf.reshape(-1).to(self.dtype)
-
-    def unflatten(self, x: Tensor) -> TensorTree:
-        """Return a vector as a tree, in the dtypes that its leaves had."""
-        return tree.unflatten(self.spec, self.leaves(x))
-
-    def leaves(self, x: Tensor) -> list[Any]:
-        """Return a vector as leaves, in the dtypes that they had."""
-        parts = iter(x.split(self.sizes))
-        return [
-            None if shape is None or dtype is None else _shaped(next(parts), shape, dtype)
-            for shape, dtype in zip(self.shapes, self.dtypes)
-        ]
-
-
-def _is_parameter(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
-def _real_dtype(leaf: Tensor) -> torch.dtype:
-    kind = leaf.new_empty(0)
-    return to_compute_dtype(torch.view_as_real(kind) if leaf.is_complex() else kind).dtype
-
-
-def _shaped(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    if dtype.is_complex:
-        part = from_pairs(part.reshape(*shape, 2))
-    return part.reshape(shape).to(dtype)
+    def reals(self, leaf: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Return the entries of one leaf, whose place is of a dtype, as a vector."""
+        return super().reals(whole(leaf), dtype)
 
 
 class Objective(abc.ABC):
