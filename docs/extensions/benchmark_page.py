@@ -11,6 +11,13 @@ from extensions.files import Folder, table
 
 
 RESULTS = Path("benchmarks") / "results" / "benchmarks.json"
+EACH = RESULTS.with_name("each_optimizer.json")
+#: Rows of the benchmark -> the columns of the table of all optimizers.
+COLUMNS = {
+    "each-small": "step, 100 x 32x32",
+    "each-large": "step, 10 x a million",
+    "each-update": "differentiable update",
+}
 
 
 def write(root: Path, pages: Folder) -> None:
@@ -21,6 +28,8 @@ def write(root: Path, pages: Folder) -> None:
     pages.write("benchmark_machine.md", machine(figures))
     pages.write("benchmark_table.md", ratios(figures["rows"]))
     pages.write("benchmark_times.md", times(figures["cases"]))
+    each = json.loads((root / EACH).read_text(encoding="utf-8"))
+    pages.write("benchmark_each.md", f"{machine(each, 'cpu')}\n{each_optimizer(each['rows'])}")
     picture = pages.path / "benchmarks.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     pages.written.add(picture)
@@ -37,14 +46,16 @@ def subtitle(figures: dict[str, Any]) -> str:
     )
 
 
-def machine(figures: dict[str, Any]) -> str:
+def machine(figures: dict[str, Any], clock: str = "wall") -> str:
     """Return a sentence on the machine and the run."""
+    time = {"wall": "wall clock", "cpu": "processor time"}[clock]
     about = figures["machine"]
     day = about["date"].partition("T")[0]
+    threads, rounds, restarts = (figures[of] for of in ("threads", "rounds", "restarts"))
     return (
         f"Measured on {day}: {about['cpu']}, {about['cores']} cores, Python {about['python']}, "
-        f"{figures['threads']} threads, {figures['rounds']} interleaved rounds over "
-        f"{figures['restarts']} restarts, wall clock, with 95 % intervals.\n"
+        f"{threads} thread{'s' * (threads > 1)}, {rounds} interleaved rounds over "
+        f"{restarts} restart{'s' * (restarts > 1)}, {time}, with 95 % intervals.\n"
     )
 
 
@@ -60,12 +71,26 @@ def ratios(rows: list[dict[str, Any]]) -> str:
     return table(lines)
 
 
-def _measured(row: dict[str, Any], unit: str) -> list[str]:
+def each_optimizer(rows: list[dict[str, Any]]) -> str:
+    """Return a table with one line for each optimizer and one column for each kind of work."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        name = row["row"].partition(",")[0].removesuffix(".step")
+        value, verdict = _measured(row, "", "cpu")
+        over = " (fused)" if "torch fused" in row["against"] else ""
+        missed = f", not {row['target']:g}" if verdict == "no" else ""
+        found.setdefault(name, {})[row["key"]] = value + over + missed
+    lines = [["optimizer", *COLUMNS.values()]]
+    lines += [[name, *(cells.get(key, "") for key in COLUMNS)] for name, cells in found.items()]
+    return table(lines)
+
+
+def _measured(row: dict[str, Any], unit: str, clock: str = "wall") -> list[str]:
     from benchmarks.report import VERDICTS
 
     if "absent" in row:
         return [row["absent"], ""]
-    found = row["wall"]
+    found = row[clock]
     value = f"**{found['value']:.3g}**{unit}"
     if found["low"] != found["high"]:
         value += f" [{found['low']:.3g}, {found['high']:.3g}]"
