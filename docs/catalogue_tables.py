@@ -1,7 +1,7 @@
-"""README's table of optimizers and its list of transformations: ``python docs/readme_tables.py``.
+"""The tables of ``docs/catalogue.md``: ``python docs/catalogue_tables.py``.
 
 They are made from what ``torchopt`` exports and from the first lines of docstrings;
-``tests/test_table.py`` holds README to them.
+``tests/test_table.py`` holds the page to them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torchopt
 
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- {}: made by docs/readme_tables.py -->\n", "<!-- end of {} -->\n"
+PAGE = Path(__file__).with_name("catalogue.md")
+BEGIN, END = "<!-- {}: made by docs/catalogue_tables.py -->\n", "<!-- end of {} -->\n"
 
 
 def optimizers() -> str:
@@ -48,7 +48,7 @@ def transformations() -> str:
         if (value := getattr(torchopt, name)) not in recipes
         and getattr(value, "__annotations__", {}).get("return") == "GradientTransformation"
     ]
-    text = f"Transformations: {', '.join(f'`{name}`' for name in names)}."
+    text = f"{', '.join(f'`{name}`' for name in names)}."
     return "\n".join(textwrap.wrap(text, 120, break_on_hyphens=False)) + "\n"
 
 
@@ -81,7 +81,7 @@ MADE = {"optimizers": optimizers, "transformations": transformations, "schedules
 
 
 def written(text: str) -> str:
-    """Return README's text with what is made from the package put in anew."""
+    """Return the page with what is made from the package put in anew."""
     for name, make in MADE.items():
         begin, end = BEGIN.format(name), END.format(name)
         pattern = re.escape(begin) + ".*?" + re.escape(end)
@@ -92,4 +92,4 @@ def written(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

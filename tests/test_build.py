@@ -158,7 +158,8 @@ def test_a_wheel_says_its_licences_and_links_to_nothing_that_is_not_there(source
     readme = (ROOT / "README.md").read_text()
     assert re.search(r"\]\((?!https?:)", readme), "there are links to files to be rid of"
     assert not re.search(r"\]\((?!https?:)", text)
-    assert "`docs/architecture.md`: how the library is laid out" in text
+    assert "How it is built" in text
+    assert "svg" not in text
 
 
 @pytest.mark.thorough
@@ -173,6 +174,31 @@ def test_an_editable_build_has_what_was_built_last(sources: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "the package will run unfused" in done.stderr
     assert not list(path.parent.glob("_fused.*"))
+
+
+@pytest.mark.thorough
+def test_a_library_of_the_same_sources_is_not_compiled_again(sources: Path) -> None:
+    """Installations for the demo, the tests and the documentation compile once between them."""
+
+    def build() -> bytes:
+        done = run_setup(sources, "build_ext", "--inplace", compiler=COMPILER)
+        assert done.returncode == 0, done.stderr
+        return library.read_bytes()
+
+    library, facts = sources / LIBRARY, sources / f"{LIBRARY}.json"
+    built = build()
+    marked = built + b"marked"
+    library.unlink()  # never write into a library that may be loaded
+    library.write_bytes(marked)
+    assert build() == built, "the facts beside it are not of this file"
+    library.unlink()
+    library.write_bytes(marked)
+    sha256 = hashlib.sha256(marked).hexdigest()
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "sha256": sha256}))
+    assert build() == marked, "it was compiled again"
+    source = sources / "csrc" / "kernels.inc"
+    source.write_text(source.read_text() + "// changed\n")
+    assert build() != marked
 
 
 def test_a_build_can_insist_on_the_library(sources: Path) -> None:

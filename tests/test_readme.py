@@ -317,9 +317,23 @@ def test_use_accelerated_op_of_another_type(face, value):
         FACES[face](Net(), use_accelerated_op=value)
 
 
-def test_the_maml_at_the_top_of_our_readme_learns_to_learn() -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "inner_loop" in b]
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
+def test_every_block_of_our_readme_runs_alone(block: str, capsys) -> None:
+    torch.set_default_dtype(torch.float32)
+    exec(block.replace("range(1000)", "range(2)"), {})
+    printed = capsys.readouterr().out
+    if "validation loss after five steps" in block:
+        (shown,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+        numbers = [[float(x) for x in re.findall(r"\d+\.\d+", text)] for text in (printed, shown)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
+
+
+def test_the_maml_of_our_readme_learns_to_learn() -> None:
+    (block,) = [b for b in BLOCKS if "range(1000)" in b]
     lines = [line for line in block.splitlines() if line.strip()]
     assert len(lines) <= 16
     scope: dict[str, Any] = {}

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.complete
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
-import readme_tables  # noqa: E402
+import catalogue_tables  # noqa: E402
 
 
 def named_classes(base: type) -> set[type]:
@@ -64,9 +64,9 @@ def test_the_faces_are_of_one_algorithm(algorithm: Algorithm) -> None:
         assert algorithm.meta(net).transformation == algorithm.recipe()
 
 
-def test_readme_lists_what_there_is() -> None:
-    text = readme_tables.README.read_text(encoding="utf-8")
-    assert readme_tables.written(text) == text, "run `python docs/readme_tables.py`"
+def test_the_catalogue_lists_what_there_is() -> None:
+    text = catalogue_tables.PAGE.read_text(encoding="utf-8")
+    assert catalogue_tables.written(text) == text, "run `python docs/catalogue_tables.py`"
     for row in ALGORITHMS + SPECIAL_ALGORITHMS:
         assert f"| `{row.name}` |" in text
 
