@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= sinusoid
-DEMO_FLAGS ?=
+# For sine waves: fewer iterations than the example makes, with longer steps.
+DEMO_FLAGS ?= $(if $(filter sinusoid,$(DATA)),--iterations 2000 --outer-lr 0.002 --test-shots 10 20)
 # Extras of pyproject.toml that a target needs. $(VENV)/.for-NAME says that they are there.
 EXTRAS_demo := demo
 EXTRAS_test := examples,tensorboard,visual,test

@@ -16,6 +16,7 @@ Params = dict[str, Tensor]
 RANGE = 5.0  # points lie in [-RANGE, RANGE]
 GRID = torch.linspace(-RANGE, RANGE, 101).unsqueeze(-1)  # where errors are measured
 FINE_TUNING_RATES = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1)
+CHUNK = 100  # waves that are fitted at once: their weights and activations stay in the cache
 VALIDATION_WAVES = 200  # for each seed, to choose the step size of fine-tuning
 
 
@@ -143,7 +144,9 @@ class Condition:
 
 
 @torch.no_grad()  # the gradients of the steps are taken all the same; nothing else is recorded
-def fits(params: Params, waves: Waves, x: Tensor, lr: float, steps: int) -> Tensor:
+def fits(
+    params: Params, waves: Waves, x: Tensor, lr: float, steps: int, last: bool = False
+) -> Tensor:
     """Return what the networks predict on the grid before and after each gradient step.
 
     Args:
@@ -152,16 +155,18 @@ def fits(params: Params, waves: Waves, x: Tensor, lr: float, steps: int) -> Tens
         x: Their points ``[seeds, waves, K, 1]``.
         lr: Of the steps.
         steps: How many.
+        last: Whether only the predictions after the last step are wanted.
 
     Returns:
-        ``[seeds, waves, steps + 1, points of the grid]``.
+        ``[seeds, waves, steps + 1 or 1, points of the grid]``.
     """
+    kept = slice(-1, None) if last else slice(None)
 
     def one(params: Params, x: Tensor, y: Tensor) -> Tensor:
         path = adaptation(params, x, y, lr, steps)
-        return torch.stack([predict(weights, GRID.to(x)).flatten() for weights in path])
+        return torch.stack([predict(weights, GRID.to(x)).flatten() for weights in path[kept]])
 
-    return vmap(vmap(one, in_dims=(None, 0, 0)))(params, x, waves(x))
+    return vmap(vmap(one, in_dims=(None, 0, 0), chunk_size=CHUNK))(params, x, waves(x))
 
 
 @torch.no_grad()
@@ -178,7 +183,8 @@ def tuned_rate(params: Params, condition: Condition, steps: int, seed: int) -> f
     waves, x = waves.to(some.device), x.to(some.device)
 
     def final_error(lr: float) -> float:
-        final = condition.errors(fits(params, waves, x, lr, steps), waves)[:, -1].mean().item()
+        after = fits(params, waves, x, lr, steps, last=True)
+        final = condition.errors(after, waves).mean().item()
         return final if math.isfinite(final) else math.inf
 
     return min(FINE_TUNING_RATES, key=final_error)
