@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torchopt.visual.graph import ENTERS_AS_LEAF, Graph, Node
 from torchopt.visual.lanes import homes, neighbours
+from torchopt.visual.words import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def with_cut_leaves_grouped(graph: Graph) -> Contracted:
 
 def _cut_leaves(graph: Graph, members: Sequence[int], word: str, where: str) -> Node:
     first = graph.nodes[members[0]]
-    label = f"{_counted(len(members), word)}, {where}"
+    label = f"{counted(len(members), word)}, {where}"
     if len(members) == 1:
         return dataclasses.replace(first, label=f"{word}, {where}")
     details = [graph.nodes[key].detail for key in members]
@@ -118,8 +119,8 @@ def _first_step(graph: Graph, outputs: list[list[int]], start: int) -> str:
     while open_:  # nodes are in an order of computation, so the first step comes out first
         key = heapq.heappop(open_)
         if graph.nodes[key].kind == "step":
-            counted = re.search(r"step \d+$", graph.nodes[key].label)
-            return counted[0] if counted else graph.nodes[key].label
+            found = re.search(r"step \d+$", graph.nodes[key].label)
+            return found[0] if found else graph.nodes[key].label
         for user in outputs[key]:
             if user not in seen:
                 seen.add(user)
@@ -159,13 +160,9 @@ def _parts(node: Node) -> int:
 
 def _folded(graph: Graph, members: Sequence[int], home: int) -> Node:
     nodes = [graph.nodes[key] for key in members]
-    counted = collections.Counter(node.label for node in nodes)
-    detail = ", ".join(f"{n} {label}" for label, n in counted.most_common(12))
+    labels = collections.Counter(node.label for node in nodes)
+    detail = ", ".join(f"{n} {label}" for label, n in labels.most_common(12))
     cuts = tuple(dict.fromkeys(cut for node in nodes for cut in node.cuts))
     total = sum(node.members for node in nodes)
-    label = f"{_counted(total, 'operation')}\n(forward and gradient)"
+    label = f"{counted(total, 'operation')}\n(forward and gradient)"
     return Node(members[0], "operation", label, None, None, None, home, detail, cuts, total)
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count:,} {word}{'s' * (count != 1)}"

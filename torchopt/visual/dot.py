@@ -110,8 +110,9 @@ def make_dot(
     )
     texts = []
     for node, original in zip(drawn.graph.nodes, drawn.kept):
-        own = show_attrs and original is not None
-        values = _attributes_of(found, found.graph.nodes[original]) if own else {}
+        values = {}
+        if show_attrs and original is not None:
+            values = _attributes_of(found, found.graph.nodes[original])
         texts.append(_label(node, values, max_attr_chars))
     _draw_nodes(dot, drawn.graph.nodes, texts, clusters)
     for source, user in drawn.graph.edges:
