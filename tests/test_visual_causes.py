@@ -151,6 +151,14 @@ def test_a_path_through_argmax_of_what_was_computed_from_it() -> None:
     assert "Mm: self, one-hot" in explain(other.sum(), "weight", named)
 
 
+def test_entries_counted_from_the_last() -> None:
+    table = nonzero(4, 3, requires_grad=True)
+    x = torch.tensor([0.1, 0.2, 0.3, 0.9], dtype=torch.float64, requires_grad=True)
+    assert "is the argmax of 'x', unless" in explain(table[-1].sum(), "x", {"x": x})
+    assert "argmax of" not in explain(table[-2].sum(), "x", {"x": x})
+    assert "argmax of" not in explain((table[-1] + table[2]).sum(), "x", {"x": x})
+
+
 def test_an_index_that_is_no_argmax() -> None:
     table, x = nonzero(4, 3, requires_grad=True), nonzero(5, 4, requires_grad=True)
     index = (x.argmax(1) + 1) % 4

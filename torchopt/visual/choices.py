@@ -98,17 +98,22 @@ def _taken(found: Extraction) -> Iterator[tuple[str, Any]]:
                 yield where, saved
             elif not saved.requires_grad and (rows := one_hot_rows(saved)) is not None:
                 yield where, rows
-    places = [
-        p for p, n in enumerate(found.walk.nodes) if _is_select(n) and found.walk.step_of[p] < 0
-    ]
-    numbers = {attributes(found.walk.nodes[p])["index"] for p in places}
-    if len(numbers) == 1:  # several say that all entries are taken, one after the other
-        for position in places:
-            yield words.place(found, position), torch.tensor(numbers.copy().pop())
+    places = [p for p, node in enumerate(found.walk.nodes) if _is_select(node)]
+    indices = {p: _index(found.walk.nodes[p]) for p in places if found.walk.step_of[p] < 0}
+    if len(set(indices.values())) == 1:  # several say that entries are taken one after the other
+        for position, index in indices.items():
+            yield words.place(found, position), torch.tensor(index)
+
+
+def _index(node: Any) -> int:
+    """Return which entry ``x.select(dim, index)`` takes, counted from the first."""
+    saved = attributes(node)
+    return saved["index"] % max(1, saved["self_sym_sizes"][saved["dim"]])
 
 
 def _is_select(node: Any) -> bool:
-    return is_builtin(node) and operation_label(node.name()) == "Select"
+    named = is_builtin(node) and operation_label(node.name()) == "Select"
+    return named and {"index", "dim", "self_sym_sizes"} <= attributes(node).keys()
 
 
 def one_hot_rows(constant: Tensor) -> Tensor | None:

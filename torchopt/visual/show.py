@@ -98,8 +98,10 @@ def show(
 ) -> GraphPage:
     """Show the graph behind a loss as an interactive page, made for unrolled inner loops.
 
-    The steps of the loop stand side by side and open on a click; a parameter is found by its
-    name; selecting it lights every path between it and the loss and marks where paths are cut.
+    The page opens with one box for each step of the loop, in rows that fill the window, from the
+    first step to the loss. A step opens on a click; a parameter is found by its name; selecting it
+    lights every path between it and the loss and marks where paths are cut. After each of these
+    the picture is fitted again.
     In a notebook, the returned object is the picture. Nothing is written unless ``path`` is given;
     in a script, ``show(loss, params).open()`` opens a browser.
 

@@ -58,10 +58,18 @@ class Camera {
     requestAnimationFrame(advance);
   }
 
-  centre(box, { width, height }, atOnce) {
+  // A box in the middle, or as near to it as can be without a margin beyond that of the picture.
+  centre(box, bounds, room, atOnce) {
     const scale = Math.max(this.scale, 0.75);
-    const [cx, cy] = [box.x + box.w / 2, box.y + box.h / 2];
-    this.goTo({ scale, x: width / 2 - cx * scale, y: height / 2 - cy * scale }, atOnce);
+    const { left, right, top, bottom } = margins(room);
+    const place = (start, size, begin, extent, whole, before, after) => {
+      const middle = whole / 2 - (start + size / 2) * scale;
+      const [first, last] = [before - begin * scale, whole - after - (begin + extent) * scale];
+      return last < first ? Math.max(last, Math.min(first, middle)) : middle;
+    };
+    const x = place(box.x, box.w, bounds.x, bounds.w, room.width, left, right);
+    const y = place(box.y, box.h, bounds.y, bounds.h, room.height, top, bottom);
+    this.goTo({ scale, x, y }, atOnce);
   }
 
   // Show the whole box; if that would make it too small, its beginning.

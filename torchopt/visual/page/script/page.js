@@ -164,7 +164,7 @@ class Page {
   showNode(key, atOnce) {
     const box = this.scene.boxOf(key);
     if (box.rail) this.camera.fit(this.scene.bounds, this.room, { least: READABLE, atOnce });
-    else this.camera.centre(box, this.room, atOnce);
+    else this.camera.centre(box, this.scene.bounds, this.room, atOnce);
   }
 
   clear() {
