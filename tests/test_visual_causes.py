@@ -209,6 +209,37 @@ def test_lines_are_wrapped() -> None:
         assert all(re.match(r"\* |  |'", line) for line in text.splitlines())
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_many_cuts_and_many_leaves_are_told_in_short(whole: bool) -> None:
+    net, lr = network(), learned_rate()
+    start = net[0].weight
+    inner = torchopt.MetaAdam(net, lr=lr)
+    for _ in range(20):
+        inner.step(loss_of(net))
+        torchopt.stop_gradient(net)
+        if whole:
+            torchopt.stop_gradient(inner)
+    inner.step(loss_of(net))
+    loss = loss_of(net)
+    for tensor in (lr, start):
+        text = explain(loss, tensor)
+        assert 1 <= text.count("Detached before Adam step") <= 3
+        assert len(text.splitlines()) < 9
+    assert (gradient(loss, start) is None) == whole
+    if whole:
+        end = "What the loss does reach (5): 4 weights, step 21, unnamed ()."
+        assert explain(loss, start).endswith(end)
+        end = "What the loss does reach (5): lr, 4 weights, step 21."
+        assert explain(loss, start, {"lr": lr}).endswith(end)
+    else:
+        assert "more cuts of this kind." in explain(loss, start)
+
+
+def test_leaves_without_a_name_are_counted() -> None:
+    text = explain(loss_of(network()), learned_rate())
+    assert text.endswith("What the loss does reach (4): 4 without a name.")
+
+
 def test_it_ends_at_the_loss_and_counts_no_paths_by_the_million() -> None:
     net, lr = network(), learned_rate()
     inner = torchopt.MetaAdam(net, lr=lr)

@@ -25,7 +25,7 @@ from torchopt.visual.operations import OVERWRITTEN, dtype_name, saved_tensors
 from torchopt.visual.partial import missing, verdict
 from torchopt.visual.unreached import reached_leaves, reasons
 from torchopt.visual.walk import walk
-from torchopt.visual.words import place, steps_listed, wrapped
+from torchopt.visual.words import first_of, place, steps_listed, wrapped
 
 
 def explain(loss: Tensor, param: Tensor | str, params: Any = None) -> str:
@@ -182,7 +182,7 @@ def _reached(
     word = word_of(gradient)
     on_path = between(found, output)
     cuts = missing(found, tensor, output, on_path, loss)
-    cut_lines = [cut.line for cut in cuts]
+    cut_lines = first_of([cut.line for cut in cuts], "cuts")
     if word == "finite":
         return [
             f"{what}: {verdict(cuts)}; {_size(gradient)}.",

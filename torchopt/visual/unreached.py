@@ -11,6 +11,7 @@ from torch import Tensor
 from torchopt.kernels.independent import is_name
 from torchopt.visual import words
 from torchopt.visual.choices import choices, one_hot_rows
+from torchopt.visual.contract import with_cut_leaves_grouped
 from torchopt.visual.elsewhere import another_network, outside_of_the_block
 from torchopt.visual.graph import Extraction
 from torchopt.visual.operations import dtype_name, operation_label, saved_tensors
@@ -32,7 +33,7 @@ def reasons(found: Extraction, tensor: Tensor, named: Sequence[tuple[str, Tensor
         *_constants(found, tensor),
         *_other_leaves(found, tensor),
         *_numbers(found, tensor),
-        *_cut_steps(found),
+        *words.first_of(list(_cut_steps(found)), "cuts"),
     ]
     chosen = choices(found, tensor, named, perhaps=not evidence)
     if chosen:
@@ -53,13 +54,18 @@ def reasons(found: Extraction, tensor: Tensor, named: Sequence[tuple[str, Tensor
 
 
 def reached_leaves(found: Extraction) -> list[str]:
-    """Return a line that lists the leaves that the loss does reach."""
-    leaves = [node for node in found.graph.nodes if node.kind == "leaf"]
-    shown = []
-    for node in leaves[:10]:
-        shown.append(" = ".join(node.name.split("\n")) if node.name else f"unnamed {node.shape}")
-    more = ", ..." if len(leaves) > 10 else ""
-    return [f"* What the loss does reach ({len(leaves)}): {', '.join(shown)}{more}."]
+    """Return a line that lists the leaves that the loss does reach, in short those without name."""
+    count = sum(node.kind == "leaf" for node in found.graph.nodes)
+    leaves = [n for n in with_cut_leaves_grouped(found.graph).graph.nodes if n.kind == "leaf"]
+    named = [" = ".join(node.name.split("\n")) for node in leaves if node.name]
+    shown = [*named[:10], *([f"{len(named) - 10} more"] if len(named) > 10 else [])]
+    shown += [node.label for node in leaves if not node.name and node.cuts]
+    others = [node for node in leaves if not node.name and not node.cuts]
+    if len(others) == 1:
+        shown.append(f"unnamed {others[0].shape}")
+    elif others:
+        shown.append(f"{len(others)} without a name")
+    return [f"* What the loss does reach ({count}): {', '.join(shown)}."]
 
 
 def _in_order(found: Extraction) -> list[int]:

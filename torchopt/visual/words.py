@@ -199,6 +199,12 @@ def counted(count: int, word: str) -> str:
     return f"{count:,} {word}{'s' * (count != 1)}"
 
 
+def first_of(lines: Sequence[str], what: str, most: int = 3) -> list[str]:
+    """Return lines, or the first of many and how many more there are."""
+    rest = len(lines) - most
+    return [*lines] if rest < 2 else [*lines[:most], f"* ... and {rest} more {what} of this kind."]
+
+
 def wrapped(lines: Sequence[str], width: int = 90) -> str:
     """Return lines that are no longer than a terminal is wide; what goes on is indented."""
     return "\n".join(
