@@ -40,6 +40,8 @@ def contract(
         nodes: What stands for each group, by the same keys; their ``key`` is set here.
     """
     stands = list(range(len(graph.nodes)))
+    if not groups:
+        return Contracted(graph, stands, [*stands])
     for first, members in groups.items():
         for member in members:
             stands[member] = first

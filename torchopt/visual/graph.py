@@ -71,7 +71,7 @@ class Graph:
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts and lists."""
         return {
-            "nodes": [dataclasses.asdict(node) for node in self.nodes],
+            "nodes": [dict(vars(node)) for node in self.nodes],
             "edges": [list(edge) for edge in self.edges],
         }
 
