@@ -65,7 +65,7 @@ Painter.prototype.drawRails = function drawRails() {
   const { context, colour, selection, scene, view } = this;
   for (const { key, y, uses } of scene.rails) {
     if (y < view.top - RAIL || y > view.bottom + RAIL) continue;
-    const ends = uses.map(({ lane, port }) => lane.dx + port.x + port.w / 2);
+    const ends = uses.map((join) => join.x);
     const lit = selection.isLit([key]);
     context.globalAlpha = selection.lit && !lit ? 0.3 : 1;
     context.strokeStyle = lit ? this.accent : colour["rail-border"];
@@ -75,8 +75,7 @@ Painter.prototype.drawRails = function drawRails() {
     context.moveTo(8, y);
     context.lineTo(Math.max(...ends), y);
     context.stroke();
-    for (const { lane, port, lit: litUse } of uses) {
-      const x = lane.dx + port.x + port.w / 2;
+    for (const { x, lit: litUse } of uses) {
       context.fillStyle = selection.lit && !litUse ? colour["rail-border"] : context.strokeStyle;
       context.beginPath();
       context.arc(x, y, 4, 0, 2 * Math.PI);

@@ -122,6 +122,7 @@ class Scene {
     const row = Math.max(0, port.keys.indexOf(keys[0]));
     const spread = port.type === "ports" ? (row % ROWS_SHOWN) * TRACK - 3 * TRACK : 0;
     const end = [lane.dx + port.x + port.w / 2 + spread, lane.dy + port.y];
+    join.x = end[0];
     if (rail !== null) {
       path.moveTo(end[0], lane.row.rails.find(({ key }) => key === rail).y);
       path.lineTo(...end);
