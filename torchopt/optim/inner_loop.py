@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 from torch import nn
@@ -11,6 +12,7 @@ from torchopt.base.commit import all_or_nothing
 from torchopt.core.transform import GradientTransformation
 from torchopt.diff.adjoints.base import Adjoint
 from torchopt.diff.adjoints.block import in_block as _in_block
+from torchopt.nn import put_back
 from torchopt.nn.parameters import refuse_scripted
 from torchopt.nn.rollback import Rollback
 from torchopt.optim.meta_optimizer import MetaOptimizer
@@ -111,6 +113,8 @@ def inner_loop(
     try:
         yield optimizer
     finally:
+        if any(map(operator.is_not, optimizer._states, states_before)):  # a step was taken
+            put_back.networks.update(networks.values())
         all_or_nothing(undo)
         if optimizer is not tx:  # a step would change the network for good
             vars(optimizer)["step"] = misuse.step_after_block
