@@ -110,12 +110,14 @@ def sam(
     r"""Sharpness-aware minimization: another optimizer, on the gradient at a point higher up.
 
     .. math::
-        \epsilon = \rho\, \frac{T^2 g}{\lVert T g \rVert}, \qquad
-        u = \operatorname{base}\big(\nabla f(p + \epsilon)\big)
+        g_t = \nabla f(p_{t-1}), \qquad
+        \epsilon_t = \rho\, \frac{T^2 g_t}{\lVert T g_t \rVert}, \qquad
+        p_t = p_{t-1} + \operatorname{base}\big(\nabla f(p_{t-1} + \epsilon_t)\big)
 
-    with :math:`g = \nabla f(p)`, the norm over all parameters as one vector, and :math:`T = 1`; or,
-    if ``adaptive`` (ASAM), :math:`T = |p| + \eta`, entry by entry, so that the neighbourhood is
-    the same for a network whose weights are scaled. Where the norm is zero, :math:`\epsilon` is.
+    with the update of ``base``, which for :func:`torchopt.sgd` is minus the learning rate times its
+    argument, the norm over all parameters as one vector, and :math:`T = 1`; or, if ``adaptive``
+    (ASAM), :math:`T = |p_{t-1}| + \eta`, entry by entry, so that the neighbourhood is the same for
+    a network whose weights are scaled. Where the norm is zero, so is :math:`\epsilon_t`.
 
     The second gradient is computed in the middle of a step. Where from, each API says:
 
