@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from torchopt.base import misuse
+from torchopt.base import misuse, tree
 from torchopt.base.misuse.given import given
 from torchopt.core import hyper
+from torchopt.diff.implicit import Implicit
 from torchopt.diff.stationarity import stationarity
 from torchopt.solvers.flat import Layout, Number, Objective, TreeObjective
 from torchopt.solvers.outcome import Outcome
@@ -165,6 +166,19 @@ class Solver(abc.ABC, Generic[S]):
         """Return the function that is zero at a solution, and what is known of its Jacobian."""
         return stationarity(fn), ("symmetric",)
 
+    def as_minimizer(self) -> Solver[Any]:
+        """Return the solver that :func:`torchopt.solvers.minimize` runs: mostly itself.
+
+        Raises:
+            TypeError: If it minimises no functions.
+        """
+        if self.problem != "minimize":
+            raise TypeError(
+                f"{type(self).__name__} does not minimise a function; it is a solver for "
+                f"torchopt.solvers.{self.problem}."
+            )
+        return self
+
     def init(self, fn: Callable[..., Any], params: TensorTree, *args: PyTree) -> S:
         """Return the state at ``params``, for a loop of your own; calls ``fn(params, *args)``."""
         layout = Layout(params)
@@ -239,12 +253,16 @@ class Adjoint(Protocol):
         ...
 
 
+#: How solutions are differentiated where nothing else is said.
+IMPLICIT = Implicit()
+
+
 def minimize(
     fn: Callable[..., Tensor],
     solver: Solver[Any],
     params: TensorTree,
     *args: PyTree,
-    adjoint: Adjoint | None = None,
+    adjoint: Adjoint | None = IMPLICIT,
 ) -> Solution:
     r"""Find a local minimum of a scalar function of a tree.
 
@@ -252,12 +270,15 @@ def minimize(
 
     Args:
         fn: :math:`f`, called as ``fn(params, *args)``; returns a real scalar tensor.
-        solver: Such as :class:`torchopt.solvers.LBFGS`; holds tolerances and limits.
+        solver: Such as :class:`torchopt.solvers.LBFGS` or :class:`torchopt.solvers.Newton`; holds
+            tolerances and limits.
         params: The start, any tree of floating-point or complex tensors. Left as it is.
         *args: Passed on to ``fn``.
-        adjoint: How to differentiate the solution. ``None``: not at all, its tensors are cut from
-            the graph; :class:`torchopt.diff.Unrolled`: by recording the iterations;
-            :class:`torchopt.diff.Implicit`: by the condition that it satisfies.
+        adjoint: How to differentiate the solution: :class:`torchopt.diff.Implicit`, the default, by
+            the gradient that is zero there, in ``args`` and in tensors that ``fn`` closes over; if
+            one of them requires grad, the solution does. :class:`torchopt.diff.Unrolled`: by
+            recording the iterations. ``None``: not at all, and without a last call of ``fn`` that
+            looks for such tensors.
 
     Returns:
         The last parameters with value, largest entry of the gradient, numbers of iterations and of
@@ -287,11 +308,11 @@ def minimize(
             f"solver must be a solver such as torchopt.solvers.LBFGS(), got {given(solver)}."
             " A transformation becomes one by torchopt.solvers.GradientDescent(tx)."
         )
-    if solver.problem != "minimize":
-        raise TypeError(
-            f"{type(solver).__name__} does not minimise a function; it is a solver for "
-            f"torchopt.solvers.{solver.problem}."
-        )
-    if adjoint is not None:
-        return adjoint(solver, fn, params, args)
-    return solver.run(fn, params, *args)
+    solver = solver.as_minimizer()
+    if adjoint is None:
+        return solver.run(fn, params, *args)
+    if adjoint is IMPLICIT:  # parameters mostly require grad: nobody is told that this is no use
+        leaves, spec = tree.flatten(params)
+        bare = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        params = tree.unflatten(spec, bare)
+    return adjoint(solver, fn, params, args)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from torchopt.base.misuse.given import given
 from torchopt.solvers.base import (
+    IMPLICIT,
     Adjoint,
     Solution,
     Solver,
     minimize,
 )
-from torchopt.solvers.roots import IMPLICIT
 from torchopt.solvers.squares import LeastSquaresSolver, half_of_squares
 from torchopt.typing import PyTree, TensorTree
 

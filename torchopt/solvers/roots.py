@@ -13,16 +13,11 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
-from torchopt.diff.implicit import Implicit
-from torchopt.solvers.base import Adjoint, Solution, Solver, State
+from torchopt.solvers.base import IMPLICIT, Adjoint, Solution, Solver, State
 from torchopt.solvers.flat import Layout, Number
 from torchopt.solvers.linearized import Residuals
 from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
-
-
-#: How solutions are differentiated where nothing else is said.
-IMPLICIT = Implicit()
 
 
 class Residual(Residuals):
