@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Nystrom(LinearSolver):
     rank: int
     rho: float
     seed: int = 0
+
+    iterates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal, Union
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torchopt.linear_solve.outcome import (
     Outcome,
 )
 from torchopt.linear_solve.product import Product
-from torchopt.linear_solve.system import Solved, System
+from torchopt.linear_solve.system import Remembering, Solved, System
 from torchopt.linear_solve.vectors import Layout, norm
 from torchopt.typing import TensorTree
 
@@ -93,6 +93,9 @@ class LinearSolver(abc.ABC):
     init: TensorTree | None = None
     on_failure: OnFailure = "warn"
 
+    #: Whether it goes from a start to the solution step by step.
+    iterates: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         for name in ("rtol", "atol", "ridge"):
             value = getattr(self, name)
@@ -129,8 +132,18 @@ class LinearSolver(abc.ABC):
         """
         return self.solve(matvec, b, init=init).x
 
-    def solve(self, matvec: Any, b: TensorTree, init: TensorTree | None = None) -> LinearSolution:
-        """Return ``x`` with iterations, residual and outcome; arguments as in a call."""
+    def solve(
+        self,
+        matvec: Any,
+        b: TensorTree,
+        init: TensorTree | None = None,
+        *,
+        memory: Remembering | None = None,
+    ) -> LinearSolution:
+        """Return ``x`` with iterations, residual and outcome; arguments as in a call.
+
+        ``memory`` is that of a :class:`WarmStart`.
+        """
         operator = as_operator(matvec)
         layout = Layout(b)
         product = Product.of(operator, layout, differentiated=True)
@@ -140,7 +153,7 @@ class LinearSolver(abc.ABC):
             precondition = Product.of(as_operator(self.preconditioner), layout)
         init = self.init if init is None else init
         start = None if init is None else layout.flatten(init, "init").detach()
-        job = Job(self, product, precondition, layout.is_real, layout.rtol)
+        job = Job(self, product, precondition, layout.is_real, layout.rtol, memory=memory)
         x = solve_flat(job, right, start)
         report = job.report
         codes = [CODES[k - 1] for k in report["codes"]]

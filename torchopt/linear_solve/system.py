@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,22 @@ from torchopt.linear_solve.vectors import anything, norm
 
 
 CONVERGED = code_of(Outcome.CONVERGED)
+
+
+class Remembering(Protocol):
+    """What remembers a solution."""
+
+    def fitted(self, b: Tensor, product: Map) -> tuple[Tensor, Tensor] | None:
+        """Return where to begin, and the residual there."""
+        ...
+
+    def keep(self, x: Tensor, iterations: int) -> None:
+        """Keep a solution."""
+        ...
+
+    def part(self, name: str) -> Remembering:
+        """Return what remembers the solutions that a derivative asks for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,7 @@ class System:
         maxiter: Most iterations.
         tags: What is promised of :math:`A`.
         is_real: Whether no entry belongs to a complex number.
+        memory: Of the solution of a system like this, where to begin if there is no start.
     """
 
     product: Map
@@ -42,6 +60,7 @@ class System:
     maxiter: int
     tags: frozenset[str]
     is_real: bool
+    memory: Remembering | None = None
 
     @property
     def n(self) -> int:
@@ -51,6 +70,17 @@ class System:
     def none(self) -> Tensor:
         """Return a mask that holds nowhere, ``(*batch, 1)``."""
         return torch.zeros_like(self.b[..., :1], dtype=torch.bool)
+
+    def begun(self) -> tuple[Tensor, Tensor]:
+        """Return where to begin, and the residual there."""
+        b, start = self.b, self.start
+        if start is None:
+            found = None if self.memory is None else self.memory.fitted(b, self.product)
+            return (torch.zeros_like(b), b) if found is None else found
+        # a start that is not finite is none
+        fine = (norm(b) == 0) | ~torch.isfinite(start).all(-1, keepdim=True)
+        x = torch.where(fine, 0.0, start)
+        return x, torch.where(fine, b, b - self.product(x))
 
     def zeros(self, dtype: torch.dtype = torch.int64) -> Tensor:
         """Return one zero for each system, ``(*batch, 1)``."""
@@ -120,11 +150,7 @@ def restarted(
         nearer: The measure; ``None`` is the norm of the residual.
     """
     b = system.b
-    x = torch.zeros_like(b) if system.start is None else system.start
-    zero = norm(b) == 0
-    fine = zero | ~torch.isfinite(x).all(-1, keepdim=True)
-    x = torch.where(fine, 0.0, x)  # a start that is not finite is none
-    r = b if system.start is None else torch.where(fine, b, b - system.product(x))
+    x, r = system.begun()
     size = norm(r)
     iterations, code, idle = system.zeros(), system.zeros(), system.zeros()
     while True:

@@ -34,7 +34,8 @@ class Implicit:
 
     Args:
         solve: The linear solver, such as :func:`torchopt.linear_solve.solve_cg`; its matrix is
-            symmetric, at a strict minimum positive definite. By default one is chosen by size.
+            symmetric, at a strict minimum positive definite. By default one is chosen by size. In a
+            loop, :class:`torchopt.linear_solve.WarmStart` lets it begin where it ended last.
         residual_check: The largest absolute entry of the gradient that is accepted at the solution;
             ``None`` does not look. A solver that ended without having converged warns in any case.
 
