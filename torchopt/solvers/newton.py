@@ -130,6 +130,9 @@ class Newton(RootSolver[State]):
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return NewtonMinimizer(**options)
 
+    def carries(self, adjoint: object) -> None:
+        """Be a loop: a step needs nothing but the last point."""
+
     def start(self, objective: Objective, x: Tensor) -> State:
         """Evaluate the residual at the start."""
         return first_state(State, objective, x)

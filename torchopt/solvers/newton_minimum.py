@@ -67,6 +67,9 @@ class NewtonMinimizer(Solver[State]):
         """Return a function of a tree as the solver sees it."""
         return Curved(fn, layout, args, create_graph)
 
+    def carries(self, adjoint: object) -> None:
+        """Be a loop: a step needs nothing but the last point."""
+
     def start(self, objective: Objective, x: Tensor) -> State:
         """Evaluate the function at the start."""
         return first_state(State, objective, x)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
-from torchopt.solvers.base import IMPLICIT, Adjoint, Solution, Solver, State
+from torchopt.solvers.base import IMPLICIT, AnyAdjoint, Solution, Solver, State, differentiated
 from torchopt.solvers.flat import Layout, Number
 from torchopt.solvers.linearized import Residuals
 from torchopt.solvers.outcome import Outcome
@@ -80,6 +80,7 @@ class RootSolver(Solver[S], abc.ABC):
     max_iter: int = 100
 
     problem: ClassVar[str] = "find_root"
+    measure: ClassVar[str] = "a residual"
     #: What it means if an iteration changes nothing.
     no_change: ClassVar[Outcome] = Outcome.STAGNATED
 
@@ -117,7 +118,7 @@ def find_root(
     solver: RootSolver[Any],
     params: TensorTree,
     *args: PyTree,
-    adjoint: Adjoint | None = IMPLICIT,
+    adjoint: AnyAdjoint | None = IMPLICIT,
 ) -> Solution:
     r"""Find a root of a function of a tree.
 
@@ -160,7 +161,7 @@ def find_root(
         )
     if adjoint is None:
         return solver.run(fn, params, *args)
-    solution = adjoint(solver, fn, params, args)
+    solution = differentiated(adjoint, solver, fn, params, args)
     return dataclasses.replace(solution, value=solution.state.value)
 
 
@@ -169,7 +170,7 @@ def fixed_point(
     solver: RootSolver[Any],
     params: TensorTree,
     *args: PyTree,
-    adjoint: Adjoint | None = IMPLICIT,
+    adjoint: AnyAdjoint | None = IMPLICIT,
 ) -> Solution:
     r"""Find a fixed point of a function of a tree.
 
@@ -214,4 +215,5 @@ def fixed_point(
         pairs = zip(found, leaves)
         return tree.unflatten(spec, [y if x is None or y is None else y - x for y, x in pairs])
 
+    residual.measure = "a distance from the fixed point"  # pyright: ignore[reportFunctionMemberAccess]
     return find_root(residual, solver, params, *args, adjoint=adjoint)

@@ -36,8 +36,9 @@ class Implicit:
         solve: The linear solver, such as :func:`torchopt.linear_solve.solve_cg`; its matrix is
             symmetric, at a strict minimum positive definite. By default one is chosen by size. In a
             loop, :class:`torchopt.linear_solve.WarmStart` lets it begin where it ended last.
-        residual_check: The largest absolute entry of the gradient that is accepted at the solution;
-            ``None`` does not look. A solver that ended without having converged warns in any case.
+        residual_check: The largest absolute entry that is accepted at the solution, of what is zero
+            there: the gradient, the residual, the distance from the fixed point. ``None`` does not
+            look. A solver that ended without having converged warns in any case.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -97,7 +98,7 @@ class Implicit:
         if failed:
             warnings.warn(
                 f"The derivative is that of a solution, and the solver has not come to one: "
-                f"{end.outcome} after {end.iterations} iterations, with a gradient of "
+                f"{end.outcome} after {end.iterations} iterations, with {end.measure} of "
                 f"{end.grad_norm:.3g}. {end.outcome.text}",
                 UserWarning,
                 stacklevel=3,
