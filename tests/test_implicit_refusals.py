@@ -15,6 +15,12 @@ from torchopt.diff.implicit import custom_fixed_point, custom_root, root_jvp, ro
 from torchopt.solvers import LBFGS, minimize
 
 
+# What callers hand over in the place of something else.
+NUMBER: Any = 3
+NAME: Any = "cg"
+SINGLE: Any = torch.ones(())
+
+
 def root_of(x: Tensor, t: Tensor) -> Tensor:
     return x * x - t
 
@@ -67,10 +73,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         ("out of range", "2 positional"),
     ),
     "no-name": (lambda: call(argnums="lam"), ValueError, ("'lam'", "has not")),
-    "no-function": (lambda: custom_root(3, 1), TypeError, ("optimality_fn", "3")),  # type: ignore
-    "no-solver": (lambda: custom_root(root_of, 1)(3), TypeError, ("decorates a solver",)),  # type: ignore
+    "no-function": (lambda: custom_root(NUMBER, 1), TypeError, ("optimality_fn", "3")),
+    "no-solver": (lambda: custom_root(root_of, 1)(NUMBER), TypeError, ("decorates a solver",)),
     "no-linear-solver": (
-        lambda: custom_root(root_of, 1, solve="cg"),  # type: ignore
+        lambda: custom_root(root_of, 1, solve=NAME),
         TypeError,
         ("solve(matvec, b)", "solve_cg()", "'cg'"),
     ),
@@ -144,7 +150,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         ("What the linear solver returned do not match the solution",),
     ),
     "vjp-args": (
-        lambda: root_vjp(root_of, torch.ones(()), torch.ones(()), torch.ones(())),  # type: ignore
+        lambda: root_vjp(root_of, torch.ones(()), SINGLE, torch.ones(())),
         TypeError,
         ("args must be a tuple", "(theta,)"),
     ),
@@ -165,7 +171,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         NotImplementedError,
         ("vectorize=True", "torch.func.jacrev"),
     ),
-    "adjoint": (lambda: Implicit(solve=3), TypeError, ("solve(matvec, b)",)),  # type: ignore
+    "adjoint": (lambda: Implicit(solve=NUMBER), TypeError, ("solve(matvec, b)",)),
     "adjoint-unsolved": (
         lambda: minimize(
             lambda p, t: (p.exp() - t * p).sum(),
