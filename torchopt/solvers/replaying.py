@@ -90,6 +90,6 @@ def check_adjoint(adjoint: Any) -> None:
     if isinstance(adjoint, type) or not runs:
         write = f"{adjoint.__name__}()" if isinstance(adjoint, type) else "Implicit()"
         raise TypeError(
-            "adjoint must be None or an object such as torchopt.diff.Implicit() or "
-            f"torchopt.diff.Unrolled(), got {given(adjoint)}. Write adjoint={write}."
+            "adjoint must be torchopt.diff.Implicit(), torchopt.diff.Unrolled() or another such "
+            f"object, or None, got {given(adjoint)}. Write adjoint={write}."
         )
