@@ -165,7 +165,9 @@ class LinearSolver(abc.ABC):
         """Return the largest norms of residuals, and the most iterations."""
         rtol = rtol if self.rtol is None else self.rtol
         most = max(5000, min(10 * b.shape[-1], 20000)) if self.maxiter is None else self.maxiter
-        return torch.clamp_min(rtol * norm(b), self.atol), most
+        size = norm(b)
+        size = torch.where(torch.isfinite(size), size, 0.0)  # a residual of inf is within no limit
+        return torch.clamp_min(rtol * size, self.atol), most
 
     def judge(self, report: dict[str, Any], tol: Tensor, of: str) -> None:
         """Warn or raise where a system was not solved, by choice.
