@@ -108,7 +108,7 @@ class LinearSolver(abc.ABC):
                 f"on_failure must be 'warn', 'raise' or 'ignore', got {self.on_failure!r}."
             )
         if self.preconditioner is not None:
-            as_operator(self.preconditioner)
+            as_operator(self.preconditioner, "preconditioner")
 
     @abc.abstractmethod
     def run(self, system: System) -> Solved:

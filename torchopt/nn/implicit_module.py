@@ -99,7 +99,15 @@ class ImplicitMetaGradientModule(MetaGradientModule):
         if "residual_check" in kwargs:
             check_residual(value := kwargs.pop("residual_check"))
             cls.residual_check = value
-        super().__init_subclass__(**kwargs)
+        try:
+            super().__init_subclass__(**kwargs)
+        except TypeError as error:  # of no class that would take it
+            if not kwargs or "takes no keyword arguments" not in str(error):
+                raise
+            raise TypeError(
+                f"class {cls.__name__}(ImplicitMetaGradientModule, ...) has no argument "
+                f"{sorted(kwargs)[0]!r}; it has ['linear_solve', 'residual_check']."
+            ) from None
         for name in ("solve", "objective", "optimality"):
             _check_method(cls, name)
         if cls.solve is ImplicitMetaGradientModule.solve:

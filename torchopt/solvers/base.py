@@ -292,6 +292,21 @@ def minimize(
             f"{type(solver).__name__} does not minimise a function; it is a solver for "
             f"torchopt.solvers.{solver.problem}."
         )
+    check_adjoint(adjoint)
     if adjoint is not None:
         return adjoint(solver, fn, params, args)
     return solver.run(fn, params, *args)
+
+
+def check_adjoint(adjoint: Any) -> None:
+    """Refuse what does not differentiate solutions.
+
+    Raises:
+        TypeError: Naming what was given.
+    """
+    if adjoint is None or (callable(adjoint) and not isinstance(adjoint, type)):
+        return
+    raise TypeError(
+        "adjoint must be torchopt.diff.Implicit(), torchopt.diff.Unrolled() or None, got "
+        f"{given(adjoint)}."
+    )

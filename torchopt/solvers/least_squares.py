@@ -13,6 +13,7 @@ from torchopt.solvers.base import (
     Adjoint,
     Solution,
     Solver,
+    check_adjoint,
     minimize,
 )
 from torchopt.solvers.roots import IMPLICIT
@@ -72,6 +73,7 @@ def least_squares(
             return half_of_squares(fn(params, *args))
 
         return minimize(half, solver, params, *args, adjoint=adjoint)
+    check_adjoint(adjoint)
     if adjoint is None:
         return solver.run(fn, params, *args)
     solution = adjoint(solver, fn, params, args)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
 from torchopt.diff.implicit import Implicit
-from torchopt.solvers.base import Adjoint, Solution, Solver, State
+from torchopt.diff.implicit.decorators import moved
+from torchopt.solvers.base import Adjoint, Solution, Solver, State, check_adjoint
 from torchopt.solvers.flat import Layout, Number
 from torchopt.solvers.linearized import Residuals
 from torchopt.solvers.outcome import Outcome
@@ -163,6 +164,7 @@ def find_root(
             "solver must find roots, such as torchopt.solvers.Newton() or Broyden(), got "
             f"{given(solver)}."
         )
+    check_adjoint(adjoint)
     if adjoint is None:
         return solver.run(fn, params, *args)
     solution = adjoint(solver, fn, params, args)
@@ -214,9 +216,8 @@ def fixed_point(
         )
 
     def residual(params: TensorTree, *args: PyTree) -> TensorTree:
-        leaves, spec = tree.flatten(params)
-        found = tree.flatten_like(fn(params, *args), params, spec, "What fn returned", "params")
-        pairs = zip(found, leaves)
-        return tree.unflatten(spec, [y if x is None or y is None else y - x for y, x in pairs])
+        return moved(
+            params, fn(params, *args), "What fn returned", "params", lambda x, image: image - x
+        )
 
     return find_root(residual, solver, params, *args, adjoint=adjoint)
