@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import TypeAlias
 
 from torchopt.base.calling import level_of_user
+from torchopt.base.eager import eager
 from torchopt.base.misuse.given import given
 from torchopt.linear_solve.derivative import Job, solve_flat
 from torchopt.linear_solve.operator import as_operator
@@ -129,6 +130,7 @@ class LinearSolver(abc.ABC):
         """
         return self.solve(matvec, b, init=init).x
 
+    @eager
     def solve(self, matvec: Any, b: TensorTree, init: TensorTree | None = None) -> LinearSolution:
         """Return ``x`` with iterations, residual and outcome; arguments as in a call."""
         operator = as_operator(matvec)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchopt.base.eager import eager
 from torchopt.base.misuse.given import given, some
 from torchopt.diff.implicit.condition import Argument, Condition
 from torchopt.diff.implicit.decorators import check_residual, check_solve
@@ -160,6 +161,7 @@ def _differentiable(solve: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``solve`` as a method after which the parameters have their derivatives."""
 
     @functools.wraps(solve)
+    @eager
     def wrapped(self: ImplicitMetaGradientModule, *args: Any, **kwargs: Any) -> Any:
         if self.__dict__.get("_is_solving"):  # super().solve(...)
             return solve(self, *args, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torchopt.base import tree
+from torchopt.base.eager import eager
 from torchopt.base.misuse.given import given, short
 from torchopt.core import hyper
 from torchopt.diff.implicit.binding import Argnums, Binding, check_argnums
@@ -109,6 +110,7 @@ def custom_root(
         binding = Binding(solver, optimality_fn, argnums)
 
         @functools.wraps(solver)
+        @eager
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             positional, keywords, arguments = binding(args, kwargs)
             solution, aux = solved(solver, positional, keywords, has_aux)
