@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
     "structure": (
         lambda: call(solver=lambda x, t: {"x": t.sqrt()}, condition=lambda x, t: x["x"] ** 2 - t),
         ValueError,
-        ("do not match the solution", "'x' is missing", "has_aux=True"),
+        ("does not match the solution", "'x' is missing", "has_aux=True"),
     ),
     "shapes": (
         lambda: call(condition=lambda x, t: (x * x - t).reshape(1)),
@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
     "other-structure-of-linear-solver": (
         lambda: backward_of(lambda matvec, b: [b]),
         ValueError,
-        ("What the linear solver returned do not match the solution",),
+        ("What the linear solver returned does not match the solution",),
     ),
     "vjp-args": (
         lambda: root_vjp(root_of, torch.ones(()), SINGLE, torch.ones(())),
@@ -247,7 +247,7 @@ def test_an_unsolved_member_of_a_batch_is_found() -> None:
 
 def test_a_fixed_point_of_another_structure() -> None:
     solver = custom_fixed_point(lambda x, t: [x, t], argnums=1)(lambda x, t: t)
-    with pytest.raises(ValueError, match="do not match"):
+    with pytest.raises(ValueError, match="does not match"):
         solver(torch.zeros(()), number())
 
 

@@ -63,8 +63,9 @@ def conjugate_gradients(system: System, r: Tensor, tol: Tensor, going: Tensor, m
         # a direction that the operator takes to nothing, beside those before
         slope = over(norm(ap), norm(p))
         steepest = torch.maximum(steepest, slope)
-        flat = slope <= 10 * eps * steepest
-        bad = going & (flat | ~(curvature > 0))
+        finite = torch.isfinite(curvature)
+        flat = (slope <= 10 * eps * steepest) & finite
+        bad = going & (flat | ~(curvature > 0) | ~finite)
         reason = torch.where(flat, code_of(Outcome.SINGULAR), _reason(curvature, rho))
         code = torch.where(bad, reason, code)
         going = going & ~bad
@@ -197,15 +198,15 @@ def least_squares_gradients(
     for _ in range(most):
         going = going & (norm(r) > tol) & (code == 0)
         # the gradient has vanished and the residual has not: b is not in the range of A
-        flat = going & (norm(s) <= 10 * eps * first)
+        flat = going & (norm(s) <= 10 * eps * first) & torch.isfinite(norm(s))
         code = torch.where(flat, code_of(Outcome.SINGULAR), code)
         going = going & ~flat
         if not anything(going):
             break
         q = system.product(p)
         square = dot(q, q)
-        bad = going & ~(square > 0)
         fine = torch.isfinite(square)
+        bad = going & ~((square > 0) & fine)
         reason = torch.where(fine, code_of(Outcome.SINGULAR), code_of(Outcome.NON_FINITE))
         code = torch.where(bad, reason, code)
         going = going & ~bad

@@ -28,10 +28,14 @@ from torchopt.base.torch_internals import (
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
 )
+from torchopt.linear_solve.outcome import Outcome, code_of
 from torchopt.linear_solve.product import Map, Product, Transposed
 from torchopt.linear_solve.pulling import copies_of, pull_back
 from torchopt.linear_solve.system import CONVERGED, Remembering, Solved, System
 from torchopt.linear_solve.vectors import norm
+
+
+_NON_FINITE = code_of(Outcome.NON_FINITE)
 
 
 class Algorithm(Protocol):
@@ -147,9 +151,12 @@ def _solved(job: Job, b: Tensor, start: Tensor | None, values: Sequence[Tensor])
         residual = norm(b - forward(found.x)) if found.residual is None else found.residual
         _write(job.report, found, residual)
         job.solver.judge(job.report, tol, job.of)
+        # Where b or a product is nan no iteration is made, and zero, the start, is no answer.
+        lost = (found.code == _NON_FINITE) | ~torch.isfinite(residual)
+        x = torch.where(lost, torch.nan, found.x)
         if job.memory is not None:
-            job.memory.keep(found.x, job.report["most"])
-    return found.x
+            job.memory.keep(x, job.report["most"])
+    return x
 
 
 def _write(report: dict[str, Any], found: Solved, residual: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import TypeAlias
 
 from torchopt.base.calling import level_of_user
+from torchopt.base.eager import eager
 from torchopt.base.misuse.given import given
 from torchopt.linear_solve.derivative import Job, solve_flat
 from torchopt.linear_solve.operator import as_operator
@@ -111,7 +112,7 @@ class LinearSolver(abc.ABC):
                 f"on_failure must be 'warn', 'raise' or 'ignore', got {self.on_failure!r}."
             )
         if self.preconditioner is not None:
-            as_operator(self.preconditioner)
+            as_operator(self.preconditioner, "preconditioner")
 
     @abc.abstractmethod
     def run(self, system: System) -> Solved:
@@ -132,6 +133,7 @@ class LinearSolver(abc.ABC):
         """
         return self.solve(matvec, b, init=init).x
 
+    @eager
     def solve(
         self,
         matvec: Any,
@@ -178,7 +180,9 @@ class LinearSolver(abc.ABC):
         """Return the largest norms of residuals, and the most iterations."""
         rtol = rtol if self.rtol is None else self.rtol
         most = max(5000, min(10 * b.shape[-1], 20000)) if self.maxiter is None else self.maxiter
-        return torch.clamp_min(rtol * norm(b), self.atol), most
+        size = norm(b)
+        size = torch.where(torch.isfinite(size), size, 0.0)  # a residual of inf is within no limit
+        return torch.clamp_min(rtol * size, self.atol), most
 
     def judge(self, report: dict[str, Any], tol: Tensor, of: str) -> None:
         """Warn or raise where a system was not solved, by choice.

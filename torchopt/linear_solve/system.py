@@ -177,7 +177,10 @@ def restarted(
         size = torch.where(better, new_size, size)
         code = torch.where(failed & (size > system.tol), found.code, code)
         burst = going & (code == 0) & ~torch.isfinite(new_size)
-        code = torch.where(burst, code_of(Outcome.NON_FINITE), code)
+        # of finite numbers the iteration itself made others: it divided by almost nothing
+        whole = torch.isfinite(found.step).all(-1, keepdim=True)
+        kind = torch.where(whole, code_of(Outcome.NON_FINITE), code_of(Outcome.BREAKDOWN))
+        code = torch.where(burst, kind, code)
         stuck = stuck & (size > system.tol) & (code == 0)
         over = iterations >= system.maxiter
         ended = torch.where(over, code_of(Outcome.MAX_STEPS), code_of(Outcome.STAGNATED))

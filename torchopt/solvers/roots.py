@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
+from torchopt.diff.implicit.decorators import moved
 from torchopt.solvers.base import IMPLICIT, AnyAdjoint, Solution, Solver, State, differentiated
 from torchopt.solvers.flat import Layout, Number
 from torchopt.solvers.linearized import Residuals
@@ -210,10 +211,9 @@ def fixed_point(
         )
 
     def residual(params: TensorTree, *args: PyTree) -> TensorTree:
-        leaves, spec = tree.flatten(params)
-        found = tree.flatten_like(fn(params, *args), params, spec, "What fn returned", "params")
-        pairs = zip(found, leaves)
-        return tree.unflatten(spec, [y if x is None or y is None else y - x for y, x in pairs])
+        return moved(
+            params, fn(params, *args), "What fn returned", "params", lambda x, image: image - x
+        )
 
     residual.measure = "a distance from the fixed point"  # pyright: ignore[reportFunctionMemberAccess]
     return find_root(residual, solver, params, *args, adjoint=adjoint)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base.eager import eager
 from torchopt.base.misuse.given import given
 from torchopt.diff.implicit.condition import Argument, Condition, Sealed
 from torchopt.diff.implicit.decorators import check_residual, check_solve
@@ -67,6 +68,7 @@ class Implicit:
         check_solve(self.solve)
         check_residual(self.residual_check)
 
+    @eager
     def __call__(
         self, solver: Any, fn: Callable[..., Tensor], params: TensorTree, args: tuple[PyTree, ...]
     ) -> Any:
