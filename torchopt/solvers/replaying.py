@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +18,13 @@ from torchopt.solvers.flat import Layout
 from torchopt.typing import PyTree, TensorTree
 
 
-if TYPE_CHECKING:
-    from torchopt.solvers.base import Solution, Solver
-
-
 def replayed(
     adjoint: Any,
-    solver: Solver[Any],
+    solver: Any,
     fn: Callable[..., Any],
     params: TensorTree,
     args: tuple[PyTree, ...],
-) -> Solution:
+) -> Any:
     """Return a solution whose iterations are differentiated as the steps of a loop.
 
     The solver runs once by itself, to tell how many iterations there are; then they are the steps
