@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +87,16 @@ def _own(x: Any, functional: bool, unchanged: bool = False) -> Any:
     return x.detach().clone()
 
 
+def uncompiled() -> Any:
+    """Return the context in which what has been compiled runs as it was written.
+
+    What watches it would be compiled in: torch 2.13 reads it wrongly, 2.6 fails at its own guards.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled; to import it takes a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 def one_step(
     loop: Loop, functional: bool
 ) -> tuple[tuple[list[Any], list[Any]], watch.Watch, list[Tensor]]:
@@ -93,7 +105,7 @@ def one_step(
     row = [None if x is None else _own(x[0], functional) for x in loop.xs]
     x = tree.unflatten(loop.xs_spec, row)
     seen = watch.Watch()
-    with torch.enable_grad(), Autocast().again(), seen:
+    with torch.enable_grad(), Autocast().again(), uncompiled(), seen:
         results = loop.take(start, x)
     return results, seen, [t for t in (*start, *row) if isinstance(t, Tensor)]
 
