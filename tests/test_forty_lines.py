@@ -1,4 +1,4 @@
-"""The trainer of tutorial 8: as short as it is said to be, and its derivative is the plain loop's."""
+"""The trainer of tutorial 8: as short as it is said to be, with the plain loop's derivative."""
 
 from __future__ import annotations
 
@@ -66,10 +66,11 @@ def plain(parts: int) -> list[Tensor]:
     net, x, y, weights = problem()
     starts = {name: p for name, p in net.named_parameters() if p.requires_grad}
     tx = torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.adamw(LR, eps_root=1e-8))
-    params, state = starts, tx.init(starts)
+    params: dict[str, Tensor] = dict(starts)
+    state = tx.init(params)
     torch.manual_seed(0)
     for index in torch.randint(len(x), (STEPS, BATCH)):
-        total = 0.0
+        total = torch.zeros(()).double()
         for part in index.split(BATCH // parts):
             outputs = functional_call(net, params, (x[part],))
             total = total + (weights[part] * squares(outputs, y[part])).sum() / BATCH
