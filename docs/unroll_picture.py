@@ -45,7 +45,7 @@ def draw(path: Path = PICTURE) -> None:
     from matplotlib import pyplot
 
     data = recorded()
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.2), gridspec_kw={"wspace": 0.52})
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.2), gridspec_kw={"wspace": 0.62})
     _panel(axes[0], data, "mb", "memory above the baseline, MB")
     _panel(axes[1], data, "seconds", "time of one derivative, s")
     path.parent.mkdir(exist_ok=True)

@@ -85,15 +85,21 @@ def ways(study: dict[str, Any]) -> str:
 
 def problems(memory: dict[str, Any]) -> str:
     """Return the table of the benchmark's problems, beside the plain unroll and ``higher``."""
-    lines = [["loop", "way", "MB", "seconds", "of the memory", "of the time"]]
+    from benchmarks.unroll_memory import LIMITS, MEGABYTES  # needs the root on the path
+
+    lines = [["loop", "way", "MB", "seconds", "of the memory", "of the time", "target"]]
     for name, what in PROBLEMS.items():
         for i, (way, row) in enumerate(memory.get(name, {}).items()):
             ratios = ["", ""]
             if "memory" in row:
                 ratios = [f"{row['memory']:.3f}", f"{row['time']:.2f}"]
-            shown = f"`{way}`"
+            target = ""
+            if (name, way) in LIMITS:
+                target = "≤ {}, ≤ {}".format(*LIMITS[name, way])
+            elif name in MEGABYTES and way != PLAIN:
+                target = f"≤ {MEGABYTES[name]:,} MB"
             figures = [number(row["mb"]), number(row["seconds"])]
-            lines.append(["" if i else what, shown, *figures, *ratios])
+            lines.append(["" if i else what, f"`{way}`", *figures, *ratios, target])
     return table(lines)
 
 
