@@ -26,7 +26,7 @@ def source() -> str:
     """Return the cell that is the trainer."""
     cells = re.findall(r"```\{code-cell\} python\n(.*?)```", TUTORIAL.read_text("utf-8"), re.DOTALL)
     (cell,) = (cell for cell in cells if "def trained(" in cell)
-    return re.sub(r"^:.*\n", "", cell, flags=re.MULTILINE).strip()
+    return cell.strip()
 
 
 @pytest.fixture(scope="module")
