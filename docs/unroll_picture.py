@@ -17,13 +17,13 @@ PICTURE = HERE / "images" / "unroll_study.png"
 STYLES = {
     "Unrolled()": ("#1f2937", "-", "o"),
     "Mixed()": ("#6b7280", "-", "v"),
-    "Checkpointed()": ("#6cc5e0", "-", "o"),
+    "Checkpointed()": ("#3a9dc0", "-", "o"),
     'Checkpointed("sqrt")': ("#0b5d7a", "-", "s"),
     'Checkpointed("log")': ("#2a7f62", "-", "^"),
-    'Checkpointed("revolve")': ("#8cbf5f", "-", "D"),
+    'Checkpointed("revolve")': ("#6f9e3c", "-", "D"),
     "Forward()": ("#7a4ea3", "-", "P"),
     "Truncated(16)": ("#c2533d", "--", "o"),
-    "FirstOrder()": ("#e0a030", "--", "s"),
+    "FirstOrder()": ("#b97d16", "--", "s"),
 }
 #: The least memory that is told apart: pages that come and go.
 FLOOR = 0.5
