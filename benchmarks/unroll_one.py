@@ -50,7 +50,7 @@ def measure(name: str, way: str, length: int | None = None) -> dict[str, float]:
 
 
 def _give_back() -> None:
-    """Let the C library return what the warm-up has freed, or the loop would find it for nothing."""
+    """Let the C library return what the warm-up has freed, or the loop would find it for free."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:
