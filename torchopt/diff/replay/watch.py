@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -75,7 +77,28 @@ def is_older(tensor: Tensor, number: int) -> bool:
     return node is None or node._sequence_nr() < number
 
 
-class Watch(TorchFunctionMode):
+class Seeing(TorchFunctionMode):
+    """A mode that sees all operations of a step, those of a compiled one too.
+
+    The compiler would rather not trace a function whose operations somebody watches, and would
+    never try again: so that the step would be a plain one ever after, without a word.
+    """
+
+    def __enter__(self) -> Any:
+        # to import the compiler takes a second, and where it is absent nothing is compiled
+        plain = "torch._dynamo" in sys.modules
+        self._stance: Any = contextlib.nullcontext()
+        if plain and not torch.compiler.is_compiling():
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._stance.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stance.__exit__(*error)
+
+
+class Watch(Seeing):
     """Notes which tensors the operations of a step read that none of them has made.
 
     Only what a hand-written ``autograd.Function`` is given directly stays unseen.
@@ -122,7 +145,7 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-class Substituted(TorchFunctionMode):
+class Substituted(Seeing):
     """Lets the operations of a step read other tensors in the place of some."""
 
     def __init__(self, old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
