@@ -21,7 +21,8 @@ from torchopt.diff.replay.probe import one_step
 from torchopt.diff.replay.random_state import cuda_devices, undisturbed
 from torchopt.diff.replay.run import is_recorded
 from torchopt.diff.replay.schedules import size
-from torchopt.diff.replay.watch import bare, saved_behind
+from torchopt.diff.replay.watch import saved_behind
+from torchopt.diff.replay.writes import bare
 from torchopt.typing import PyTree
 
 
@@ -156,6 +157,7 @@ def _saved(loop: Loop) -> int:
     """Return how many bytes one step saves, beyond what is there without it."""
     with undisturbed(cuda_devices(loop.start)):
         (leaves, y), seen, own = one_step(loop, functional=False)
+        seen.writes.undo()
     storages: dict[int, int] = {}
     for tensor in saved_behind([x for x in (*leaves, *y) if isinstance(x, Tensor)]):
         storage = tensor.untyped_storage()
