@@ -80,6 +80,8 @@ class Auto:
 
     def __post_init__(self) -> None:
         _bytes(self.memory)
+        if self.report is not None and not callable(self.report):
+            raise TypeError(f"report must be a function of a Choice, got {given(self.report)}.")
 
     def choose(
         self,
@@ -136,7 +138,7 @@ def _bytes(memory: int | str) -> int:
     if isinstance(memory, int) and not isinstance(memory, bool):
         number = memory
     elif isinstance(memory, str):
-        match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", memory, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)i?B\s*", memory, re.IGNORECASE)
         if match is None:
             raise ValueError(f'memory must be like "2GiB" or "500 MB", got {memory!r}.')
         number = int(float(match[1]) * UNITS[match[2].upper()])
