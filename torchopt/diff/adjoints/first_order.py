@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay.loop import Loop
-from torchopt.diff.replay.probe import uncompiled
+from torchopt.diff.replay.watch import uncompiled
 
 
 @dataclass(frozen=True)
