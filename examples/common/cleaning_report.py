@@ -80,11 +80,13 @@ def table(rows: Rows, memory: Rows) -> Table:
 
 def _text(values: Sequence[float]) -> str:
     result = estimate(values)
+    if result.count < 2:  # of a single seed there is no interval
+        return f"{result.mean:.1f}"
     return f"{result.mean:.1f} ± {result.half_width:.1f}"
 
 
 def claims(rows: Rows, memory: Rows) -> list[dict[str, Any]]:
-    """Say what was shown, with differences paired by seed."""
+    """Say what was shown, with differences paired by seed, of which a single one shows nothing."""
     result = []
     present = [method for method in LEARNED if any(row["method"] == method for row in rows)]
     pairs = [(method, NONE) for method in present]
@@ -93,7 +95,7 @@ def claims(rows: Rows, memory: Rows) -> list[dict[str, Any]]:
         for method, other in pairs:
             plain = values(rows, other, rate, "test_accuracy")
             ours = values(rows, method, rate, "test_accuracy")
-            if len(ours) != len(plain):
+            if len(ours) != len(plain) or len(ours) < 2:
                 continue
             gain = estimate([a - b for a, b in zip(ours, plain)])
             result.append(

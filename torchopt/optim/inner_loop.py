@@ -15,6 +15,7 @@ from torchopt.diff.adjoints.block import in_block as _in_block
 from torchopt.nn import put_back
 from torchopt.nn.parameters import refuse_scripted
 from torchopt.nn.rollback import Rollback
+from torchopt.nn.statistics import shielded
 from torchopt.optim.meta_optimizer import MetaOptimizer
 from torchopt.optim.replayed import ReplayedSteps
 
@@ -101,6 +102,7 @@ def inner_loop(
         vars(optimizer)["step"] = replayed.step
 
     def undo() -> None:
+        end_shields()
         rollback.undo()
         optimizer.create_graph = create_graph_before
         for group, before in zip(groups, groups_before):
@@ -110,6 +112,7 @@ def inner_loop(
         optimizer._states, optimizer._pairs = list(states_before), pairs_before
         vars(optimizer).pop("step", None)
 
+    end_shields = shielded(modules)
     try:
         yield optimizer
     finally:
