@@ -26,7 +26,7 @@ def names_of_stub(package: str) -> dict[str, tuple[str, str]]:
         source = None
     if source is None:
         raise ImportError(
-            f"{package} lacks its file __init__.pyi, which lists its public names; install it anew."
+            f"{package} lacks its file __init__.pyi, which lists its public names; reinstall it."
         )
     return {
         alias.asname or alias.name: (node.module or "", alias.name)

@@ -54,7 +54,7 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         return self.transformation
 
     def init(self, params: TensorTree) -> None:
-        """Start anew; otherwise the first :meth:`step` makes the state."""
+        """Start over; otherwise the first :meth:`step` makes the state."""
         self.state = self.transformation.init(params)
 
     def step(

@@ -44,7 +44,7 @@ class ScaleByAdan(ElementwiseTransformation):
     def rule(
         self, g: Tensor, p: Any, t: Step, slots: tuple, *, betas: tuple[Any, Any, Any], eps: Any
     ) -> tuple[Tensor, tuple]:
-        """Return the corrected moments over the root of the second, and all of them anew."""
+        """Return the corrected moments over the root of the second, and all new moments."""
         b1, b2, b3 = betas
         m, d, n, negative = slots
         difference = g + _before(g, negative, t)

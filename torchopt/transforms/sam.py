@@ -69,7 +69,7 @@ class SharpnessAware(Wrapper):
             raise ValueError(
                 f"sam needs the gradients at a second point, got {given} of a function of the "
                 "parameters. Write tx.update(grads, state, params, grad_fn=...), or "
-                "optimizer.step(closure) with a closure that computes the loss anew; of a "
+                "optimizer.step(closure) with a closure that computes the loss again; of a "
                 "torchopt.SAM also first_step() and second_step(), or second_step(scaler) where a "
                 "torch.amp.GradScaler scales the losses."
             )
@@ -132,7 +132,7 @@ def sam(
 
     A second forward pass counts a batch twice in running statistics (BatchNorm). ``MetaOptimizer``
     lets it work on copies of the buffers, and so does ``SAM(..., module=net)``; elsewhere write
-    ``with torchopt.keep_buffers(net)``. Dropout is drawn anew in the second pass.
+    ``with torchopt.keep_buffers(net)``. Dropout is drawn again in the second pass.
 
     Args:
         base: The transformation that makes the step. What acts on gradients (clipping, say) belongs
