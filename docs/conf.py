@@ -30,6 +30,7 @@ extensions = [
     "extensions.math_font",
     "extensions.symbol_links",
     "extensions.generated_pages",
+    "extensions.parallel_execution",
 ]
 exclude_patterns = ["_build", "extensions", "generated"]
 nitpicky = True  # a reference that leads nowhere is a warning
