@@ -182,7 +182,8 @@ def draw(path: Path, rows: Rows, memory: Rows) -> None:
     left.invert_yaxis()
     lowest = min(row["test_accuracy"] for row in rows)
     left.set(xlim=(max(0, lowest - 3), 100), xlabel="test accuracy (%)")
-    shades = [f"{100 * rate:g} % {of}" for rate, of in zip(rates(rows), ("(dark)", "(pale)"))]
+    shade = {0: " (dark)", 1: " (pale)"}
+    shades = [f"{100 * rate:g} %{shade.get(k, '')}" for k, rate in enumerate(rates(rows))]
     left.set(title=" and ".join(shades) + " wrong labels")
     for method in LEARNED:
         curves = [
