@@ -90,13 +90,26 @@ class Cycle:
 #: of them, only where the mask holds.
 CycleOf = Callable[[Tensor, Tensor, Tensor, int], Cycle]
 
+#: Whether a step, between two residuals ``(step, r, new_r)``, led nearer to the solution by the
+#: measure that a method makes smaller and smaller.
+Nearer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-def restarted(system: System, cycle: CycleOf, least_fall: float = 0.5, cycles: int = 0) -> Solved:
+
+def restarted(
+    system: System,
+    cycle: CycleOf,
+    least_fall: float = 0.5,
+    cycles: int = 0,
+    nearer: Nearer | None = None,
+) -> Solved:
     """Run iterations until the true residual is small; the loop around all Krylov methods.
 
     What an iteration believes of its residual drifts from the truth, in float32 soon. So whenever
     it believes to be done, ``b - A x`` is computed anew, and the iterations go on from there. A
-    correction that makes it worse is not taken.
+    correction that makes it worse is not taken. Worse is a larger norm of the residual, unless
+    the method is one that makes another measure smaller: then the residual may rise for a long
+    time on a good way, and a correction that made that measure smaller is taken, too, provided
+    that the iterations met nothing that they are not made for.
 
     Args:
         system: The systems.
@@ -104,6 +117,7 @@ def restarted(system: System, cycle: CycleOf, least_fall: float = 0.5, cycles: i
         least_fall: A cycle after which the residual is larger than this times the one before has
             stagnated.
         cycles: How many such cycles in a row end it, beyond one.
+        nearer: The measure; ``None`` is the norm of the residual.
     """
     b = system.b
     x = torch.zeros_like(b) if system.start is None else system.start
@@ -124,7 +138,11 @@ def restarted(system: System, cycle: CycleOf, least_fall: float = 0.5, cycles: i
         new_r = b - system.product(new_x)
         new_size = norm(new_r)
         iterations = iterations + torch.where(going, found.iterations, 0)
-        better = going & (new_size < size)
+        better = new_size < size
+        if nearer is not None:
+            led = nearer(found.step, r, new_r) & (found.code == 0)
+            better = better | (led & torch.isfinite(new_size))
+        better = going & better
         slow = going & ~(new_size <= torch.clamp_min(least_fall * size, 0))
         idle = torch.where(slow, idle + 1, 0)
         x, r = torch.where(better, new_x, x), torch.where(better, new_r, r)
