@@ -60,6 +60,8 @@ TASKS = {
 }
 #: Inner steps at which memory is measured; MAML keeps all of them, so 500 are too many for it.
 MEASURED = {IMAML: (5, 50, 500), MAML: (5, 50)}
+#: Inner steps of the test: the same way at twice and half the learning rate.
+TEST_STEPS = {IMAML: 20, MAML: 10}
 #: Tasks on which is measured how far the inner steps come.
 PROBED = 20
 
@@ -109,7 +111,7 @@ def settings_of(args: argparse.Namespace, learner: str) -> Settings:
         blocks=args.blocks,
         pretrain_iterations=0,
         test_tasks=args.test_tasks,
-        test_steps=10,
+        test_steps=TEST_STEPS[learner],
         seed=args.seed,
     )
 
@@ -232,7 +234,10 @@ class ImamlRun:
                     training.save(self._checkpoint(name))
         tests = sampler_of(args, self.split, "test")
         rates, steps = training.rates, settings.test_steps
-        tested = measured_accuracy(learner, training.params, rates, tests, steps, args.test_tasks)
+        # what was meta-trained are the initial weights; in the test nothing holds a task's weights
+        # there, as in the code of iMAML's authors
+        plain = Learner(learner.network, learner.optimizer)
+        tested = measured_accuracy(plain, training.params, rates, tests, steps, args.test_tasks)
         row = {
             "iterations": training.iteration,
             "seconds": round(training.seconds, 1),
