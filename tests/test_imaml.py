@@ -25,7 +25,7 @@ def problem() -> tuple[Any, Any, Any, Any]:
     from common.imaml import ImplicitLearner
 
     network = nn.Linear(2, 2).double()
-    learner = ImplicitLearner(network, "sgd", strength=1.0, cg_steps=8)
+    learner = ImplicitLearner(network, "sgd", strength=1.0, cg_steps=8, rtol=1e-12)
     params = {name: p.detach().clone() for name, p in network.named_parameters()}
     rates = {name: torch.tensor(0.5).double() for name in params}
     x, y = torch.randn(2, 2, 6, 2).double(), torch.randint(0, 2, (2, 2, 6))

@@ -26,16 +26,18 @@ class ImplicitLearner(Learner):
 
     Attributes:
         strength: How strongly the weights are held at the initial ones.
-        cg_steps: How many iterations of conjugate gradients a derivative takes. A handful does not
-            solve the system, and what they have come to is taken, as in the paper.
+        cg_steps: How many iterations of conjugate gradients a derivative takes at most. A handful
+            may not solve the system, and what they have come to is taken, as in the paper.
         damping: Added to the Hessian in the derivative: where the Hessian has negative eigenvalues
             that ``strength`` does not make up for, the derivative may be of any size. The larger,
             the nearer it is in direction to that of the first-order approximation.
+        rtol: The residual of that system at which fewer iterations are enough.
     """
 
     strength: float = 0.1
     cg_steps: int = 5
     damping: float = 0.0
+    rtol: float = 0.01
 
     def adapt(self, params: Params, rates: Params, x: Tensor, y: Tensor, steps: int) -> Params:
         """Return the weights after ``steps`` inner steps, differentiated as those of the solution.
@@ -43,7 +45,9 @@ class ImplicitLearner(Learner):
         See :meth:`common.maml.Learner.adapt`.
         """
         tx = INNER_OPTIMIZERS[self.optimizer](lr=rates)
-        solve = solve_cg(maxiter=self.cg_steps, ridge=self.damping, on_failure="ignore")
+        solve = solve_cg(
+            rtol=self.rtol, maxiter=self.cg_steps, ridge=self.damping, on_failure="ignore"
+        )
 
         def slope(weights: Params, initial: Params) -> Params:
             return self._slope(weights, initial, x, y)
