@@ -15,6 +15,7 @@ The derivative is that of a solution, so the steps have to come near one, and th
 they came: with a learning rate above 2 over the largest eigenvalue of the Hessian they never do.
 The loss of a network is not convex, so ``--damping`` is added to the Hessian in the derivative;
 where it exceeds all eigenvalues, what is left is the derivative of first order.
+What iMAML saves is memory; the accuracy of MAML it has not reached on the digits.
 
 Reference: Rajeswaran, Finn, Kakade and Levine, Meta-learning with implicit gradients, NeurIPS 2019,
 https://arxiv.org/abs/1909.04630.
