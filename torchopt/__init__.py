@@ -24,7 +24,7 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(_public.keys() - _lazy.second_names(__name__, _public))
 
 
 _compat.install()

@@ -188,8 +188,8 @@ from torchopt.optimizers.radam import (
     scale_by_radam as scale_by_radam,
 )
 from torchopt.optimizers.rmsprop import (
-    MetaRMSProp as MetaRMSProp,
-    MetaRMSProp as MetaRMSprop,
+    MetaRMSprop as MetaRMSProp,
+    MetaRMSprop as MetaRMSprop,
     RMSprop as RMSProp,
     RMSprop as RMSprop,
     rmsprop as rmsprop,

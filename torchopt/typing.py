@@ -22,3 +22,7 @@ Hyperparameter: TypeAlias = Union[float, torch.Tensor, Schedule, Any]
 Step: TypeAlias = Union[int, torch.Tensor]
 
 __all__ = ["Hyperparameter", "PyTree", "Schedule", "Step", "TensorTree"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
