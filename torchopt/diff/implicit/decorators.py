@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+from typing_extensions import ParamSpec
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given, short
@@ -15,6 +17,10 @@ from torchopt.diff.implicit.solving import solved
 from torchopt.typing import PyTree
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 def custom_root(
     optimality_fn: Callable[..., PyTree],
     argnums: Argnums,
@@ -22,7 +28,7 @@ def custom_root(
     solve: Callable[..., PyTree] | None = None,
     *,
     residual_check: float | None = None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
     r"""Differentiate the solutions of a solver by the condition that they satisfy.
 
     .. math::
@@ -127,7 +133,7 @@ def custom_fixed_point(
     solve: Callable[..., PyTree] | None = None,
     *,
     residual_check: float | None = None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
     r"""Differentiate the solutions of a solver as fixed points of a map.
 
     .. math::
