@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from torchopt.base import misuse, tree
-from torchopt.base.values import describe, same
+from torchopt.base.values import describe_values, same
 from torchopt.core import hyper, whole
 from torchopt.core.apply import apply_updates
 from torchopt.core.engine import Leaves
@@ -369,7 +369,7 @@ class GradientTransformation(Exchanging):
 
     def __repr__(self) -> str:
         fields = ", ".join(
-            f"{field.name}={describe(getattr(self, field.name))}"
+            f"{field.name}={describe_values(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
             if field.name not in _SELDOM or getattr(self, field.name) not in (None, ())
         )

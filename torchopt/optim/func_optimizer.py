@@ -56,6 +56,9 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         """The transformation, by its name in TorchOpt 0.7.3."""
         return self.transformation
 
+    def __repr__(self) -> str:
+        return f"FuncOptimizer({self.transformation!r}{', inplace=True' if self.inplace else ''})"
+
     def init(self, params: TensorTree) -> None:
         """Start anew; otherwise the first :meth:`step` makes the state."""
         self.state = self.transformation.init(params)

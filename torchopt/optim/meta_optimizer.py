@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
-from torchopt.base.values import describe, same
+from torchopt.base.values import describe_values, same
 from torchopt.core import step_tags, whole
 from torchopt.core.engine import advance
 from torchopt.core.evaluation import converted_call
@@ -376,7 +376,7 @@ class MetaOptimizer(Documented, misuse.NoPlainOptimizer):
         networks = []
         for group in self.param_groups:
             live = [
-                f"{name}={describe(group[name])}"
+                f"{name}={describe_values(group[name])}"
                 for name, value in defaults.items()
                 if not same(group[name], value)
             ]
