@@ -63,6 +63,18 @@ def trees(w: Tensor, weights: Weights, net: nn.Module, x: Tensor) -> None:
     assert_type(torchopt.tree_get(state, "momentum_buffer"), Any)
 
 
+def of_a_network(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, nn.Parameter]:
+    params, buffers = dict(net.named_parameters()), dict(net.named_buffers())
+    tx = torchopt.lookahead(torchopt.adam(1e-2), slow_step_size=0.5, sync_period=5)
+    state = tx.init(params)
+    for _ in range(3):
+        loss = (torch.func.functional_call(net, {**params, **buffers}, (x,)) - y).square().mean()
+        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
+        updates, state = tx.update(grads, state, params)
+        params = torchopt.apply_updates(params, updates)
+    return params
+
+
 def keeping(net: nn.Linear, params: Params, inner: torchopt.MetaAdam) -> None:
     before = torchopt.extract_state_dict(net, by="reference")
     assert_type(before, torchopt.ModuleState)
@@ -123,6 +135,18 @@ def like_torch(net: nn.Module, x: Tensor) -> None:
     optimizer.add_param_group({"params": [x], "lr": 0.1})
     torchopt.LBFGS(net.parameters(), line_search_fn="strong_wolfe").step(closure)
     torchopt.SAM(net.parameters(), torchopt.sgd(0.1)).step(closure)
+
+
+def adapted_loss(net: nn.Module, x: Tensor) -> Tensor:
+    with torchopt.inner_loop(net, torchopt.sgd(0.1), adjoint=diff.Checkpointed("sqrt")) as inner:
+        inner.step(lambda: net(x).sum())
+        return net(x).sum()
+
+
+def with_old_names(net: nn.Module) -> None:
+    torchopt.RMSProp(net.parameters(), lr=0.1)
+    torchopt.MetaAdaMax(net, lr=torchopt.linear_schedule(0.1, 0.0, 10))
+    torchopt.chain(torchopt.clip_by_global_norm(1.0), torchopt.sgd(torchopt.schedule.constant(1)))
 
 
 class Warm(torchopt.Adam):
@@ -299,6 +323,7 @@ def mistakes(net: nn.Module, params: Params, loss: Tensor, tx: Callable[..., Any
     torchopt.extract_state_dict(net, by="refrence")  # wrong: a word
     torchopt.module_clone(net, by="clone")  # wrong: a word
     torchopt.adm(0.1)  # wrong: a name
+    torchopt.AdaMax(net)  # wrong: a network
     with torchopt.inner_loop(net, torchopt.sgd(0.1)) as inner:
         inner.step(loss, "yes")  # wrong: two positions
     state: torchopt.OptState = torchopt.extract_state_dict(net)  # wrong: a ModuleState

@@ -30,6 +30,8 @@ def signature_of_recipe(
     result: Any = functools.wraps(documented)(init)
     middle = inspect.signature(recipe).parameters.values()
     result.__signature__ = inspect.Signature([*before, *middle, *after])
+    own = {p.name: p.annotation for p in before if p.annotation is not p.empty}
+    result.__annotations__ = {**documented.__annotations__, **own}
     result.recipe, result.meanings = recipe, meanings
     return result
 

@@ -67,6 +67,10 @@ def extract_state_dict(
     enable_visual: bool = False,
     visual_prefix: str = "",
 ) -> ModuleState: ...
+@overload  # first: it has any attribute, so that checkers may take it for what holds a state
+def extract_state_dict(
+    target: OptState, *, by: By = "reference", device: torch.device | str | int | None = None
+) -> OptState: ...
 @overload
 def extract_state_dict(
     target: HoldsState,

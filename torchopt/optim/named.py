@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, Protocol, Union, overload
 
 from torch import nn
 from torch.optim.optimizer import ParamsT
@@ -18,7 +18,7 @@ from torchopt.optim.optimizer import Optimizer
 
 
 P = ParamSpec("P")
-Networks: TypeAlias = "nn.Module | Sequence[nn.Module | dict[str, Any]]"
+Networks: TypeAlias = Union[nn.Module, Sequence[Union[nn.Module, dict[str, Any]]]]
 
 #: What the arguments mean that a recipe has not: those before its own, and those after them.
 IN_PLACE = (
@@ -75,7 +75,7 @@ def from_recipe(
 
         own = inspect.signature(init).parameters
         switches = [own[name] for name in ("foreach", "fused", "capturable", "differentiable")]
-        before = [own["self"], own["params"]]
+        before = [own["self"], own["params"].replace(annotation=ParamsT)]
         return signature_of_recipe(init, documented, recipe, before, switches, IN_PLACE)
 
     return decorate
@@ -91,7 +91,7 @@ def meta_from_recipe(
             MetaOptimizer.__init__(self, module, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
 
         own = inspect.signature(init).parameters
-        before = [own["self"], own["module"]]
+        before = [own["self"], own["module"].replace(annotation=Networks)]
         return signature_of_recipe(init, documented, recipe, before, [], DIFFERENTIABLE)
 
     return decorate
