@@ -57,7 +57,8 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         return self.transformation
 
     def __repr__(self) -> str:
-        return f"FuncOptimizer({self.transformation!r}{', inplace=True' if self.inplace else ''})"
+        inplace = ", inplace=True" if self.inplace else ""
+        return f"{type(self).__name__}({self.transformation!r}{inplace})"
 
     def init(self, params: TensorTree) -> None:
         """Start anew; otherwise the first :meth:`step` makes the state."""
