@@ -92,6 +92,18 @@ def test_a_functional_optimizer_shows_its_transformation() -> None:
     assert repr(optimizer) == "FuncOptimizer(Scale(step_size=-0.5 (learned)))"
 
 
+def test_learned_hyperparameters_show_what_they_are_now() -> None:
+    module = torchopt.LearnedHyperparameters(torchopt.adam(0.1, betas=(0.9, 0.99)), ["lr", "betas"])
+    assert "lr=0.1 (learned), betas=(0.9 (learned), 0.99 (learned))" in repr(module)
+    with torch.no_grad():
+        for raw in module.parameters():
+            raw.add_(1.0)
+    numbers = module.numbers()
+    assert f"lr={numbers['lr']:.4g} (learned)" in repr(module)
+    assert numbers["lr"] > 0.11
+    assert all(raw.grad is None and raw.is_leaf for raw in module.parameters())
+
+
 def test_printing_leaves_no_trace() -> None:
     lr = learned(0.1)
     tx = torchopt.sgd(lr)
