@@ -3,157 +3,134 @@
 Each measurement has a process of its own. It warms up with a loop of two steps, and then
 differentiates the loop once: memory is the highest resident memory over that before, time that of
 the processor, which includes what it costs to get fresh memory. Ratios are to the plain unroll of
-the same round, and the median of several rounds counts.
+the same round, and the median of several rounds counts. ``higher`` does the same work on the same
+network; that its derivative is ours is compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from torchopt.diff import Checkpointed, Unrolled, unroll
+from benchmarks import machine
+from benchmarks.registry import SIDES, how_to_install
+from benchmarks.unroll_one import PEERS
+from benchmarks.unroll_problems import PROBLEMS
 
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "unroll_memory.json"
-
-#: widths of the layers, batch, steps
-PROBLEMS = {
-    "deep": ([256] * 17, 2048, 16),
-    "long": ([32, 256, 1], 256, 256),
-}
-
-ADJOINTS: dict[str, Any] = {
-    "Unrolled()": Unrolled(),
-    "Checkpointed()": Checkpointed(),
-    'Checkpointed("sqrt")': Checkpointed("sqrt"),
-    'Checkpointed("log")': Checkpointed("log"),
-    'Checkpointed("revolve")': Checkpointed("revolve"),
-    "Checkpointed(16, graphs=16)": Checkpointed(16, graphs=16),
-    'Checkpointed("revolve", graphs=4)': Checkpointed("revolve", graphs=4),
-}
+PLAIN = "Unrolled()"
+LATER = "few-shot, 10,000 steps"
 
 #: What is measured of each problem.
-OF = {"deep": list(ADJOINTS)[:2], "long": list(ADJOINTS)}
+OF = {
+    "deep": [PLAIN, "higher", "Checkpointed()"],
+    "long": [
+        *(PLAIN, "higher", "Checkpointed()"),
+        *('Checkpointed("sqrt")', 'Checkpointed("log")', 'Checkpointed("revolve")'),
+        *("Checkpointed(16, graphs=16)", 'Checkpointed("revolve", graphs=4)'),
+    ],
+    "few-shot, 1,000 steps": [
+        *(PLAIN, "Checkpointed()", 'Checkpointed("sqrt")', 'Checkpointed("revolve")'),
+        'inner_loop, Checkpointed("sqrt")',
+    ],
+    LATER: ['Checkpointed("revolve")'],
+}
 
-#: What is promised: at most so much of the memory and of the time of the plain unroll.
+#: What is promised: at most so much of the memory and of the time of the plain unroll ...
 LIMITS = {
     ("deep", "Checkpointed()"): (0.3, 1.2),
     ("long", 'Checkpointed("sqrt")'): (0.1, 1.5),
     ("long", 'Checkpointed("log")'): (0.06, 2.5),
     ("long", 'Checkpointed("revolve")'): (0.06, 2.5),
 }
+#: ... and at most so many megabytes, of every way but the plain one.
+MEGABYTES = {"few-shot, 1,000 steps": 2048, LATER: 2048}
+
+#: How far derivatives in float32 may be apart, of the same steps added up in another order.
+APART = 1e-2
 
 
-def problem(name: str) -> tuple[Callable[[Any, int], Tensor], list[Tensor], int]:
-    """Return a function of an adjoint and a number of steps, and what to differentiate by."""
-    widths, batch, length = PROBLEMS[name]
-    torch.manual_seed(0)
-    weights = [torch.randn(a, b) / a**0.5 for a, b in itertools.pairwise(widths)]
-    biases = [torch.zeros(b) for b in widths[1:]]
-    start = [*weights, *biases]
-    x, y = torch.randn(batch, widths[0]), torch.randn(batch, widths[-1])
-    lr = torch.tensor(0.01)
-
-    def loss(params: list[Tensor]) -> Tensor:
-        n = len(weights)
-        h = x
-        for i, (w, b) in enumerate(zip(params[:n], params[n:])):
-            h = torch.addmm(b, h, w)
-            h = h.tanh() if i < n - 1 or name == "deep" else h
-        return (h - y).square().mean()
-
-    def meta_loss(adjoint: Any, steps: int) -> Tensor:
-        def step(params: list[Tensor], _: None) -> tuple[list[Tensor], None]:
-            grads = torch.func.grad(loss)(params)
-            return [p - lr * g for p, g in zip(params, grads)], None
-
-        last, _ = unroll(step, start, length=steps, adjoint=adjoint)
-        return loss(last)
-
-    by = [*start, lr]
-    for tensor in by:
-        tensor.requires_grad_()
-    return meta_loss, by, length
-
-
-def _status(field: str) -> float:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def measure(name: str, adjoint: str) -> dict[str, float]:
-    """Return megabytes over the baseline, and seconds."""
-    torch.set_num_threads(1)
-    meta_loss, by, length = problem(name)
-    torch.autograd.grad(meta_loss(ADJOINTS[adjoint], 2), by)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the highest so far
-    before = _status("VmRSS")
-    begin = time.process_time()
-    grads = torch.autograd.grad(meta_loss(ADJOINTS[adjoint], length), by)
-    seconds = time.process_time() - begin
-    norm = float(torch.stack([g.norm() for g in grads]).norm())
-    return {"mb": _status("VmHWM") - before, "seconds": seconds, "norm": norm}
-
-
-def measured(name: str, adjoint: str) -> dict[str, float]:
+def measured(name: str, way: str, length: int | None = None) -> dict[str, float]:
     """Measure in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.unroll_memory", "--only", name, adjoint]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    if way in PEERS:
+        script = str(ROOT / "benchmarks" / "unroll_one.py")
+        command = [str(SIDES[way].python), "-I", "-W", "ignore", script]
+    else:
+        command = [sys.executable, "-m", "benchmarks.unroll_one"]
+    command += [name, way, *(() if length is None else ("--length", str(length)))]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def compared(name: str, rounds: int) -> dict[str, dict[str, float]]:
+def here(ways: list[str]) -> list[str]:
+    """Return the ways that can be measured; say in a line what to install for each other one."""
+    found = [way for way in ways if way not in PEERS or SIDES[way].installed]
+    for way in ways:
+        if way not in found:
+            print(f"{way} is not installed: {how_to_install(way)}", flush=True)
+    return found
+
+
+def compared(name: str, ways: list[str], rounds: int) -> dict[str, dict[str, float]]:
     """Return medians over rounds, with ratios to the plain unroll of the same round."""
-    found: dict[str, list[dict[str, float]]] = {adjoint: [] for adjoint in OF[name]}
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(rounds):
-        for adjoint, rows in found.items():
-            row = measured(name, adjoint)
-            plain = found["Unrolled()"][-1] if rows is not found["Unrolled()"] else row
-            ratios = {
-                key: row[of] / plain[of] for key, of in (("memory", "mb"), ("time", "seconds"))
-            }
-            rows.append({**row, **ratios})
+        for way, rows in found.items():
+            row = measured(name, way)
+            if way != PLAIN and found.get(PLAIN):
+                plain = found[PLAIN][-1]
+                row["memory"] = row["mb"] / plain["mb"]
+                row["time"] = row["seconds"] / plain["seconds"]
+                row["apart"] = abs(row["norm"] / plain["norm"] - 1)
+            rows.append(row)
     return {
-        adjoint: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        for adjoint, rows in found.items()
+        way: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for way, rows in found.items()
     }
+
+
+def line(name: str, way: str, row: Mapping[str, Any]) -> str:
+    """Return a row as text."""
+    text = f"{name}  {way:34} {row['mb']:8.1f} MB {row['seconds']:7.2f} s"
+    if "memory" in row:
+        text += f"  {row['memory']:.3f} of the memory, {row['time']:.2f} of the time"
+    if (name, way) in LIMITS:
+        memory, seconds = LIMITS[name, way]
+        text += f"  (at most {memory} and {seconds})"
+    if name in MEGABYTES and way != PLAIN:
+        text += f"  (at most {MEGABYTES[name]} MB)"
+    if row.get("apart", 0) > APART:
+        text += f"  another derivative: {row['apart']:.1e}"
+    return text
 
 
 def main() -> None:
     """Measure, print a table, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs=2, metavar=("PROBLEM", "ADJOINT"))
-    parser.add_argument("--problem", choices=PROBLEMS, nargs="*", default=list(PROBLEMS))
+    short = [name for name in PROBLEMS if name != LATER]
+    parser.add_argument(
+        "--problem", choices=PROBLEMS, nargs="*", default=short, help=f"default: all but {LATER}"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    if arguments.only:
-        print(json.dumps(measure(*arguments.only)))
-        return
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results["torch"] = torch.__version__
+    results["machine"] = machine.facts()
+    print(machine.busy(results["machine"]))
     for name in arguments.problem:
-        results[name] = compared(name, arguments.rounds)
-        for adjoint, row in results[name].items():
-            limit = LIMITS.get((name, adjoint))
-            promise = f"  (at most {limit[0]} and {limit[1]})" if limit else ""
-            print(
-                f"{name}  {adjoint:34} {row['mb']:8.1f} MB {row['seconds']:7.2f} s  "
-                f"{row['memory']:.3f} of the memory, {row['time']:.2f} of the time{promise}",
-                flush=True,
-            )
+        results[name] = compared(name, here(OF[name]), arguments.rounds)
+        for way, row in results[name].items():
+            print(line(name, way, row), flush=True)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

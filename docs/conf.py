@@ -1,6 +1,8 @@
 """Sphinx configuration: `make docs` builds the site; every warning is an error there."""
 
+import ast
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 project = "TorchOpt"
 author = "The TorchOpt developers"
+copyright = f"2026, {author}, Apache-2.0"
 version = release = torchopt.__version__
 html_title = f"TorchOpt {release}"
 
@@ -27,6 +30,7 @@ extensions = [
     "extensions.math_font",
     "extensions.symbol_links",
     "extensions.generated_pages",
+    "extensions.parallel_execution",
 ]
 exclude_patterns = ["_build", "extensions", "generated"]
 nitpicky = True  # a reference that leads nowhere is a warning
@@ -89,3 +93,10 @@ html_theme_options = {
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+# The address of the repository stands in setup.py; None as long as it is published nowhere.
+SOURCES = re.search(r"^SOURCES[^=]*= (.+)$", (HERE.parent / "setup.py").read_text(), re.MULTILINE)
+if SOURCES is not None and (address := ast.literal_eval(SOURCES.group(1))):
+    html_theme_options["source_repository"] = address
+    html_theme_options["footer_icons"] = [
+        {"name": "Repository", "url": address, "html": "Repository", "class": ""}
+    ]

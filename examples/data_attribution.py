@@ -7,8 +7,8 @@ with wrong labels, and a transformer on the manual that comes with Python.
 
 To see whether the derivatives say anything, the runs are made again without random subsets of the
 examples, and the change of the loss that the derivatives predict is compared with the one that
-took place; beside it TracIn's first-order estimate. And a run is killed twice, forwards and
-backwards, and goes on from its folder with the same digits.
+took place, and so is TracIn's first-order estimate. And a run is killed twice, once forwards and
+once backwards, and goes on from its folder to the same result, bit for bit.
 
     python examples/data_attribution.py
     python examples/data_attribution.py --quick

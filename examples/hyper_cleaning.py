@@ -5,8 +5,8 @@ examples, and the loss of the trained classifier on clean examples is differenti
 through the steps of the training (unrolled, or checkpointed: some carries are kept, and steps are
 computed again), by the condition that its gradient is zero (implicit, whatever the steps were), or
 by a single step from the solution (T1-T2). Adam follows the derivative. At the end a classifier is
-trained on the weighted and the clean examples, as are those that it stands beside: no cleaning,
-clean images only, and right labels only, which nobody has.
+trained on the weighted and the clean examples, and compared with three others: without cleaning, on
+clean images only, and on the right labels only, which in practice nobody knows.
 
     python examples/hyper_cleaning.py                          # scikit-learn's digits
     python examples/hyper_cleaning.py --rates 0.3 --seeds 3    # another share of wrong labels
@@ -14,9 +14,9 @@ clean images only, and right labels only, which nobody has.
     python examples/hyper_cleaning.py --resume                 # after an interruption
 
 The paper has 5,000 images of MNIST each to train on and to clean by, half of the labels wrong, and
-the same linear classifier. Here there are 700, 250 and about 800 to test on, of 8x8 pixels, divided
-anew by every seed. Memory is measured in a process for each method, for the steps used here and for
-ten times as many; the derivative's distance to that of the unrolled steps is measured there too.
+the same linear classifier. Here there are 700, 250 and about 800 to test on, of 8x8 pixels, split
+anew for every seed. Memory is measured in a process for each method, for the steps used here and
+for ten times as many; so is the distance of the derivative to that of the unrolled steps.
 
 Reference: Franceschi, Donini, Frasconi and Pontil, Forward and reverse gradient-based
 hyperparameter optimization, ICML 2017, https://arxiv.org/abs/1703.01785. T1-T2: Luketina,

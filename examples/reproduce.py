@@ -95,7 +95,7 @@ def run(example: Example, output: Path) -> dict[str, Any]:
 def table() -> str:
     """Return the Markdown table of everything that has been run."""
     lines = [
-        "| example | paper | what is claimed | what it gave here | time |",
+        "| example | paper | what is claimed | measured here | time |",
         "| --- | --- | --- | --- | --- |",
     ]
     for example in EXAMPLES:

@@ -3,11 +3,17 @@
 A tiny network takes two inner steps of MetaAdam with a learned learning rate. Run it with::
 
     python examples/visualize.py --output gradient_graph.png
+
+The ending of the file says what it is: a picture (png, svg or pdf, drawn by the program dot), its
+text for Graphviz (dot), or an interactive page (html). The last two need no other program.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +45,11 @@ def adapt(steps: int, lr: Any) -> tuple[Tensor, list[Any]]:
     return loss, [*names, {"loss": loss}]
 
 
+#: What the program dot draws; a page and the text of a picture need no program.
+PICTURES = ("png", "svg", "pdf")
+WITHOUT_DOT = ("html", "dot")
+
+
 def main() -> None:
     """Draw the picture, and explain two gradients."""
     parser = argparse.ArgumentParser(
@@ -46,32 +57,72 @@ def main() -> None:
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    endings = ", ".join(PICTURES + WITHOUT_DOT)
     parser.add_argument(
-        "--output", type=Path, default=Path("gradient_graph.png"), help="the picture to write"
+        "--output",
+        type=Path,
+        default=Path("gradient_graph.png"),
+        help=f"the file to write; its ending is one of {endings}",
     )
-    parser.add_argument("--steps", type=int, default=2, help="inner steps")
-    parser.add_argument("--dpi", type=int, default=110, help="dots per inch of the picture")
+    parser.add_argument("--steps", type=int, default=2, help="inner steps, at least 1")
+    parser.add_argument(
+        "--dpi", type=int, default=110, help="dots per inch of the picture, from 10 to 1000"
+    )
     options = parser.parse_args()
-    if options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
-
     with plain_endings("visualize", resumable=False):
+        check(options)
         draw(options)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what cannot be done, before anything is computed or written."""
+    output: Path = options.output
+    if options.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {options.steps}.")
+    if not 10 <= options.dpi <= 1000:
+        raise ValueError(f"--dpi must be from 10 to 1000, got {options.dpi}.")
+    ending = output.suffix.removeprefix(".").lower()
+    if ending not in PICTURES + WITHOUT_DOT:
+        known = ", ".join(PICTURES + WITHOUT_DOT)
+        raise ValueError(f"--output must end in one of {known}, got {str(output)!r}.")
+    if output.is_dir():
+        raise ValueError(f"--output must name a file, and {output} is a folder.")
+    parents = [parent for parent in output.parents if parent.exists()]
+    if not parents[0].is_dir():
+        raise ValueError(f"--output {output}: {parents[0]} is a file, not a folder.")
+    if not os.access(parents[0], os.W_OK):
+        raise ValueError(f"--output {output}: the folder {parents[0]} may not be written in.")
+    if ending in PICTURES and shutil.which("dot") is None:
+        raise ValueError(
+            "the program dot, which draws the picture, is missing; install Graphviz (apt install "
+            "graphviz, brew install graphviz), or write a page instead: --output graph.html"
+        )
+
+
+def picture(options: argparse.Namespace, loss: Tensor, names: list[Any]) -> bytes:
+    """Return the contents of the file."""
+    ending = options.output.suffix.removeprefix(".").lower()
+    if ending == "html":
+        title = f"{options.steps} steps of MetaAdam"
+        return torchopt.visual.show(loss, names, title=title).html.encode()
+    dot = torchopt.visual.make_dot(loss, names, clusters=True)
+    dot.attr(dpi=str(options.dpi), nodesep="0.2", ranksep="0.18")
+    if ending == "dot":
+        return dot.source.encode()
+    try:
+        return dot.pipe(format=ending, quiet=True)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        raise ValueError(f"dot could not draw it: {said[0] if said else error}") from error
 
 
 def draw(options: argparse.Namespace) -> None:
     """Draw a picture into a file, and print what explain says."""
     lr = torch.tensor(0.1, requires_grad=True)
     loss, names = adapt(options.steps, lr)
-    dot = torchopt.visual.make_dot(loss, [*names, {"learning rate": lr}], clusters=True)
-    dot.attr(dpi=str(options.dpi), nodesep="0.2", ranksep="0.18")
-    suffix = options.output.suffix.removeprefix(".") or "png"
+    contents = picture(options, loss, [*names, {"learning rate": lr}])
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        picture = dot.pipe(format=suffix)
-    except RuntimeError as error:  # the program dot is missing
-        raise ValueError(str(error)) from error
-    write_atomically(options.output, lambda path: path.write_bytes(picture))
+    write_atomically(options.output, lambda path: path.write_bytes(contents))
     print(f"The picture is in {options.output}.\n")
 
     print("The learned learning rate:")

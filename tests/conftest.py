@@ -13,7 +13,7 @@ import torch
 from sampling import is_thorough, mark_thorough
 
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "visual_browsers"]
 torch.set_num_threads(1)
 
 

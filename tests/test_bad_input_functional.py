@@ -99,7 +99,7 @@ def test_trees_that_do_not_match(case: Case, inplace: bool) -> None:
         with refused(ValueError, f"params do not match grads: {message}", params, wrong, state):
             tx.update(wrong, state, params, inplace=inplace)
         if state.slots:
-            with refused(ValueError, f"do not match grads: {message}", wrong, state):
+            with refused(ValueError, f"does not match grads: {message}", wrong, state):
                 tx.update(wrong, state, inplace=inplace)
 
 

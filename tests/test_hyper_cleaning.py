@@ -136,3 +136,13 @@ def test_memory_is_measured_at_its_peak() -> None:
     assert 60 < peak(lambda: torch.ones(64 * 2**18).sum(), cpu) < 80
     assert peak(lambda: None, cpu) < 2
     assert alone(os.getpid) != os.getpid()
+
+
+def test_a_single_seed_shows_nothing_and_has_no_interval(run: Any, tmp_path: Path) -> None:
+    from common.cleaning_report import table
+
+    results = run("--output", str(tmp_path), "--seeds", "1", "--methods", "no cleaning", "T1-T2")
+    assert [claim["claim"] for claim in results["claims"] if "better than" in claim["claim"]] == []
+    accuracies = list(table(results["figures"], results["memory"]).columns[1].cells)
+    assert len(accuracies) == 2
+    assert all(float(text) > 0 for text in accuracies)

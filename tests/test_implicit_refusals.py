@@ -15,6 +15,12 @@ from torchopt.diff.implicit import custom_fixed_point, custom_root, root_jvp, ro
 from torchopt.solvers import LBFGS, minimize
 
 
+# What callers hand over in the place of something else.
+NUMBER: Any = 3
+NAME: Any = "cg"
+SINGLE: Any = torch.ones(())
+
+
 def root_of(x: Tensor, t: Tensor) -> Tensor:
     return x * x - t
 
@@ -67,10 +73,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         ("out of range", "2 positional"),
     ),
     "no-name": (lambda: call(argnums="lam"), ValueError, ("'lam'", "has not")),
-    "no-function": (lambda: custom_root(3, 1), TypeError, ("optimality_fn", "3")),  # type: ignore
-    "no-solver": (lambda: custom_root(root_of, 1)(3), TypeError, ("decorates a solver",)),  # type: ignore
+    "no-function": (lambda: custom_root(NUMBER, 1), TypeError, ("optimality_fn", "3")),
+    "no-solver": (lambda: custom_root(root_of, 1)(NUMBER), TypeError, ("decorates a solver",)),
     "no-linear-solver": (
-        lambda: custom_root(root_of, 1, solve="cg"),  # type: ignore
+        lambda: custom_root(root_of, 1, solve=NAME),
         TypeError,
         ("solve(matvec, b)", "solve_cg()", "'cg'"),
     ),
@@ -94,7 +100,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
     "structure": (
         lambda: call(solver=lambda x, t: {"x": t.sqrt()}, condition=lambda x, t: x["x"] ** 2 - t),
         ValueError,
-        ("do not match the solution", "'x' is missing", "has_aux=True"),
+        ("does not match the solution", "'x' is missing", "has_aux=True"),
     ),
     "shapes": (
         lambda: call(condition=lambda x, t: (x * x - t).reshape(1)),
@@ -141,10 +147,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
     "other-structure-of-linear-solver": (
         lambda: backward_of(lambda matvec, b: [b]),
         ValueError,
-        ("What the linear solver returned do not match the solution",),
+        ("What the linear solver returned does not match the solution",),
     ),
     "vjp-args": (
-        lambda: root_vjp(root_of, torch.ones(()), torch.ones(()), torch.ones(())),  # type: ignore
+        lambda: root_vjp(root_of, torch.ones(()), SINGLE, torch.ones(())),
         TypeError,
         ("args must be a tuple", "(theta,)"),
     ),
@@ -165,7 +171,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         NotImplementedError,
         ("vectorize=True", "torch.func.jacrev"),
     ),
-    "adjoint": (lambda: Implicit(solve=3), TypeError, ("solve(matvec, b)",)),  # type: ignore
+    "adjoint": (lambda: Implicit(solve=NUMBER), TypeError, ("solve(matvec, b)",)),
     "adjoint-unsolved": (
         lambda: minimize(
             lambda p, t: (p.exp() - t * p).sum(),
@@ -241,7 +247,7 @@ def test_an_unsolved_member_of_a_batch_is_found() -> None:
 
 def test_a_fixed_point_of_another_structure() -> None:
     solver = custom_fixed_point(lambda x, t: [x, t], argnums=1)(lambda x, t: t)
-    with pytest.raises(ValueError, match="do not match"):
+    with pytest.raises(ValueError, match="does not match"):
         solver(torch.zeros(()), number())
 
 

@@ -16,9 +16,9 @@ from torchopt.diff import custom_root
 from torchopt.linear_solve import solve_cg
 from torchopt.solvers import (
     LBFGS,
+    Broyden,
     GaussNewton,
     LevenbergMarquardt,
-    Newton,
     Outcome,
     Unrolled,
     least_squares,
@@ -26,7 +26,7 @@ from torchopt.solvers import (
 
 
 scipy = pytest.importorskip("scipy.optimize")
-TIGHT = {"tolerance_grad": 1e-11, "tolerance_change": 0.0}
+TIGHT: dict[str, Any] = {"tolerance_grad": 1e-11, "tolerance_change": 0.0}
 SOLVERS = {
     "gauss-newton": GaussNewton(**TIGHT),
     "gauss-newton-cg": GaussNewton(linear_solve=solve_cg(), **TIGHT),
@@ -175,7 +175,7 @@ def test_what_goes_wrong() -> None:
     assert least_squares(decay, GaussNewton(), start * torch.nan, y).outcome is Outcome.NOT_FINITE
     for call, error, match in (
         (lambda: least_squares(3, GaussNewton(), start), TypeError, "least_squares.fn, solver"),  # pyright: ignore[reportArgumentType]
-        (lambda: least_squares(decay, Newton(), start, y), TypeError, "does not minimise"),
+        (lambda: least_squares(decay, Broyden(), start, y), TypeError, "does not minimise"),
         (lambda: least_squares(lambda p: 3, GaussNewton(), start), TypeError, "residuals that fn"),  # pyright: ignore[reportArgumentType]
         (lambda: LevenbergMarquardt(damping=0.0), ValueError, "damping must be"),
         (lambda: LevenbergMarquardt(attempts=0), ValueError, "attempts must be"),

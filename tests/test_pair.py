@@ -206,7 +206,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         (lambda u, s: u, r"must return \(updates, state\)"),
         (lambda u, s: ([u[0][:1]], s), "whose shape is"),
         (lambda u, s: ([None], s), "returned None for the gradient of '0'"),
-        (lambda u, s: ({"a": u[0]}, s), "do not match"),
+        (lambda u, s: ({"a": u[0]}, s), "not match"),
     ],
 )
 def test_wrong_results_are_named(function: Any, words: str) -> None:

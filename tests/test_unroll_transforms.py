@@ -84,7 +84,7 @@ def test_the_meta_gradient_compiles_in_one_graph() -> None:
 
 @pytest.mark.parametrize("adjoint", [Unrolled(), Checkpointed("log")], ids=["plain", "log"])
 def test_a_compiled_step_is_compiled_once_for_all_steps(adjoint: Any) -> None:
-    """Once in each way it is run: from a leaf or a result, recorded or not."""
+    """Once in each way it is run: from a leaf or a result, recorded or not; and not never."""
     values, counts = loops.inputs(), []
     w0, lr = values["w"].requires_grad_(), torch.tensor(0.1, dtype=torch.float64)
     torch.compiler.reset()
@@ -96,7 +96,7 @@ def test_a_compiled_step_is_compiled_once_for_all_steps(adjoint: Any) -> None:
         counts.append(counter.frame_count)
         plain = unroll(sgd(lr), w0, values["xs"][:length])[0]
         assert relative_error(grad, torch.autograd.grad(plain.sum(), w0)[0]) <= 1e-12
-    assert counts[0] == counts[1] <= 5
+    assert 1 <= counts[0] == counts[1] <= 5
 
 
 def test_replaying_is_not_compiled_as_a_whole() -> None:

@@ -89,6 +89,10 @@ def test_attributes_and_saved_tensors() -> None:
     long = make_dot(loss, show_attrs=True, max_attr_chars=1).source
     assert "keepdim: T" in long
     assert "keepdim: True" not in long
+    last = make_dot(x.select(-1, -2).sum(dim=-1), show_attrs=True).source
+    assert "index: -2" in last
+    assert "dim: -1" in last.replace("dim: (-1,)", "dim: -1")
+    assert "1844674407370955" not in last
 
 
 def test_saved_tensors_that_cannot_be_read() -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import nonzero
 from torch import Tensor, nn
+from visual_words import explain
 
 import torchopt
-from torchopt.visual import explain
 from torchopt.visual.graph import build
 
 

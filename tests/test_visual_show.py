@@ -14,6 +14,7 @@ from visual_graphs import diamond, loop, node
 
 import torchopt
 from torchopt.visual.graph import Graph, build
+from torchopt.visual.lanes import homes
 from torchopt.visual.show import GraphPage, show
 
 
@@ -52,7 +53,8 @@ def test_page_holds_the_graph_of_the_loss():
     page = show(loss, named)
     assert page.graph == build(loss, named)
     held = Parsed(page.html).graph()
-    assert held == json.loads(json.dumps({**page.graph.to_json(), "unreached": []}))
+    given = {**page.graph.to_json(), "homes": homes(page.graph), "unreached": []}
+    assert held == json.loads(json.dumps(given))
     assert {n["name"] for n in held["nodes"] if n["kind"] == "leaf"} == set(named)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -11,10 +12,14 @@ import torchopt
 from torchopt.visual.graph import Graph, Node
 
 
-def loop(steps: int = 3, cut_after: int | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
+def loop(
+    steps: int = 3, cut_after: int | None = None, layers: int = 2
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return the outer loss of MetaAdam with a learned learning rate, and names."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    sizes = [3, *[4] * (layers - 1), 2]
+    pairs = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())]
+    net = nn.Sequential(*pairs[:-1])
     lr = torch.tensor(0.1, requires_grad=True)
     named = {**dict(net.named_parameters()), "lr": lr}
     x, y = torch.randn(5, 3), torch.randn(5, 2)

@@ -8,7 +8,7 @@ from typing import Any
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
-from extensions import api_pages, benchmark_page, gallery_pages, project_pages
+from extensions import api_pages, benchmark_page, gallery_pages, project_pages, unroll_page
 from extensions.files import Folder
 from extensions.symbols import symbols
 
@@ -24,10 +24,16 @@ def generate(docs: Path) -> None:
         ("gallery", gallery_pages.write),
         ("tutorials", project_pages.write_tutorials),
         ("project", project_pages.write_project),
-        ("generated", benchmark_page.write),
+        ("generated", figures),
     ):
         with Folder(docs / folder) as pages:
             write(ROOT, pages)
+
+
+def figures(root: Path, pages: Folder) -> None:
+    """Write tables and pictures of what was measured."""
+    benchmark_page.write(root, pages)
+    unroll_page.write(root, pages)
 
 
 def prepare(app: Sphinx) -> None:

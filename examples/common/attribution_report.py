@@ -172,6 +172,7 @@ def _draw(path: Path, compared: dict[str, Compared]) -> None:
                 xlabel="true change of the held-out loss",
                 ylabel="predicted change",
             )
+            panel.locator_params(axis="x", nbins=4)  # room for the numbers
             panel.grid(alpha=0.3)
             panel.legend(fontsize="small")
     save_figure(figure, path, dpi=110)

@@ -176,9 +176,12 @@ def flatten_like(tree: PyTree, reference: PyTree, spec: Any, what: str, like: st
     by_path = dict(zip(paths, leaves))
     if len(paths) != len(expected) or by_path.keys() != set(expected):
         misuse.check_trees({what: tree, like: reference})
-        difference = first_difference(paths, expected)
+        difference = f"{first_difference(paths, expected)}."
         kinds = misuse.different_kinds(what, tree, like, reference)
-        raise ValueError(f"{what} do not match {like}: {difference}.{kinds}")
+        if () in paths or () in expected:  # "the root is missing" says nothing to anyone
+            difference, kinds = kinds[1:2].lower() + kinds[2:], ""
+        verb = "do" if what.endswith("s") else "does"
+        raise ValueError(f"{what} {verb} not match {like}: {difference}{kinds}")
     return [by_path[path] for path in expected]
 
 

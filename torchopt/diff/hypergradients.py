@@ -71,8 +71,7 @@ def hypergradient(
     Raises:
         TypeError: If a loss is no function or returns no tensor, or a leaf is no floating-point
             tensor.
-        ValueError: If a loss is not scalar, or the outer loss does not depend on
-            ``inner_params``; if a Neumann series diverges.
+        ValueError: If a loss is not scalar; if a Neumann series diverges.
 
     Example:
         >>> import torch
@@ -91,7 +90,7 @@ def hypergradient(
         differentiation, AISTATS 2020, https://arxiv.org/abs/1911.02590.
     """
     method = Implicit() if method is None else method
-    if not callable(getattr(method, "indirect", None)):
+    if isinstance(method, type) or not callable(getattr(method, "indirect", None)):
         raise TypeError(
             "method must be one of torchopt.diff.Implicit(), Neumann(), T1T2(), "
             f"FiniteDifference() and SAMA(), got {given(method)}."

@@ -65,16 +65,17 @@ def _autograd_product(value: Tensors, inputs: Tensors, v: Tensors) -> Tensors:
     if not pairs:
         return tuple(torch.zeros_like(x) for x in inputs)
     outputs, cotangents = zip(*pairs)
-    # what is zero is returned as zeros, so that the product is linear in any case
-    return torch.autograd.grad(
+    found = torch.autograd.grad(
         outputs,
         inputs,
         cotangents,
         retain_graph=True,
         create_graph=torch.is_grad_enabled(),
         allow_unused=True,
-        materialize_grads=True,
     )
+    # What is zero is returned as zeros, so that the product is linear in any case. Not by
+    # materialize_grads: those zeros require grad, as if they came from a tensor nobody was told of.
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found))
 
 
 def pushforward(function: Flat, primals: Sequence[Tensor]) -> Flat:

@@ -48,13 +48,11 @@ def gradient_of(value: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tens
         result = value(*inputs)
     if not result.requires_grad:
         return tuple(torch.zeros_like(x) for x in inputs)
-    return torch.autograd.grad(
-        result,
-        inputs,
-        create_graph=torch.is_grad_enabled(),
-        allow_unused=True,
-        materialize_grads=True,
+    found = torch.autograd.grad(
+        result, inputs, create_graph=torch.is_grad_enabled(), allow_unused=True
     )
+    # not by materialize_grads: those zeros require grad, as if they came from a hidden tensor
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found))
 
 
 def scalar(value: Any, title: str) -> Tensor:

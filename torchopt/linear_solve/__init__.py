@@ -26,6 +26,7 @@ from torchopt.linear_solve.outcome import LinearSolveWarning as LinearSolveWarni
 from torchopt.linear_solve.outcome import Outcome as Outcome
 from torchopt.linear_solve.solver import LinearSolution as LinearSolution
 from torchopt.linear_solve.solver import LinearSolver as LinearSolver
+from torchopt.linear_solve.warm_start import WarmStart as WarmStart
 
 
 __dir__ = _lazy.shown(_sys.modules[__name__])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, ClassVar, Union
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class Triangular(Dense):
 @dataclass(frozen=True, kw_only=True)
 class Diagonal(LinearSolver):
     """Division by the product with ones; chosen by :func:`solve_auto`."""
+
+    iterates: ClassVar[bool] = False
 
     def run(self, system: System) -> Solved:
         """Divide, and look whether it is true."""

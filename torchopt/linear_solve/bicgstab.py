@@ -45,7 +45,8 @@ def biconjugate_gradients(
         d &\leftarrow d + M (\alpha p + \omega s), \quad r' = s - \omega t, \quad
         p \leftarrow r' + \frac{\hat r^T r'}{\hat r^T r} \frac{\alpha}{\omega} (p - \omega v)
 
-    The way is not monotone: the best point of it is returned. Where a divisor is zero within
+    The way is not monotone in any norm that is known: the point of the least residual on it is
+    returned, after few iterations perhaps the start. Where a divisor is zero within
     rounding, the iterations end; from the point that was reached they begin with another shadow.
 
     Reference:

@@ -26,7 +26,17 @@ class CG(LinearSolver):
         def cycle(r: Tensor, tol: Tensor, going: Tensor, most: int) -> Cycle:
             return conjugate_gradients(system, r, tol, going, most)
 
-        return restarted(system, cycle)
+        return restarted(system, cycle, nearer=energy_fell)
+
+
+def energy_fell(step: Tensor, r: Tensor, new_r: Tensor) -> Tensor:
+    r"""Whether a step lowered :math:`\tfrac12 x^T A x - b^T x`, without a product.
+
+    The difference is :math:`-\tfrac12 d^T (r + r')`. It is that of :math:`\tfrac12 e^T A e`, of the
+    error :math:`e`, which every iteration of conjugate gradients lowers; the norm of the residual
+    may rise all the while.
+    """
+    return dot(step, r + new_r) > 0
 
 
 def conjugate_gradients(system: System, r: Tensor, tol: Tensor, going: Tensor, most: int) -> Cycle:
@@ -53,8 +63,9 @@ def conjugate_gradients(system: System, r: Tensor, tol: Tensor, going: Tensor, m
         # a direction that the operator takes to nothing, beside those before
         slope = over(norm(ap), norm(p))
         steepest = torch.maximum(steepest, slope)
-        flat = slope <= 10 * eps * steepest
-        bad = going & (flat | ~(curvature > 0))
+        finite = torch.isfinite(curvature)
+        flat = (slope <= 10 * eps * steepest) & finite
+        bad = going & (flat | ~(curvature > 0) | ~finite)
         reason = torch.where(flat, code_of(Outcome.SINGULAR), _reason(curvature, rho))
         code = torch.where(bad, reason, code)
         going = going & ~bad
@@ -92,7 +103,9 @@ def solve_cg(
 
     One product for each iteration, five vectors of memory. It needs at most about
     :math:`\tfrac12 \sqrt{\kappa} \log(2 / \text{rtol})` iterations for a condition number
-    :math:`\kappa`.
+    :math:`\kappa`. Each lowers the error in the norm :math:`\sqrt{e^T A e}`, but not always the
+    norm of the residual: with ``maxiter=5``, as in iMAML, ``x`` is the fifth iterate in any case,
+    with the outcome ``MAX_STEPS``.
 
     Args:
         rtol: Solved where :math:`\lVert b - A x \rVert_2 \le \max(\text{rtol}\, \lVert b \rVert_2,
@@ -155,7 +168,8 @@ class NormalCG(LinearSolver):
                 return conjugate_gradients(system, r, tol, going, most)
             return least_squares_gradients(system, r, tol, going, most)
 
-        return restarted(system, cycle)
+        # without a ridge each iteration lowers the norm of the residual itself
+        return restarted(system, cycle, nearer=None if self.ridge is None else energy_fell)
 
     @property
     def title(self) -> str:
@@ -184,15 +198,15 @@ def least_squares_gradients(
     for _ in range(most):
         going = going & (norm(r) > tol) & (code == 0)
         # the gradient has vanished and the residual has not: b is not in the range of A
-        flat = going & (norm(s) <= 10 * eps * first)
+        flat = going & (norm(s) <= 10 * eps * first) & torch.isfinite(norm(s))
         code = torch.where(flat, code_of(Outcome.SINGULAR), code)
         going = going & ~flat
         if not anything(going):
             break
         q = system.product(p)
         square = dot(q, q)
-        bad = going & ~(square > 0)
         fine = torch.isfinite(square)
+        bad = going & ~((square > 0) & fine)
         reason = torch.where(fine, code_of(Outcome.SINGULAR), code_of(Outcome.NON_FINITE))
         code = torch.where(bad, reason, code)
         going = going & ~bad

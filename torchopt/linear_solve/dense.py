@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Union
+from typing import ClassVar, Union
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class Factors:
 @dataclass(frozen=True, kw_only=True)
 class Dense(LinearSolver):
     """Solves with a factored matrix, one step of refinement included."""
+
+    iterates: ClassVar[bool] = False
 
     @abc.abstractmethod
     def factors(self, matrix: Tensor) -> Factors:

@@ -28,10 +28,14 @@ from torchopt.base.torch_internals import (
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
 )
+from torchopt.linear_solve.outcome import Outcome, code_of
 from torchopt.linear_solve.product import Map, Product, Transposed
 from torchopt.linear_solve.pulling import copies_of, pull_back
-from torchopt.linear_solve.system import CONVERGED, Solved, System
+from torchopt.linear_solve.system import CONVERGED, Remembering, Solved, System
 from torchopt.linear_solve.vectors import norm
+
+
+_NON_FINITE = code_of(Outcome.NON_FINITE)
 
 
 class Algorithm(Protocol):
@@ -61,6 +65,7 @@ class Job:
         is_real: Whether no entry belongs to a complex number.
         rtol: A relative tolerance for the dtypes, where the solver has none.
         of: What it is, in words for warnings.
+        memory: Of solutions of systems like this, or ``None``.
         report: Where the solver leaves iterations, residuals and codes.
     """
 
@@ -70,6 +75,7 @@ class Job:
     is_real: bool
     rtol: float
     of: str = " was"
+    memory: Remembering | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -84,7 +90,8 @@ class Job:
 
     def derived(self, of: str) -> Job:
         """Return the same system for a derivative."""
-        return dataclasses.replace(self, of=of, report={})
+        memory = self.memory and self.memory.part(of)
+        return dataclasses.replace(self, of=of, memory=memory, report={})
 
     def transposed(self) -> Job:
         """Return the adjoint system."""
@@ -139,12 +146,17 @@ def _solved(job: Job, b: Tensor, start: Tensor | None, values: Sequence[Tensor])
     precondition = _same if job.precondition is None else _quiet(job.precondition.bind(of_other)[0])
     with torch.no_grad():
         tol, most = job.solver.limits(b, job.rtol)
-        rest = tol, most, job.product.tags, job.is_real
+        rest = tol, most, job.product.tags, job.is_real, job.memory
         found = job.solver.run(System(forward, backward, b, start, precondition, *rest))
         residual = norm(b - forward(found.x)) if found.residual is None else found.residual
         _write(job.report, found, residual)
         job.solver.judge(job.report, tol, job.of)
-    return found.x
+        # Where b or a product is nan no iteration is made, and zero, the start, is no answer.
+        lost = (found.code == _NON_FINITE) | ~torch.isfinite(residual)
+        x = torch.where(lost, torch.nan, found.x)
+        if job.memory is not None:
+            job.memory.keep(x, job.report["most"])
+    return x
 
 
 def _write(report: dict[str, Any], found: Solved, residual: Tensor) -> None:

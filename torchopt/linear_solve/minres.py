@@ -25,7 +25,11 @@ class MINRES(LinearSolver):
         def cycle(r: Tensor, tol: Tensor, going: Tensor, most: int) -> Cycle:
             return minimal_residuals(system, r, tol, going, most)
 
-        return restarted(system, cycle)
+        def nearer(step: Tensor, r: Tensor, new_r: Tensor) -> Tensor:
+            """Whether the residual fell in the norm of the preconditioner, the one it lowers."""
+            return dot(new_r, system.precondition(new_r)) < dot(r, system.precondition(r))
+
+        return restarted(system, cycle, nearer=nearer)
 
 
 def minimal_residuals(system: System, r: Tensor, tol: Tensor, going: Tensor, most: int) -> Cycle:

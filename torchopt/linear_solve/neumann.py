@@ -29,9 +29,10 @@ class Neumann(LinearSolver):
     def run(self, system: System) -> Solved:
         """Add terms until the residual, which is the last term over the step, is small."""
         b = system.b
+        x, r = system.begun()
         step = largest_step(system) if self.step is None else torch.full_like(b[..., :1], self.step)
-        term = step * b
-        x, count, code = torch.zeros_like(b), system.zeros(), system.zeros()
+        term = step * r
+        count, code = system.zeros(), system.zeros()
         first = norm(term)
         last = first
         while True:

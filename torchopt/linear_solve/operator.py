@@ -158,8 +158,12 @@ class LinearOperator:
                 )
 
 
-def as_operator(matvec: Any) -> LinearOperator:
+def as_operator(matvec: Any, what: str = "matvec") -> LinearOperator:
     """Return a function as an operator, and an operator as it is.
+
+    Args:
+        matvec: What was given.
+        what: What an error calls it.
 
     Raises:
         TypeError: If it is neither.
@@ -169,7 +173,7 @@ def as_operator(matvec: Any) -> LinearOperator:
     if isinstance(matvec, Tensor) or not callable(matvec):
         advice = " Write lambda v: A @ v." if isinstance(matvec, Tensor) else ""
         raise TypeError(
-            f"matvec must be a function that returns the product with a vector, or a "
+            f"{what} must be a function that returns the product with a vector, or a "
             f"LinearOperator, got {given(matvec)}.{advice}"
         )
     return LinearOperator(matvec)

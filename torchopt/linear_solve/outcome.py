@@ -36,8 +36,8 @@ class Outcome(enum.Enum):
         "elsewhere (init), or take solve_gmres() or solve_lu()."
     )
     NON_FINITE = (
-        "b, the start or a product with A holds inf or nan. Look at what A is made of; if the "
-        "entries overflow, scale them or give them in float64."
+        "b, the start or a product with A holds inf or nan, and x is nan. Look at what A is made "
+        "of; if the entries overflow, scale them or give them in float64."
     )
     SINGULAR = (
         "The matrix is singular within rounding, so that the solution is not unique or does not "

@@ -6,13 +6,14 @@ import abc
 import dataclasses
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal, Union
 
 import torch
 from torch import Tensor
 from typing_extensions import TypeAlias
 
 from torchopt.base.calling import level_of_user
+from torchopt.base.eager import eager
 from torchopt.base.misuse.given import given
 from torchopt.linear_solve.derivative import Job, solve_flat
 from torchopt.linear_solve.operator import as_operator
@@ -23,7 +24,7 @@ from torchopt.linear_solve.outcome import (
     Outcome,
 )
 from torchopt.linear_solve.product import Product
-from torchopt.linear_solve.system import Solved, System
+from torchopt.linear_solve.system import Remembering, Solved, System
 from torchopt.linear_solve.vectors import Layout, norm
 from torchopt.typing import TensorTree
 
@@ -93,6 +94,9 @@ class LinearSolver(abc.ABC):
     init: TensorTree | None = None
     on_failure: OnFailure = "warn"
 
+    #: Whether it goes from a start to the solution step by step.
+    iterates: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         for name in ("rtol", "atol", "ridge"):
             value = getattr(self, name)
@@ -108,7 +112,7 @@ class LinearSolver(abc.ABC):
                 f"on_failure must be 'warn', 'raise' or 'ignore', got {self.on_failure!r}."
             )
         if self.preconditioner is not None:
-            as_operator(self.preconditioner)
+            as_operator(self.preconditioner, "preconditioner")
 
     @abc.abstractmethod
     def run(self, system: System) -> Solved:
@@ -129,8 +133,19 @@ class LinearSolver(abc.ABC):
         """
         return self.solve(matvec, b, init=init).x
 
-    def solve(self, matvec: Any, b: TensorTree, init: TensorTree | None = None) -> LinearSolution:
-        """Return ``x`` with iterations, residual and outcome; arguments as in a call."""
+    @eager
+    def solve(
+        self,
+        matvec: Any,
+        b: TensorTree,
+        init: TensorTree | None = None,
+        *,
+        memory: Remembering | None = None,
+    ) -> LinearSolution:
+        """Return ``x`` with iterations, residual and outcome; arguments as in a call.
+
+        ``memory`` is that of a :class:`WarmStart`.
+        """
         operator = as_operator(matvec)
         layout = Layout(b)
         product = Product.of(operator, layout, differentiated=True)
@@ -140,7 +155,7 @@ class LinearSolver(abc.ABC):
             precondition = Product.of(as_operator(self.preconditioner), layout)
         init = self.init if init is None else init
         start = None if init is None else layout.flatten(init, "init").detach()
-        job = Job(self, product, precondition, layout.is_real, layout.rtol)
+        job = Job(self, product, precondition, layout.is_real, layout.rtol, memory=memory)
         x = solve_flat(job, right, start)
         report = job.report
         codes = [CODES[k - 1] for k in report["codes"]]
@@ -165,7 +180,9 @@ class LinearSolver(abc.ABC):
         """Return the largest norms of residuals, and the most iterations."""
         rtol = rtol if self.rtol is None else self.rtol
         most = max(5000, min(10 * b.shape[-1], 20000)) if self.maxiter is None else self.maxiter
-        return torch.clamp_min(rtol * norm(b), self.atol), most
+        size = norm(b)
+        size = torch.where(torch.isfinite(size), size, 0.0)  # a residual of inf is within no limit
+        return torch.clamp_min(rtol * size, self.atol), most
 
     def judge(self, report: dict[str, Any], tol: Tensor, of: str) -> None:
         """Warn or raise where a system was not solved, by choice.

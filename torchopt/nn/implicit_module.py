@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchopt.base.eager import eager
 from torchopt.base.misuse.given import given, some
 from torchopt.diff.implicit.condition import Argument, Condition
 from torchopt.diff.implicit.decorators import check_residual, check_solve
@@ -99,7 +100,15 @@ class ImplicitMetaGradientModule(MetaGradientModule):
         if "residual_check" in kwargs:
             check_residual(value := kwargs.pop("residual_check"))
             cls.residual_check = value
-        super().__init_subclass__(**kwargs)
+        try:
+            super().__init_subclass__(**kwargs)
+        except TypeError as error:  # of no class that would take it
+            if not kwargs or "takes no keyword arguments" not in str(error):
+                raise
+            raise TypeError(
+                f"class {cls.__name__}(ImplicitMetaGradientModule, ...) has no argument "
+                f"{sorted(kwargs)[0]!r}; it has ['linear_solve', 'residual_check']."
+            ) from None
         for name in ("solve", "objective", "optimality"):
             _check_method(cls, name)
         if cls.solve is ImplicitMetaGradientModule.solve:
@@ -152,6 +161,7 @@ def _differentiable(solve: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``solve`` as a method after which the parameters have their derivatives."""
 
     @functools.wraps(solve)
+    @eager
     def wrapped(self: ImplicitMetaGradientModule, *args: Any, **kwargs: Any) -> Any:
         if self.__dict__.get("_is_solving"):  # super().solve(...)
             return solve(self, *args, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchopt.base.eager import eager
 from torchopt.base.misuse.given import given
 from torchopt.diff.zero_order.smoothing import Estimator, may_be_recorded
 
@@ -132,6 +133,7 @@ def _smoothed(function: Any, owner: type) -> Any:
         raise TypeError(f"{owner.__name__}.forward must be a method, got {given(function)}.")
 
     @functools.wraps(function)
+    @eager
     def forward(self: ZeroOrderGradientModule, *args: Any, **kwargs: Any) -> Any:
         named = {f"inner.{name}": p for name, p in self.named_parameters()}
         if not named:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 from torch import nn
@@ -11,8 +12,10 @@ from torchopt.base.commit import all_or_nothing
 from torchopt.core.transform import GradientTransformation
 from torchopt.diff.adjoints.base import Adjoint
 from torchopt.diff.adjoints.block import in_block as _in_block
+from torchopt.nn import put_back
 from torchopt.nn.parameters import refuse_scripted
 from torchopt.nn.rollback import Rollback
+from torchopt.nn.statistics import shielded
 from torchopt.optim.meta_optimizer import MetaOptimizer
 from torchopt.optim.replayed import ReplayedSteps
 
@@ -99,6 +102,7 @@ def inner_loop(
         vars(optimizer)["step"] = replayed.step
 
     def undo() -> None:
+        end_shields()
         rollback.undo()
         optimizer.create_graph = create_graph_before
         for group, before in zip(groups, groups_before):
@@ -108,9 +112,12 @@ def inner_loop(
         optimizer._states, optimizer._pairs = list(states_before), pairs_before
         vars(optimizer).pop("step", None)
 
+    end_shields = shielded(modules)
     try:
         yield optimizer
     finally:
+        if any(map(operator.is_not, optimizer._states, states_before)):  # a step was taken
+            put_back.networks.update(networks.values())
         all_or_nothing(undo)
         if optimizer is not tx:  # a step would change the network for good
             vars(optimizer)["step"] = misuse.step_after_block

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchopt.base.captured import Captured
+from torchopt.base.frozen_function import frozen
 from torchopt.base.misuse.given import given
 from torchopt.core import whole
 from torchopt.diff.replay.tape import Tape
+from torchopt.diff.replay.watch import computed_from, names_in, newest_node
 from torchopt.nn import marks, moments
 from torchopt.nn.parameters import place_each, place_parameter
-from torchopt.optim.frozen_function import frozen
 from torchopt.optim.meta_call import Entry, new_call
 from torchopt.optim.meta_optimizer import MetaOptimizer
 from torchopt.optim.meta_state import GroupState
@@ -236,6 +238,7 @@ class _Step:
         self.worker._states, self.worker._pairs, self.worker._steady = [], {}, None
         self.worker.param_groups = [dict(group) for group in optimizer.param_groups]
         self.before = optimizer._states, optimizer._pairs
+        self.present: tuple[list[Tensor], list[Tensor], int] = [], [], 0
         self.value: Tensor | None = None
         numbers = [
             v for group in self.worker.param_groups for n, v in group.items() if n != "params"
@@ -245,7 +248,7 @@ class _Step:
     def carry(self, params: list[Tensor], buffers: list[Tensor]) -> dict[str, Any]:
         """Return the carry before this step."""
         states, pairs = self.before
-        self.before = [], {}
+        self.before, self.present = ([], {}), (params, buffers, newest_node())
         self.places.forget_tensors()
         return self._tree(params, buffers, states, pairs)
 
@@ -268,6 +271,35 @@ class _Step:
             ],
             "pairs": pairs,
         }
+
+    def _refuse_earlier(self, loss: Tensor) -> None:
+        """Refuse a loss that depends on the weights by way of what was computed before it.
+
+        It would be a function of other weights than the gradient is taken by.
+
+        Raises:
+            ValueError: Naming the tensor.
+        """
+        (params, buffers, start), self.present = self.present, ([], [], 0)
+        names = names_in(self.loss)
+        names.update(
+            {id(b): f"buffer {place[1]}" for b, place in zip(buffers, self.places.buffers)}
+        )
+        pair = computed_from([b for b in buffers if b.requires_grad], params)
+        if pair is None and (pair := computed_from([loss], params, before=start)) is not None:
+            read = Captured(self.loss).values
+            pair = computed_from([t for t in read if id(t) not in set(map(id, params))], params)
+            pair = pair or (loss, loss)
+        if pair is None:
+            return
+        name = names.get(id(pair[0]))
+        what = f"{name!r}" if name else "a tensor"
+        raise ValueError(
+            f"The loss of this step reads {what}, which was computed from the present weights "
+            "before the step. When the step is computed again there are other weights in their "
+            "place, and the gradient by way of it would be missing. Compute it inside of the "
+            "function that is given to step, or detach() it."
+        )
 
     def states(self, carry: dict[str, Any]) -> list[GroupState]:
         """Return the states of an optimizer in a carry."""
@@ -296,6 +328,7 @@ class _Step:
         if not isinstance(loss, Tensor):
             return loss
         if self.value is None:
+            self._refuse_earlier(loss)
             self.value = loss.detach()
             return loss
         tolerance = torch.finfo(loss.dtype).eps ** 0.5

@@ -11,17 +11,21 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, Union
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeAlias
 
-from torchopt.base import misuse
+from torchopt.base import misuse, tree
 from torchopt.base.misuse.given import given
 from torchopt.core import hyper
+from torchopt.diff.adjoints.base import Adjoint as LoopAdjoint
+from torchopt.diff.implicit import Implicit
 from torchopt.diff.stationarity import stationarity
 from torchopt.solvers.flat import Layout, Number, Objective, TreeObjective
 from torchopt.solvers.outcome import Outcome
+from torchopt.solvers.replaying import check_adjoint, numbered, replayed
 from torchopt.typing import PyTree, TensorTree
 
 
@@ -70,6 +74,8 @@ class Solution:
     evaluations: int  #: Calls of the function, each with its gradient.
     outcome: Outcome
     state: State = dataclasses.field(repr=False)
+    #: What ``grad_norm`` is the largest entry of, in words.
+    measure: str = dataclasses.field(default="a gradient", repr=False)
 
     def checked(self) -> Solution:
         """Return itself.
@@ -80,7 +86,7 @@ class Solution:
         if not self.outcome.success:
             raise RuntimeError(
                 f"{self.outcome} after {self.iterations} iterations and {self.evaluations} calls, "
-                f"with a gradient of {self.grad_norm:.3g}. {self.outcome.text}"
+                f"with {self.measure} of {self.grad_norm:.3g}. {self.outcome.text}"
             )
         return self
 
@@ -106,6 +112,10 @@ class Solver(abc.ABC, Generic[S]):
 
     #: The function that runs it.
     problem: ClassVar[str] = "minimize"
+    #: What is zero at a solution, in words, where the function itself says nothing.
+    measure: ClassVar[str] = "a gradient"
+    #: Whether its steps are what they are with gradients that are constants.
+    first_order: ClassVar[bool] = False
 
     tolerance_grad: float = 1e-7
     tolerance_change: float = 1e-9
@@ -159,11 +169,47 @@ class Solver(abc.ABC, Generic[S]):
         create_graph: bool = False,
     ) -> Solution:
         """Run the loop and return the last point; by default no derivative is recorded."""
-        return iterate(self, self.objective(fn, Layout(params), args, create_graph), params)
+        found = iterate(self, self.objective(fn, Layout(params), args, create_graph), params)
+        return dataclasses.replace(found, measure=getattr(fn, "measure", self.measure))
 
     def condition(self, fn: Callable[..., Any]) -> tuple[Callable[..., TensorTree], Any]:
         """Return the function that is zero at a solution, and what is known of its Jacobian."""
         return stationarity(fn), ("symmetric",)
+
+    def as_minimizer(self) -> Solver[Any]:
+        """Return the solver that :func:`torchopt.solvers.minimize` runs: mostly itself.
+
+        Raises:
+            TypeError: If it minimises no functions.
+        """
+        if self.problem != "minimize":
+            raise TypeError(
+                f"{type(self).__name__} does not minimise a function; it is a solver for "
+                f"torchopt.solvers.{self.problem}."
+            )
+        return self
+
+    def carries(self, adjoint: object) -> None:
+        """Refuse to be a loop of steps that are taken again.
+
+        Raises:
+            TypeError: Naming what to write.
+        """
+        raise TypeError(
+            f"adjoint={adjoint!r} takes steps again, which {type(self).__name__} cannot: what "
+            "it remembers of the way grows with the steps, or has no derivative. Write "
+            "adjoint=torchopt.diff.Unrolled(), which records them, or torchopt.diff.Implicit()."
+        )
+
+    def packed(self, state: S) -> PyTree:
+        """Return what the next step needs of a state, as a tree."""
+        return state.x, numbered(state.value, state.x), state.grad
+
+    def unpacked(self, objective: Objective, carry: PyTree) -> Any:
+        """Return the state that was packed."""
+        x, value, grad = carry
+        number = value if objective.create_graph else plain(value)
+        return State(x, number, grad, largest(grad), objective.layout)
 
     def init(self, fn: Callable[..., Any], params: TensorTree, *args: PyTree) -> S:
         """Return the state at ``params``, for a loop of your own; calls ``fn(params, *args)``."""
@@ -239,12 +285,19 @@ class Adjoint(Protocol):
         ...
 
 
+#: What ``minimize`` and the others take: a way to differentiate a solution, or a loop.
+AnyAdjoint: TypeAlias = Union[Adjoint, LoopAdjoint]
+
+#: How solutions are differentiated where nothing else is said.
+IMPLICIT = Implicit()
+
+
 def minimize(
     fn: Callable[..., Tensor],
     solver: Solver[Any],
     params: TensorTree,
     *args: PyTree,
-    adjoint: Adjoint | None = None,
+    adjoint: AnyAdjoint | None = IMPLICIT,
 ) -> Solution:
     r"""Find a local minimum of a scalar function of a tree.
 
@@ -252,12 +305,17 @@ def minimize(
 
     Args:
         fn: :math:`f`, called as ``fn(params, *args)``; returns a real scalar tensor.
-        solver: Such as :class:`torchopt.solvers.LBFGS`; holds tolerances and limits.
+        solver: Such as :class:`torchopt.solvers.LBFGS` or :class:`torchopt.solvers.Newton`; holds
+            tolerances and limits.
         params: The start, any tree of floating-point or complex tensors. Left as it is.
         *args: Passed on to ``fn``.
-        adjoint: How to differentiate the solution. ``None``: not at all, its tensors are cut from
-            the graph; :class:`torchopt.diff.Unrolled`: by recording the iterations;
-            :class:`torchopt.diff.Implicit`: by the condition that it satisfies.
+        adjoint: How to differentiate the solution: :class:`torchopt.diff.Implicit`, the default, by
+            the gradient that is zero there, in ``args`` and in tensors that ``fn`` closes over; if
+            one of them requires grad, the solution does. :class:`torchopt.diff.Unrolled`: by
+            recording the iterations; :class:`torchopt.diff.Checkpointed` and the others of
+            :func:`torchopt.diff.unroll`: by taking them again, where the solver remembers nothing
+            that grows (:class:`GradientDescent`, :class:`Newton`). ``None``: not at all, and
+            without a last call of ``fn`` that looks for such tensors.
 
     Returns:
         The last parameters with value, largest entry of the gradient, numbers of iterations and of
@@ -287,11 +345,29 @@ def minimize(
             f"solver must be a solver such as torchopt.solvers.LBFGS(), got {given(solver)}."
             " A transformation becomes one by torchopt.solvers.GradientDescent(tx)."
         )
-    if solver.problem != "minimize":
-        raise TypeError(
-            f"{type(solver).__name__} does not minimise a function; it is a solver for "
-            f"torchopt.solvers.{solver.problem}."
-        )
-    if adjoint is not None:
-        return adjoint(solver, fn, params, args)
-    return solver.run(fn, params, *args)
+    solver = solver.as_minimizer()
+    if adjoint is None:
+        return solver.run(fn, params, *args)
+    if adjoint is IMPLICIT:  # parameters mostly require grad: nobody is told that this is no use
+        leaves, spec = tree.flatten(params)
+        bare = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        params = tree.unflatten(spec, bare)
+    return differentiated(adjoint, solver, fn, params, args)
+
+
+def differentiated(
+    adjoint: AnyAdjoint,
+    solver: Solver[Any],
+    fn: Callable[..., Any],
+    params: TensorTree,
+    args: tuple[PyTree, ...],
+) -> Solution:
+    """Run a solver as an adjoint wants it.
+
+    Raises:
+        TypeError: If it is none, or one of a loop that the solver cannot be.
+    """
+    check_adjoint(adjoint)
+    if callable(adjoint):
+        return adjoint(solver, fn, params, args)  # pyright: ignore[reportReturnType]
+    return replayed(adjoint, solver, fn, params, args)

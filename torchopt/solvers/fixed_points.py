@@ -61,6 +61,9 @@ class FixedPointIteration(RootSolver[State]):
         super().__post_init__()
         hyper.check_number("damping", self.damping, hyper.HyperSpec(gt=0, le=1))
 
+    def carries(self, adjoint: object) -> None:
+        """Be a loop: a step needs nothing but the last point."""
+
     def start(self, objective: Objective, x: Tensor) -> State:
         """Evaluate the function at the start."""
         return first_state(State, objective, x)

@@ -78,6 +78,9 @@ class GaussNewton(LeastSquaresSolver[State]):
         check_count("halvings", self.halvings, 0)
         check_linear_solve(self.linear_solve)
 
+    def carries(self, adjoint: object) -> None:
+        """Be a loop: a step needs nothing but the last point."""
+
     def start(self, objective: Objective, x: Tensor) -> State:
         """Evaluate the residuals at the start."""
         return first_state(State, objective, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.solvers.base import Solver, State, first_state, is_finite, largest, plain
 from torchopt.solvers.flat import Objective
 from torchopt.solvers.outcome import Outcome
+from torchopt.typing import PyTree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,10 +57,26 @@ class GradientDescent(Solver[DescentState]):
 
     tx: GradientTransformation
 
+    first_order: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "tx", as_transformation(self.tx))
         check_transformation(self.tx, type(self).__name__)
+
+    def carries(self, adjoint: object) -> None:
+        """Be a loop: a step needs the last point and the state of the transformation."""
+
+    def packed(self, state: DescentState) -> PyTree:
+        """Return what the next step needs of a state, as a tree."""
+        return super().packed(state), state.opt_state
+
+    def unpacked(self, objective: Objective, carry: PyTree) -> DescentState:
+        """Return the state that was packed."""
+        point, opt_state = carry
+        last = super().unpacked(objective, point)
+        kept = {f.name: getattr(last, f.name) for f in dataclasses.fields(last)}
+        return DescentState(**kept, opt_state=opt_state)
 
     def start(self, objective: Objective, x: Tensor) -> DescentState:
         """Evaluate the function at the start, with a fresh state of the transformation."""

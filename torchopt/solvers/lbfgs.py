@@ -12,14 +12,14 @@ from torch import Tensor
 
 from torchopt.base import misuse
 from torchopt.core import hyper
-from torchopt.solvers.base import Solver, State, check_count, first_state, is_finite, largest, plain
+from torchopt.solvers.base import Solver, State, check_count, first_state, is_finite, plain
 from torchopt.solvers.flat import Number, Objective
 from torchopt.solvers.line_search import (
     Backtracking,
     FixedLength,
     LineSearch,
     StrongWolfe,
-    Trial,
+    searched,
 )
 from torchopt.solvers.outcome import Outcome
 
@@ -214,35 +214,8 @@ class LBFGS(Solver[LBFGSState]):
         """Search along the direction, and return the state at the point that was found."""
         d = state.direction
         assert d is not None
-
-        def line(t: Number) -> Trial:
-            if objective.create_graph:
-                x = state.x + t * d
-            else:
-                x = torch.add(state.x, d, alpha=plain(t))
-            value, grad = objective(x)
-            slope = objective.number(grad.dot(d))
-            return Trial(t, value if is_finite(value, slope) else math.inf, slope, x, grad)
-
-        start = Trial(0.0, state.value, state.slope, state.x, state.grad)
-        size = largest(d)
         most = math.inf if self.max_eval is None else self.max_eval - state.evaluations
         search = self.search if state.length != 0 else FixedLength()
-        found = search(line, start, state.length, most, self.tolerance_change / size)
-        trial = found.trial
-        outcome = None
-        if not found.satisfied and trial is start:
-            fixed = isinstance(search, FixedLength)
-            outcome = Outcome.NOT_FINITE if fixed else Outcome.LINE_SEARCH_FAILED
-        return dataclasses.replace(
-            state,
-            x=trial.x,
-            value=trial.value,
-            grad=trial.grad,
-            grad_norm=largest(trial.grad),
-            evaluations=state.evaluations + found.evaluations,
-            change=size * abs(plain(trial.t)),
-            fall=abs(plain(trial.value) - plain(state.value)),
-            length=trial.t,
-            outcome=outcome,
-        )
+        length, slope = state.length, state.slope
+        new, t = searched(search, objective, state, d, slope, length, most, self.tolerance_change)
+        return dataclasses.replace(new, length=t)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from torchopt.base.misuse.given import given
 from torchopt.solvers.base import (
-    Adjoint,
+    IMPLICIT,
+    AnyAdjoint,
     Solution,
     Solver,
+    differentiated,
     minimize,
 )
-from torchopt.solvers.roots import IMPLICIT
 from torchopt.solvers.squares import LeastSquaresSolver, half_of_squares
 from torchopt.typing import PyTree, TensorTree
 
@@ -25,7 +26,7 @@ def least_squares(
     solver: Solver[Any],
     params: TensorTree,
     *args: PyTree,
-    adjoint: Adjoint | None = IMPLICIT,
+    adjoint: AnyAdjoint | None = IMPLICIT,
 ) -> Solution:
     r"""Find a local minimum of a sum of squares.
 
@@ -74,7 +75,7 @@ def least_squares(
         return minimize(half, solver, params, *args, adjoint=adjoint)
     if adjoint is None:
         return solver.run(fn, params, *args)
-    solution = adjoint(solver, fn, params, args)
+    solution = differentiated(adjoint, solver, fn, params, args)
     if solution.value is not solution.state.value:  # what fn returns at a connected solution
         solution = dataclasses.replace(solution, value=half_of_squares(solution.value))
     return solution

@@ -11,9 +11,11 @@ Reference:
 from __future__ import annotations
 
 import abc
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +23,9 @@ from typing_extensions import TypeAlias
 
 from torchopt.base.numerics import root
 from torchopt.core import hyper
-from torchopt.solvers.base import check_count, is_finite
-from torchopt.solvers.flat import Number
+from torchopt.solvers.base import State, check_count, is_finite, largest, plain
+from torchopt.solvers.flat import Number, Objective
+from torchopt.solvers.outcome import Outcome
 
 
 class Trial(NamedTuple):
@@ -55,6 +58,9 @@ def is_low(trial: Trial, start: Trial, c1: float) -> bool:
     """
     rounding = torch.finfo(start.x.dtype).eps * abs(start.value)
     return bool(trial.value <= start.value + c1 * trial.t * start.slope + rounding)
+
+
+S = TypeVar("S", bound=State)
 
 
 @dataclass(frozen=True)
@@ -281,3 +287,57 @@ def cubic_minimum(a: Trial, b: Trial, least: Number, most: Number) -> Number:
         return middle
     t = b.t - (b.t - a.t) * ((b.slope + d2 - d1) / divisor)
     return min(max(t, least), most) if is_finite(t) else middle
+
+
+# Along a direction, for solvers -------------------------------------------------------------------
+
+
+def searched(
+    search: LineSearch,
+    objective: Objective,
+    state: S,
+    d: Tensor,
+    slope: Number,
+    first: Number,
+    most: float,
+    tolerance_change: float,
+) -> tuple[S, Number]:
+    """Search along a direction, and return the state at the point that was found, with its length.
+
+    Args:
+        search: How to choose a length.
+        objective: The function.
+        state: Where the line begins.
+        d: The direction.
+        slope: Of the function along it, where the line begins.
+        first: The length to try first.
+        most: How many evaluations may follow the first one.
+        tolerance_change: Points that differ by less in every entry are the same.
+    """
+
+    def line(t: Number) -> Trial:
+        x = state.x + t * d if objective.create_graph else torch.add(state.x, d, alpha=plain(t))
+        value, grad = objective(x)
+        slope = objective.number(grad.dot(d))
+        return Trial(t, value if is_finite(value, slope) else math.inf, slope, x, grad)
+
+    start = Trial(0.0, state.value, slope, state.x, state.grad)
+    size = largest(d)
+    found = search(line, start, first, most, tolerance_change / size)
+    trial = found.trial
+    outcome = None
+    if not found.satisfied and trial is start:
+        outcome = Outcome.MAX_EVAL if found.evaluations > most else Outcome.LINE_SEARCH_FAILED
+        outcome = Outcome.NOT_FINITE if isinstance(search, FixedLength) else outcome
+    new = dataclasses.replace(
+        state,
+        x=trial.x,
+        value=trial.value,
+        grad=trial.grad,
+        grad_norm=largest(trial.grad),
+        evaluations=state.evaluations + found.evaluations,
+        change=size * abs(plain(trial.t)),
+        fall=abs(plain(trial.value) - plain(state.value)),
+        outcome=outcome,
+    )
+    return new, trial.t

@@ -1,4 +1,4 @@
-"""Newton's method for roots."""
+"""Newton's method for roots, and the choice of it for minima."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torchopt.linear_solve import LinearSolver
 from torchopt.linear_solve import Outcome as LinearOutcome
 from torchopt.solvers.base import State, check_count, first_state, is_finite, largest, plain
 from torchopt.solvers.flat import Number, Objective
+from torchopt.solvers.newton_minimum import NewtonMinimizer
 from torchopt.solvers.outcome import Outcome
 from torchopt.solvers.roots import Residual, RootSolver
 
@@ -68,7 +69,7 @@ def arrived(state: S, x: Tensor, value: Number, r: Tensor, evaluations: int) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Newton(RootSolver[State]):
-    r"""Newton's method, with steps that are made shorter until the residual falls.
+    r"""Newton's method, with steps that are made shorter until the residual or the value falls.
 
     .. math::
         p_{k+1} = p_k - t_k\, J(p_k)^{-1} F(p_k), \qquad
@@ -76,10 +77,18 @@ class Newton(RootSolver[State]):
 
     Near a regular root the number of correct digits doubles with each step.
 
+    :func:`torchopt.solvers.minimize` takes it, too: :math:`F` is the gradient there, and :math:`J`
+    the Hessian, made positive definite where it is not (at saddle points and maxima, where plain
+    Newton steps lead), so that each step leads downhill. It ends at once where the gradient is zero
+    at the start.
+
     Args:
         linear_solve: Solves with the Jacobian, by products alone, such as
             :func:`torchopt.linear_solve.solve_gmres`. ``None`` writes it down and takes LU up to
-            500 unknowns, GMRES beyond.
+            500 unknowns, GMRES beyond. Of a Hessian ``None`` takes eigenvalues up to 500 unknowns
+            and turns negative ones round; beyond it is conjugate gradients, to a tolerance that
+            tightens on the way (Newton-CG), with a ridge that grows until the step leads downhill,
+            as with any solver that is given.
         halvings: How often a step is made shorter; 0 takes whole steps whatever they do.
         tolerance_grad: Converged where no entry of the residual is larger; >= 0.
         tolerance_change: A step that changes no entry by more is the last one; >= 0.
@@ -97,6 +106,9 @@ class Newton(RootSolver[State]):
         >>> solution = find_root(fn, Newton(), torch.tensor([5.0, 0.0]))
         >>> torch.allclose(solution.params, torch.tensor([2.0, 1.0])), solution.iterations < 10
         (True, True)
+        >>> wells = lambda p: (p**2 - 1).square().sum()  # a maximum at 0
+        >>> torchopt.solvers.minimize(wells, Newton(), torch.tensor([0.1, -0.1])).params
+        tensor([ 1., -1.])
 
     Reference:
         Dennis and Schnabel, Numerical Methods for Unconstrained Optimization and Nonlinear
@@ -112,6 +124,14 @@ class Newton(RootSolver[State]):
         super().__post_init__()
         check_count("halvings", self.halvings, 0)
         check_linear_solve(self.linear_solve)
+
+    def as_minimizer(self) -> NewtonMinimizer:
+        """Return what :func:`torchopt.solvers.minimize` runs; for loops of your own."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return NewtonMinimizer(**options)
+
+    def carries(self, adjoint: object) -> None:
+        """Be a loop: a step needs nothing but the last point."""
 
     def start(self, objective: Objective, x: Tensor) -> State:
         """Evaluate the residual at the start."""

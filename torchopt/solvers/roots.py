@@ -13,16 +13,12 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
-from torchopt.diff.implicit import Implicit
-from torchopt.solvers.base import Adjoint, Solution, Solver, State
+from torchopt.diff.implicit.decorators import moved
+from torchopt.solvers.base import IMPLICIT, AnyAdjoint, Solution, Solver, State, differentiated
 from torchopt.solvers.flat import Layout, Number
 from torchopt.solvers.linearized import Residuals
 from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
-
-
-#: How solutions are differentiated where nothing else is said.
-IMPLICIT = Implicit()
 
 
 class Residual(Residuals):
@@ -85,6 +81,7 @@ class RootSolver(Solver[S], abc.ABC):
     max_iter: int = 100
 
     problem: ClassVar[str] = "find_root"
+    measure: ClassVar[str] = "a residual"
     #: What it means if an iteration changes nothing.
     no_change: ClassVar[Outcome] = Outcome.STAGNATED
 
@@ -122,7 +119,7 @@ def find_root(
     solver: RootSolver[Any],
     params: TensorTree,
     *args: PyTree,
-    adjoint: Adjoint | None = IMPLICIT,
+    adjoint: AnyAdjoint | None = IMPLICIT,
 ) -> Solution:
     r"""Find a root of a function of a tree.
 
@@ -165,7 +162,7 @@ def find_root(
         )
     if adjoint is None:
         return solver.run(fn, params, *args)
-    solution = adjoint(solver, fn, params, args)
+    solution = differentiated(adjoint, solver, fn, params, args)
     return dataclasses.replace(solution, value=solution.state.value)
 
 
@@ -174,7 +171,7 @@ def fixed_point(
     solver: RootSolver[Any],
     params: TensorTree,
     *args: PyTree,
-    adjoint: Adjoint | None = IMPLICIT,
+    adjoint: AnyAdjoint | None = IMPLICIT,
 ) -> Solution:
     r"""Find a fixed point of a function of a tree.
 
@@ -214,9 +211,9 @@ def fixed_point(
         )
 
     def residual(params: TensorTree, *args: PyTree) -> TensorTree:
-        leaves, spec = tree.flatten(params)
-        found = tree.flatten_like(fn(params, *args), params, spec, "What fn returned", "params")
-        pairs = zip(found, leaves)
-        return tree.unflatten(spec, [y if x is None or y is None else y - x for y, x in pairs])
+        return moved(
+            params, fn(params, *args), "What fn returned", "params", lambda x, image: image - x
+        )
 
+    residual.measure = "a distance from the fixed point"  # pyright: ignore[reportFunctionMemberAccess]
     return find_root(residual, solver, params, *args, adjoint=adjoint)

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from torchopt.visual.contract import (
+    Contracted,
+    with_cut_leaves_grouped,
+    with_late_steps_collapsed,
+)
 from torchopt.visual.graph import Extraction, Node, extract
 from torchopt.visual.operations import attributes, dtype_name, saved_tensors
 
@@ -43,6 +48,7 @@ def make_dot(
     max_attr_chars: int = 50,
     *,
     clusters: bool = False,
+    expanded_steps: int | None = 2,
 ) -> graphviz.Digraph:
     """Return a picture of the graph that leads to a tensor; arrows point as the values flow.
 
@@ -61,11 +67,15 @@ def make_dot(
         show_saved: Draw the tensors that operations have saved for their backward pass.
         max_attr_chars: Longest text for one such value.
         clusters: Put a box around what lies between two optimizer steps.
+        expanded_steps: How many optimizer steps, from the first, are drawn operation by operation.
+            Of later ones the forward pass and the gradient are one node, so that a long loop still
+            makes a picture that can be read; ``None`` draws every operation of all steps. What
+            leads from the last step to ``var`` is always drawn in full, and so is what has a name.
 
     Raises:
         ImportError: If the Python package graphviz is missing.
         TypeError: If ``var`` or ``params`` is of another kind.
-        ValueError: If ``var`` has no graph.
+        ValueError: If ``var`` has no graph, or a number is out of range.
 
     Example:
         >>> import torch, torchopt
@@ -82,7 +92,10 @@ def make_dot(
     digraph = _digraph_class()
     if max_attr_chars < 1:
         raise ValueError(f"max_attr_chars must be at least 1, got {max_attr_chars}.")
+    if expanded_steps is not None and expanded_steps < 0:
+        raise ValueError(f"expanded_steps must be at least 0, or None, got {expanded_steps}.")
     found = extract(var, params)
+    drawn = _drawn(found, expanded_steps)
     dot = digraph(
         "gradient_graph",
         graph_attr={"bgcolor": "white", "rankdir": "TB"},
@@ -95,14 +108,29 @@ def make_dot(
         },
         edge_attr={"color": "grey30", "arrowsize": "0.7"},
     )
-    draw_attributes = functools.partial(_attributes_of, found) if show_attrs else lambda _: {}
-    texts = [_label(node, draw_attributes(node), max_attr_chars) for node in found.graph.nodes]
-    _draw_nodes(dot, found, texts, clusters)
-    for source, user in found.graph.edges:
+    texts = []
+    for node, original in zip(drawn.graph.nodes, drawn.kept):
+        values = {}
+        if show_attrs and original is not None:
+            values = _attributes_of(found, found.graph.nodes[original])
+        texts.append(_label(node, values, max_attr_chars))
+    _draw_nodes(dot, drawn.graph.nodes, texts, clusters)
+    for source, user in drawn.graph.edges:
         dot.edge(str(source), str(user))
     if show_saved:
-        _draw_saved(dot, found, max_attr_chars)
+        _draw_saved(dot, found, drawn, max_attr_chars)
     return resize_graph(dot)
+
+
+def _drawn(found: Extraction, expanded_steps: int | None) -> Contracted:
+    """Return the graph as it is drawn, and where its nodes come from."""
+    grouped = with_cut_leaves_grouped(found.graph)
+    if expanded_steps is None:
+        return grouped
+    folded = with_late_steps_collapsed(grouped.graph, expanded_steps)
+    node_of = [folded.node_of[key] for key in grouped.node_of]
+    kept = [None if key is None else grouped.kept[key] for key in folded.kept]
+    return Contracted(folded.graph, node_of, kept)
 
 
 def resize_graph(
@@ -169,9 +197,9 @@ def _digraph_class() -> type[graphviz.Digraph]:
     return GradientGraph
 
 
-def _draw_nodes(dot: Any, found: Extraction, texts: list[str], clusters: bool) -> None:
+def _draw_nodes(dot: Any, nodes: Sequence[Node], texts: list[str], clusters: bool) -> None:
     lanes: dict[int, Any] = {}
-    for node, text in zip(found.graph.nodes, texts):
+    for node, text in zip(nodes, texts):
         style = {"fillcolor": _COLOURS[node.kind], "tooltip": _escaped(node.detail)}
         if node.cuts:
             style.update(color="red", penwidth="2")
@@ -212,9 +240,12 @@ def _attributes_of(found: Extraction, node: Node) -> dict[str, Any]:
     return attributes(found.walk.nodes[members[0]]) if node.kind == "operation" else {}
 
 
-def _draw_saved(dot: Any, found: Extraction, max_chars: int) -> None:
+def _draw_saved(dot: Any, found: Extraction, drawn: Contracted, max_chars: int) -> None:
     shown: dict[int, str] = {}
     for position, node in enumerate(found.walk.nodes):
+        user = drawn.node_of[found.node_of[position]]
+        if drawn.kept[user] is None:  # it stands for several
+            continue
         for name, saved in saved_tensors(node):
             if isinstance(saved, Tensor):
                 key = shown.setdefault(id(saved), f"saved{position}{name}")
@@ -222,7 +253,7 @@ def _draw_saved(dot: Any, found: Extraction, max_chars: int) -> None:
             else:
                 key, text = f"saved{position}{name}", f"{name}\n{_shortened(saved, max_chars)}"
             dot.node(key, _escaped(text), fillcolor=_SAVED_COLOUR, shape="ellipse")
-            dot.edge(str(found.node_of[position]), key, style="dashed", dir="none")
+            dot.edge(str(user), key, style="dashed", dir="none")
 
 
 def _shortened(value: Any, max_chars: int) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchopt.visual.choices import choices
+from torchopt.visual.elsewhere import outside_of_the_block, passed_by
 from torchopt.visual.flow import (
     between,
     first_infinite,
@@ -22,7 +24,8 @@ from torchopt.visual.names import named_tensors
 from torchopt.visual.operations import OVERWRITTEN, dtype_name, saved_tensors
 from torchopt.visual.partial import missing, verdict
 from torchopt.visual.unreached import reached_leaves, reasons
-from torchopt.visual.words import place
+from torchopt.visual.walk import walk
+from torchopt.visual.words import first_of, place, steps_listed, wrapped
 
 
 def explain(loss: Tensor, param: Tensor | str, params: Any = None) -> str:
@@ -38,9 +41,10 @@ def explain(loss: Tensor, param: Tensor | str, params: Any = None) -> str:
         params: Names for tensors, as :func:`torchopt.visual.make_dot` takes them.
 
     Returns:
-        A few lines to print. The first one says that the gradient arrives; that it arrives, but
-        only in part (with the place, or the condition where the graph alone does not tell); or that
-        it is zero, ``None`` or not finite. The others tell where and why, as far as the graph does.
+        A few lines to print, wrapped at 90 columns. The first one says that the gradient arrives;
+        that it arrives, but only in part (with the place, or the condition where the graph alone
+        does not tell); or that it is zero, ``None`` or not finite. The others tell where and why,
+        as far as the graph does.
 
     Raises:
         TypeError: If ``loss`` or ``param`` is of another kind.
@@ -63,20 +67,26 @@ def explain(loss: Tensor, param: Tensor | str, params: Any = None) -> str:
     what = f"{' = '.join(map(repr, names)) or 'The tensor'} {_kind(tensor)}"
     barred = _no_gradient_at_all(loss, tensor)
     if barred is not None:
-        return f"{what}: {barred}"
+        return wrapped([f"{what}: {barred}"])
     if loss is tensor:
-        return f"{what}: it is the loss itself; its gradient is 1."
+        return wrapped([f"{what}: it is the loss itself; its gradient is 1."])
     # a name makes it a node of its own
     found = extract(loss, named if names else [*named, ("the tensor", tensor)])
     output = _position(found, tensor)
     if output is None:
         lines = [
             f"{what}: its gradient is None, for the loss never reaches it.",
-            *reasons(found, tensor),
+            *reasons(found, tensor, named),
             *reached_leaves(found),
         ]
-        return "\n".join(lines)
-    return "\n".join(_reached(what, loss, tensor, found, output))
+        return wrapped(lines)
+    lines = [
+        *_reached(what, loss, tensor, found, output),
+        *outside_of_the_block(found),
+        *passed_by(found, tensor),
+        *choices(found, tensor, named),
+    ]
+    return wrapped(lines)
 
 
 def _tensor_of(param: Any, named: list[tuple[str, Tensor]]) -> Tensor:
@@ -118,7 +128,7 @@ def _no_gradient_at_all(loss: Tensor, tensor: Tensor) -> str | None:
         )
     if not tensor.requires_grad:
         cure = (
-            "it is a frozen parameter; call requires_grad_() on it"
+            f"it is a frozen parameter{_steps_without_it(loss)}; call requires_grad_() on it"
             if isinstance(tensor, nn.Parameter)
             else "it was made without requires_grad=True, detached, or computed under "
             "torch.no_grad() or from integers; call requires_grad_() on it, or compute it from "
@@ -141,6 +151,12 @@ def _no_gradient_at_all(loss: Tensor, tensor: Tensor) -> str | None:
             "torch.no_grad() the weights are leaves, and the loss should still have a graph."
         )
     return None
+
+
+def _steps_without_it(loss: Tensor) -> str:
+    """Return which steps have left a frozen parameter as it is."""
+    steps = walk([loss.grad_fn]).steps if loss.grad_fn is not None else []
+    return f", which {steps_listed(steps)} left as it was" if steps else ""
 
 
 def _position(found: Extraction, tensor: Tensor) -> tuple[int, int] | None:
@@ -166,7 +182,7 @@ def _reached(
     word = word_of(gradient)
     on_path = between(found, output)
     cuts = missing(found, tensor, output, on_path, loss)
-    cut_lines = [cut.line for cut in cuts]
+    cut_lines = first_of([cut.line for cut in cuts], "cuts")
     if word == "finite":
         return [
             f"{what}: {verdict(cuts)}; {_size(gradient)}.",
@@ -256,7 +272,7 @@ def _paths(found: Extraction, output: tuple[int, int]) -> list[str]:
         if nodes[key].kind == "result":
             counts[key], distance[key] = 1, (0, None)
         for user in users[key]:
-            counts[key] += counts[user]
+            counts[key] = min(counts[key] + counts[user], _MANY + 1)
             if user in distance and (
                 key not in distance or distance[user][0] < distance[key][0] - 1
             ):
@@ -275,5 +291,9 @@ def _paths(found: Extraction, output: tuple[int, int]) -> list[str]:
     return lines
 
 
+#: More paths than these are not counted: their number grows like a power of that of the steps.
+_MANY = 1_000
+
+
 def _count(count: int) -> str:
-    return str(count) if count < 10**6 else f"about 10^{len(str(count)) - 1}"
+    return str(count) if count <= _MANY else f"more than {_MANY:,}"

@@ -26,6 +26,8 @@ FIRST_ORDER = (
     "its gradient is a constant: create_graph=False (first-order), or an inner loss that is linear "
     "in the weights"
 )
+#: How what is said of a weight begins that entered a later step as a leaf.
+ENTERS_AS_LEAF = "detached before step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Graph:
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts and lists."""
         return {
-            "nodes": [dataclasses.asdict(node) for node in self.nodes],
+            "nodes": [dict(vars(node)) for node in self.nodes],
             "edges": [list(edge) for edge in self.edges],
         }
 
@@ -84,6 +86,7 @@ class Unit:
     output: tuple[int, int] | None = None  # a value: autograd node and output number
     tensor: Tensor | None = None
     names: list[str] = dataclasses.field(default_factory=list)
+    title: str = "result"  # what a result is called that has no name
     packed: bool = False  # it is the slots of all parameters in one flat tensor
     cuts: list[str] = dataclasses.field(default_factory=list)
 
@@ -145,6 +148,8 @@ def extract(var: Tensor | Sequence[Tensor], params: Any = None) -> Extraction:
             names = list(units[value].names)
             units[value].names = []
         units.append(Unit("result", [], output=output, tensor=tensor, names=names))
+        if len(results) == 1 and tensor.numel() == 1:
+            units[-1].title = "the loss"
     edges = _edges(found, units, node_of, values)
     order, lanes = _order(units, edges)
     place = {unit: key for key, unit in enumerate(order)}
@@ -303,7 +308,7 @@ def _note_cuts(found: Walk, units: list[Unit], node_of: list[int]) -> None:
             )
             for leaf in entering_leaves(found, step):
                 units[node_of[leaf]].cuts.append(
-                    f"a leaf that enters step {step.count}: nothing before it is reached through it"
+                    f"{ENTERS_AS_LEAF} {step.count}: nothing earlier is reached from here"
                 )
         for slot in step.constant_slots:
             unit.cuts.append(f"its state {slot} carries no graph (stop_gradient or detach)")
@@ -342,7 +347,7 @@ def _node(key: int, unit: Unit, lane: int, found: Walk) -> Node:
         detail = f"slots of all parameters, packed in one tensor\n{shape} {dtype}"
     elif unit.tensor is not None:
         shape, dtype = tuple(unit.tensor.shape), dtype_name(unit.tensor)
-        label = name or ("result" if unit.kind == "result" else str(shape))
+        label = name or (unit.title if unit.kind == "result" else str(shape))
         detail = f"{type(unit.tensor).__name__} {shape} {dtype}"
     elif unit.step is not None:
         label, detail = unit.step.label, _step_detail(unit)

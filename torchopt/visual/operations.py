@@ -43,7 +43,19 @@ def _attribute_names(node: Any) -> tuple[list[str], list[str]]:
 
 def attributes(node: Any) -> dict[str, Any]:
     """Return the plain values that an operation has saved, such as ``dim``."""
-    return {name.removeprefix("_saved_"): getattr(node, name) for name in _attribute_names(node)[0]}
+    names = _attribute_names(node)[0]
+    return {name.removeprefix("_saved_"): _signed(getattr(node, name)) for name in names}
+
+
+def _signed(value: Any) -> Any:
+    """Return -1 for 18446744073709551615: autograd hands out integers as if they had no sign."""
+    if type(value) is int and value >= 2**63:
+        return value - 2**64
+    if isinstance(value, list):
+        return [_signed(entry) for entry in value]
+    if isinstance(value, tuple):
+        return tuple(_signed(entry) for entry in value)
+    return value
 
 
 def saved_tensors(node: Any) -> Iterator[tuple[str, Tensor | str]]:

@@ -18,13 +18,15 @@ from typing import Any
 
 from torch import Tensor
 
+from torchopt.visual.contract import with_cut_leaves_grouped
 from torchopt.visual.graph import Graph, build
+from torchopt.visual.lanes import homes
 from torchopt.visual.names import named_tensors
 
 
 #: In this order they make up the page's script; each may use what stands before it.
 _SCRIPTS = (
-    *("dom", "model", "lane", "layout", "geometry", "scene", "selection"),
+    *("dom", "model", "lane", "layout", "geometry", "rows", "scene", "selection"),
     *("draw", "draw_frame", "camera", "panel", "search", "strip", "page", "start"),
 )
 
@@ -96,8 +98,10 @@ def show(
 ) -> GraphPage:
     """Show the graph behind a loss as an interactive page, made for unrolled inner loops.
 
-    The steps of the loop stand side by side and open on a click; a parameter is found by its
-    name; selecting it lights every path between it and the loss and marks where paths are cut.
+    The page opens with one box for each step of the loop, in rows that fill the window, from the
+    first step to the loss. A step opens on a click; a parameter is found by its name; selecting it
+    lights every path between it and the loss and marks where paths are cut. After each of these
+    the picture is fitted again.
     In a notebook, the returned object is the picture. Nothing is written unless ``path`` is given;
     in a script, ``show(loss, params).open()`` opens a browser.
 
@@ -136,7 +140,7 @@ def show(
 
 
 def _made(var: Any, params: Any, title: str) -> GraphPage:
-    graph = build(var, params)
+    graph = with_cut_leaves_grouped(build(var, params)).graph
     known = {name for node in graph.nodes if node.name for name in node.name.split("\n")}
     named = named_tensors(params)
     unreached = dict.fromkeys(n for n, x in named if x.requires_grad and n not in known)
@@ -192,7 +196,7 @@ def page(graph: Graph, unreached: Sequence[str] = (), title: str = "Graph") -> s
     parts = "\n".join(read(f"script/{name}.js") for name in _SCRIPTS)
     script = f'(() => {{\n"use strict";\n{parts}}})();\n'
     style = read("page.css")
-    data = {**graph.to_json(), "unreached": list(unreached)}
+    data = {**graph.to_json(), "homes": homes(graph), "unreached": list(unreached)}
     policy = (
         f"default-src 'none'; script-src {_digest(library)} {_digest(script)}; "
         f"style-src {_digest(style)}; worker-src blob:; base-uri 'none'; form-action 'none'"

@@ -3,47 +3,69 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from torchopt.kernels.independent import is_name
 from torchopt.visual import words
+from torchopt.visual.choices import choices, one_hot_rows
+from torchopt.visual.contract import with_cut_leaves_grouped
+from torchopt.visual.elsewhere import another_network, outside_of_the_block
 from torchopt.visual.graph import Extraction
 from torchopt.visual.operations import dtype_name, operation_label, saved_tensors
 from torchopt.visual.walk import Step, walk
 
 
-def reasons(found: Extraction, tensor: Tensor) -> list[str]:
-    """Return what speaks for one cause or another, the most certain first, each a line."""
+def reasons(found: Extraction, tensor: Tensor, named: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """Return what speaks for one cause or another, the most certain first, each a line.
+
+    Args:
+        found: The graph of the loss.
+        tensor: A tensor that it does not reach.
+        named: All tensors that have names.
+    """
+    outside = list(outside_of_the_block(found))
     evidence = [
+        *outside,
         *_made_elsewhere(found, tensor),
         *_constants(found, tensor),
         *_other_leaves(found, tensor),
         *_numbers(found, tensor),
+        *words.first_of(list(_cut_steps(found)), "cuts"),
     ]
-    cuts = list(_cut_steps(found))
+    chosen = choices(found, tensor, named, perhaps=not evidence)
+    if chosen:
+        return [*evidence, *chosen]
     integers = list(_integers(found))
-    if evidence or cuts:
-        return [*evidence, *cuts, *integers]
+    if evidence:
+        return [*evidence, *integers]
+    other = list(another_network(found, named))
+    if other:
+        return [*other, *integers]
     return [
+        *integers,
         "* Its values are nowhere in the graph: it was not used, or only in a form without graph "
         "(detached, under torch.no_grad(), through .item(), or to choose, as by argmax or a "
         "comparison).",
-        *integers,
         *_no_steps(found),
     ]
 
 
 def reached_leaves(found: Extraction) -> list[str]:
-    """Return a line that lists the leaves that the loss does reach."""
-    leaves = [node for node in found.graph.nodes if node.kind == "leaf"]
-    shown = []
-    for node in leaves[:10]:
-        shown.append(" = ".join(node.name.split("\n")) if node.name else f"unnamed {node.shape}")
-    more = ", ..." if len(leaves) > 10 else ""
-    return [f"* What the loss does reach ({len(leaves)}): {', '.join(shown)}{more}."]
+    """Return a line that lists the leaves that the loss does reach, in short those without name."""
+    count = sum(node.kind == "leaf" for node in found.graph.nodes)
+    leaves = [n for n in with_cut_leaves_grouped(found.graph).graph.nodes if n.kind == "leaf"]
+    named = [" = ".join(node.name.split("\n")) for node in leaves if node.name]
+    shown = [*named[:10], *([f"{len(named) - 10} more"] if len(named) > 10 else [])]
+    shown += [node.label for node in leaves if not node.name and node.cuts]
+    others = [node for node in leaves if not node.name and not node.cuts]
+    if len(others) == 1:
+        shown.append(f"unnamed {others[0].shape}")
+    elif others:
+        shown.append(f"{len(others)} without a name")
+    return [f"* What the loss does reach ({count}): {', '.join(shown)}."]
 
 
 def _in_order(found: Extraction) -> list[int]:
@@ -185,9 +207,9 @@ def _cut_steps(found: Extraction) -> Iterator[str]:
 def _no_steps(found: Extraction) -> Iterator[str]:
     if not found.walk.steps:
         yield (
-            "* No optimizer step lies before the loss: it was computed from weights that no "
-            "differentiable step has made (before the steps, after the weights were restored, or "
-            "the steps ran under torch.no_grad())."
+            "* No optimizer step lies before the loss. It was computed before the steps, with "
+            "another network, or after the initial weights were put back (outside of an inner_loop "
+            "block, by recover_state_dict); or the steps ran under torch.no_grad()."
         )
 
 
@@ -196,12 +218,17 @@ def _integers(found: Extraction) -> Iterator[str]:
     seen: collections.Counter[str] = collections.Counter()
     for position in _in_order(found):
         for name, saved in saved_tensors(found.walk.nodes[position]):
-            if isinstance(saved, Tensor) and saved.dim() and not _flows(saved):
+            if not isinstance(saved, Tensor) or not saved.dim():
+                continue
+            if not _flows(saved):
                 seen[f"{_where(found, position)}: {name} of {dtype_name(saved)}"] += 1
+            elif not saved.requires_grad and one_hot_rows(saved) is not None:
+                seen[f"{_where(found, position)}: {name}, one-hot"] += 1
     if seen:
         yield (
-            "* Nothing flows through integers and booleans. If it only decides those, it is not "
-            f"reached: {words.listed(seen)}."
+            "* Nothing flows through integers and booleans, as argmax, sorting, comparing and "
+            "rounding give them. If it only decides those, it is not reached: "
+            f"{words.listed(seen)}."
         )
 
 

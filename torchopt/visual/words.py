@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -186,3 +187,33 @@ def listed(texts: collections.Counter[str]) -> str:
     """Return texts in a row, with how often each comes."""
     shown = [f"{text} ({n} times)" if n > 1 else text for text, n in list(texts.items())[:5]]
     return ", ".join(shown) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
+
+
+def steps_listed(steps: Sequence[Step]) -> str:
+    """Return the labels of steps in a row."""
+    return listed(collections.Counter(step.label for step in steps))
+
+
+def counted(count: int, word: str) -> str:
+    """Return ``1 weight``, ``2,000 weights``."""
+    return f"{count:,} {word}{'s' * (count != 1)}"
+
+
+def first_of(lines: Sequence[str], what: str, most: int = 3) -> list[str]:
+    """Return lines, or the first of many and how many more there are."""
+    rest = len(lines) - most
+    return [*lines] if rest < 2 else [*lines[:most], f"* ... and {rest} more {what} of this kind."]
+
+
+def wrapped(lines: Sequence[str], width: int = 90) -> str:
+    """Return lines that are no longer than a terminal is wide; what goes on is indented."""
+    return "\n".join(
+        textwrap.fill(
+            line,
+            width,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in lines
+    )

@@ -21,7 +21,8 @@ from torchopt.diff.replay.probe import one_step
 from torchopt.diff.replay.random_state import cuda_devices, undisturbed
 from torchopt.diff.replay.run import is_recorded
 from torchopt.diff.replay.schedules import size
-from torchopt.diff.replay.watch import bare, saved_behind
+from torchopt.diff.replay.watch import saved_behind
+from torchopt.diff.replay.writes import bare
 from torchopt.typing import PyTree
 
 
@@ -79,6 +80,8 @@ class Auto:
 
     def __post_init__(self) -> None:
         _bytes(self.memory)
+        if self.report is not None and not callable(self.report):
+            raise TypeError(f"report must be a function of a Choice, got {given(self.report)}.")
 
     def choose(
         self,
@@ -135,7 +138,7 @@ def _bytes(memory: int | str) -> int:
     if isinstance(memory, int) and not isinstance(memory, bool):
         number = memory
     elif isinstance(memory, str):
-        match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", memory, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)i?B\s*", memory, re.IGNORECASE)
         if match is None:
             raise ValueError(f'memory must be like "2GiB" or "500 MB", got {memory!r}.')
         number = int(float(match[1]) * UNITS[match[2].upper()])
@@ -156,6 +159,7 @@ def _saved(loop: Loop) -> int:
     """Return how many bytes one step saves, beyond what is there without it."""
     with undisturbed(cuda_devices(loop.start)):
         (leaves, y), seen, own = one_step(loop, functional=False)
+        seen.writes.undo()
     storages: dict[int, int] = {}
     for tensor in saved_behind([x for x in (*leaves, *y) if isinstance(x, Tensor)]):
         storage = tensor.untyped_storage()

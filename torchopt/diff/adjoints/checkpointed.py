@@ -82,13 +82,17 @@ class Checkpointed:
             many steps are done, and how many there are.
 
     Raises:
-        TypeError: If ``every``, ``slots`` or ``store`` is of another kind; from ``unroll``: if the
-            carry holds other things than tensors and numbers that change, which no folder keeps.
+        TypeError: If ``every``, ``slots``, ``store`` or ``progress`` is of another kind; from
+            ``unroll``: if the carry holds other things than tensors and numbers that change, which
+            no folder keeps.
         ImportError: From ``unroll``: if ``progress`` is ``True`` and rich is not there.
         ValueError: If they are out of range or not known, or ``slots`` is given without
             ``"revolve"``. From ``unroll``: if the step changes a tensor in place, naming it, or
-            closes over two tensors of which one was computed from the other; if the folder holds
+            closes over two tensors of which one was computed from the other, and a hand-written
+            ``autograd.Function`` is given one; if the folder holds
             a run with other settings, naming what differs.
+        OSError: From ``unroll``, before anything runs: if nothing can be written to the folder, or
+            there is no room for the carries.
         RuntimeError: From ``unroll``: if the step is not repeatable, naming the leaf that differs;
             in a function that is compiled; inside two levels of forward mode.
 
@@ -135,6 +139,11 @@ class Checkpointed:
             raise TypeError(f"graphs must be an integer, got {given(self.graphs)}.")
         if self.graphs < 1:
             raise ValueError(f"graphs must be >= 1, got {self.graphs}.")
+        if not isinstance(self.progress, bool) and not callable(self.progress):
+            raise TypeError(
+                "progress must be True, False or a function progress(direction, done, total), got "
+                f"{given(self.progress)}."
+            )
 
     def __repr__(self) -> str:
         others = dataclasses.fields(self)[1:]
@@ -163,6 +172,13 @@ class Checkpointed:
             raise TypeError(f"length must be an integer, got {given(length)}.")
         if length < 1:
             raise ValueError(f"length must be >= 1, got {length}.")
+        if isinstance(carry_bytes, (str, float)):
+            raise TypeError(
+                "carry_bytes must be a whole number of bytes, or the carry itself, got "
+                f"{given(carry_bytes)}."
+            )
+        if isinstance(carry_bytes, int) and carry_bytes < 0:
+            raise ValueError(f"carry_bytes must be >= 0, got {carry_bytes}.")
         if not isinstance(carry_bytes, int):
             tensors = [x for x in tree.flatten(carry_bytes)[0] if isinstance(x, Tensor)]
             carry_bytes = sum(x.numel() * x.element_size() for x in tensors)
@@ -215,7 +231,8 @@ class Checkpointed:
                 "when they are no longer needed. Use torch.autograd, or store='memory' or 'cpu'."
             )
         settings = f"every={self.every!r}, slots={self.slots!r}, graphs={self.graphs!r}"
-        folder = Folder(os.fspath(self.store), loop, settings)
+        needed = self.plan(loop.length, tree.unflatten(loop.spec, loop.start)).bytes
+        folder = Folder(os.fspath(self.store), loop, settings, needed)
         return Several(folder, *told)
 
 

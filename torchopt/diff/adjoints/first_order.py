@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay.loop import Loop
+from torchopt.diff.replay.watch import uncompiled
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class FirstOrder:
     regulariser) has no derivative.
 
     It knows gradients by ``torch.autograd.grad``, on which ``torch.func.grad`` and ``vjp`` are
-    built; all of a step that is no such gradient is differentiated.
+    built; all of a step that is no such gradient is differentiated. A compiled step runs as it was
+    written, for the compiler would hide its gradients.
 
     Example:
         >>> import torch
@@ -50,7 +52,7 @@ class FirstOrder:
 
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop; whatever is recording records it, without the gradients."""
-        with _ConstantGradients():
+        with uncompiled(), _ConstantGradients():
             return loop.plain()
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base.frozen_function import frozen
 from torchopt.base.misuse.given import given
 from torchopt.base.torch_internals import peek_interpreter_stack
+from torchopt.diff.replay.alike import unknown_error
 from torchopt.diff.replay.job import Job, Point, is_smooth
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.nodes import Program, apply
@@ -108,16 +110,19 @@ class Forward:
                 "torch.func.grad; this one calls torch.autograd.grad, which forward mode does "
                 "not pass through."
             )
-        program = _Along(job, Point(job.rest(loop.start), RandomState.now(job.devices)), by)
-        return results_of(job, program, apply(program, tensors))
+        read, job.watched = job.watched.read, None  # which would hold the graph of a step
+        program = _Along(job, Point(job.rest(loop.start), RandomState.now(job.devices)), by, read)
+        results = apply(program, tensors)
+        loop.step = frozen(loop.step)  # for higher derivatives
+        return results_of(job, program, results)
 
 
 class _Along(Steps):
     """The steps, with their derivatives along all directions."""
 
-    def __init__(self, job: Job, point: Point, by: list[bool]) -> None:
+    def __init__(self, job: Job, point: Point, by: list[bool], read: list[Tensor]) -> None:
         super().__init__(job, point, job.loop.length, first=True)
-        self.by = by
+        self.by, self.read = by, read
         self.pushed: list[Tensor | None] = []  # of each result, by all directions
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -127,7 +132,7 @@ class _Along(Steps):
         push, push_x, push_const = job.split(along)
         leaves, rows, rows_along = job.leaves(carry, self.point), [], []
         for t in range(self.length):
-            step = _Step(job, leaves)
+            step = _Step(job, leaves, self.read)
             given_x = [*push, *(x if x is None else x[:, t] for x in push_x), *push_const]
             push, along_y = step.along([*job.tensors(leaves), *job.row(xs, t), *consts], given_x)
             leaves = step.leaves
@@ -181,9 +186,12 @@ class _Product(Pull):
 class _Step:
     """One step as a function of flat tensors."""
 
-    def __init__(self, job: Job, leaves: list[Any]) -> None:
-        self.job, self.leaves = job, leaves
+    def __init__(self, job: Job, leaves: list[Any], read: list[Tensor]) -> None:
+        self.job, self.leaves, self.read = job, leaves, read
         self.y: list[Any] = []
+
+    def _refuse(self, tensor: Tensor) -> None:
+        raise unknown_error(self.job, tensor)
 
     def along(
         self, tensors: list[Tensor], along: list[Tensor | None]
@@ -199,7 +207,8 @@ class _Step:
             start = list(self.leaves)
             for i, tensor in zip(job.carry_at, carry):
                 start[i] = tensor
-            with job.autocast.again(), Substituted(job.consts, consts):
+            substituted = Substituted(job.consts, consts, self.read, self._refuse)
+            with job.autocast.again(), substituted:
                 new, y = job.loop.take(start, job.from_row(xs) if xs else job.x((), 0))
             outputs = [*job.tensors(new), *y]
             smooth = [isinstance(x, Tensor) and is_smooth(x) for x in outputs]

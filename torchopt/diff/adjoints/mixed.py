@@ -18,6 +18,7 @@ from torchopt.base.torch_internals import (
     peek_interpreter_stack,
     set_forward_grad_enabled,
 )
+from torchopt.base.values import describe
 from torchopt.diff.replay import watch
 from torchopt.diff.replay.job import Scope, is_smooth
 from torchopt.diff.replay.loop import Loop
@@ -170,7 +171,10 @@ def _node(
         if t.requires_grad and id(t) not in own and _was_there(t, start)
     ]
     consts, alone = watch.reached([loss], given, outside)
-    scope = Scope(consts, False, alone, devices, list(range(len(tensors))), [])
+    # one may have been computed from another: then its derivative must not go on to that
+    replaces = len(consts) > 1 and any(t.grad_fn is not None for t in consts)
+    at_tensors = list(range(len(tensors)))
+    scope = Scope(consts, False, alone and not replaces, devices, at_tensors, [], replaces)
     grads = torch.autograd.grad(loss, given[:number], retain_graph=alone, allow_unused=True)
     known = [torch.zeros_like(t) if g is None else g for t, g in zip(given, grads)]
     program = _Gradient(scope, loss_of, number, [is_smooth(t) for t in tensors], mixed)
@@ -214,16 +218,32 @@ class _Gradient(Program):
     def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Compute it with its graph."""
         given = list(tensors[: len(self.smooth)])
-        loss = self.loss(given)
+        loss = self.loss(given, tensors[len(given) :])
         by = given[: self.number]
         grads = torch.autograd.grad(loss, by, create_graph=True, allow_unused=True)
         return [*(torch.zeros_like(t) if g is None else g for t, g in zip(by, grads)), loss]
 
-    def loss(self, given: Sequence[Tensor]) -> Tensor:
-        """Evaluate the function as it was first."""
+    def loss(self, given: Sequence[Tensor], consts: Sequence[Tensor]) -> Tensor:
+        """Evaluate the function as it was first.
+
+        Raises:
+            RuntimeError: If it reads other tensors that require grad.
+        """
+        scope = self.job
         self.random.put_back()
         with self.autocast.again(), torch.enable_grad():
-            return self.loss_of(given)
+            if not scope.replaces:
+                return self.loss_of(given)
+            with watch.Substituted(scope.consts, consts):
+                loss = self.loss_of(given)
+        found = watch.reached([loss], [*given, *consts], scope.consts)[0]
+        if unseen := [t for t in found if id(t) in set(map(id, scope.consts))]:
+            raise RuntimeError(
+                f"The loss reads a tensor ({describe(unseen[0])}) by a hand-written "
+                "autograd.Function, and others that may have been computed from it. Give it to the "
+                "loss as an argument: grad_and_value(loss_fn)(params, tensor)."
+            )
+        return loss
 
     def derivative(self, present: list[bool]) -> Program:
         """Return its derivative, by forward mode over reverse mode."""
@@ -259,7 +279,9 @@ class _ForwardOverReverse(Derivative):
                 pairs = zip(given, along)
                 moved = [t if u is None else forward_ad.make_dual(t, u) for t, u in pairs]
             given[: len(moved)] = moved
-            loss = program.loss(given)
+            if self.job.replaces:
+                consts = [t.detach().requires_grad_() for t in consts]
+            loss = program.loss(given, consts)
             by = [*(t for t, s in zip(given, program.smooth) if s), *consts]
             keep = self.job.keeps_outside
             grads = torch.autograd.grad(loss, by, retain_graph=keep, allow_unused=True)

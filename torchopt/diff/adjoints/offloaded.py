@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchopt.base.misuse.given import given
 from torchopt.base.torch_internals import peek_interpreter_stack
 from torchopt.diff.adjoints.block import InBlock
 from torchopt.diff.replay.loop import Loop
@@ -24,6 +25,7 @@ class Offloaded:
         pin_memory: Copy to pinned memory, which is faster and which the system cannot swap out.
 
     Raises:
+        TypeError: If ``pin_memory`` is neither.
         RuntimeError: From ``unroll``, if the step calls ``torch.func.grad`` or is itself inside
             ``torch.func``, and where ``torch.compile`` compiles: PyTorch lets nobody handle what
             is saved there. A step can call ``torch.autograd.grad`` instead.
@@ -38,6 +40,10 @@ class Offloaded:
     """
 
     pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pin_memory, bool):
+            raise TypeError(f"pin_memory must be True or False, got {given(self.pin_memory)}.")
 
     def in_block(self) -> InBlock:
         """Refuse: a loss is computed in the block as well, where nobody would handle it.

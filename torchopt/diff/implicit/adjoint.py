@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base.eager import eager
 from torchopt.base.misuse.given import given
 from torchopt.diff.implicit.condition import Argument, Condition, Sealed
 from torchopt.diff.implicit.decorators import check_residual, check_solve
@@ -34,9 +35,11 @@ class Implicit:
 
     Args:
         solve: The linear solver, such as :func:`torchopt.linear_solve.solve_cg`; its matrix is
-            symmetric, at a strict minimum positive definite. By default one is chosen by size.
-        residual_check: The largest absolute entry of the gradient that is accepted at the solution;
-            ``None`` does not look. A solver that ended without having converged warns in any case.
+            symmetric, at a strict minimum positive definite. By default one is chosen by size. In a
+            loop, :class:`torchopt.linear_solve.WarmStart` lets it begin where it ended last.
+        residual_check: The largest absolute entry that is accepted at the solution, of what is zero
+            there: the gradient, the residual, the distance from the fixed point. ``None`` does not
+            look. A solver that ended without having converged warns in any case.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -65,6 +68,7 @@ class Implicit:
         check_solve(self.solve)
         check_residual(self.residual_check)
 
+    @eager
     def __call__(
         self, solver: Any, fn: Callable[..., Tensor], params: TensorTree, args: tuple[PyTree, ...]
     ) -> Any:
@@ -96,7 +100,7 @@ class Implicit:
         if failed:
             warnings.warn(
                 f"The derivative is that of a solution, and the solver has not come to one: "
-                f"{end.outcome} after {end.iterations} iterations, with a gradient of "
+                f"{end.outcome} after {end.iterations} iterations, with {end.measure} of "
                 f"{end.grad_norm:.3g}. {end.outcome.text}",
                 UserWarning,
                 stacklevel=3,

@@ -20,7 +20,7 @@ from torchopt.base.torch_internals import in_forward_mode
 from torchopt.diff.implicit.solution import LinearSystem, System, differentiable
 from torchopt.diff.implicit.unknowns import Unknowns
 from torchopt.diff.pullback import Flat, Tensors, pullback
-from torchopt.linear_solve import LinearOperator, solve_auto
+from torchopt.linear_solve import LinearOperator, WarmStart, solve_auto
 from torchopt.typing import PyTree
 
 
@@ -157,7 +157,10 @@ class Condition(System):
         matvec = LinearOperator(
             Sealed(function(False)), *consts, tags=self.tags, adjoint=Sealed(function(True))
         )
-        v = flat(self.solve(matvec, pairs(b)), "What the linear solver returned")
+        solve = self.solve
+        if isinstance(solve, WarmStart):  # what another derivative asked for is no start for this
+            solve = solve.part(system.kind)
+        v = flat(solve(matvec, pairs(b)), "What the linear solver returned")
         if not any_level() and not all(bool(torch.isfinite(x).all()) for x in v):
             raise RuntimeError(_not_finite(self, b))
         return v

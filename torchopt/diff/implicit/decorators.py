@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torch import Tensor
 from typing_extensions import ParamSpec
 
 from torchopt.base import tree
+from torchopt.base.eager import eager
 from torchopt.base.misuse.given import given, short
 from torchopt.core import hyper
 from torchopt.diff.implicit.binding import Argnums, Binding, check_argnums
@@ -112,6 +115,7 @@ def custom_root(
         binding = Binding(solver, optimality_fn, argnums)
 
         @functools.wraps(solver)
+        @eager
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             positional, keywords, arguments = binding(args, kwargs)
             solution, aux = solved(solver, positional, keywords, has_aux)
@@ -198,12 +202,45 @@ def residual_of(fixed_point_fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
     @functools.wraps(fixed_point_fn)
     def residual(x: PyTree, *args: Any, **kwargs: Any) -> PyTree:
-        leaves, spec = tree.flatten(x)
+        image = fixed_point_fn(x, *args, **kwargs)
         what = f"What {given(fixed_point_fn)} returned"
-        image = tree.flatten_like(fixed_point_fn(x, *args, **kwargs), x, spec, what, "its argument")
-        return tree.unflatten(spec, [None if a is None else a - b for a, b in zip(leaves, image)])
+        return moved(x, image, what, "its argument", lambda x, image: x - image)
 
     return residual
+
+
+def moved(
+    x: PyTree,
+    image: PyTree,
+    what: str,
+    like: str,
+    difference: Callable[[Tensor, Tensor], Tensor],
+) -> PyTree:
+    """Return what a map does to its argument, leaf by leaf.
+
+    Args:
+        x: The argument, a tree; ``None`` in it stays.
+        image: What the map returned.
+        what: What an error calls that.
+        like: What it calls the argument.
+        difference: Of a leaf and its image.
+
+    Raises:
+        ValueError: If the two are not alike. A difference of other shapes would be stretched to the
+            larger one without a word.
+    """
+    leaves, spec = tree.flatten(x)
+    images = tree.flatten_like(image, x, spec, what, like)
+    for k, (leaf, other) in enumerate(zip(leaves, images)):
+        if leaf is None:
+            continue
+        if not isinstance(other, Tensor) or leaf.shape != other.shape:
+            raise ValueError(
+                f"{what} must be like {like}, which is {given(leaf)} at "
+                f"{tree.quoted(tree.leaf_names(x)[k])}, got {given(other)}."
+            )
+    pairs = zip(leaves, images)
+    return tree.unflatten(spec, [None if a is None else difference(a, b) for a, b in pairs])
 
 
 def check_solve(solve: Any) -> None:
@@ -212,10 +249,22 @@ def check_solve(solve: Any) -> None:
     Raises:
         TypeError: Naming what was given.
     """
-    if solve is not None and not callable(solve):
+    if solve is None:
+        return
+    advice = "Write solve=torchopt.linear_solve.solve_cg()."
+    taken = callable(solve)
+    if taken:
+        try:
+            inspect.signature(solve).bind(None, None)
+        except TypeError:  # it is what makes a linear solver, say
+            taken, name = False, getattr(solve, "__name__", "")
+            advice = f"Call it: {name}(...)." if name.startswith("solve_") else advice
+        except ValueError:  # of a function that is not written in Python
+            pass
+    if not taken:
         raise TypeError(
-            f"solve must be a linear solver, called as solve(matvec, b), got {given(solve)}. Write "
-            "solve=torchopt.linear_solve.solve_cg()."
+            f"solve must be a linear solver, called as solve(matvec, b), got {given(solve)}. "
+            f"{advice}"
         )
 
 

@@ -56,6 +56,12 @@ class LinearSystem(System):
     def __init__(self, of: System, n: int, transposed: bool) -> None:
         self.of, self.n, self.transposed = of, n, transposed
 
+    @property
+    def kind(self) -> str:
+        """Which derivatives ask for it, in words."""
+        of = f" of {self.of.kind}" if isinstance(self.of, LinearSystem) else ""
+        return ("adjoint" if self.transposed else "tangent") + of
+
     def residual(self, x: Tensors, theta: Tensors) -> Tensors:
         """Return the product with ``x`` less the right-hand side."""
         point, b = theta[: -self.n], theta[-self.n :]

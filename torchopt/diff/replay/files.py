@@ -33,13 +33,30 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 **alone,
             )
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if (cause := _no_room(error)) is not None:
+            raise OSError(
+                cause.errno,
+                f"A checkpoint could not be written to {path} ({cause.strerror}). Those before it "
+                "are whole: make room, and start the same program again, which goes on from there",
+            ) from error
         raise
 
 
 def read(path: Path) -> dict[str, Tensor]:
     """Return what was written, on the CPU."""
+    try:
+        return _read(path)
+    except Exception as error:
+        run = "-".join(path.name.split("-")[:2])
+        raise RuntimeError(
+            f"{path} is damaged ({type(error).__name__}: {error}), so that the run cannot go on "
+            f"from there. Remove what it has written ({path.parent / run}-*), to begin anew."
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     dcp = _library()
     reader = dcp.FileSystemReader(path)
     found = {}
@@ -68,6 +85,14 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _no_room(error: BaseException) -> OSError | None:
+    """Return the error of the system behind one of the library, which packs errors."""
+    failures = getattr(error, "failures", None)
+    packed = [value[0] for value in failures.values()] if isinstance(failures, dict) else []
+    found = (e for e in (error, *packed) if isinstance(e, OSError))
+    return next(found, None)
 
 
 def _library() -> Any:

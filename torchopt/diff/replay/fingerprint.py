@@ -76,7 +76,7 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 def _parts_of_function(function: types.FunctionType) -> list[Any]:
-    library = function.__module__.partition(".")[0] in _LIBRARIES
+    library = (function.__module__ or "").partition(".")[0] in _LIBRARIES
     parts: list[Any] = [function.__qualname__, function.__defaults__, function.__kwdefaults__]
     if not library:
         parts.append(function.__code__)

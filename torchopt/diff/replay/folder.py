@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
-from torchopt.diff.replay import files
+from torchopt.diff.replay import files, place
 from torchopt.diff.replay.fingerprint import digest
 from torchopt.diff.replay.loop import Loop, called
 from torchopt.diff.replay.random_state import RandomState
@@ -58,12 +59,15 @@ class Folder(Watcher):
         path: The folder; it is made if it is not there.
         loop: The loop.
         name: How errors call the adjoint.
+        needed: How many bytes its carries take.
 
     Raises:
+        OSError: If nothing can be written there, or there is no room.
+        RuntimeError: If another process uses the folder.
         ValueError: If the folder holds a run with other settings.
     """
 
-    def __init__(self, path: str, loop: Loop, name: str) -> None:
+    def __init__(self, path: str, loop: Loop, name: str, needed: int = 0) -> None:
         self.loop, self.length = loop, loop.length
         self.folder = Path(path)
         self.store = self
@@ -77,10 +81,17 @@ class Folder(Watcher):
         self.refilled: dict[int, Carry] = {}
         self.last = False
         self.random: RandomState | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _refuse_others(self.folder, self.prefix, settings)
-        if not self._path("settings").exists():
-            files.write_text(self._path("settings"), json.dumps(settings, indent=1))
+        place.claim(self.folder)
+        self.leave = weakref.finalize(self, place.leave, self.folder, os.getpid())
+        try:
+            place.refuse_others(self.folder, self.prefix, settings)
+            if not self._steps("carry") and not self._steps("end"):
+                place.refuse_without_room(self.folder, needed)
+            if not self._path("settings").exists():
+                files.write_text(self._path("settings"), json.dumps(settings, indent=1))
+        except BaseException:
+            self.leave()
+            raise
         self.over = [False]
         self.name = str(self.folder / self.prefix)
         _OWNERS[self.name] = self
@@ -288,6 +299,7 @@ class Folder(Watcher):
         self.back = None
         if self.last:
             _remove(self.folder, self.prefix)
+            self.leave()
         else:
             self.over[0] = True
 
@@ -307,25 +319,6 @@ def _settings(loop: Loop, name: str) -> dict[str, str]:
         "step (its code, or what it closes over)": digest(loop.step),
         "the versions": f"torch {torch.__version__}, torchopt {__version__}",
     }
-
-
-def _refuse_others(folder: Path, prefix: str, settings: dict[str, str]) -> None:
-    for path in sorted(folder.glob("T*-settings")):
-        if path.name == f"{prefix}settings":
-            continue
-        there = json.loads(path.read_text(encoding="utf-8"))
-        differ = [key for key, value in settings.items() if there.get(key) != value]
-        shown = ", ".join(
-            f"{key} ({there.get(key)} there, {settings[key]} here)"
-            if key in ("the number of steps", "the adjoint", "the versions")
-            else key
-            for key in differ
-        )
-        whose = path.name.removesuffix("settings")
-        raise ValueError(
-            f"{folder} holds checkpoints of another run. What differs: {shown}. Give this run a "
-            f"folder of its own, or remove those ({whose}*) if nobody will go on with them."
-        )
 
 
 def _remove_later(over: list[bool], folder: Path, prefix: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.diff.replay.alike import refuse_unknown
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.random_state import Autocast, RandomState
 from torchopt.diff.replay.schedules import Schedule
@@ -39,6 +40,7 @@ class Scope:
     devices: list[int]
     carry_at: list[int]
     xs_at: list[int]
+    replaces: bool  #: Whether other tensors are read in the place of those closed over.
 
 
 @dataclass
@@ -72,7 +74,10 @@ class Job:
     new_store: Callable[[], Store]
     results_differ: list[bool]  #: Whether a carry's tensor, or a leaf of ys, has a derivative.
     watcher: Watcher = field(default_factory=Watcher)  #: Is told of the loop itself, not of parts.
+    replaces: bool = False  #: Whether others are read in the place of ``consts``.
     watched: Any = None  #: The first step, as it was watched.
+    checks_end: bool = False  #: Whether the last step has to end where it did the first time.
+    end: list[tuple[Tensor, int]] = field(default_factory=list)  #: There, and its versions.
 
     def __post_init__(self) -> None:
         self.carry_at = [i for i, x in enumerate(self.loop.start) if isinstance(x, Tensor)]
@@ -111,10 +116,10 @@ class Job:
     def inputs(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Divide a flat list, with what a step reads in the place of what it closes over.
 
-        Outside of torch.func these are the tensors themselves, whatever their place holds.
+        Unless others are read in their place these are the tensors themselves, whatever is given.
         """
         carry, xs, consts = self.split(tensors)
-        return carry, xs, consts if self.functional else self.consts
+        return carry, xs, consts if self.replaces else self.consts
 
     def differs(self) -> list[bool]:
         """Return by which tensors of the flat list there are derivatives."""
@@ -141,7 +146,7 @@ class Job:
     def reading(self, consts: Sequence[Tensor]) -> Iterator[None]:
         """Let the step read these tensors where it closes over others."""
         with self.autocast.again():
-            if self.functional and self.consts:
+            if self.replaces and self.consts:
                 with Substituted(self.consts, consts):
                     yield
             else:
@@ -194,12 +199,28 @@ class Job:
             return Recorded(leaves, row, consts, [], [], create_graph)
         given = [*_inputs(self.tensors(leaves), self.carry_differs, create_graph)]
         given_x = [*_inputs(row, self.xs_differ, create_graph)]
-        with torch.enable_grad(), self.reading(consts):
-            for i, tensor in zip(self.carry_at, given):
-                leaves[i] = tensor
-            new, y = self.loop.take(leaves, self.from_row(given_x) if row else self.x((), 0))
+        for i, tensor in zip(self.carry_at, given):
+            leaves[i] = tensor
+        if self.replaces:
+            consts = [*_inputs(consts, [True] * len(consts), create_graph)]
+
+        def take() -> tuple[list[Any], list[Any]]:
+            with torch.enable_grad(), self.reading(consts):
+                x = self.from_row(given_x) if row else self.x((), 0)
+                return self.loop.take(list(leaves), x)
+
+        new, y = take()
+        outputs = [*self.tensors(new), *y]
         by = [t for t, d in zip([*given, *given_x, *consts], self.differs()) if d]
-        return Recorded(new, row, consts, [*self.tensors(new), *y], by, create_graph)
+        if not create_graph and self.loop.length > 1:
+            own = [*given, *given_x, *(consts if self.replaces else ())]
+
+            def again() -> tuple[list[Any], list[Tensor]]:
+                new, y = take()
+                return [*self.tensors(new), *y], own
+
+            refuse_unknown(self, outputs, own, again)
+        return Recorded(new, row, consts, outputs, by, create_graph)
 
     def pull(self, recorded: Recorded, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the derivatives of a step by its tensors.

@@ -178,6 +178,9 @@ class Derivative(Program):
         return list(pull(tuple(cotangents)))
 
     def _at_consts(self) -> dict[int, int]:
+        """Return where those tensors are that a step reads as they stand."""
+        if self.job.replaces:
+            return {}
         first = len(self.job.carry_at) + len(self.job.xs_at)
         return {first + i: i for i in range(len(self.job.consts))}
 

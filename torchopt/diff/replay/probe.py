@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchopt.base import tree
-from torchopt.base.torch_internals import temporarily_clear_interpreter_stack
 from torchopt.base.values import describe
 from torchopt.diff.replay import watch
 from torchopt.diff.replay.loop import Loop, called
 from torchopt.diff.replay.random_state import Autocast, RandomState
+from torchopt.diff.replay.writes import by_rounding, same
 
 
 @dataclass
@@ -28,6 +28,8 @@ class Watched:
     keeps_outside: bool
     results_differ: list[bool]
     after: RandomState | None = None  #: The random states after the step.
+    read: list[Tensor] = field(default_factory=list)  #: What it reads from outside.
+    replaces: bool = False  #: Whether one of ``consts`` was computed from another.
 
 
 def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
@@ -35,12 +37,13 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
 
     Raises:
         ValueError: If it changes a tensor in place, or closes over tensors of which one was
-            computed from another.
+            computed from another, and reads one where nobody can see it.
     """
     random = RandomState.now(devices)
     start = watch.newest_node()
     first, seen, given = one_step(loop, functional)
     after = RandomState.now(devices, random)
+    _refuse_changes(loop, seen, given, random)
     inside = {id(t) for t in given}
     outside = [t for t in seen.read.values() if watch.may_have_derivative(t)]
     outside = [t for t in outside if id(t) not in inside]
@@ -52,24 +55,42 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
         _, again, _ = one_step(loop, functional)
         outside = [t for t in outside if id(t) in again.read]
     random.put_back()
-    _refuse_changes(loop, seen, given)
     leaves, y = first
     if functional:
         return Watched(outside, leaves, y, 0, False, [])
     results = [x for x in leaves if isinstance(x, Tensor)]
     outputs = [*results, *(t for t in y if isinstance(t, Tensor))]
     consts, alone = watch.reached([t for t in outputs if t.requires_grad], given, outside)
-    if (pair := watch.depends(consts)) is not None:
-        names = watch.names_in(loop.step)
-        shown = [_called(t, names) for t in pair]
-        raise ValueError(
-            f"The step closes over {shown[0]} and over {shown[1]}, from which it was computed, and "
-            "replaying cannot tell their derivatives apart. Put one of them into the carry, and "
-            "return it unchanged."
-        )
+    pair = watch.depends(consts)
+    if pair is not None:
+        random.put_back()
+        _refuse_unseen(loop, consts, pair)
+        random.put_back()
+        alone = False
     differ = [t.requires_grad for t in results]
     differ += [isinstance(t, Tensor) and t.requires_grad for t in y if t is not None]
-    return Watched(consts, leaves, y, seen.calls, alone, differ, after)
+    return Watched(consts, leaves, y, seen.calls, alone, differ, after, outside, pair is not None)
+
+
+def _refuse_unseen(loop: Loop, consts: list[Tensor], pair: tuple[Tensor, Tensor]) -> None:
+    """Refuse tensors that depend on each other, if others cannot be read in their place.
+
+    Raises:
+        ValueError: Naming two.
+    """
+    others = [t.detach().requires_grad_() for t in consts]
+    with watch.Substituted(consts, others):
+        (leaves, y), _, given = one_step(loop, functional=False)
+    outputs = [t for t in (*leaves, *y) if isinstance(t, Tensor) and t.requires_grad]
+    if {id(t) for t in watch.reached(outputs, given, others)[0]} <= set(map(id, others)):
+        return
+    names = watch.names_in(loop.step)
+    shown = [_called(t, names) for t in pair]
+    raise ValueError(
+        f"The step closes over {shown[0]} and over {shown[1]}, from which it was computed, and "
+        "replaying cannot tell their derivatives apart: a hand-written autograd.Function is "
+        "given one of them. Put it into the carry, and return it unchanged."
+    )
 
 
 def _own(x: Any, functional: bool, unchanged: bool = False) -> Any:
@@ -98,10 +119,14 @@ def one_step(
     return results, seen, [t for t in (*start, *row) if isinstance(t, Tensor)]
 
 
-def _refuse_changes(loop: Loop, seen: watch.Watch, given: Sequence[Tensor]) -> None:
+def _refuse_changes(
+    loop: Loop, seen: watch.Watch, given: Sequence[Tensor], random: RandomState
+) -> None:
     changed = seen.changed()
     if not changed:
         return
+    seen.writes.undo()
+    random.put_back()
     names = watch.names_in(loop.step)
     at = {id(t): i for i, t in enumerate(given)}
     paths = [p for p, x in zip(loop.paths, loop.start) if isinstance(x, Tensor)]
@@ -139,11 +164,14 @@ def check_repeatable(
     """
     random = RandomState.now(devices)
     try:
-        first = run()
-        if _difference(loop, first, (watched.leaves, watched.y)) is None:
+        first, watched_too = run(), (watched.leaves, watched.y)
+        if _difference(loop, first, watched_too) is None:
             return  # with a graph and without it is the same
-        random.put_back()
-        difference = _difference(loop, first, run())
+        # by rounding, or because this step is another one
+        difference = _difference(loop, first, watched_too, by_rounding)
+        if difference is None:
+            random.put_back()
+            difference = _difference(loop, first, run())
     finally:
         random.put_back()
     if difference is not None:
@@ -157,21 +185,14 @@ def check_repeatable(
 
 
 def _difference(
-    loop: Loop, one: tuple[list[Any], list[Any]], two: tuple[list[Any], list[Any]]
+    loop: Loop,
+    one: tuple[list[Any], list[Any]],
+    two: tuple[list[Any], list[Any]],
+    equal: Callable[[Any, Any], bool] = same,
 ) -> str | None:
     names = [tree.dotted(path) for path in loop.paths], loop.y_names
     for which, of, a, b in zip(("the carry", "y"), names, one, two):
         for name, x, y in zip(of, a, b):
-            if not _same(x, y):
+            if not equal(x, y):
                 return f"value of {called(name, which)}"
     return None
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor):
-        return bool(a == b) or (a != a and b != b)
-    with temporarily_clear_interpreter_stack(), torch.no_grad():
-        a, b = watch.bare(a).detach(), watch.bare(b).detach()
-        if torch.equal(a, b):
-            return True
-        return bool(((a == b) | ((a != a) & (b != b))).all())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import graph_task_keeps_graph, peek_interpreter_stack
+from torchopt.diff.replay.alike import note_end, refuse_other_end
 from torchopt.diff.replay.job import Job, Point, Recorded, cut
 from torchopt.diff.replay.nodes import Program, apply
 from torchopt.diff.replay.random_state import RandomState
@@ -53,7 +54,10 @@ class Steps(Program):
         if not self.first:
             rows = []
         ys = [y for y in job.loop.stacked(rows) if y is not None]
-        return fresh([*job.tensors(leaves), *ys], tensors)
+        results = fresh([*job.tensors(leaves), *ys], tensors)
+        if self.first:
+            note_end(job, results[: len(job.carry_at)])
+        return results
 
     def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Take the steps with all of their graph."""
@@ -142,6 +146,8 @@ class Pull(Program):
                 row = job.row(xs, step)
                 recorded.append(job.record(at_hand.leaves, row, consts, create_graph=False))
                 at_hand = Carry(cut(recorded[-1].leaves), at_hand.random)
+                if self.store is not None and step == self.length - 1:
+                    refuse_other_end(job, at_hand.leaves)
         watcher.end_backward()
         return back.result([t for t, d in zip(tensors, job.differs()) if d])
 

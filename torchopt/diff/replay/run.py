@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base.frozen_function import frozen
 from torchopt.base.torch_internals import (
     TransformType,
     get_interpreter_stack,
@@ -84,11 +85,14 @@ def replayed(
     told = watcher()
     job = prepared(loop, schedule, new_store, check)
     job.watcher, job.watched = told, None  # which would hold the graph of a step
+    job.checks_end = check and not job.functional
     if not job.functional and not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts)):
         return loop.plain()
     point = Point(job.rest(loop.start), RandomState.now(job.devices))
     steps = Steps(job, point, loop.length, first=True)
-    return results_of(job, steps, apply(steps, [*job.carry, *job.xs, *job.consts]))
+    results = apply(steps, [*job.carry, *job.xs, *job.consts])
+    loop.step = frozen(loop.step)  # for the way back, at which its variables may have other values
+    return results_of(job, steps, results)
 
 
 def results_of(job: Job, steps: Steps, results: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -120,6 +124,7 @@ def prepared(
         schedule=schedule,
         new_store=new_store,
         results_differ=watched.results_differ,
+        replaces=functional or watched.replaces,
     )
     job.watched = watched
     if check:

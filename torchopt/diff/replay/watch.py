@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torchopt.base.torch_internals import (
     is_functorch_wrapped_tensor,
     is_gradtrackingtensor,
 )
+from torchopt.diff.replay.writes import Writes, bare, written
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -55,13 +58,6 @@ def has_rules(tensor: Tensor) -> bool:
 _PLAIN: Any = Tensor.__torch_function__.__func__  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def bare(tensor: Tensor) -> Tensor:
-    """Return a tensor without the wraps of all levels of torch.func."""
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return tensor
-
-
 def newest_node() -> int:
     """Return the number of a node that is made now, of this thread."""
     with torch.enable_grad():
@@ -75,7 +71,33 @@ def is_older(tensor: Tensor, number: int) -> bool:
     return node is None or node._sequence_nr() < number
 
 
-class Watch(TorchFunctionMode):
+def uncompiled() -> Any:
+    """Return the context in which what has been compiled runs as it was written.
+
+    The compiler would compile in what watches, which torch 2.13 reads wrongly and 2.6 fails at; or
+    it would not trace such a function, and never try again: the step would be a plain one ever
+    after, without a word.
+    """
+    # to import the compiler takes a second, and where it is absent nothing has been compiled
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+class Seeing(TorchFunctionMode):
+    """A mode that sees all operations of a step, those of a compiled one too."""
+
+    def __enter__(self) -> Any:
+        self._uncompiled = uncompiled()
+        self._uncompiled.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._uncompiled.__exit__(*error)
+
+
+class Watch(Seeing):
     """Notes which tensors the operations of a step read that none of them has made.
 
     Only what a hand-written ``autograd.Function`` is given directly stays unseen.
@@ -86,6 +108,7 @@ class Watch(TorchFunctionMode):
         self.made: set[int] = set()
         self.read: dict[int, Tensor] = {}
         self.versions: dict[int, int] = {}
+        self.writes = Writes()
         self.calls = 0  # of autograd, at the level of the step itself
         self.depth = depth()
 
@@ -105,6 +128,8 @@ class Watch(TorchFunctionMode):
             ):
                 self.read[id(tensor)] = tensor
                 self.versions[id(tensor)] = _version(tensor)
+        if targets := written(func, args, kwargs or {}):
+            self.writes.before(tensors_in(targets), self.read.values())
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             self.calls += depth() == self.depth
         result = func(*args, **(kwargs or {}))
@@ -115,25 +140,52 @@ class Watch(TorchFunctionMode):
 
     def changed(self) -> list[Tensor]:
         """Return the tensors that were read first and have been changed in place since."""
-        return [t for key, t in self.read.items() if _version(t) != self.versions[key]]
+        silently = set(map(id, self.writes.changed()))
+        return [
+            t
+            for key, t in self.read.items()
+            if key in silently or _version(t) != self.versions[key]
+        ]
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-class Substituted(TorchFunctionMode):
-    """Lets the operations of a step read other tensors in the place of some."""
+class Substituted(Seeing):
+    """Lets the operations of a step read other tensors in the place of some.
 
-    def __init__(self, old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
+    With ``known``, the tensors from outside that the first step read, ``refuse`` is called with any
+    other that requires grad.
+    """
+
+    def __init__(
+        self,
+        old: Iterable[Tensor],
+        new: Iterable[Tensor],
+        known: Iterable[Tensor] = (),
+        refuse: Callable[[Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
         self.new = {id(tensor): other for tensor, other in zip(old, new)}
+        self.known, self.refuse = {id(t): t for t in known}, refuse
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call an operation with the other tensors."""
-        return func(*self._swap(args), **self._swap(kwargs or {}))
+        reads = True
+        if getattr(func, "__name__", "") == "__get__":  # shape and the like read no numbers
+            reads = isinstance(func(*args), Tensor)
+        if self.refuse is None or not reads:
+            return func(*self._swap(args), **self._swap(kwargs or {}))
+        for tensor in tensors_in((args, kwargs or {})):
+            known = id(tensor) in self.new or id(tensor) in self.known
+            if not known and _requires_grad(tensor):
+                self.refuse(tensor)
+        result = func(*self._swap(args), **self._swap(kwargs or {}))
+        self.known.update({id(t): t for t in tensors_in(result) if _requires_grad(t)})
+        return result
 
     def _swap(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -143,6 +195,10 @@ class Substituted(TorchFunctionMode):
         if type(value) is dict:
             return {key: self._swap(item) for key, item in value.items()}
         return value
+
+
+def _requires_grad(tensor: Tensor) -> bool:
+    return not is_functorch_wrapped_tensor(tensor) and tensor.requires_grad
 
 
 # The graph of one step ---------------------------------------------------------------------------
@@ -203,35 +259,46 @@ FARTHEST = 20_000
 def depends(tensors: list[Tensor]) -> tuple[Tensor, Tensor] | None:
     """Return two of these tensors of which the first was computed from the second.
 
-    Raises:
-        RuntimeError: If the graph behind them is too large to tell.
+    Where the graph behind them is too large to tell, it may have been.
     """
-    if len(tensors) < 2:
-        return None
-    ends = {_edge(t): t for t in tensors if t.grad_fn is not None}
-    leaves = {id(t): t for t in tensors if t.grad_fn is None}
+    return None if len(tensors) < 2 else computed_from(tensors, tensors, FARTHEST)
+
+
+def computed_from(
+    tensors: Iterable[Tensor],
+    sources: Sequence[Tensor],
+    farthest: int | None = None,
+    before: int | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return one of these tensors that was computed from a source, and that source.
+
+    After ``farthest`` nodes a tensor counts as computed from any other. ``before`` is the number
+    of a node: what newer ones have computed from a source itself does not count.
+    """
+    ends = {_edge(t): t for t in sources if t.grad_fn is not None}
+    leaves = {id(t) for t in sources if t.grad_fn is None}
+    # what is older than all sources was not computed from them
+    oldest = 0 if leaves or not ends else min(node._sequence_nr() for node, _ in ends)
+    seen: set[Any] = set()
     for tensor in tensors:
-        if tensor.grad_fn is None:
-            continue
-        nodes: list[Any] = [tensor.grad_fn]
-        seen: set[Any] = {tensor.grad_fn}
+        nodes: list[Any] = [] if tensor.grad_fn is None else [tensor.grad_fn]
         while nodes:
-            for after, index in nodes.pop().next_functions:
+            node = nodes.pop()
+            counts = before is None or node._sequence_nr() < before
+            for after, index in node.next_functions:
                 if after is None:
                     continue
                 if (after, index) in ends:
-                    return tensor, ends[after, index]
-                if id(getattr(after, "variable", None)) in leaves:
+                    if counts:
+                        return tensor, ends[after, index]
+                    continue
+                if id(getattr(after, "variable", None)) in leaves and counts:
                     return tensor, after.variable
-                if after not in seen:
+                if after not in seen and after._sequence_nr() >= oldest:
                     seen.add(after)
                     nodes.append(after)
-            if len(seen) > FARTHEST:
-                raise RuntimeError(
-                    "The step closes over several tensors with a graph of more than "
-                    f"{FARTHEST} nodes, and whether one depends on another was not looked for any "
-                    "farther. Put them into the carry, and return them unchanged."
-                )
+            if farthest is not None and len(seen) > farthest:
+                return tensor, next(t for t in sources if t is not tensor)
     return None
 
 

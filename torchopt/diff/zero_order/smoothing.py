@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse, tree
+from torchopt.base.eager import eager
 from torchopt.base.levels import is_tracked
 from torchopt.base.misuse.given import given
 from torchopt.base.torch_internals import in_forward_mode
@@ -139,6 +140,7 @@ def zero_order(
         estimator = Estimator(name, "zero_order", *settings)
 
         @functools.wraps(function)
+        @eager
         def smoothed(*args: Any, **kwargs: Any) -> Tensor:
             call = _Call(function, name, places, args, kwargs)
             return estimator(call, call.leaves, noise)

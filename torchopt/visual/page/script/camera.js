@@ -5,7 +5,7 @@ const MOST = 3;
 
 class Camera {
   constructor(moved) {
-    Object.assign(this, { x: 0, y: 0, scale: 1, moved, flight: null });
+    Object.assign(this, { x: 0, y: 0, scale: 1, moved, flight: null, byHand: false });
   }
 
   visible(width, height) {
@@ -18,14 +18,14 @@ class Camera {
   }
 
   pan(dx, dy) {
-    this.flight = null;
+    Object.assign(this, { flight: null, byHand: true });
     this.x += dx;
     this.y += dy;
     this.moved();
   }
 
   zoom(factor, sx, sy) {
-    this.flight = null;
+    Object.assign(this, { flight: null, byHand: true });
     const scale = Math.min(MOST, Math.max(LEAST, this.scale * factor));
     this.x = sx - ((sx - this.x) * scale) / this.scale;
     this.y = sy - ((sy - this.y) * scale) / this.scale;
@@ -36,7 +36,8 @@ class Camera {
   // Go there, in a short flight unless the reader prefers none.
   goTo(target, atOnce = false) {
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    if (atOnce || still) {
+    const near = ["x", "y", "scale"].every((name) => Math.abs(target[name] - this[name]) < 1e-3);
+    if (atOnce || still || near) {
       Object.assign(this, target, { flight: null });
       this.moved();
       return;
@@ -57,20 +58,31 @@ class Camera {
     requestAnimationFrame(advance);
   }
 
-  centre(box, width, height, scale = Math.max(this.scale, 0.75)) {
-    const [cx, cy] = [box.x + box.w / 2, box.y + box.h / 2];
-    this.goTo({ scale, x: width / 2 - cx * scale, y: height / 2 - cy * scale });
+  // A box in the middle, or as near to it as can be without a margin beyond that of the picture.
+  centre(box, bounds, room, atOnce) {
+    const scale = Math.max(this.scale, 0.75);
+    const { left, right, top, bottom } = margins(room);
+    const place = (start, size, begin, extent, whole, before, after) => {
+      const middle = whole / 2 - (start + size / 2) * scale;
+      const [first, last] = [before - begin * scale, whole - after - (begin + extent) * scale];
+      return last < first ? Math.max(last, Math.min(first, middle)) : middle;
+    };
+    const x = place(box.x, box.w, bounds.x, bounds.w, room.width, left, right);
+    const y = place(box.y, box.h, bounds.y, bounds.h, room.height, top, bottom);
+    this.goTo({ scale, x, y }, atOnce);
   }
 
-  // Show the whole box; if that would make it unreadable, its beginning at a readable scale.
-  fit(box, width, height, { least = 0, atOnce = false } = {}) {
-    const margin = 24;
-    const whole = Math.min((width - 2 * margin) / box.w, (height - 2 * margin) / box.h, 1.2);
-    const scale = Math.min(MOST, Math.max(least, LEAST, whole));
-    const place = (start, size, room) =>
-      size * scale <= room - 2 * margin ? (room - size * scale) / 2 - start * scale : margin - start * scale;
-    const y = Math.min(place(box.y, box.h, height), 90 - box.y * scale);
-    this.goTo({ scale, x: place(box.x, box.w, width), y }, atOnce);
+  // Show the whole box; if that would make it too small, its beginning.
+  fit(box, room, { least = LEAST, most = LARGEST, atOnce = false } = {}) {
+    const scale = Math.max(least, Math.min(most, scaleFor(box.w, box.h, room)));
+    const place = (start, size, whole, before, after) => {
+      const free = whole - before - after - size * scale;
+      return before + Math.max(0, free / 2) - start * scale;
+    };
+    const { left, right, top, bottom } = margins(room);
+    const x = place(box.x, box.w, room.width, left, right);
+    const y = place(box.y, box.h, room.height, top, bottom);
+    this.goTo({ scale, x, y: Math.min(y, 60 - box.y * scale) }, atOnce);
   }
 }
 

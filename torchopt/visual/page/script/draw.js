@@ -59,7 +59,7 @@ class Painter {
     context.font = FONT;
     context.textBaseline = "middle";
     const inSight = this.scene.lanes.filter(
-      ({ x, y, w, h }) => this.crosses(x - GAP, y - 400, w + 2 * GAP, h + 400),
+      ({ x, y, w, h }) => this.crosses(x - GAP, y - 400, w + 2 * GAP, h + 400 + ROW_GAP),
     );
     for (const lane of inSight) this.drawLane(lane);
     this.drawJoins(inSight);
@@ -91,7 +91,7 @@ class Painter {
   drawJoins(inSight) {
     const { context, colour, selection } = this;
     const lanes = new Set(inSight.map((lane) => lane.index));
-    const seen = ({ lane, home, far }) => far || lanes.has(lane.index) || lanes.has(home);
+    const seen = ({ lane, home, far }) => far || lanes.has(lane.index) || (home && lanes.has(home.index));
     const joins = this.scene.joins.filter(seen);
     this.stroke(joins.filter((join) => !join.lit).map((j) => j.path), colour.edge, 1, 1);
     this.stroke(joins.filter((join) => join.lit).map((j) => j.path), this.accent, 2, selection.lit ? 1 : 0);

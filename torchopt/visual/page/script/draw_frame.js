@@ -48,23 +48,24 @@ Painter.prototype.chevron = function chevron(x, y, down) {
   context.stroke();
 };
 
-// From afar only the number of the step, as large as the lane allows.
+// From afar only the number of the step, as large as the lane's head allows.
 Painter.prototype.drawFarTitle = function drawFarTitle(lane, title, lit) {
   const { context, colour } = this;
-  const size = Math.min(13 / this.camera.scale, lane.w / 3.2, 90);
+  const size = Math.min(13 / this.camera.scale, lane.w / 4, 0.8 * HEADER);
   context.font = FONT.replace("12px", `600 ${size}px`);
   context.fillStyle = lit ? this.accent : colour.text;
   const text = title.replace("Step ", "").replace("Outer loss", "Loss");
   const width = context.measureText(text).width;
-  context.fillText(text, lane.x + (lane.w - width) / 2, lane.y - size * 0.7);
+  context.fillText(text, lane.x + (lane.w - width) / 2, lane.y + HEADER / 2 + 4);
   context.font = FONT;
 };
 
+// In each row, a line for each of the leaves that it uses.
 Painter.prototype.drawRails = function drawRails() {
   const { context, colour, selection, scene, view } = this;
-  for (const { key, y } of scene.rails) {
-    const uses = scene.joins.filter((join) => join.rail === key);
-    const ends = uses.map(({ lane, port }) => lane.dx + port.x + port.w / 2);
+  for (const { key, y, uses } of scene.rails) {
+    if (y < view.top - RAIL || y > view.bottom + RAIL) continue;
+    const ends = uses.map((join) => join.x);
     const lit = selection.isLit([key]);
     context.globalAlpha = selection.lit && !lit ? 0.3 : 1;
     context.strokeStyle = lit ? this.accent : colour["rail-border"];
@@ -74,22 +75,24 @@ Painter.prototype.drawRails = function drawRails() {
     context.moveTo(8, y);
     context.lineTo(Math.max(...ends), y);
     context.stroke();
-    for (const { lane, port, lit: litUse } of uses) {
-      const x = lane.dx + port.x + port.w / 2;
+    for (const { x, lit: litUse } of uses) {
       context.fillStyle = selection.lit && !litUse ? colour["rail-border"] : context.strokeStyle;
       context.beginPath();
       context.arc(x, y, 4, 0, 2 * Math.PI);
       context.fill();
     }
-    this.drawRailName(key, y, lit, Math.max(8, view.left + 8 / this.camera.scale));
+    this.drawRailName(key, y, lit, this.railLeft());
   }
   context.globalAlpha = 1;
 };
 
+// The name of a rail stays in sight while the picture moves.
+Painter.prototype.railLeft = function railLeft() {
+  return Math.max(0, this.view.left + 8 / this.camera.scale);
+};
+
 Painter.prototype.railBox = function railBox(key, y, left) {
-  const { model } = this.scene;
-  const width = textWidth(shorten(model.name(key), 24)) + textWidth(`  ${model.shape(key)}`);
-  return { x: left, y: y - 11, w: width + 24, h: 22 };
+  return { x: left, y: y - 11, w: this.scene.railWidth(key), h: 22 };
 };
 
 Painter.prototype.drawRailName = function drawRailName(key, y, lit, left) {

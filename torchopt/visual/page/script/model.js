@@ -1,37 +1,10 @@
-// Before a step the lane of a node says nothing about when it was computed: it may enter late, as
-// what follows a cut does. It is drawn in the lane of its first use.
-function lanesOf({ nodes, inputs, outputs, laneCount }) {
-  const order = topological(inputs, outputs);
-  const isStep = (key) => Number(nodes[key].kind === "step");
-  const first = (key, of) => Math.min(laneCount - 1, ...outputs[key].map((to) => of[to]));
-  const latest = [];
-  for (const key of [...order].reverse()) latest[key] = Math.max(0, first(key, latest) - isStep(key));
-  const home = nodes.map((node) => node.lane);
-  for (const key of order) {
-    const { lane, cuts } = nodes[key];
-    if (!lane && isStep(key) && cuts.length) home[key] = latest[key];
-    const before = inputs[key].filter((from) => nodes[from].lane || isStep(from));
-    for (const from of before) home[key] = Math.max(home[key], home[from] + isStep(from));
-  }
-  for (const key of [...order].reverse()) {
-    if (!nodes[key].lane && !isStep(key) && outputs[key].length) home[key] = first(key, home);
-  }
-  return home;
-}
-
-function topological(inputs, outputs) {
-  const missing = inputs.map((list) => list.length);
-  const order = [...missing.keys()].filter((key) => !missing[key]);
-  for (const key of order) for (const to of outputs[key]) if (--missing[to] === 0) order.push(to);
-  return order;
-}
-
 // The graph: who feeds whom, which lane a node is drawn in, what lies on a path to the loss.
 
 class Model {
   constructor(data) {
     this.nodes = data.nodes;
     this.edges = data.edges;
+    this.given = data.homes;
     this.unreached = data.unreached || [];
     this.inputs = this.nodes.map(() => []);
     this.outputs = this.nodes.map(() => []);
@@ -55,7 +28,7 @@ class Model {
   // A leaf that several lanes use gets a rail above all of them, for it belongs to none: that is
   // what a meta-parameter looks like.
   placeInLanes() {
-    this.home = lanesOf(this);
+    this.home = [...this.given];
     this.rails = [];
     for (const { key, kind } of this.nodes) {
       if (kind !== "leaf" || !this.outputs[key].length) continue;

@@ -8,37 +8,39 @@ class Page {
     this.model = new Model(data);
     this.selection = new Selection(this.model);
     this.layouter = new Layouter(() => this.relaid());
-    this.scene = new Scene(this.model, this.layouter);
-    this.camera = new Camera(() => this.requestDraw());
     this.canvas = byId("picture");
+    this.scene = new Scene(this.model, this.layouter, this.room);
+    this.camera = new Camera(() => this.requestDraw());
     this.painter = new Painter(this.canvas, this.scene, this.selection, this.camera);
     this.panel = new Panel(this.model, this.selection, (target) => this.go(target));
     this.search = new Search(this.model, this.panel, (target) => this.go(target));
     this.strip = new Strip(this.model, this.selection, (lane) => this.lookAt(this.scene.lanes[lane]));
+    this.focus = null; // a lane or a node that is to be seen where the whole would be too small
     this.frames = []; // milliseconds that each drawing took
     this.bind();
     this.painter.resize();
-    this.fit(true);
+    this.refit(null, true);
     this.panel.show();
   }
 
   bind() {
     const hover = (place) => this.hover(place);
     new Pointers(this.canvas, this.camera, { hover, click: (place) => this.click(place) });
-    new ResizeObserver(() => {
-      this.painter.resize();
-      this.draw();
-    }).observe(this.canvas);
+    new ResizeObserver(() => this.resized()).observe(this.canvas);
     const every = this.scene.lanes.map((lane) => lane.index);
     byId("expand").onclick = () => this.setExpanded(every, true);
     byId("collapse").onclick = () => this.setExpanded(every, false);
-    byId("fit").onclick = () => this.fit(false, 0);
+    byId("fit").onclick = () => this.refit();
     byId("closer").onclick = () => this.zoom(1.3);
     byId("farther").onclick = () => this.zoom(1 / 1.3);
     byId("theme").onclick = () => this.setTheme(document.documentElement.dataset.theme !== "dark");
     byId("panel-toggle").onclick = () => this.togglePanel();
     byId("clear").onclick = () => this.clear();
     addEventListener("keydown", (event) => this.key(event));
+  }
+
+  get room() {
+    return { width: this.canvas.clientWidth, height: this.canvas.clientHeight };
   }
 
   // Drawing ----------------------------------------------------------------------------------
@@ -75,44 +77,65 @@ class Page {
 
   // Lanes ------------------------------------------------------------------------------------
 
-  // Change lanes so that what is in the middle stays where it is.
-  keepingPlace(change) {
-    const { lanes } = this.scene;
-    const middle = this.camera.toPicture(this.painter.width / 2, 0)[0];
-    const held = this.held || lanes.find(({ x, w }) => x + w >= middle) || lanes[lanes.length - 1];
-    const before = held.x;
-    change();
-    this.camera.x -= (held.x - before) * this.camera.scale;
+  // Change the lanes; what is in the middle stays where it is if the reader has moved the picture.
+  change(lanesChange) {
+    const { camera, scene } = this;
+    const [mx, my] = camera.toPicture(this.painter.width / 2, this.painter.height / 2);
+    const distance = ({ x, y, w, h }) => Math.hypot(x + w / 2 - mx, y + h / 2 - my);
+    const held = scene.lanes.reduce((a, b) => (distance(b) < distance(a) ? b : a));
+    const [x, y] = [held.x, held.y];
+    scene.room = this.room;
+    lanesChange();
     this.painter.relight();
+    if (camera.byHand) {
+      camera.x -= (held.x - x) * camera.scale;
+      camera.y -= (held.y - y) * camera.scale;
+    }
     this.requestDraw();
   }
 
-  setExpanded(lanes, expanded, held = null) {
-    this.held = held;
-    this.keepingPlace(() => this.scene.setExpanded(lanes, expanded));
+  setExpanded(lanes, expanded, focus = null) {
+    this.change(() => this.scene.setExpanded(lanes, expanded));
+    this.refit(focus);
   }
 
   relaid() {
-    this.keepingPlace(() => this.scene.update());
+    this.change(() => this.scene.update());
     if (!this.layouter.pending.size) performance.mark("torchopt:settled");
-    if (this.awaited !== undefined) this.showNode(this.awaited);
+    if (!this.camera.byHand) this.refit(this.focus);
+  }
+
+  resized() {
+    this.painter.resize();
+    if (!this.camera.byHand) {
+      this.change(() => this.scene.arrange());
+      this.refit(this.focus, true);
+    }
+    this.draw();
   }
 
   toggle(lane) {
-    this.setExpanded([lane.index], !lane.expanded, lane);
+    this.setExpanded([lane.index], !lane.expanded, { lane });
   }
 
   lookAt(lane) {
-    const { width, height } = this.painter;
+    const { width, height } = this.room;
     const scale = Math.max(this.camera.scale, 0.75);
     const x = width / 2 - (lane.x + lane.w / 2) * scale;
     const whole = height / 2 - (lane.y + lane.h / 2) * scale;
-    this.camera.goTo({ scale, x, y: Math.max(whole, 30) });
+    this.camera.byHand = true;
+    this.camera.goTo({ scale, x, y: Math.max(whole, 60 - lane.y * scale) });
   }
 
-  fit(atOnce, least = 0.62) {
-    const { width, height } = this.painter;
-    this.camera.fit(this.scene.bounds, width, height, { least, atOnce });
+  // Show everything; where nothing could be read then, a lane or a node.
+  refit(focus = null, atOnce = false) {
+    const { bounds } = this.scene;
+    this.focus = focus;
+    this.camera.byHand = false;
+    const whole = !focus || scaleFor(bounds.w, bounds.h, this.room) >= READABLE;
+    if (whole) this.camera.fit(bounds, this.room, { atOnce });
+    else if (focus.lane) this.camera.fit(focus.lane, this.room, { least: READABLE, atOnce });
+    else this.showNode(focus.key, atOnce);
   }
 
   zoom(factor) {
@@ -130,20 +153,18 @@ class Page {
     this.selection.select(target);
     const home = this.model.home[target];
     if (home >= 0 && this.scene.boxOf(target).hidden && !this.scene.lanes[home].expanded) {
-      this.setExpanded([home], true, this.scene.lanes[home]);
+      this.change(() => this.scene.setExpanded([home], true));
     }
-    this.changed();
-    return this.showNode(target);
+    if (home >= 0) this.strip.near(home);
+    this.refit({ key: target });
+    return this.changed();
   }
 
-  // Move the camera to a node, now or when its lane has been laid out.
-  showNode(key) {
+  // Move the camera to a node; once more when its lane has been laid out.
+  showNode(key, atOnce) {
     const box = this.scene.boxOf(key);
-    this.awaited = box.lane && box.lane.waiting ? key : undefined;
-    if (this.awaited !== undefined) return;
-    const { width, height } = this.painter;
-    if (box.rail) this.camera.goTo({ scale: this.camera.scale, x: this.camera.x, y: Math.max(this.camera.y, 40) });
-    else this.camera.centre(box, width, height);
+    if (box.rail) this.camera.fit(this.scene.bounds, this.room, { least: READABLE, atOnce });
+    else this.camera.centre(box, this.scene.bounds, this.room, atOnce);
   }
 
   clear() {
@@ -154,11 +175,10 @@ class Page {
   // What lies at a place of the canvas.
   at([sx, sy]) {
     const [x, y] = this.camera.toPicture(sx, sy);
-    const view = this.painter.view;
     for (const rail of this.scene.rails) {
-      const box = this.painter.railBox(rail.key, rail.y, Math.max(8, view.left + 8 / this.camera.scale));
+      const box = this.painter.railBox(rail.key, rail.y, this.painter.railLeft());
       if (Math.abs(y - rail.y) <= 11 && x >= box.x && x <= box.x + box.w) return { key: rail.key };
-      const end = Math.max(...this.scene.joins.filter((j) => j.rail === rail.key).map((j) => j.lane.dx + j.port.x + j.port.w));
+      const end = largest(rail.uses.map(({ lane, port }) => lane.dx + port.x + port.w));
       if (Math.abs(y - rail.y) <= 5 && x >= 0 && x <= end) return { key: rail.key };
     }
     const lane = this.scene.lanes.find((l) => x >= l.x && x <= l.x + l.w && y >= l.y && y <= l.y + l.h);
@@ -180,6 +200,7 @@ class Page {
     if (key !== undefined) {
       this.selection.select(key);
       this.changed();
+      if (!this.camera.byHand) this.refit({ key });
     } else if (lane && (header || item)) this.toggle(lane);
     else this.clear();
   }
@@ -206,7 +227,7 @@ class Page {
       "/": () => this.search.field.focus(),
       "+": () => this.zoom(1.3),
       "-": () => this.zoom(1 / 1.3),
-      f: () => this.fit(false, 0),
+      f: () => this.refit(),
       e: () => byId("expand").click(),
       c: () => byId("collapse").click(),
     }[event.key];

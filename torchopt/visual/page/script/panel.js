@@ -39,12 +39,19 @@ class Panel {
     return this.section(title, keys.map((key) => () => this.nodeButton(key, aside && aside(key))));
   }
 
+  // What is said of several nodes of a lane is said once.
   cutList(title, keys) {
-    const entry = (key) => () => {
-      const words = this.model.nodes[key].cuts.map((text) => element("p", { textContent: text }));
-      return element("div", { className: "cut" }, this.nodeButton(key, this.where(key)), ...words);
+    const together = new Map();
+    for (const key of keys) {
+      const name = JSON.stringify([this.where(key), this.model.nodes[key].cuts]);
+      together.set(name, [...(together.get(name) || []), key]);
+    }
+    const entry = (group) => () => {
+      const words = this.model.nodes[group[0]].cuts.map((text) => element("p", { textContent: text }));
+      const buttons = group.map((key) => this.nodeButton(key, this.where(key)));
+      return element("div", { className: "cut" }, ...buttons, ...words);
     };
-    return this.section(title, keys.map(entry));
+    return this.section(title, [...together.values()].map(entry));
   }
 
   unreached() {

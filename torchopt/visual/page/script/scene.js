@@ -1,21 +1,16 @@
-// The whole picture: lanes side by side, rails of meta-parameters above, lines between them.
-
-const HEADER = 44;
-const PAD = 18;
-const GAP = 56;
-const RAIL = 26;
-const TRACK = 6; // between parallel lines
+// The whole picture: lanes in rows, rails of meta-parameters above each row, lines between lanes.
 
 class Scene {
-  constructor(model, layouter) {
-    this.model = model;
-    this.layouter = layouter;
-    const expanded = model.nodes.length <= 300;
-    this.lanes = model.members.map((_, index) => ({ index, expanded, contents: [] }));
-    this.rails = model.byName(model.rails).map((key, k) => ({ key, y: k * RAIL + RAIL / 2 }));
-    const names = this.rails.map(({ key }) => textWidth(shorten(model.name(key), 24)));
-    this.gutter = this.rails.length ? Math.max(...names) + 110 : 0;
+  constructor(model, layouter, room) {
+    Object.assign(this, { model, layouter, room });
+    this.lanes = model.members.map((_, index) => ({ index, expanded: model.laneCount === 1, contents: [] }));
+    this.railKeys = model.byName(model.rails);
+    this.gutter = largest(this.railKeys.map((key) => this.railWidth(key) - 16));
     this.update();
+  }
+
+  railWidth(key) {
+    return textWidth(shorten(this.model.name(key), 24)) + textWidth(`  ${this.model.shape(key)}`) + 24;
   }
 
   content(lane, expanded) {
@@ -42,9 +37,22 @@ class Scene {
     for (const lane of this.lanes) {
       lane.content = this.contentNow(lane);
       lane.waiting = lane.content !== lane.contents[Number(lane.expanded)];
+      const { box } = lane.content;
+      const wide = Math.max(textWidth(this.model.titles[lane.index]) + 60, 150);
+      lane.w = Math.max(box.width + 2 * PAD, wide);
+      lane.h = HEADER + box.height + 2 * PAD;
     }
+    this.arrange();
+  }
+
+  // Break the lanes into rows that fill the room, and draw the lines between them.
+  arrange() {
+    const band = this.railKeys.length * RAIL + 30;
+    const rows = bestRows(this.lanes, this.room, this.gutter, band);
+    this.rows = rows.map((lanes, index) => ({ index, lanes, over: 0 }));
+    for (const row of this.rows) for (const lane of row.lanes) lane.row = row;
     this.joins = this.findJoins();
-    this.placeLanes();
+    this.placeRows();
     for (const join of this.joins) join.path = this.joinPath(join);
   }
 
@@ -52,7 +60,6 @@ class Scene {
   findJoins() {
     const joins = new Map();
     const tracks = this.lanes.map(() => ({ out: 0, in: 0 }));
-    let over = 0;
     for (const lane of this.lanes) {
       for (const [key, port] of lane.content.portOf) {
         const home = this.model.home[key];
@@ -60,60 +67,70 @@ class Scene {
         const name = `${lane.index} ${port.index} ${home < 0 ? `rail ${key}` : `${home} ${source.index}`}`;
         const known = joins.get(name);
         if (known) known.keys.push(key);
-        else joins.set(name, { lane, port, source, home, keys: [key], rail: home < 0 ? key : null });
+        else joins.set(name, { lane, port, source, home: this.lanes[home], keys: [key], rail: home < 0 ? key : null });
       }
     }
     const list = [...joins.values()];
-    for (const join of list) {
-      join.outTrack = join.home < 0 ? 0 : tracks[join.home].out++ % 5;
-      join.far = join.home >= 0 && join.lane.index - join.home !== 1;
-      if (join.far) {
-        join.inTrack = tracks[join.lane.index].in++ % 3;
-        join.overTrack = over++ % 10;
-      }
+    for (const join of list.filter(({ rail }) => rail === null)) {
+      const { lane, home } = join;
+      join.outTrack = tracks[home.index].out++ % 5;
+      if (lane.index - home.index === 1 && lane.row === home.row) continue;
+      join.inTrack = tracks[lane.index].in++ % 3;
+      const firstRow = home.row === lane.row ? lane.row : this.rows[home.row.index + 1];
+      join.far = { row: lane.row, overTrack: lane.row.over++, firstRow };
+      join.far.firstTrack = firstRow === lane.row ? join.far.overTrack : firstRow.over++;
     }
-    this.over = Math.min(over, 10);
     return list;
   }
 
-  placeLanes() {
-    const top = this.rails.length * RAIL + this.over * TRACK + (this.rails.length ? 22 : 0);
-    let x = this.gutter;
-    for (const lane of this.lanes) {
-      const { box } = lane.content;
-      const wide = Math.max(textWidth(this.model.titles[lane.index]) + 60, 150);
-      lane.w = Math.max(box.width + 2 * PAD, wide);
-      Object.assign(lane, { x, y: top, h: HEADER + box.height + 2 * PAD });
-      lane.dx = x + (lane.w - box.width) / 2 - box.left; // from places in the lane to the picture's
-      lane.dy = top + HEADER + PAD - box.top;
-      x += lane.w + GAP;
+  placeRows() {
+    let top = 0;
+    for (const row of this.rows) {
+      const used = this.joins.filter((join) => join.rail !== null && join.lane.row === row);
+      const usesOf = (key) => used.filter((join) => join.rail === key);
+      row.rails = this.railKeys.map((key) => ({ key, row, uses: usesOf(key) })).filter(({ uses }) => uses.length);
+      row.rails.forEach((rail, k) => (rail.y = top + k * RAIL + RAIL / 2));
+      row.busTop = top + row.rails.length * RAIL + 8;
+      const over = Math.min(row.over, TRACKS) * TRACK;
+      const y = top + row.rails.length * RAIL + over + (row.rails.length ? 22 : over ? 14 : 0);
+      let x = this.gutter;
+      for (const lane of row.lanes) {
+        const { box } = lane.content;
+        Object.assign(lane, { x, y });
+        lane.dx = x + (lane.w - box.width) / 2 - box.left; // from places in the lane to the picture's
+        lane.dy = y + HEADER + PAD - box.top;
+        x += lane.w + GAP;
+      }
+      row.right = x - GAP;
+      top = y + largest(row.lanes.map(({ h }) => h)) + ROW_GAP;
     }
-    const bottom = Math.max(...this.lanes.map((lane) => lane.y + lane.h));
-    this.bounds = { x: 0, y: 0, w: x - GAP, h: bottom };
+    this.rails = this.rows.flatMap(({ rails }) => rails);
+    // lines that wrap into another row run outside of the lanes
+    const wraps = this.joins.filter(({ far, home }) => far && home.row !== far.row);
+    const right = largest(wraps.map(({ home, outTrack }) => home.x + home.w + 12 + outTrack * TRACK));
+    const passed = wraps.filter(({ far }) => far.firstRow !== far.row);
+    const left = passed.length ? 10 + TRACK * largest(passed.map(({ far }) => far.firstTrack % TRACKS)) : 0;
+    const entered = this.joins.filter(({ far }) => far).map(({ lane, inTrack }) => 10 - lane.x + inTrack * TRACK);
+    const x = -Math.max(left, largest(entered));
+    const w = Math.max(right, ...this.rows.map((row) => row.right)) - x;
+    this.bounds = { x, y: 0, w, h: top - ROW_GAP };
   }
 
-  joinPath({ lane, port, source, home, rail, far, outTrack, inTrack, overTrack, keys }) {
+  joinPath(join) {
+    const { lane, port, source, home, rail, keys } = join;
     const path = new Path2D();
     const row = Math.max(0, port.keys.indexOf(keys[0]));
     const spread = port.type === "ports" ? (row % ROWS_SHOWN) * TRACK - 3 * TRACK : 0;
-    const [x, y] = [lane.dx + port.x + port.w / 2 + spread, lane.dy + port.y];
+    const end = [lane.dx + port.x + port.w / 2 + spread, lane.dy + port.y];
+    join.x = end[0];
     if (rail !== null) {
-      path.moveTo(x, this.rails.find(({ key }) => key === rail).y);
-      path.lineTo(x, y);
+      path.moveTo(end[0], lane.row.rails.find(({ key }) => key === rail).y);
+      path.lineTo(...end);
     } else {
-      const from = this.lanes[home];
-      const start = [from.dx + source.x + source.w, from.dy + source.y + source.h / 2];
-      const gap = from.x + from.w + 10 + outTrack * TRACK;
-      const above = y - 12;
-      const way = [start, [gap, start[1]]];
-      if (far) {
-        const bus = this.rails.length * RAIL + 8 + overTrack * TRACK;
-        const down = lane.x - 8 - inTrack * TRACK;
-        way.push([gap, bus], [down, bus], [down, above]);
-      } else way.push([gap, above]);
-      angular(path, [...way, [x, above], [x, y]]);
+      const start = [home.dx + source.x + source.w, home.dy + source.y + source.h / 2];
+      angular(path, wayBetween(join, start, end, 0));
     }
-    arrow(path, [x, y], [0, 1]);
+    arrow(path, end, [0, 1]);
     return path;
   }
 
@@ -126,8 +143,8 @@ class Scene {
   boxOf(key) {
     const home = this.model.home[key];
     if (home < 0) {
-      const { y } = this.rails.find((rail) => rail.key === key);
-      return { x: 8, y: y - 11, w: this.gutter - 60, h: 22, rail: true };
+      const { y } = this.rails.find((rail) => rail.key === key); // in the first row that uses it
+      return { x: 0, y: y - 11, w: this.railWidth(key), h: 22, rail: true };
     }
     const lane = this.lanes[home];
     const item = lane.content.itemOf.get(key);

@@ -50,12 +50,20 @@ window.torchoptGraph = Object.freeze({
   // The middle of a node or of a lane's title on the canvas, in pixels of the page.
   place: (key) => {
     const box = page.scene.boxOf(key);
-    const shown = box.rail ? page.painter.railBox(key, box.y + 11, Math.max(8, page.painter.view.left + 8 / page.camera.scale)) : box;
+    const shown = box.rail ? page.painter.railBox(key, box.y + 11, page.painter.railLeft()) : box;
     return page.onScreen(shown.x + shown.w / 2, shown.y + shown.h / 2);
   },
   header: (lane) => {
     const { x } = page.scene.lanes[lane];
     return page.onScreen(x + 40, page.painter.headerTop(page.scene.lanes[lane]) + 16);
+  },
+  // What is drawn, as [left, top, right, bottom] in pixels of the page: lanes, boxes, names of rails.
+  boxes: () => {
+    const onPage = ({ x, y, w, h }) => [...page.onScreen(x, y), ...page.onScreen(x + w, y + h)];
+    const { lanes, rails } = page.scene;
+    const items = lanes.flatMap(({ content, dx, dy }) => content.items.map(({ x, y, w, h }) => ({ x: x + dx, y: y + dy, w, h })));
+    const names = rails.map(({ key, y }) => page.painter.railBox(key, y, page.painter.railLeft()));
+    return { lanes: lanes.map(onPage), items: items.map(onPage), rails: names.map(onPage) };
   },
   hidden: (key) => Boolean(page.scene.boxOf(key).hidden),
   frames: () => page.frames.slice(),

@@ -1,0 +1,32 @@
+"""README's table beside other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import compared_libraries, comparison
+
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_readme_has_the_table_that_was_measured() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert comparison.written(text) == text, "run `python -m benchmarks.comparison`"
+    assert text.count(comparison.BEGIN) == text.count(comparison.END) == 1
+
+
+def test_what_it_says_of_this_library_is_so() -> None:
+    found = compared_libraries.facts("ours")
+    for derivative in comparison.DERIVATIVES.values():
+        assert found[derivative] < 1e-6
+    assert found["scheduler"] is True
+    assert f"| {found['optimizers']} |" in README.read_text(encoding="utf-8")
+
+
+def test_a_wrong_derivative_is_found() -> None:
+    right = compared_libraries.alone(compared_libraries.ours(False), 0)
+    assert compared_libraries.error(right, 0, False) < 1e-6
+    wrong = [value + 1e-3 for value in right]
+    assert compared_libraries.error(wrong, 0, False) > 1e-5
+    assert compared_libraries.error([float("nan")] * 3, 0, False) == "nan"
