@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
     ),
     (r"py:class", r"(.*\.)?[A-Z]$"),  # type variables
     (r"py:class", r"torchopt(\.[a-z_]+){2,}\.\w+"),  # internals: public ones are not so deep
-    (r"py:class", r"(OnFailure|Choice)"),  # names of unions and of strings in annotations
+    (r"py:class", r"(OnFailure|Choice|By|ParamsT)"),  # names of unions, texts
     (r"py:(class|obj)", r"(ellipsis|optional|function|Ellipsis)"),
 ]
 
