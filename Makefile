@@ -52,10 +52,11 @@ examples: $(VENV)/.for-test  ## run every example at its default size, rewrite e
 docs: $(VENV)/.for-docs  ## the documentation site, in build/docs; a minute or two; warnings are errors
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -d build/doctrees docs build/docs
 
-lint: $(VENV)/.for-lint  ## style, formatting, types
+lint: $(VENV)/.for-lint  ## style, formatting, types, and what a type checker finds in a file of a user
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q -m "" tests/test_types.py
 
 format: $(VENV)/.for-lint  ## let the formatter rewrite what lint would refuse
 	$(BIN)/ruff check --fix .

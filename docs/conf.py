@@ -30,6 +30,7 @@ extensions = [
     "extensions.math_font",
     "extensions.symbol_links",
     "extensions.generated_pages",
+    "extensions.parallel_execution",
 ]
 exclude_patterns = ["_build", "extensions", "generated"]
 nitpicky = True  # a reference that leads nowhere is a warning
@@ -43,7 +44,7 @@ nitpick_ignore_regex = [
     ),
     (r"py:class", r"(.*\.)?[A-Z]$"),  # type variables
     (r"py:class", r"torchopt(\.[a-z_]+){2,}\.\w+"),  # internals: public ones are not so deep
-    (r"py:class", r"(OnFailure|Choice)"),  # names of unions and of strings in annotations
+    (r"py:class", r"(OnFailure|Choice|By|ParamsT)"),  # names of unions, texts
     (r"py:(class|obj)", r"(ellipsis|optional|function|Ellipsis)"),
 ]
 

@@ -11,9 +11,13 @@ measured over the number of inner steps, in a process of its own each.
     python examples/imaml_few_shot.py --data omniglot --root DIR   # the official zip files in DIR
     python examples/imaml_few_shot.py --resume                     # after an interruption
 
-The loss of a network is not convex. So conjugate gradients end at the first direction in which
-the problem has no positive curvature, and ``--damping`` is added to the strength in the derivative,
-10 as in the authors' code. What iMAML saves is memory.
+The derivative is that of a solution, so the steps have to come near one, and the run tells how near
+they came: with a learning rate above 2 over the largest eigenvalue of the Hessian they never do.
+The loss of a network is not convex, so ``--damping`` is added to the Hessian in the derivative;
+where it exceeds all eigenvalues, what is left is the derivative of first order.
+Settings and the number of iterations were chosen on a held-out split of the training classes. With
+150 of them iMAML is as good as MAML on the digits; with 300 MAML goes on to 93.9 % and iMAML, whose
+training loss falls further, back to 92.6 %.
 
 Reference: Rajeswaran, Finn, Kakade and Levine, Meta-learning with implicit gradients, NeurIPS 2019,
 https://arxiv.org/abs/1909.04630.
@@ -59,6 +63,10 @@ TASKS = {
 }
 #: Inner steps at which memory is measured; MAML keeps all of them, so 500 are too many for it.
 MEASURED = {IMAML: (5, 50, 500), MAML: (5, 50)}
+#: Inner steps of the test: the same way at twice and half the learning rate.
+TEST_STEPS = {IMAML: 20, MAML: 10}
+#: Tasks on which is measured how far the inner steps come.
+PROBED = 20
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -67,20 +75,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = options.add_argument
     add("--data", choices=sorted(SIZES), default="digits", help="images to learn from")
     add("--root", type=Path, help="folder with the official Omniglot zip files")
-    add("--iterations", type=positive_int, default=500, help="of meta-training, of each")
-    add("--time-budget", type=non_negative_float, default=240.0, help="seconds of each; 0: none")
+    add("--iterations", type=positive_int, default=150, help="of meta-training, of each")
+    add("--time-budget", type=non_negative_float, default=0.0, help="seconds of each; 0: none")
     add("--meta-batch", type=positive_int, default=4, help="tasks in an iteration")
     add("--outer-lr", type=positive_float, default=6e-3, help="of meta-training")
     add("--channels", type=positive_int, default=16, help="of the network")
     add("--blocks", type=positive_int, default=3, help="of the network")
-    add("--inner-steps", type=positive_int, default=5, help="of iMAML in training")
-    add("--inner-lr", type=positive_float, default=0.4, help="of iMAML")
+    add("--inner-steps", type=positive_int, default=10, help="of iMAML in training")
+    add("--inner-lr", type=positive_float, default=0.2, help="of iMAML")
     add("--strength", type=positive_float, default=0.1, help="that holds a task's weights")
-    add("--cg-steps", type=positive_int, default=3, help="of an implicit derivative")
-    add("--damping", type=non_negative_float, default=10.0, help="of an implicit derivative")
+    add("--cg-steps", type=positive_int, default=5, help="of an implicit derivative")
+    add("--damping", type=non_negative_float, default=1.0, help="of an implicit derivative")
     add("--maml-steps", type=positive_int, default=3, help="inner steps of MAML in training")
     add("--maml-lr", type=positive_float, default=0.4, help="inner learning rate of MAML")
     add("--test-tasks", type=positive_int, default=600, help="tasks of the test")
+    options.set_defaults(threads=1)  # a second one finds nothing to do in images of 8 x 8
     args = options.parse_args(argv)
     if (args.data == "digits") is not (args.root is None):
         options.error("--data omniglot needs --root DIR, the folder with the official zip files")
@@ -106,7 +115,7 @@ def settings_of(args: argparse.Namespace, learner: str) -> Settings:
         blocks=args.blocks,
         pretrain_iterations=0,
         test_tasks=args.test_tasks,
-        test_steps=10,
+        test_steps=TEST_STEPS[learner],
         seed=args.seed,
     )
 
@@ -190,7 +199,7 @@ class ImamlRun:
             "settings": vars(self.args) | {"device": str(self.args.device), "output": None},
             "results": {name: accuracy.summary() for name, accuracy in accuracies.items()},
             "memory": memory,
-            "claims": claims(accuracies, memory),
+            "claims": claims(accuracies, memory, rows[1]["unsolved"]),
             "seconds": round(time.monotonic() - began, 1),
         }
         results["settings"].pop("root")
@@ -229,12 +238,20 @@ class ImamlRun:
                     training.save(self._checkpoint(name))
         tests = sampler_of(args, self.split, "test")
         rates, steps = training.rates, settings.test_steps
-        tested = measured_accuracy(learner, training.params, rates, tests, steps, args.test_tasks)
-        yield {
+        # what was meta-trained are the initial weights; in the test nothing holds a task's weights
+        # there, as in the code of iMAML's authors
+        plain = Learner(learner.network, learner.optimizer)
+        tested = measured_accuracy(plain, training.params, rates, tests, steps, args.test_tasks)
+        row = {
             "iterations": training.iteration,
             "seconds": round(training.seconds, 1),
             "accuracies": [round(x, 4) for x in tested.values.tolist()],
         }
+        if isinstance(learner, ImplicitLearner):
+            tasks = sampler.sample_batch(PROBED).to(args.device)
+            left = learner.unsolved(training.params, rates, tasks, settings.inner_steps)
+            row["unsolved"] = round(left.mean().item(), 5)
+        yield row
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

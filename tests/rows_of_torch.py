@@ -62,7 +62,7 @@ ROWS_OF_TORCH = (
     Algorithm(
         torchopt.rmsprop,
         torchopt.RMSprop,
-        torchopt.MetaRMSProp,
+        torchopt.MetaRMSprop,
         torch.optim.RMSprop,
         {
             "": {"lr": 0.02, "alpha": 0.9, "eps": 1e-8},

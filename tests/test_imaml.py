@@ -1,8 +1,9 @@
-"""iMAML: its derivative against differences, its linear solver, and the run at tiny size."""
+"""iMAML: its derivative against differences and closed forms, and the run at tiny size."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,32 @@ def problem() -> tuple[Any, Any, Any, Any]:
     from common.imaml import ImplicitLearner
 
     network = nn.Linear(2, 2).double()
-    learner = ImplicitLearner(network, "sgd", strength=1.0, cg_steps=8)
+    learner = ImplicitLearner(network, "sgd", strength=1.0, cg_steps=8, rtol=1e-12)
     params = {name: p.detach().clone() for name, p in network.named_parameters()}
     rates = {name: torch.tensor(0.5).double() for name in params}
     x, y = torch.randn(2, 2, 6, 2).double(), torch.randint(0, 2, (2, 2, 6))
     return learner, params, rates, Task(x[0], y[0], x[1], y[1])
+
+
+def derivative(learner: Any, params: Any, rates: Any, tasks: Any) -> Tensor:
+    """Return the meta-gradient of the first task, laid out in one vector."""
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    loss = learner.outcome(leaves, rates, tasks, 200)[0][0]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(leaves.values()))])
+
+
+def at_the_solution(learner: Any, params: Any, rates: Any, tasks: Any) -> tuple[Tensor, Tensor]:
+    """Return the Hessian and the gradient of the query loss where the first task is learned."""
+    x, y = tasks.support_x[0], tasks.support_y[0]
+    with torch.no_grad():
+        adapted = learner.adapt(params, rates, x, y, 200)
+
+    def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return learner.loss({"weight": w[:4].view(2, 2), "bias": w[4:]}, x, y)
+
+    at = torch.cat([adapted["weight"].flatten(), adapted["bias"]])
+    hessian = torch.func.hessian(loss)(at, x, y)
+    return hessian, torch.func.grad(loss)(at, tasks.query_x[0], tasks.query_y[0])
 
 
 def test_the_derivative_is_that_of_the_solution() -> None:
@@ -49,33 +71,33 @@ def test_the_derivative_is_that_of_the_solution() -> None:
 
 
 def test_few_conjugate_gradients() -> None:
-    """They solve a small system; and they return what they have where the curvature ends."""
-    from common.imaml import truncated_cg
-
-    root = torch.randn(4, 4).double()
-    matrix = root @ root.T + torch.eye(4)
-    b = torch.randn(4).double()
-    found = truncated_cg(4)(lambda v: {"x": matrix @ v["x"]}, {"x": b})["x"]
-    assert relative_error(found, torch.linalg.solve(matrix, b)) < 1e-9
-    assert torch.equal(truncated_cg(3)(lambda v: {"x": -v["x"]}, {"x": b})["x"], 0 * b)
-    indefinite = torch.tensor([4.0, 1.0, -3.0]).double()
-    b = torch.tensor([1.0, 1.0, 0.5]).double()
-    first = b * (b @ b) / (b @ (indefinite * b))  # the second direction has no curvature
-    found = truncated_cg(5)(lambda v: {"x": indefinite * v["x"]}, {"x": b})["x"]
-    assert relative_error(found, first) < 1e-12
-    assert torch.equal(truncated_cg(2)(lambda v: v, {"x": 0 * b})["x"], 0 * b)
+    """The derivative is what one iteration has come to, in closed form; and it does not warn."""
+    learner, params, rates, tasks = problem()
+    learner.cg_steps, learner.damping = 1, 0.5
+    hessian, b = at_the_solution(learner, params, rates, tasks)
+    matrix = hessian + (learner.strength + learner.damping) * torch.eye(len(b))
+    expected = learner.strength * b * (b @ b) / (b @ matrix @ b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = derivative(learner, params, rates, tasks)
+    assert relative_error(found, expected) < 1e-9
 
 
-def test_damping_stands_for_a_stronger_hold() -> None:
-    """The derivative is the inverse of ``I + H / (strength + damping)``, in the same units."""
-    from common.imaml import damped, truncated_cg
+def test_damping_is_added_to_the_hessian() -> None:
+    """Against the dense inverse."""
+    learner, params, rates, tasks = problem()
+    learner.damping = 10.0
+    hessian, b = at_the_solution(learner, params, rates, tasks)
+    matrix = hessian + (learner.strength + learner.damping) * torch.eye(len(b))
+    expected = learner.strength * torch.linalg.solve(matrix, b)
+    assert relative_error(derivative(learner, params, rates, tasks), expected) < 1e-9
 
-    root = torch.randn(4, 4).double()
-    hessian, b = root + root.T, torch.randn(4).double()
-    matrix = hessian + 2 * torch.eye(4)  # with strength 2
-    solve = damped(truncated_cg(4), 2.0, 10.0)
-    found = 2 * solve(lambda v: {"x": matrix @ v["x"]}, {"x": b})["x"]
-    assert relative_error(found, torch.linalg.solve(torch.eye(4) + hessian / 12, b)) < 1e-9
+
+def test_what_is_left_of_the_gradient() -> None:
+    """Nothing after many steps, all of it after none."""
+    learner, params, rates, tasks = problem()
+    assert learner.unsolved(params, rates, tasks, 200).max() < 1e-12
+    assert torch.equal(learner.unsolved(params, rates, tasks, 0), torch.ones(2).double())
 
 
 def test_the_example_at_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +111,7 @@ def test_the_example_at_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     results = imaml_few_shot.main(options)
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert results["results"].keys() == {"MAML", "iMAML"}
-    assert [len(results["memory"]), len(results["claims"])] == [3, 2]
+    assert [len(results["memory"]), len(results["claims"])] == [3, 3]
     assert (tmp_path / "imaml_few_shot.png").read_bytes().startswith(b"\x89PNG")
     again = imaml_few_shot.main([*options, "--resume"])
     assert again["results"] == results["results"]
@@ -108,8 +130,8 @@ def test_what_is_claimed() -> None:
     ]
     maml = torch.rand(100).double() + 90
     for loss, holds in ((0.5, True), (1.5, False), (-3.0, True)):
-        found = claims({"MAML": Accuracy(maml), "iMAML": Accuracy(maml - loss)}, memory)
-        assert [claim["holds"] for claim in found] == [holds, True]
+        found = claims({"MAML": Accuracy(maml), "iMAML": Accuracy(maml - loss)}, memory, 0.05)
+        assert [claim["holds"] for claim in found] == [holds, True, True]
     memory[1]["memory"] = 1000.0
-    found = claims({"MAML": Accuracy(maml), "iMAML": Accuracy(maml)}, memory)
-    assert not found[1]["holds"]
+    found = claims({"MAML": Accuracy(maml), "iMAML": Accuracy(maml)}, memory, 0.2)
+    assert [claim["holds"] for claim in found] == [True, False, False]

@@ -138,7 +138,7 @@ def test_every_name_that_optax_has_is_here_or_left_out_by_name() -> None:
         used |= {name for name in TABLE if f"{name}(" in call}
     shared = {
         name
-        for name in dir(torchopt)
+        for name in torchopt.__all__
         if name in theirs and not inspect.isclass(getattr(torchopt, name))
     }
     assert set(TABLE) == used, "a row of the table, and no trajectory of it"

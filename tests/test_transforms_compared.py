@@ -198,7 +198,7 @@ def test_repr_shows_schedules_and_tensors() -> None:
     tx = torchopt.adam(LINEAR, betas=(torch.tensor(0.5), 0.75))
     assert repr(tx) == (
         "chain(FlipSign(maximize=False), AddDecayedWeights(weight_decay=0.0), "
-        "ScaleByAdam(betas=(float32[], 0.75), eps=1e-08, eps_root=0.0, amsgrad=False), "
+        "ScaleByAdam(betas=(tensor(0.5), 0.75), eps=1e-08, eps_root=0.0, amsgrad=False), "
         f"ScaleByLearningRate(lr={LINEAR!r}))"
     )
 

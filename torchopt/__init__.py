@@ -13,18 +13,18 @@ from torchopt.version import __version__ as __version__
 
 
 _public = _lazy.names_of_stub(__name__)
-__all__ = list(_public)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = list(_public.places)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _public:
+    if name not in _public.places:
         return _compat.look_up(_sys.modules[__name__], name)
-    value = globals()[name] = _lazy.imported(*_public[name])
+    value = globals()[name] = _lazy.imported(*_public.places[name])
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(_public.shown)
 
 
 _compat.install()

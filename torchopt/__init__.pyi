@@ -1,5 +1,5 @@
-# The public interface, aliases included: one statement for each file of the package. Type checkers
-# read it as it is; __init__.py reads it to know where to look when a name is first asked for.
+# The public interface: one statement for each file of the package. Type checkers read it as it is;
+# __init__.py reads it to know where to look when a name is first asked for.
 
 from torchopt import (
     diff as diff,
@@ -7,7 +7,6 @@ from torchopt import (
     linear_solve as linear_solve,
     nn as nn,
     projections as projections,
-    schedules as schedule,
     schedules as schedules,
     solvers as solvers,
     typing as typing,
@@ -47,7 +46,6 @@ from torchopt.nn.snapshot import (
     module_clone as module_clone,
     ModuleState as ModuleState,
     recover_state_dict as recover_state_dict,
-    stop_gradient as module_detach_,
     stop_gradient as stop_gradient,
 )
 from torchopt.optim.from_torch import from_torch as from_torch
@@ -63,10 +61,8 @@ from torchopt.optimizers.adabelief import (
     scale_by_belief as scale_by_belief,
 )
 from torchopt.optimizers.adadelta import (
-    Adadelta as AdaDelta,
     Adadelta as Adadelta,
     adadelta as adadelta,
-    MetaAdadelta as MetaAdaDelta,
     MetaAdadelta as MetaAdadelta,
     scale_by_adadelta as scale_by_adadelta,
 )
@@ -76,10 +72,8 @@ from torchopt.optimizers.adafactor import (
     MetaAdafactor as MetaAdafactor,
 )
 from torchopt.optimizers.adagrad import (
-    Adagrad as AdaGrad,
     Adagrad as Adagrad,
     adagrad as adagrad,
-    MetaAdagrad as MetaAdaGrad,
     MetaAdagrad as MetaAdagrad,
     scale_by_rss as scale_by_rss,
 )
@@ -90,10 +84,8 @@ from torchopt.optimizers.adam import (
     scale_by_adam as scale_by_adam,
 )
 from torchopt.optimizers.adamax import (
-    Adamax as AdaMax,
     Adamax as Adamax,
     adamax as adamax,
-    MetaAdamax as MetaAdaMax,
     MetaAdamax as MetaAdamax,
     scale_by_adamax as scale_by_adamax,
 )
@@ -188,9 +180,7 @@ from torchopt.optimizers.radam import (
     scale_by_radam as scale_by_radam,
 )
 from torchopt.optimizers.rmsprop import (
-    MetaRMSProp as MetaRMSProp,
-    MetaRMSProp as MetaRMSprop,
-    RMSprop as RMSProp,
+    MetaRMSprop as MetaRMSprop,
     RMSprop as RMSprop,
     rmsprop as rmsprop,
     scale_by_rms as scale_by_rms,
@@ -252,11 +242,6 @@ from torchopt.optimizers.yogi import (
     Yogi as Yogi,
     yogi as yogi,
 )
-from torchopt.schedules import (
-    exponential_decay as exponential_decay,
-    linear_schedule as linear_schedule,
-    polynomial_schedule as polynomial_schedule,
-)
 from torchopt.transforms.accumulate import (
     MultiSteps as MultiSteps,
     skip_not_finite as skip_not_finite,
@@ -274,7 +259,6 @@ from torchopt.transforms.basic import (
     set_to_zero as set_to_zero,
 )
 from torchopt.transforms.clip import (
-    clip_grad_norm as clip_by_global_norm,
     clip_grad_norm as clip_grad_norm,
     clip_grad_value as clip_grad_value,
 )
@@ -311,3 +295,20 @@ from torchopt.transforms.units import (
 )
 from torchopt.transforms.wrap import masked as masked
 from torchopt.version import __version__ as __version__
+
+# Second names, of TorchOpt 0.7.3 and Optax: they are there, and completion does not show them.
+# (`import x as y` would not make y known to type checkers.)
+AdaDelta = Adadelta
+AdaGrad = Adagrad
+AdaMax = Adamax
+clip_by_global_norm = clip_grad_norm
+exponential_decay = schedules.exponential_decay
+linear_schedule = schedules.linear
+MetaAdaDelta = MetaAdadelta
+MetaAdaGrad = MetaAdagrad
+MetaAdaMax = MetaAdamax
+MetaRMSProp = MetaRMSprop
+module_detach_ = stop_gradient
+polynomial_schedule = schedules.polynomial
+RMSProp = RMSprop
+schedule = schedules

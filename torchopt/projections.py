@@ -21,6 +21,24 @@ from torchopt.typing import TensorTree
 
 Scale = Union[float, Tensor]
 
+__all__ = [
+    "projection_box",
+    "projection_halfspace",
+    "projection_hypercube",
+    "projection_hyperplane",
+    "projection_l1_ball",
+    "projection_l1_sphere",
+    "projection_l2_ball",
+    "projection_l2_sphere",
+    "projection_linf_ball",
+    "projection_non_negative",
+    "projection_simplex",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
 
 def projection_non_negative(tree: TensorTree) -> TensorTree:
     r"""Return the nearest tree without negative entries: :math:`\max(x, 0)`.

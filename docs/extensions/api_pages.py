@@ -24,11 +24,6 @@ from extensions.transcripts import transcript
 
 
 CLASS_OF_RECIPE = re.compile(r":func:`torchopt\.(\w+)` as ")
-FIRST_ARGUMENT = {
-    "params": "params: Parameters, ``(name, parameter)`` pairs, or parameter groups.",
-    "module": "module: The network; or a list of networks and of dicts ``{'params': network, "
-    "'lr': ...}`` with hyperparameters of their own.",
-}
 EXAMPLES = {
     "params": """
         import torch, torchopt
@@ -250,24 +245,18 @@ def _as_markdown(summary: str) -> str:
 def complete_docstring(
     app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
-    """Give a named class the equation and arguments of its recipe, and an executed example."""
+    """Give a named class, which has the arguments of its recipe, an executed example."""
     for index, line in enumerate(lines):
         lines[index] = re.sub(r"^(Slots):", r"**\1:**", line)
     recipe = recipe_of(value)
     if recipe is None or what != "class" or "Example:" in (value.__doc__ or ""):
         return  # the last: one whose arguments are others than those of its recipe says it itself
     first = "module" if issubclass(value, torchopt.MetaOptimizer) else "params"
-    body = inspect.getdoc(recipe) or ""
-    body = body.split("\n\n", 1)[1]  # without the summary
-    before, _, after = body.partition("Example:\n")
-    reference = after[after.index("Reference:") :] if "Reference:" in after else ""
-    before = re.sub(r"^Args:\n", f"Args:\n    {FIRST_ARGUMENT[first]}\n", before, flags=re.M)
-    before = re.sub(r"^Slots:", "**Slots:**", before, flags=re.M)
     # a rule that reads the loss gets it from a closure
-    way = "closure" if first == "params" and "step(closure)" in body else first
+    way = "closure" if first == "params" and "step(closure)" in (value.__doc__ or "") else first
     example = transcript(inspect.cleandoc(EXAMPLES[way]).format(name=value.__name__))
-    example = "Example:\n" + "".join(f"    {line}\n" for line in example.splitlines())
-    lines += ["", *before.splitlines(), "", *example.splitlines(), "", *reference.splitlines()]
+    place = lines.index("Reference:") if "Reference:" in lines else len(lines)
+    lines[place:place] = ["", "Example:", *(f"    {line}" for line in example.splitlines()), ""]
 
 
 def name_aliases(

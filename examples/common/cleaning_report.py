@@ -182,7 +182,9 @@ def draw(path: Path, rows: Rows, memory: Rows) -> None:
     left.invert_yaxis()
     lowest = min(row["test_accuracy"] for row in rows)
     left.set(xlim=(max(0, lowest - 3), 100), xlabel="test accuracy (%)")
-    left.set(title=" and ".join(f"{100 * rate:g} %" for rate in rates(rows)) + " wrong labels")
+    shade = {0: " (dark)", 1: " (pale)"}
+    shades = [f"{100 * rate:g} %{shade.get(k, '')}" for k, rate in enumerate(rates(rows))]
+    left.set(title=" and ".join(shades) + " wrong labels")
     for method in LEARNED:
         curves = [
             row["losses"]
@@ -190,7 +192,9 @@ def draw(path: Path, rows: Rows, memory: Rows) -> None:
             if (row["method"], row["rate"]) == (method, rates(rows)[-1]) and "losses" in row
         ]
         means = [sum(column) / len(column) for column in zip(*curves)]
-        middle.plot(range(len(means)), means, color=COLORS[method], label=method)
+        # checkpointed is unrolled to the last digit: dashes let the line below be seen
+        style = "--" if method == CHECKPOINTED else "-"
+        middle.plot(range(len(means)), means, style, color=COLORS[method], label=method)
         sizes = measured(memory, method, "memory")
         right.plot(list(sizes), list(sizes.values()), "o-", color=COLORS[method], label=method)
     middle.set(xlabel="update of the weights", ylabel="loss on clean images")

@@ -8,15 +8,16 @@ whatever the steps were, so that the derivative by ``theta`` is that of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad
+from torch.func import grad, vmap
 
+from common.episodes import Task
 from common.maml import INNER_OPTIMIZERS, Learner, Params
 from torchopt.diff.implicit import custom_root
+from torchopt.linear_solve import solve_cg
 
 
 @dataclass
@@ -25,15 +26,18 @@ class ImplicitLearner(Learner):
 
     Attributes:
         strength: How strongly the weights are held at the initial ones.
-        cg_steps: How many products with the Hessian a derivative takes.
-        damping: Added to ``strength`` in the derivative, as the authors' code does: where the
-            Hessian has negative eigenvalues the derivative may be of any size. The larger, the
-            nearer it is to that of the first-order approximation.
+        cg_steps: How many iterations of conjugate gradients a derivative takes at most. A handful
+            may not solve the system, and what they have come to is taken, as in the paper.
+        damping: Added to the Hessian in the derivative: where the Hessian has negative eigenvalues
+            that ``strength`` does not make up for, the derivative may be of any size. The larger,
+            the nearer it is in direction to that of the first-order approximation.
+        rtol: The residual of that system at which fewer iterations are enough.
     """
 
-    strength: float = 2.0
+    strength: float = 0.1
     cg_steps: int = 5
     damping: float = 0.0
+    rtol: float = 0.01
 
     def adapt(self, params: Params, rates: Params, x: Tensor, y: Tensor, steps: int) -> Params:
         """Return the weights after ``steps`` inner steps, differentiated as those of the solution.
@@ -41,16 +45,12 @@ class ImplicitLearner(Learner):
         See :meth:`common.maml.Learner.adapt`.
         """
         tx = INNER_OPTIMIZERS[self.optimizer](lr=rates)
+        solve = solve_cg(
+            rtol=self.rtol, maxiter=self.cg_steps, ridge=self.damping, on_failure="ignore"
+        )
 
-        def regularised(weights: Params, initial: Params) -> Tensor:
-            distance = torch.stack(
-                [(weights[name] - initial[name]).square().sum() for name in weights]
-            ).sum()
-            return self.loss(weights, x, y) + self.strength / 2 * distance
-
-        slope = grad(regularised)
-
-        solve = damped(truncated_cg(self.cg_steps), self.strength, self.damping)
+        def slope(weights: Params, initial: Params) -> Params:
+            return self._slope(weights, initial, x, y)
 
         @custom_root(slope, argnums=1, solve=solve)
         def solver(weights: Params, initial: Params) -> Params:
@@ -62,53 +62,29 @@ class ImplicitLearner(Learner):
 
         return solver({name: p.detach() for name, p in params.items()}, params)
 
+    def unsolved(self, params: Params, rates: Params, task: Task, steps: int) -> Tensor:
+        """Return how much of the inner problem's first gradient is left after ``steps``, by task.
 
-LinearSolver = Callable[[Callable[[Params], Params], Params], Params]
+        The derivative is that of a solution, where nothing is left.
+        """
 
+        def one(x: Tensor, y: Tensor) -> Tensor:
+            adapted = self.adapt(params, rates, x, y, steps)
+            return norm(self._slope(adapted, params, x, y)) / norm(
+                self._slope(params, params, x, y)
+            )
 
-def damped(solve: LinearSolver, strength: float, damping: float) -> LinearSolver:
-    """Return the solver of a problem that is held more strongly, in the units of the given one."""
-    scale = (strength + damping) / strength
+        with torch.no_grad():
+            return vmap(one)(task.support_x, task.support_y)
 
-    def solve_damped(matvec: Callable[[Params], Params], b: Params) -> Params:
-        def product(v: Params) -> Params:
-            return {name: p + damping * v[name] for name, p in matvec(v).items()}
-
-        return {name: scale * x for name, x in solve(product, b).items()}
-
-    return solve_damped
-
-
-def truncated_cg(steps: int) -> LinearSolver:
-    """Return a linear solver of a few conjugate gradient steps, as iMAML takes them.
-
-    The Hessian of a network is not positive definite everywhere, and a handful of steps do not
-    solve the system. What they have found is returned all the same, up to the first direction
-    without curvature: :func:`torchopt.linear_solve.solve_cg` would warn of both, and return
-    nothing that has a larger residual than zero has.
-    """
-
-    def solve(matvec: Callable[[Params], Params], b: Params) -> Params:
-        x = {name: torch.zeros_like(t) for name, t in b.items()}
-        r, p = b, b
-        rho, going = dot(r, r), None
-        for _ in range(steps):
-            ap = matvec(p)
-            curvature = dot(p, ap)
-            positive = curvature > 0
-            going = positive if going is None else going & positive
-            alpha = torch.where(going, rho / torch.where(going, curvature, 1.0), 0.0)
-            x = {name: x[name] + alpha * p[name] for name in x}
-            r = {name: r[name] - alpha * ap[name] for name in x}
-            new = dot(r, r)
-            beta = new / torch.where(rho > 0, rho, 1.0)
-            p = {name: r[name] + beta * p[name] for name in x}
-            rho = new
-        return x
-
-    return solve
+    def _slope(self, weights: Params, initial: Params, x: Tensor, y: Tensor) -> Params:
+        """Return the gradient of the inner problem."""
+        grads = grad(self.loss)(weights, x, y)
+        return {
+            name: g + self.strength * (weights[name] - initial[name]) for name, g in grads.items()
+        }
 
 
-def dot(a: Params, b: Params) -> Tensor:
-    """Return the inner product of two trees."""
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+def norm(tree: Params) -> Tensor:
+    """Return the Euclidean norm over all leaves together."""
+    return torch.stack([t.square().sum() for t in tree.values()]).sum().sqrt()

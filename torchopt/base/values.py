@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.typing import PyTree
+
+
+WITH_GRAPH = " with graph"
 
 
 class _Shown(str):
@@ -30,8 +34,44 @@ def _describe_leaf(leaf: Any) -> Any:
     dtype = str(leaf.dtype).removeprefix("torch.")
     text = f"{dtype}{list(leaf.shape)}"
     if leaf.grad_fn is not None:
-        text += " with graph"
+        text += WITH_GRAPH
     return _Shown(text)
+
+
+#: Of how many hyperparameters in a row all are printed, and how many of more.
+ALL, FIRST = 4, 2
+
+
+def describe_values(value: Any) -> str:
+    """Print a hyperparameter: a learned number by its value, and of many the first ones."""
+    if isinstance(value, Tensor):
+        return _described_number(value)
+    if not isinstance(value, (dict, list, tuple)) or hasattr(value, "_fields"):
+        return describe(value)
+    if isinstance(value, dict):
+        entries = [f"{key!r}: {describe_values(x)}" for key, x in value.items()]
+    else:
+        entries = list(map(describe_values, value))
+    numbers = all(isinstance(x, (Tensor, int, float)) for x in tree.flatten(value)[0])
+    if numbers and len(entries) > ALL:
+        entries[FIRST:] = [f"... {len(entries)} in all"]
+    opening, closing = {dict: "{}", list: "[]"}.get(type(value), "()")
+    comma = "," if closing == ")" and len(entries) == 1 else ""
+    return f"{opening}{', '.join(entries)}{comma}{closing}"
+
+
+def _described_number(x: Tensor) -> str:
+    """Return the value of a 0-d tensor, dtype and shape of others, and whether it is learned."""
+    text, is_number = repr(_describe_leaf(x)).removesuffix(WITH_GRAPH), False
+    if x.dim() == 0:
+        with contextlib.suppress(Exception):  # one that is mapped, traced or without data has none
+            value = x.item()
+            text, is_number = repr(float(f"{value:.4g}") if x.is_floating_point() else value), True
+    if x.grad_fn is not None:
+        return text + WITH_GRAPH
+    if x.requires_grad:
+        return f"{text} (learned)"
+    return f"tensor({text})" if is_number else text
 
 
 def same(a: Any, b: Any) -> bool:

@@ -66,7 +66,7 @@ optim.func                    optim.func_optimizer FuncOptimizer
 optim.func.base               optim.func_optimizer FuncOptimizer
 optim.meta                    optimizers.adam      MetaAdam
 optim.meta                    optimizers.adamw     MetaAdamW
-optim.meta                    optimizers.rmsprop   MetaRMSProp MetaRMSprop=MetaRMSProp
+optim.meta                    optimizers.rmsprop   MetaRMSprop MetaRMSProp=MetaRMSprop
 optim.meta                    optimizers.sgd       MetaSGD
 optim.meta                    optim.meta_optimizer MetaOptimizer
 optim.meta                    optimizers.adagrad   MetaAdaGrad=MetaAdagrad MetaAdagrad
@@ -80,7 +80,7 @@ optim.meta.adamax             optimizers.adamax    MetaAdaMax=MetaAdamax MetaAda
 optim.meta.adamw              optimizers.adamw     MetaAdamW
 optim.meta.base               optim.meta_optimizer MetaOptimizer
 optim.meta.radam              optimizers.radam     MetaRAdam
-optim.meta.rmsprop            optimizers.rmsprop   MetaRMSProp MetaRMSprop=MetaRMSProp
+optim.meta.rmsprop            optimizers.rmsprop   MetaRMSprop MetaRMSProp=MetaRMSprop
 optim.meta.sgd                optimizers.sgd       MetaSGD
 optim.radam                   optimizers.radam     RAdam
 optim.rmsprop                 optimizers.rmsprop   RMSProp=RMSprop RMSprop

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from torchopt.base.torch_internals import debug_has_internal_overlap
 from torchopt.typing import TensorTree
 
 
-def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = True) -> TensorTree:
+T = TypeVar("T")
+
+
+def apply_updates(params: T, updates: TensorTree, *, inplace: bool = True) -> T:
     """Return the parameters plus the updates.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -87,7 +87,9 @@ class Chain(GradientTransformation):
         return f"chain({', '.join(repr(part) for part in self.transformations)})"
 
 
-def chain(*transformations: GradientTransformation) -> GradientTransformation:
+def chain(
+    *transformations: GradientTransformation | tuple[Callable[..., Any], Callable[..., Any]],
+) -> GradientTransformation:
     """Apply transformations one after the other, the first one to the gradients.
 
     Nested chains are flattened. A name that occurs twice among the hyperparameters or slots gets
@@ -95,7 +97,8 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     flat dictionaries as in ``torch.optim``.
 
     Args:
-        *transformations: At least zero; an empty chain is the identity.
+        *transformations: At least zero; an empty chain is the identity. A pair of functions,
+            ``(init, update)``, is one too.
 
     Raises:
         TypeError: If an argument is no transformation, e.g. a class or a ``torch.optim`` object.
@@ -106,7 +109,8 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         chain(ClipGradValue(clip_value=1.0), Scale(step_size=-0.1))
     """
     parts: list[GradientTransformation] = []
-    for tx in map(as_transformation, transformations):
+    for given in transformations:
+        tx: Any = as_transformation(given)
         check_transformation(tx, "chain")
         parts.extend(tx.parts)
     return parts[0] if len(parts) == 1 else Chain(tuple(distinct(parts)))

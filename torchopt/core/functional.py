@@ -219,7 +219,7 @@ def eval_trees(tx: TransformationLike, state: Any, params: PyTree) -> PyTree:
 def advance_trees(
     tx: TransformationLike,
     grads: PyTree,
-    state: OptState,
+    state: Any,
     params: PyTree,
     inplace: bool,
     extra: dict[str, Any],

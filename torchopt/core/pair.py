@@ -104,13 +104,13 @@ class Pair(GradientTransformation):
 
     def update(
         self,
-        grads: TensorTree,
+        grads: T,
         state: Any,
         params: TensorTree | None = None,
         *,
         inplace: bool = True,
         **extra: Any,
-    ) -> tuple[TensorTree, Any]:
+    ) -> tuple[T, Any]:
         """Return what the second function returns."""
         return self._call(grads, state, params, {"inplace": inplace, **extra})
 
@@ -118,11 +118,11 @@ class Pair(GradientTransformation):
         self,
         grads: TensorTree,
         state: Any,
-        params: TensorTree,
+        params: T,
         *,
         inplace: bool = True,
         **extra: Any,
-    ) -> tuple[TensorTree, Any]:
+    ) -> tuple[T, Any]:
         """Take a step: :meth:`update` and :func:`torchopt.apply_updates` in one."""
         updates, state = self.update(grads, state, params, inplace=inplace, **extra)
         return apply_updates(params, updates, inplace=inplace), state

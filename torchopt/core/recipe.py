@@ -20,15 +20,19 @@ def signature_of_recipe(
     recipe: Callable[..., Any],
     before: list[inspect.Parameter],
     after: list[inspect.Parameter],
+    meanings: tuple[str, str],
 ) -> Any:
     """Give ``init`` the name and docstring of ``documented`` and the arguments of the recipe.
 
-    The recipe itself is its attribute ``recipe``.
+    The recipe itself is its attribute ``recipe``; what the other arguments mean, those before and
+    those after the recipe's, is its attribute ``meanings``.
     """
     result: Any = functools.wraps(documented)(init)
     middle = inspect.signature(recipe).parameters.values()
     result.__signature__ = inspect.Signature([*before, *middle, *after])
-    result.recipe = recipe
+    own = {p.name: p.annotation for p in before if p.annotation is not p.empty}
+    result.__annotations__ = {**documented.__annotations__, **own}
+    result.recipe, result.meanings = recipe, meanings
     return result
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from torchopt.base import misuse, tree
-from torchopt.base.values import describe, same
+from torchopt.base.values import describe_values, same
 from torchopt.core import hyper, whole
 from torchopt.core.apply import apply_updates
 from torchopt.core.engine import Leaves
@@ -24,10 +24,13 @@ from torchopt.core.slots import Counter, Slot, as_slot
 from torchopt.typing import Step, TensorTree
 
 
-@dataclass_transform(
-    frozen_default=True, field_specifiers=(hyper.hyper, hyper.flag, hyper.choice, dataclasses.field)
-)
-def transformation(cls: type) -> type:
+C = TypeVar("C", bound=type)
+T = TypeVar("T")  # a tree: what comes out is like what goes in
+
+
+# hyper and its kin are no field specifiers: checkers find a default there by keyword only
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def transformation(cls: C) -> C:
     """Make a class a transformation: its annotated fields become its hyperparameters.
 
     Example:
@@ -112,7 +115,20 @@ class GradientTransformation(Exchanging):
         if isinstance(declared := vars(cls).get("slots"), tuple):
             cls.slots = tuple(map(as_slot, declared))
 
-    if not TYPE_CHECKING:
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(
+            self,
+            *,
+            use_accelerated_op: bool | None = None,
+            slot_dtypes: tuple[tuple[str, torch.dtype], ...] = (),
+        ) -> None: ...
+        @overload
+        def __init__(self, init: Callable[..., Any], update: Callable[..., Any]) -> None: ...
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    else:
 
         def __new__(cls, *args, **kwargs):
             """``GradientTransformation(init, update)`` makes a pair of functions of this class."""
@@ -237,13 +253,13 @@ class GradientTransformation(Exchanging):
 
     def update(
         self,
-        grads: TensorTree,
-        state: OptState,
+        grads: T,
+        state: OptState | tuple[Any, ...] | None,
         params: TensorTree | None = None,
         *,
         inplace: bool = True,
         **extra: Any,
-    ) -> tuple[TensorTree, OptState]:
+    ) -> tuple[T, OptState]:
         """Turn gradients into updates, to be added by :func:`torchopt.apply_updates`.
 
         Args:
@@ -274,12 +290,12 @@ class GradientTransformation(Exchanging):
     def apply_gradients(
         self,
         grads: TensorTree,
-        state: OptState,
-        params: TensorTree,
+        state: OptState | tuple[Any, ...] | None,
+        params: T,
         *,
         inplace: bool = True,
         **extra: Any,
-    ) -> tuple[TensorTree, OptState]:
+    ) -> tuple[T, OptState]:
         r"""Take a step: :meth:`update` and :func:`torchopt.apply_updates` in one.
 
         .. math:: p \leftarrow p + u(g, p)
@@ -326,7 +342,7 @@ class GradientTransformation(Exchanging):
         new = [old if x is None else x for x, old in zip(new, p)]
         return tree.unflatten_like(params, grads, spec, new), new_state
 
-    def eval_params(self, state: OptState, params: TensorTree) -> TensorTree:
+    def eval_params(self, state: OptState | tuple[Any, ...] | None, params: T) -> T:
         """Return the parameters to evaluate with; the same unless the optimizer trains others.
 
         Schedule-free optimizers and ASGD take gradients at one point and recommend another. The
@@ -353,7 +369,7 @@ class GradientTransformation(Exchanging):
 
     def __repr__(self) -> str:
         fields = ", ".join(
-            f"{field.name}={describe(getattr(self, field.name))}"
+            f"{field.name}={describe_values(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
             if field.name not in _SELDOM or getattr(self, field.name) not in (None, ())
         )

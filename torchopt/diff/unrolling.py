@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torchopt.base.misuse.given import given
 from torchopt.diff.adjoints.base import Adjoint
@@ -12,14 +12,17 @@ from torchopt.diff.replay.loop import Loop
 from torchopt.typing import PyTree
 
 
+T = TypeVar("T")
+
+
 def unroll(
-    step: Callable[[Any, Any], tuple[Any, Any]],
-    carry: PyTree,
+    step: Callable[[T, Any], tuple[T, Any]],
+    carry: T,
     xs: PyTree = None,
     *,
     length: int | None = None,
     adjoint: Adjoint = Unrolled(),  # noqa: B008 - frozen
-) -> tuple[PyTree, PyTree]:
+) -> tuple[T, PyTree]:
     r"""Take steps in a row, and say how to differentiate them; the signature of ``jax.lax.scan``.
 
     .. math::

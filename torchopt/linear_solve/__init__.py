@@ -4,6 +4,9 @@
 and returns trees like ``b``.
 """
 
+import sys as _sys
+
+from torchopt.base import lazy as _lazy
 from torchopt.linear_solve.auto import solve_auto as solve_auto
 from torchopt.linear_solve.bicgstab import solve_bicgstab as solve_bicgstab
 from torchopt.linear_solve.cg import solve_cg as solve_cg
@@ -24,3 +27,6 @@ from torchopt.linear_solve.outcome import Outcome as Outcome
 from torchopt.linear_solve.solver import LinearSolution as LinearSolution
 from torchopt.linear_solve.solver import LinearSolver as LinearSolver
 from torchopt.linear_solve.warm_start import WarmStart as WarmStart
+
+
+__dir__ = _lazy.shown(_sys.modules[__name__])

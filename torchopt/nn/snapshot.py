@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeAlias
 
 from torchopt.base import misuse, tree
 from torchopt.core.opt_state import OptState
@@ -19,6 +20,7 @@ from torchopt.typing import PyTree
 
 
 T = TypeVar("T")
+By: TypeAlias = Literal["reference", "copy", "deepcopy"]
 
 
 class ModuleState(NamedTuple):
@@ -54,10 +56,38 @@ class HoldsState(Protocol):
         ...
 
 
+@overload
+def extract_state_dict(
+    target: nn.Module,
+    *,
+    by: By = "reference",
+    device: torch.device | str | int | None = None,
+    with_buffers: bool = True,
+    detach_buffers: bool = False,
+    enable_visual: bool = False,
+    visual_prefix: str = "",
+) -> ModuleState: ...
+@overload  # first: it has any attribute, so that checkers may take it for what holds a state
+def extract_state_dict(
+    target: OptState, *, by: By = "reference", device: torch.device | str | int | None = None
+) -> OptState: ...
+@overload
+def extract_state_dict(
+    target: HoldsState,
+    *,
+    by: By = "reference",
+    device: torch.device | str | int | None = None,
+    enable_visual: bool = False,
+    visual_prefix: str = "",
+) -> tuple[OptState, ...]: ...
+@overload
+def extract_state_dict(
+    target: T, *, by: By = "reference", device: torch.device | str | int | None = None
+) -> T: ...
 def extract_state_dict(
     target: Any,
     *,
-    by: str = "reference",
+    by: By = "reference",
     device: torch.device | str | int | None = None,
     with_buffers: bool = True,
     detach_buffers: bool = False,
@@ -124,6 +154,12 @@ def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {prefix + name: x for name, x in tensors.items() if isinstance(x, Tensor)}
 
 
+@overload
+def recover_state_dict(target: nn.Module, state: ModuleState) -> None: ...
+@overload
+def recover_state_dict(target: HoldsState, state: Sequence[OptState]) -> None: ...
+@overload
+def recover_state_dict(target: T, state: T) -> T: ...
 def recover_state_dict(target: Any, state: Any) -> Any:
     """Put an extracted state back.
 
@@ -294,12 +330,12 @@ def _detach_leaves(target: PyTree) -> None:
 
 
 def module_clone(
-    target: Any,
+    target: T,
     *,
-    by: str = "reference",
+    by: By = "reference",
     detach_buffers: bool = False,
     device: torch.device | str | int | None = None,
-) -> Any:
+) -> T:
     """Return a new module, meta-optimizer or tree that holds the same tensors or copies of them.
 
     Args:
@@ -331,7 +367,7 @@ def module_clone(
         recover_state_dict(cloned, state)
         return cloned
     if isinstance(target, HoldsState):
-        cloned = target.clone(
+        cloned: Any = target.clone(
             lambda module: module_clone(module, by=by, device=device, detach_buffers=detach_buffers)
         )
         cloned.recover_state(extract_state_dict(target, by=by, device=device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,9 @@ from torchopt.diff.gradient import differentiate
 from torchopt.nn.snapshot import extract_state_dict
 from torchopt.optim.second_gradient import evaluated, gradients_of_function
 from torchopt.typing import TensorTree
+
+
+T = TypeVar("T")
 
 
 class FuncOptimizer(misuse.NoPlainOptimizer):
@@ -53,6 +56,10 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         """The transformation, by its name in TorchOpt 0.7.3."""
         return self.transformation
 
+    def __repr__(self) -> str:
+        inplace = ", inplace=True" if self.inplace else ""
+        return f"{type(self).__name__}({self.transformation!r}{inplace})"
+
     def init(self, params: TensorTree) -> None:
         """Start over; otherwise the first :meth:`step` makes the state."""
         self.state = self.transformation.init(params)
@@ -60,10 +67,10 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
     def step(
         self,
         loss: torch.Tensor | Callable[[Any], torch.Tensor],
-        params: TensorTree,
+        params: T,
         inplace: bool | None = None,
         **extra: Any,
-    ) -> TensorTree:
+    ) -> T:
         """Differentiate the loss and return the updated parameters.
 
         Args:

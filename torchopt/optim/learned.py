@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchopt.base import misuse, tree
 from torchopt.base.numerics import to_compute_dtype
+from torchopt.base.values import describe_values
 from torchopt.core import hyper, resolving
 from torchopt.core.hyper import HyperSpec
 from torchopt.core.pair import as_transformation
@@ -205,7 +206,10 @@ class LearnedHyperparameters(nn.Module):
         """Show the hyperparameters as they are now."""
         shown = [f"{misuse.clipped(repr(self._tx))}"]
         for number in range(len(self._groups)):
-            own = ", ".join(f"{n}={misuse.short(v)}" for n, v in self.numbers(number).items())
+            values = self._collected(
+                number, lambda entry, raw: entry.way.value(raw.detach()).requires_grad_()
+            )
+            own = ", ".join(f"{name}={describe_values(value)}" for name, value in values.items())
             shown.append(own if len(self._groups) == 1 else f"({number}): {own}")
         return "\n".join(shown)
 

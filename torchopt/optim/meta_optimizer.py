@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import ParamSpec
 
 from torchopt.base import misuse, tree
 from torchopt.base.commit import all_or_nothing
-from torchopt.base.values import describe, same
+from torchopt.base.values import describe_values, same
 from torchopt.core import step_tags, whole
 from torchopt.core.engine import advance
 from torchopt.core.evaluation import converted_call
@@ -27,6 +26,7 @@ from torchopt.nn.checkpointing import remember_weights
 from torchopt.nn.parameters import place_each
 from torchopt.nn.snapshot import extract_state_dict
 from torchopt.optim import given_gradients
+from torchopt.optim.documented import Documented
 from torchopt.optim.meta_call import known_of_all, names_of, new_call, next_states
 from torchopt.optim.meta_groups import checked_group
 from torchopt.optim.meta_saved import loaded_form, saved_form
@@ -35,11 +35,10 @@ from torchopt.optim.second_gradient import evaluated, gradients_in_network
 from torchopt.optim.steady import Steady, Trainable
 
 
-P = ParamSpec("P")
 remember_weights(required=False)
 
 
-class MetaOptimizer(misuse.NoPlainOptimizer):
+class MetaOptimizer(Documented, misuse.NoPlainOptimizer):
     """Optimize a network by steps that can be differentiated through.
 
     :meth:`step` puts new tensors into the network, connected by the graph to the old ones, to the
@@ -77,7 +76,9 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
     twin: ClassVar[Any] = None
 
     @renamed(impl="tx")
-    def __init__(self, module: nn.Module | Sequence[Any], tx: GradientTransformation) -> None:
+    def __init__(
+        self, module: nn.Module | Sequence[nn.Module | dict[str, Any]], tx: GradientTransformation
+    ) -> None:
         tx = as_transformation(tx)
         check_transformation(tx, type(self).__name__)
         remember_weights()
@@ -375,7 +376,7 @@ class MetaOptimizer(misuse.NoPlainOptimizer):
         networks = []
         for group in self.param_groups:
             live = [
-                f"{name}={describe(group[name])}"
+                f"{name}={describe_values(group[name])}"
                 for name, value in defaults.items()
                 if not same(group[name], value)
             ]

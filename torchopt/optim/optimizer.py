@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import ParamSpec
+from torch.optim.optimizer import ParamsT
 
 from torchopt.base import misuse
 from torchopt.base.commit import all_or_nothing
@@ -23,6 +23,7 @@ from torchopt.core.pair import as_transformation
 from torchopt.core.recipe import renamed
 from torchopt.core.transform import GradientTransformation, check_transformation
 from torchopt.optim.checkpoint import load, saved, set_notes
+from torchopt.optim.documented import Documented
 from torchopt.optim.evaluation import refuse_step, swap_in_place
 from torchopt.optim.memory import apart, refuse_released, slots_of, slots_to_keep
 from torchopt.optim.part_groups import (
@@ -36,10 +37,7 @@ from torchopt.optim.schedules import LiveSchedules
 from torchopt.optim.second_gradient import extra_of_step
 
 
-P = ParamSpec("P")
-
-
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(Documented, torch.optim.Optimizer):
     """Run a transformation over parameters in place, as every ``torch.optim`` optimizer does.
 
     A subclass of ``torch.optim.Optimizer`` with all that comes with it: parameter groups with
@@ -92,7 +90,7 @@ class Optimizer(torch.optim.Optimizer):
     _lent: bool = False  # whether slots stand in a state dict too, and must not be overwritten
 
     @renamed(impl="tx")
-    def __init__(self, params: Any, tx: GradientTransformation) -> None:
+    def __init__(self, params: ParamsT, tx: GradientTransformation) -> None:
         misuse.check_parameters(params, type(self).__name__)
         tx = as_transformation(tx)
         check_transformation(tx, type(self).__name__)

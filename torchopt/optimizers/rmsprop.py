@@ -220,7 +220,7 @@ class RMSprop(Optimizer):
         """Take the parameters, then the arguments of :func:`torchopt.rmsprop`."""
 
 
-class MetaRMSProp(MetaOptimizer):
+class MetaRMSprop(MetaOptimizer):
     """:func:`torchopt.rmsprop` as a differentiable optimizer of a network."""
 
     twin = RMSprop

@@ -4,6 +4,9 @@
 values may be tensors and receive gradients; ``count`` may be a 0-d tensor.
 """
 
+import sys as _sys
+
+from torchopt.base import lazy as _lazy
 from torchopt.schedules.basic import (
     constant,
     exponential_decay,
@@ -102,3 +105,5 @@ __all__ = [
     "warmup_exponential_decay",
     "warmup_exponential_decay_schedule",
 ]
+
+__dir__ = _lazy.shown(_sys.modules[__name__])

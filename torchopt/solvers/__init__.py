@@ -4,6 +4,9 @@ A solver calls the function itself, as often as it needs. How the solution is di
 object of its own: implicitly, by recording the iterations, or not at all.
 """
 
+import sys as _sys
+
+from torchopt.base import lazy as _lazy
 from torchopt.diff.adjoints.unrolled import Unrolled as Unrolled
 from torchopt.solvers.base import Solution as Solution
 from torchopt.solvers.base import Solver as Solver
@@ -25,3 +28,6 @@ from torchopt.solvers.roots import RootSolver as RootSolver
 from torchopt.solvers.roots import find_root as find_root
 from torchopt.solvers.roots import fixed_point as fixed_point
 from torchopt.solvers.squares import LeastSquaresSolver as LeastSquaresSolver
+
+
+__dir__ = _lazy.shown(_sys.modules[__name__])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
+from typing_extensions import ParamSpec
 
 from torchopt.base import tree
 from torchopt.base.eager import eager
@@ -19,6 +20,10 @@ from torchopt.diff.implicit.solving import solved
 from torchopt.typing import PyTree
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 def custom_root(
     optimality_fn: Callable[..., PyTree],
     argnums: Argnums,
@@ -26,7 +31,7 @@ def custom_root(
     solve: Callable[..., PyTree] | None = None,
     *,
     residual_check: float | None = None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
     r"""Differentiate the solutions of a solver by the condition that they satisfy.
 
     .. math::
@@ -132,7 +137,7 @@ def custom_fixed_point(
     solve: Callable[..., PyTree] | None = None,
     *,
     residual_check: float | None = None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
     r"""Differentiate the solutions of a solver as fixed points of a map.
 
     .. math::
