@@ -141,7 +141,7 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Counter:
-    """A number that is kept beside the slots, such as a product of momenta or a sum of weights.
+    """A number that is kept with the slots, such as a product of momenta or a sum of weights.
 
     The method ``count`` of the transformation computes it before each update, and the rule gets
     it as it gets its hyperparameters: by keyword, for this update.

@@ -75,7 +75,7 @@ def scale_by_nadam(
     eps: Hyperparameter = 1e-8,
     momentum_decay: Hyperparameter = 4e-3,
 ) -> GradientTransformation:
-    r"""Scale as Adam does, with the momentum of the next step looked ahead to.
+    r"""Scale as Adam does, looking ahead to the momentum of the next step.
 
     .. math::
         \mu_t = \beta_1 \left(1 - \tfrac12\, 0.96^{t \psi}\right), \qquad

@@ -1,4 +1,4 @@
-"""RAdam: Adam that waits until its second moment is known well enough."""
+"""RAdam: Adam that waits until its second moment is reliable."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _wider(length: Any, limit: Any) -> Any:
 def scale_by_radam(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999), eps: Hyperparameter = 1e-8
 ) -> GradientTransformation:
-    r"""Scale as Adam does, once the second moment is known well enough; before it as momentum.
+    r"""Scale as Adam does, once the second moment is reliable; before that, as momentum does.
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
@@ -136,7 +136,7 @@ def radam(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""RAdam: Adam that waits until its second moment is known well enough.
+    r"""RAdam: Adam that waits until its second moment is reliable.
 
     .. math::
         g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \\

@@ -67,7 +67,7 @@ def rprop(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""Rprop: step sizes that grow while the sign of the gradient stays, and shrink with it.
+    r"""Rprop: step sizes that grow while the gradient keeps its sign, and shrink when it changes.
 
     For each entry:
 

@@ -169,7 +169,7 @@ def schedule_free_sgd(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""Schedule-free SGD: an average in place of a learning-rate schedule.
+    r"""Schedule-free SGD: averaging instead of a learning-rate schedule.
 
     Gradients are taken at :math:`y`, the parameters that are trained; an anchor :math:`z` takes
     plain steps, and :math:`x`, its average, is what is evaluated:
@@ -231,7 +231,7 @@ def schedule_free_adamw(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""Schedule-free AdamW: an average in place of a learning-rate schedule and of the momentum.
+    r"""Schedule-free AdamW: averaging instead of a learning-rate schedule and of momentum.
 
     Gradients are taken at :math:`y`, the parameters that are trained; an anchor :math:`z` takes
     the steps, and :math:`x`, its average, is what is evaluated:

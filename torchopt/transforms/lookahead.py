@@ -66,7 +66,7 @@ def lookahead(
     slow_step_size: Hyperparameter = 0.5,
     reset_state: bool = False,
 ) -> GradientTransformation:
-    r"""Take steps of another optimizer, and every so often go a part of the way only.
+    r"""Take steps of another optimizer, and every few steps keep only part of the way.
 
     .. math::
         p_t = p_{t-1} + u_t, \qquad\text{and for } k \mid t: \quad

@@ -152,7 +152,7 @@ def reduce_on_plateau(
     min_scale: Hyperparameter = 0.0,
     mode: str = "min",
 ) -> GradientTransformation:
-    r"""Multiply updates by a scale that falls when the loss has stopped getting better.
+    r"""Multiply updates by a scale that falls when the loss stops improving.
 
     The scale :math:`s` begins at 1. A value :math:`f` is better than the best one :math:`b` if
 
