@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import optree
 import torch
@@ -175,14 +175,19 @@ def flatten_like(tree: PyTree, reference: PyTree, spec: Any, what: str, like: st
         return leaves
     by_path = dict(zip(paths, leaves))
     if len(paths) != len(expected) or by_path.keys() != set(expected):
-        misuse.check_trees({what: tree, like: reference})
-        difference = f"{first_difference(paths, expected)}."
-        kinds = misuse.different_kinds(what, tree, like, reference)
-        if () in paths or () in expected:  # "the root is missing" says nothing to anyone
-            difference, kinds = kinds[1:2].lower() + kinds[2:], ""
-        verb = "do" if what.endswith("s") else "does"
-        raise ValueError(f"{what} {verb} not match {like}: {difference}{kinds}")
+        _refuse_mismatch(tree, reference, what, like)
     return [by_path[path] for path in expected]
+
+
+def _refuse_mismatch(tree: PyTree, reference: PyTree, what: str, like: str) -> NoReturn:
+    misuse.check_trees({what: tree, like: reference})
+    paths, expected = leaf_paths(tree), leaf_paths(reference)
+    difference = f"{first_difference(paths, expected)}."
+    kinds = misuse.different_kinds(what, tree, like, reference)
+    if () in paths or () in expected:  # "the root is missing" says nothing to anyone
+        difference, kinds = kinds[1:2].lower() + kinds[2:], ""
+    verb = "do" if what.endswith("s") else "does"
+    raise ValueError(f"{what} {verb} not match {like}: {difference}{kinds}")
 
 
 def unflatten_like(target: PyTree, reference: PyTree, spec: Any, leaves: Sequence[Any]) -> PyTree:
