@@ -46,7 +46,7 @@ test-frameworks: $(VENV)/.for-test  ## every optimizer inside Lightning, Acceler
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(FRAMEWORKS)/bin/python -m pytest -q -m "" -p no:cacheprovider \
 	  tests/test_lightning.py tests/test_accelerate.py tests/test_transformers.py
 
-examples: $(VENV)/.for-test  ## run every example at its default size, write examples/README.md anew; 10 minutes
+examples: $(VENV)/.for-test  ## run every example at its default size, rewrite examples/README.md; 10 minutes
 	$(BIN)/python examples/reproduce.py
 
 docs: $(VENV)/.for-docs  ## the documentation site, in build/docs; a minute or two; warnings are errors
@@ -73,7 +73,7 @@ wheel: $(BIN)/python  ## a wheel with the C library, in dist; tagged for all Lin
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl; \
 	else mkdir -p dist && cp build/wheel/*.whl dist; fi
 
-kernels: $(VENV)/.for-test  ## generate csrc/kernels.inc anew, after a change of rules or catalogue
+kernels: $(VENV)/.for-test  ## regenerate csrc/kernels.inc, after a change of rules or catalogue
 	$(BIN)/python csrc/generate.py
 
 sanitize:  ## the C core under three sanitizers and with guard pages, two minutes; needs no Python

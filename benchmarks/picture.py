@@ -30,7 +30,7 @@ def draw(results: Sequence[Mapping[str, Any]], clock: str, subtitle: str, path: 
         range(len(shown)), [f"{r['row']}\n{r['against']}" for r in reversed(shown)], fontsize=8
     )
     _decorate(axes, shown, clock)
-    figure.suptitle("Ratios of times, and what they are to reach", fontsize=12)
+    figure.suptitle("Ratios of times, and their targets", fontsize=12)
     axes.set_title(subtitle, fontsize=8, color="#6b7280")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

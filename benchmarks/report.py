@@ -65,14 +65,23 @@ def table(results: Sequence[Mapping[str, Any]], clock: str) -> str:
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
 
 
+def differences(
+    cases: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> list[tuple[str, str, str, float]]:
+    """Return case, side, comparison and difference of all results that are not those of ours."""
+    return [
+        (case, name, check, difference)
+        for case, figures in cases.items()
+        for name, of_side in figures.items()
+        for check, difference in of_side.get("relative_difference", {}).items()
+        if "float64" in check and not difference <= TOLERANCE  # nan is none either
+    ]
+
+
 def differing(cases: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """Return a sentence on every side whose results are not those of this library."""
-    sentences = []
-    for case, figures in cases.items():
-        for name, of_side in figures.items():
-            for check, difference in of_side.get("relative_difference", {}).items():
-                if "float64" not in check or difference <= TOLERANCE:
-                    continue
-                how = "are nan" if math.isnan(difference) else f"differ by {difference:.1e}"
-                sentences.append(f"{case}: results of {name} {how} ({check}).")
-    return sentences
+    return [
+        f"{case}: results of {name} "
+        f"{'are nan' if math.isnan(difference) else f'differ by {difference:.1e}'} ({check})."
+        for case, name, check, difference in differences(cases)
+    ]

@@ -3,7 +3,7 @@
 The loop ``long`` of ``unroll_memory`` (a network of 32-256-1, batches of 256, plain gradient
 descent), differentiated in every way by the initial weights and the learning rate; ``Forward()``,
 which is for few numbers, by the learning rate alone. Measured as there, each in a process of its
-own; of several rounds the medians count. Then ``docs/unroll_picture.py`` draws the figure anew.
+own; of several rounds the medians count. Then ``docs/unroll_picture.py`` draws the figure.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ MADE = {"optimizers": optimizers, "transformations": transformations, "schedules
 
 
 def written(text: str) -> str:
-    """Return the page with what is made from the package put in anew."""
+    """Return the page with what is made from the package updated."""
     for name, make in MADE.items():
         begin, end = BEGIN.format(name), END.format(name)
         pattern = re.escape(begin) + ".*?" + re.escape(end)

@@ -15,7 +15,7 @@ clean images only, and on the right labels only, which in practice nobody knows.
 
 The paper has 5,000 images of MNIST each to train on and to clean by, half of the labels wrong, and
 the same linear classifier. Here there are 700, 250 and about 800 to test on, of 8x8 pixels, split
-anew for every seed. Memory is measured in a process for each method, for the steps used here and
+again for every seed. Memory is measured in a process for each method, for the steps used here and
 for ten times as many; so is the distance of the derivative to that of the unrolled steps.
 
 Reference: Franceschi, Donini, Frasconi and Pontil, Forward and reverse gradient-based

@@ -89,7 +89,7 @@ def test_a_loss_that_is_stale_after_a_step():
     net, optimizer = adapted()
     loss = mse(net, batch())
     optimizer.step(loss)
-    with refused(ValueError, "compute it anew", net, optimizer):
+    with refused(ValueError, "compute it again", net, optimizer):
         optimizer.step(loss)
 
 

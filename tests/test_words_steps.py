@@ -92,16 +92,16 @@ LOOPS: dict[str, Entry] = {
     "no-with": (lambda: torchopt.inner_loop(net(), TX()).step(1), AttributeError, ("step", *WITH)),
     "no-iteration": (lambda: list(torchopt.inner_loop(net(), TX())), TypeError, WITH),
     "after": (after_the_block, RuntimeError, ("has ended", "inside", "torchopt.MetaOptimizer")),
-    "stale": (inside(of_before), ValueError, ("earlier weights", "compute it anew")),
+    "stale": (inside(of_before), ValueError, ("earlier weights", "compute it again")),
     "outside": (
         outside_of_the_block,
         ValueError,
-        ("outside of the inner_loop block", "compute it anew"),
+        ("outside of the inner_loop block", "compute it again"),
     ),
     "other": (
         inside(lambda n, inner: inner.step(loss(net()))),
         ValueError,
-        ("does not depend", "another network", "compute it anew"),
+        ("does not depend", "another network", "compute it again"),
     ),
     "zero-grad": (
         lambda: torchopt.MetaAdam(net()).zero_grad(),

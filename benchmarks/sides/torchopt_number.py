@@ -1,4 +1,4 @@
-"""This library with a number in the place of learned rates."""
+"""This library with a number instead of learned rates."""
 
 from __future__ import annotations
 

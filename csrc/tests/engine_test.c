@@ -539,7 +539,7 @@ static void test_callers(void) { /* they meet in the pool, and while the kernels
   for (int k = 0; k < 3; ++k) CHECK(pthread_join(callers[k], NULL) == 0);
 }
 
-/* The linker puts this in the place of pthread_create (--wrap). */
+/* The linker replaces pthread_create by this (--wrap). */
 int __real_pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
 int __wrap_pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
 #define MANY 100000

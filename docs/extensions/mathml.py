@@ -31,9 +31,24 @@ def to_mathml(latex: str, display: str = "inline") -> str:
     return result
 
 
+def lines_of(latex: str) -> list[str]:
+    r"""Return the lines of a formula, which end at ``\\``; those of a matrix or of cases stay.
+
+    Browsers ignore a break of lines inside of MathML: a formula would be one line that scrolls.
+    """
+    lines, depth = [""], 0
+    for piece in re.split(r"(\\\\|\\begin(?={)|\\end(?={))", latex):
+        depth += {r"\begin": 1, r"\end": -1}.get(piece, 0)
+        if piece == r"\\" and depth == 0:
+            lines.append("")
+        else:
+            lines[-1] += piece
+    return [line.strip() for line in lines if line.strip()]
+
+
 def _render(node: nodes.Element, display: str) -> str:
     try:
-        return to_mathml(node.astext(), display)
+        return "".join(to_mathml(line, display) for line in lines_of(node.astext()))
     except Exception as error:  # whatever is wrong with a formula, say which one it is
         logger.warning("Formula %r: %s", node.astext(), error, location=node)
         return ""

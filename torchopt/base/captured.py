@@ -130,14 +130,14 @@ def _globals_of(function: types.FunctionType) -> dict[str, Any]:
 
 
 class _Rebuilding:
-    """Builds things anew around other tensors, each once, so that what was shared stays shared."""
+    """Rebuilds things around other tensors, each once, so that what was shared stays shared."""
 
     def __init__(self, captured: Captured, values: Sequence[Tensor]) -> None:
         self.captured, self.values = captured, values
         self.made: dict[int, Any] = {}
 
     def of(self, thing: Any) -> Any:
-        """Return a thing built anew, or itself where it leads to no tensor."""
+        """Return a rebuilt thing, or itself where it leads to no tensor."""
         captured, key = self.captured, id(thing)
         if key in captured._places:
             return self.values[captured._places[key]]

@@ -34,7 +34,7 @@ def names_of_stub(package: str) -> Names:
         source = None
     if source is None:
         raise ImportError(
-            f"{package} lacks its file __init__.pyi, which lists its public names; install it anew."
+            f"{package} lacks its file __init__.pyi, which lists its public names; reinstall it."
         )
     statements = ast.parse(source).body
     places = {

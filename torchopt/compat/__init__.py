@@ -256,7 +256,7 @@ def install() -> None:
     """Make the table's modules importable, and its names known to the modules of today.
 
     They are entered into ``sys.modules``, not found by an importer: importing a module such as
-    ``torchopt.transform.scale`` would put it in the place of the function of that name.
+    ``torchopt.transform.scale`` would replace the function of that name by it.
     """
     names = dict.fromkeys(["torchopt", *HERE, *(path.rpartition(".")[0] for path in ABSENT)])
     for name in names:

@@ -20,7 +20,7 @@ Bound: TypeAlias = Any
 
 @dataclasses.dataclass(frozen=True)
 class HyperSpec:
-    """What values a hyperparameter may take; stands beside the field as data.
+    """The values that a hyperparameter may take, declared with its field.
 
     Example:
         >>> import torchopt

@@ -74,7 +74,7 @@ def _found(
 def tree_get_all_with_path(
     tree: Any, key: str, filtering: Filtering | None = None
 ) -> list[tuple[Path, Any]]:
-    """Return everything of a name with where it stands; see :func:`tree_get`.
+    """Return everything of a given name, and where it is; see :func:`tree_get`.
 
     Example:
         >>> import torch, torchopt
@@ -88,7 +88,7 @@ def tree_get_all_with_path(
 
 
 def tree_get(tree: Any, key: str, default: Any = None, filtering: Filtering | None = None) -> Any:
-    """Return the hyperparameter, slot or counter of a name, wherever it stands.
+    """Return the hyperparameter, slot or counter of a given name, wherever it is.
 
     Args:
         tree: A state (of any face: an ``OptState``, what ``state_dict()`` gave, an optimizer), a

@@ -99,7 +99,7 @@ class Slot:
             return param.clone() if self.dtype is None else param.to(self.dtype, copy=True)
         if not param.is_complex() or self.dtype is not None:
             return self._begun(param, self.shape_for(param), hyperparameters)
-        # a rule sees two real numbers in the place of a complex one, and so does a start
+        # a rule sees two real numbers instead of a complex one, and so does a start
         if self.shape is not None and callable(self.start):  # of another shape there are no pairs
             return self.start(param.real, **hyperparameters).to(param.dtype)
         pairs, shape = torch.view_as_real(param), (*self.shape_for(param), 2)
@@ -141,9 +141,9 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Counter:
-    """A number that is kept beside the slots, such as a product of momenta or a sum of weights.
+    """A number that is kept with the slots, such as a product of momenta or a sum of weights.
 
-    The method ``count`` of the transformation makes it anew before each update, and the rule gets
+    The method ``count`` of the transformation computes it before each update, and the rule gets
     it as it gets its hyperparameters: by keyword, for this update.
 
     Args:

@@ -385,7 +385,7 @@ class GradientTransformation(Exchanging):
         return hash(type(self))
 
     def __getstate__(self) -> dict[str, Any]:
-        # without the plan, which is made anew
+        # without the plan, which is made again
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 

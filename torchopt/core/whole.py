@@ -29,7 +29,7 @@ class PairState:
 
 
 def begin(plan: Plan, states: Mapping[str, PyTree], call: Call) -> None:
-    """Give a call the states of the pairs of a plan, made anew where there are none."""
+    """Give a call the states of the pairs of a plan, made where there are none."""
     for name, (pair, masks) in plan.whole.items():
         chosen = None
         for mask in masks:

@@ -96,7 +96,7 @@ def take_segment(
             return Result(
                 segment.last, compute(segment, leaves, columns, groups, unfit, applies), applies
             )
-    # the rules compute the first part, and the next one is asked for anew
+    # the rules compute the first part, and the next one is asked for again
     answer_for(single, leaves, unfit)
     return None
 

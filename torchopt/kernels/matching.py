@@ -146,7 +146,7 @@ class Segment:
         return row[name] if place is None else row[name][place]
 
     def with_hypers(self, row: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Return a row with other hyperparameters in the place of some, by operand."""
+        """Return a row with some hyperparameters replaced, by operand."""
         row = dict(row)
         for operand, value in given.items():
             name, place = self.places(row)[int(operand[1:])]
@@ -219,7 +219,7 @@ class Segment:
 def _structure_of(parts: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Return what tells apart parts whose programs differ, whatever their numbers are.
 
-    Transformations are often made anew in each call, with other numbers, and tracing takes a
+    Transformations are often made in each call, with other numbers, and tracing takes a
     millisecond. A rule is given its hyperparameters, so their values do not count; those of all
     other fields do, which a rule can only read from itself.
     """

@@ -14,7 +14,7 @@ from torchopt.nn.parameters import FastWeight
 
 
 class MetaGradientModule(nn.Module):
-    r"""A module that knows its own parameters from those that they are to be differentiated by.
+    r"""A module that tells its own parameters from those it is differentiated with respect to.
 
     A tensor that requires grad, or a module, that is given to the constructor and then assigned
     to an attribute is a *meta-parameter* or *meta-module*: it belongs to the outer problem.

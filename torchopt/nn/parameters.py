@@ -178,7 +178,7 @@ class ParameterWalk:
         return now == self._children and not any(m._modules for m in self._outer)
 
     def tensors(self) -> list[Tensor] | None:
-        """Return the present tensors, in the order of the sites; ``None`` to walk anew."""
+        """Return the present tensors, in the order of the sites; ``None`` to walk again."""
         if self._tied or not self.has_same_modules():
             return None
         dicts = [m._parameters for m in self._holders]

@@ -248,7 +248,7 @@ def _put_back(target: Any, state: Any) -> Any:
     elif isinstance(target, tuple):
         values = [_put_back(old, new) for old, new in zip(target, state)]
         return type(target)(*values) if hasattr(target, "_fields") else type(target)(values)
-    elif not tree.is_leaf(target):  # a registered class is built anew
+    elif not tree.is_leaf(target):  # a registered class is rebuilt
         return tree.unflatten(tree.flatten(target)[1], tree.flatten(state)[0])
     else:
         return state

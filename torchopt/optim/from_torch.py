@@ -167,7 +167,7 @@ class FromTorch:
         if len(numbers) != len(names):
             raise ValueError(
                 f"{self._title} has {len(numbers)} parameters by now, and the state has "
-                f"{len(names)}: call init anew."
+                f"{len(names)}: call init again."
             )
         return dict(zip(names, numbers))
 

@@ -61,7 +61,7 @@ class FuncOptimizer(misuse.NoPlainOptimizer):
         return f"{type(self).__name__}({self.transformation!r}{inplace})"
 
     def init(self, params: TensorTree) -> None:
-        """Start anew; otherwise the first :meth:`step` makes the state."""
+        """Start over; otherwise the first :meth:`step` makes the state."""
         self.state = self.transformation.init(params)
 
     def step(

@@ -29,7 +29,7 @@ def inner_loop(
     restore_buffers: bool = True,
     adjoint: Adjoint | None = None,
 ) -> Iterator[MetaOptimizer]:
-    """Adapt a network inside a ``with`` block; at its end it is what it was before.
+    """Adapt a network inside a ``with`` block, and restore it at the end.
 
     The adapted tensors live on in the graph of any loss computed in the block, so an outer loss may
     be differentiated inside or after it. What the network held comes back, also if the block

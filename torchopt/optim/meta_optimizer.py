@@ -154,7 +154,7 @@ class MetaOptimizer(Documented, misuse.NoPlainOptimizer):
         Args:
             loss: A scalar computed with the network's present tensors; or a function that computes
                 it, as a rule needs that asks for gradients at other weights (:func:`torchopt.sam`).
-            grads: Gradients in the place of a loss: a sequence in the order of
+            grads: Gradients instead of a loss: a sequence in the order of
                 ``net.parameters()``, or a dict by the names of ``net.named_parameters()``, for
                 several networks with the number of the group before it (``"0.weight"``). ``None``
                 leaves a parameter and its slots alone.

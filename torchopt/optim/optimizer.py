@@ -41,7 +41,7 @@ class Optimizer(Documented, torch.optim.Optimizer):
     """Run a transformation over parameters in place, as every ``torch.optim`` optimizer does.
 
     A subclass of ``torch.optim.Optimizer`` with all that comes with it: parameter groups with
-    their own hyperparameters, read anew at each step; learning-rate schedulers; gradient scaling;
+    their own hyperparameters, read at each step; learning-rate schedulers; gradient scaling;
     hooks; closures; ``state_dict`` in ``torch.optim``'s format. Transformations that look at all
     gradients, such as clipping by norm, see those of all groups together.
 

@@ -146,7 +146,7 @@ class Steady:
     ) -> Steady | None:
         """Return what a step found out; ``None`` if the next one must look again.
 
-        Numbers cannot change behind our back, and the entries of a tensor are read anew; a schedule
+        Numbers cannot change behind our back, and entries of a tensor are read again; a schedule
         can.
         """
         if not call.pack_slots or call.packing is None or type(None) in map(type, call.g):

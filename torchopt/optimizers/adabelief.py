@@ -118,16 +118,19 @@ def adabelief(
     r"""AdaBelief, with decoupled weight decay.
 
     .. math::
-        p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        s_t = \beta_2 s_{t-1} + (1 - \beta_2) (g_t - m_t)^2 + \epsilon_r, \\
+        p_t = p_{t-1} - \eta \left( \frac{m_t / (1 - \beta_1^t)}
+            {\sqrt{s_t / (1 - \beta_2^t)} + \epsilon} + \lambda p_{t-1} \right)
 
-    with :math:`u_t` of :func:`torchopt.scale_by_belief`.
+    The quotient is :func:`torchopt.scale_by_belief`.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of moment and variance, each in [0, 1).
-        eps: Added to the root, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of moment and variance, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, added to the root.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
-        eps_root: Added to the variance at each step, >= 0.
+        eps_root: :math:`\epsilon_r \ge 0`, added to the variance at each step.
         mask: Which parameters decay; see :func:`torchopt.masked`. ``None`` means all.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,

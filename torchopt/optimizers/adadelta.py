@@ -89,15 +89,19 @@ def adadelta(
     r"""Adadelta: a running root mean square of updates over that of gradients.
 
     .. math::
-        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad p_t = p_{t-1} - \eta\, u_t
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
+        v_t = \rho v_{t-1} + (1 - \rho) g_t^2, \\
+        u_t = \sqrt{\frac{d_{t-1} + \epsilon}{v_t + \epsilon}}\; g_t, \qquad
+        d_t = \rho d_{t-1} + (1 - \rho) u_t^2, \qquad
+        p_t = p_{t-1} - \eta\, u_t
 
-    with :math:`u_t` of :func:`torchopt.scale_by_adadelta`. The function of this name in TorchOpt
-    0.7.3 had the default ``lr=1e-3``; its classes had that of torch, as everything here.
+    :math:`u_t` is :func:`torchopt.scale_by_adadelta`. The function of this name in TorchOpt 0.7.3
+    had the default ``lr=1e-3``; its classes had torch's default, as everything here does.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        rho: Decay rate of both averages, in [0, 1].
-        eps: Added inside both roots, >= 0.
+        rho: Decay rate :math:`\rho` of both averages, in [0, 1].
+        eps: :math:`\epsilon \ge 0`, added inside both roots.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,

@@ -128,17 +128,22 @@ def adam(
     r"""Adam, with L2 weight decay.
 
     .. math::
-        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad p_t = p_{t-1} - \eta\, u_t
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \\
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \\
+        p_t = p_{t-1} - \eta\, \frac{m_t / (1 - \beta_1^t)}
+            {\sqrt{v_t / (1 - \beta_2^t) + \epsilon_r} + \epsilon}
 
-    with :math:`u_t` of :func:`torchopt.scale_by_adam`.
+    With ``amsgrad`` the running maximum of :math:`v` replaces :math:`v_t`. The quotient is
+    :func:`torchopt.scale_by_adam`.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the root, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of the two moments, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, added to the root.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
         amsgrad: Use the running maximum of the second moment.
-        eps_root: Added inside the root, >= 0.
+        eps_root: :math:`\epsilon_r \ge 0`, added inside the root.
         maximize: Ascend instead of descend.
         exp_avg_dtype: The dtype that the first moment is kept in, such as ``torch.bfloat16``; see
             :meth:`torchopt.GradientTransformation.with_slot_dtypes`.

@@ -1,4 +1,4 @@
-"""Adamax: Adam with the infinity norm in the place of the second moment."""
+"""Adamax: Adam with the infinity norm instead of the second moment."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def adamax(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""Adamax: Adam with the infinity norm in the place of the second moment.
+    r"""Adamax: Adam with the infinity norm instead of the second moment.
 
     .. math::
         g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad

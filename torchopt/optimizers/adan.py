@@ -44,7 +44,7 @@ class ScaleByAdan(ElementwiseTransformation):
     def rule(
         self, g: Tensor, p: Any, t: Step, slots: tuple, *, betas: tuple[Any, Any, Any], eps: Any
     ) -> tuple[Tensor, tuple]:
-        """Return the corrected moments over the root of the second, and all of them anew."""
+        """Return the corrected moments over the root of the second, and all new moments."""
         b1, b2, b3 = betas
         m, d, n, negative = slots
         difference = g + _before(g, negative, t)
@@ -146,17 +146,25 @@ def adan(
     r"""Adan: adaptive Nesterov momentum.
 
     .. math::
+        \Delta_t = g_t - g_{t-1} \;\;(g_0 = g_1), \qquad
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \\
+        d_t = \beta_2 d_{t-1} + (1 - \beta_2) \Delta_t, \qquad
+        n_t = \beta_3 n_{t-1} + (1 - \beta_3) (g_t + \beta_2 \Delta_t)^2, \\
+        u_t = \left( \frac{m_t}{1 - \beta_1^t} + \beta_2 \frac{d_t}{1 - \beta_2^t} \right)
+            \bigg/ \left( \sqrt{n_t / (1 - \beta_3^t)} + \epsilon \right), \qquad
         p_t = \frac{p_{t-1} - \eta\, u_t}{1 + \eta \lambda}
 
-    with :math:`u_t` of :func:`torchopt.scale_by_adan`; with ``no_prox`` the weights decay as in
-    AdamW: :math:`p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})`, which is what Optax does.
+    :math:`u_t` is :func:`torchopt.scale_by_adan`. With ``no_prox`` the weights decay as in AdamW:
+    :math:`p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})`, which is what Optax does.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of gradients, of their differences, and of squares, each in [0, 1).
-        eps: Added to the root, >= 0. (Optax adds ``eps_root=1e-8`` inside the root besides.)
-        weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``. As any number it may be
-            a dict by parameter name, for weights that do not decay.
+        betas: Decay rates :math:`(\beta_1, \beta_2, \beta_3)` of gradients, of their differences,
+            and of squares, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, added to the root. (Optax also adds ``eps_root=1e-8`` inside
+            the root.)
+        weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``. Like any number it may
+            be a dict by parameter name, for weights that do not decay.
         no_prox: Decay as AdamW does.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,

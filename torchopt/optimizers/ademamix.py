@@ -160,17 +160,24 @@ def ademamix(
     r"""AdEMAMix: AdamW with a mixture of a fast and a slow momentum.
 
     .. math::
-        p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \\
+        s_t = \beta_3(t)\, s_{t-1} + (1 - \beta_3(t))\, g_t, \\
+        p_t = p_{t-1} - \eta \left( \frac{m_t / (1 - \beta_1^t) + \alpha(t)\, s_t}
+            {\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} + \lambda p_{t-1} \right)
 
-    with :math:`u_t` of :func:`torchopt.scale_by_ademamix`.
+    The quotient is :func:`torchopt.scale_by_ademamix`. Without warm-ups :math:`\alpha(t) = \alpha`
+    and :math:`\beta_3(t) = \beta_3`. A warm-up of :math:`T` steps makes
+    :math:`\alpha(t) = \alpha \min(1, t / T)`, and lets the half-life of :math:`s` grow linearly
+    from that of :math:`m` to its own.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of the fast momentum, of squares, and of the slow momentum, each in
-            [0, 1).
-        alpha: The weight of the slow momentum, >= 0. 5 as in Optax; the authors' PyTorch code has
-            2, and the paper trains with 5 to 10.
-        eps: Added to the root, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2, \beta_3)` of the fast momentum, of squares, and
+            of the slow momentum, each in [0, 1).
+        alpha: The weight :math:`\alpha \ge 0` of the slow momentum. 5 as in Optax; the authors'
+            PyTorch code has 2, and the paper trains with 5 to 10.
+        eps: :math:`\epsilon \ge 0`, added to the root.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
         alpha_warmup: Over how many steps ``alpha`` grows from 0 to its value. The paper takes all
             steps of the training, for both.

@@ -167,17 +167,22 @@ def adopt(
     r"""ADOPT: Adam that converges with any decay rate of the second moment.
 
     .. math::
-        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad p_t = p_{t-1} - \eta\, u_t
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
+        v_1 = g_1^2, \quad m_1 = 0, \quad p_1 = p_0; \\
+        s_t = \frac{g_t}{\max(\sqrt{v_{t-1}}, \epsilon)} \text{ clipped to } \pm (t - 1)^\kappa,
+        \qquad m_t = \beta_1 m_{t-1} + (1 - \beta_1) s_t, \\
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \qquad
+        p_t = p_{t-1} - \eta\, m_t
 
-    with :math:`u_t` of :func:`torchopt.scale_by_adopt`, which is zero at the first step; with
-    ``decoupled_weight_decay`` the decay does not pass through the moments:
-    :math:`p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})`, but for the first step, which moves
-    nothing.
+    The first step moves nothing: it only starts the second moment. With ``decoupled_weight_decay``
+    the decay does not pass through the moments:
+    :math:`p_t = p_{t-1} - \eta\, (m_t + \lambda p_{t-1})` from the second step on. Without learning
+    rate and decay it is :func:`torchopt.scale_by_adopt`.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of the two moments, each in [0, 1).
-        eps: The least root that is divided by, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of the two moments, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, the least root that is divided by.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``. (Optax has none.)
         decoupled_weight_decay: Decay as AdamW does. The authors' ``decouple``.
         use_clipping: Clip scaled gradients to :math:`\pm (t - 1)^\kappa`.

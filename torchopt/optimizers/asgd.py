@@ -97,7 +97,7 @@ def asgd(
 
     .. math::
         g_t = \nabla f(p_{t-1}) + \omega p_{t-1}, \qquad
-        p_t = (1 - \lambda \eta_{t-1})\, p_{t-1} - \eta_{t-1} g_t, \qquad
+        p_t = (1 - \lambda \eta_{t-1})\, p_{t-1} - \eta_{t-1} g_t, \\
         \bar p_t = \bar p_{t-1} + \mu_{t-1} (p_t - \bar p_{t-1}), \\
         \eta_t = \frac{\eta}{(1 + \lambda \eta\, t)^\alpha}, \quad \eta_0 = \eta, \qquad
         \mu_t = \frac{1}{\max(1, t - t_0)}, \quad \mu_0 = 1

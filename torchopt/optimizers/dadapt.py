@@ -164,6 +164,7 @@ def dadapt_sgd(
     is not zero,
 
     .. math::
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
         \eta_t = \frac{d_{t-1} \gamma}{G}, \qquad
         r_t = r_{t-1} + \eta_t \langle g_t, s_{t-1} \rangle, \qquad
         s_t = s_{t-1} + \eta_t g_t, \\
@@ -173,7 +174,7 @@ def dadapt_sgd(
     Args:
         lr: :math:`\gamma \ge 0`, a factor of the rate: 1, or a schedule that ends at 0.
         momentum: :math:`\mu` in [0, 1).
-        weight_decay: :math:`\lambda \ge 0`, of which :math:`\lambda p` is added to the gradient.
+        weight_decay: :math:`\lambda \ge 0`.
         estim_lr0: :math:`d_0 > 0`, the first estimate, well below the distance.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
@@ -230,6 +231,7 @@ def dadapt_adagrad(
     :math:`\lVert x \rVert_t^2 = \langle x, x / (\sqrt{a_t} + \epsilon) \rangle`
 
     .. math::
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
         a_t = a_{t-1} + g_t^2, \qquad s_t = s_{t-1} + \eta_t g_t, \qquad
         q_t = q_{t-1} + \eta_t^2 \lVert g_t \rVert_t^2, \\
         d_t = \max\!\left(d_{t-1},
@@ -239,7 +241,7 @@ def dadapt_adagrad(
     Args:
         lr: :math:`\gamma \ge 0`, a factor of the rate: 1, or a schedule that ends at 0.
         momentum: :math:`\mu` in [0, 1).
-        weight_decay: :math:`\lambda \ge 0`, of which :math:`\lambda p` is added to the gradient.
+        weight_decay: :math:`\lambda \ge 0`.
         eps: :math:`\epsilon \ge 0`.
         estim_lr0: :math:`d_0 > 0`, the first estimate, well below the distance.
         initial_accumulator_value: What :math:`a` is before the first step, >= 0.

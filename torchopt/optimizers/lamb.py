@@ -33,20 +33,23 @@ def lamb(
     r"""LAMB: Adam for large batches, with a trust ratio for each parameter.
 
     .. math::
-        w_t = u_t + \lambda p_{t-1}, \qquad
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \\
+        w_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t) + \epsilon_r} + \epsilon}
+            + \lambda p_{t-1}, \qquad
         p_t = p_{t-1} - \eta\, \frac{\lVert p_{t-1} \rVert}{\lVert w_t \rVert}\, w_t
 
-    with :math:`u_t` of :func:`torchopt.scale_by_adam`, both of its moments corrected for their bias
-    as in the paper. The ratio is 1 where one of the norms is 0. Norms are those of whole
-    parameters; the weight decay is inside of them.
+    Both moments are corrected for their bias, as in the paper. The ratio is 1 where one of the
+    norms is 0. Norms are those of whole parameters; :math:`\lVert w_t \rVert` includes the weight
+    decay. With ``amsgrad`` the running maximum of :math:`v` replaces :math:`v_t`.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the root, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of the two moments, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, added to the root.
         weight_decay: :math:`\lambda \ge 0`. The paper has 0.01.
         amsgrad: Use the running maximum of the second moment.
-        eps_root: Added inside the root, >= 0.
+        eps_root: :math:`\epsilon_r \ge 0`, added inside the root.
         mask: Which parameters decay; see :func:`torchopt.masked`. ``None`` means all.
         trust_ratio_mask: Which parameters have a ratio other than 1; ``None`` means all.
             Implementations for transformers leave out biases and normalizations.

@@ -35,18 +35,18 @@ def lars(
 
     .. math::
         g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
-        b_t = \mu\, b_{t-1}
-            + \eta\, \xi\, \frac{\lVert p_{t-1} \rVert}{\lVert g_t \rVert + \epsilon}\, g_t, \qquad
+        a_t = \eta\, \xi\, \frac{\lVert p_{t-1} \rVert}{\lVert g_t \rVert + \epsilon}\, g_t, \\
+        b_t = \mu\, b_{t-1} + (1 - \tau)\, a_t \;\;(b_1 = \mu b_0 + a_1), \qquad
         p_t = p_{t-1} - b_t
 
-    or, for Nesterov, with the last step once more looked ahead. The learning rate is inside of the
-    momentum, as in the paper: a new one acts on new gradients only. Where one of the norms is 0,
-    the step is :math:`\eta\, g_t`.
+    With ``nesterov`` the step is :math:`a_t + \mu b_t`. The learning rate is inside the momentum,
+    as in the paper: a new one acts on new gradients only. Where one of the norms is 0,
+    :math:`a_t = \eta\, g_t`.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
         momentum: :math:`\mu \ge 0`. The Python number 0 keeps no buffer.
-        dampening: As for :func:`torchopt.trace`.
+        dampening: :math:`\tau`, not applied at the first step, as in :func:`torchopt.trace`.
         weight_decay: :math:`\lambda \ge 0`.
         nesterov: Look ahead.
         trust_coefficient: :math:`\xi \ge 0`.

@@ -90,7 +90,7 @@ def lion(
 
     .. math::
         u_t = \operatorname{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t), \qquad
-        m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t, \qquad
+        m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t, \\
         p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})
 
     Every entry moves by :math:`\eta`, so the paper takes a learning rate three to ten times

@@ -179,22 +179,29 @@ def muon(
 ) -> GradientTransformation:
     r"""Muon: momentum of matrices, orthogonalized, with decoupled weight decay.
 
-    .. math::
-        p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})
+    For an :math:`m \times n` matrix and :math:`K` iterations:
 
-    with :math:`u_t` of :func:`torchopt.scale_by_muon`. It takes matrices only; a whole network is
-    optimized with :func:`torchopt.partition`, see the example.
+    .. math::
+        b_t = \mu b_{t-1} + (1 - \mu) g_t, \qquad
+        X_0 = \frac{(1 - \mu) g_t + \mu b_t}{\max(\lVert \cdot \rVert_F, \epsilon)}, \\
+        X_{k+1} = a X_k + \left(b A_k + c A_k^2\right) X_k, \quad A_k = X_k X_k^\top, \\
+        p_t = p_{t-1} - \eta\, (s X_K + \lambda p_{t-1})
+
+    with :math:`s = \sqrt{\max(1, m / n)}` or :math:`s = 0.2 \sqrt{\max(m, n)}`. Without
+    ``nesterov`` the numerator of :math:`X_0` is :math:`b_t`. The term :math:`s X_K` is
+    :func:`torchopt.scale_by_muon`. Muon takes matrices only; a whole network is optimized with
+    :func:`torchopt.partition`, see the example.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
-        momentum: Decay rate of the momentum, >= 0.
+        momentum: Decay rate :math:`\mu \ge 0` of the momentum.
         nesterov: Look ahead.
-        ns_coefficients: Coefficients of the iteration.
-        eps: The least norm that is divided by, > 0.
-        ns_steps: How many iterations, less than 100.
-        adjust_lr_fn: How the step depends on the shape: ``None``, ``"original"`` or
-            ``"match_rms_adamw"``.
+        ns_coefficients: Coefficients :math:`(a, b, c)` of the iteration.
+        eps: :math:`\epsilon > 0`, the least norm that is divided by.
+        ns_steps: :math:`K`, how many iterations, less than 100.
+        adjust_lr_fn: How the step depends on the shape: ``"original"`` (also ``None``), or
+            ``"match_rms_adamw"``, the second :math:`s`.
         ns_dtype: The dtype of the iteration; for meta-gradients ``torch.float32`` or more.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
             ``False`` never. The rule of a whole matrix has none.

@@ -75,7 +75,7 @@ def scale_by_nadam(
     eps: Hyperparameter = 1e-8,
     momentum_decay: Hyperparameter = 4e-3,
 ) -> GradientTransformation:
-    r"""Scale as Adam does, with the momentum of the next step looked ahead to.
+    r"""Scale as Adam does, looking ahead to the momentum of the next step.
 
     .. math::
         \mu_t = \beta_1 \left(1 - \tfrac12\, 0.96^{t \psi}\right), \qquad
@@ -129,17 +129,25 @@ def nadam(
     r"""NAdam: Adam with Nesterov momentum.
 
     .. math::
-        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad p_t = p_{t-1} - \eta\, u_t
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
+        \mu_t = \beta_1 \left(1 - \tfrac12\, 0.96^{t \psi}\right), \qquad
+        P_t = \prod_{i=1}^t \mu_i, \\
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \\
+        u_t = \left( \frac{1 - \mu_t}{1 - P_t}\, g_t
+            + \frac{\mu_{t+1}}{1 - P_t\, \mu_{t+1}}\, m_t \right)
+            \bigg/ \left( \sqrt{v_t / (1 - \beta_2^t)} + \epsilon \right), \qquad
+        p_t = p_{t-1} - \eta\, u_t
 
-    with :math:`u_t` of :func:`torchopt.scale_by_nadam`; with ``decoupled_weight_decay`` the decay
-    does not pass through the moments: :math:`p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})`.
+    :math:`u_t` is :func:`torchopt.scale_by_nadam`. With ``decoupled_weight_decay`` the decay does
+    not pass through the moments: :math:`p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})`.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the root, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of the two moments, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, added to the root.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
-        momentum_decay: How fast the momentum grows, >= 0.
+        momentum_decay: :math:`\psi \ge 0`, how fast the momentum grows.
         decoupled_weight_decay: Decay as AdamW does.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,

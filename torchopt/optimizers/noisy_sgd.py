@@ -125,7 +125,7 @@ def noisy_sgd(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""SGD with noise added to the gradients, which dies away.
+    r"""SGD with decaying noise added to the gradients.
 
     .. math::
         p_t = p_{t-1} - \alpha\, \big(g_t + \mathcal{N}(0, \eta / t^\gamma)\big)

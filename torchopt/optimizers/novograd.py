@@ -125,15 +125,18 @@ def novograd(
     r"""NovoGrad: momentum with a second moment that is one number for each parameter.
 
     .. math::
-        p_t = p_{t-1} - \eta\, u_t
+        v_1 = \lVert g_1 \rVert^2, \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) \lVert g_t \rVert^2, \\
+        m_t = \beta_1 m_{t-1} + \frac{g_t}{\sqrt{v_t} + \epsilon} + \lambda p_{t-1}, \qquad
+        p_t = p_{t-1} - \eta\, m_t
 
-    with :math:`u_t` of :func:`torchopt.scale_by_novograd`.
+    The norm is that of a whole parameter. :math:`m_t` is :func:`torchopt.scale_by_novograd`.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of momentum and squared norm, each in [0, 1). Optax's; the paper has
-            (0.95, 0.98).
-        eps: Added to the root, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of momentum and squared norm, each in [0, 1).
+            Optax's defaults; the paper has (0.95, 0.98).
+        eps: :math:`\epsilon \ge 0`, added to the root.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,

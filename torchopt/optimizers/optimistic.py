@@ -86,7 +86,7 @@ def optimistic_gradient_descent(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""Optimistic gradient descent, which converges in games where gradient descent goes round.
+    r"""Optimistic gradient descent, which converges in games where gradient descent cycles.
 
     .. math::
         p_t = p_{t-1} - \eta\, \big(\alpha\, g_t + \beta\, (g_t - g_{t-1})\big), \qquad g_0 = g_1

@@ -148,7 +148,7 @@ def prodigy(
         weight_decay: :math:`\lambda \ge 0`, decoupled. For the coupled one put
             :func:`torchopt.add_decayed_weights` before.
         safeguard_warmup: Leave the learning rate out of :math:`s`, for schedules that begin with
-            a long warm-up: :math:`d_{t-1}` in the place of :math:`\eta_t` there.
+            a long warm-up: :math:`d_{t-1}` instead of :math:`\eta_t` there.
         use_bias_correction: The correction in :math:`\eta_t`, as in Optax. Without it (the paper,
             and the default of the authors' code) :math:`\eta_t = d_{t-1} \gamma`.
         maximize: Ascend instead of descend.

@@ -1,4 +1,4 @@
-"""RAdam: Adam that waits until its second moment is known well enough."""
+"""RAdam: Adam that waits until its second moment is reliable."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _wider(length: Any, limit: Any) -> Any:
 def scale_by_radam(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999), eps: Hyperparameter = 1e-8
 ) -> GradientTransformation:
-    r"""Scale as Adam does, once the second moment is known well enough; before it as momentum.
+    r"""Scale as Adam does, once the second moment is reliable; before that, as momentum does.
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
@@ -136,20 +136,31 @@ def radam(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""RAdam: Adam that waits until its second moment is known well enough.
+    r"""RAdam: Adam that waits until its second moment is reliable.
 
     .. math::
-        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad p_t = p_{t-1} - \eta\, u_t
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \\
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \\
+        \rho_\infty = \frac{2}{1 - \beta_2} - 1, \qquad
+        \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1 - \beta_2^t}, \qquad
+        r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2)\, \rho_\infty}
+                        {(\rho_\infty - 4)(\rho_\infty - 2)\, \rho_t}}, \\
+        u_t = \frac{m_t}{1 - \beta_1^t} \cdot \begin{cases}
+            r_t \sqrt{1 - \beta_2^t} \big/ (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\
+            1 & \text{otherwise} \end{cases}, \qquad
+        p_t = p_{t-1} - \eta\, u_t
 
-    with :math:`u_t` of :func:`torchopt.scale_by_radam`; with ``decoupled_weight_decay`` the decay
-    does not pass through the moments: :math:`p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})`.
-    The function of this name in TorchOpt 0.7.3 had the default ``eps=1e-6``; its classes had that
-    of torch, as everything here. Optax adds ``eps`` to the root of the corrected moment.
+    :math:`u_t` is :func:`torchopt.scale_by_radam`. With ``decoupled_weight_decay`` the decay does
+    not pass through the moments: :math:`p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})`.
+    The function of this name in TorchOpt 0.7.3 had the default ``eps=1e-6``; its classes had
+    torch's default, as everything here does. Optax adds ``eps`` to the root of the corrected
+    moment.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the root, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of the two moments, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, added to the root.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
         decoupled_weight_decay: Decay as AdamW does.
         maximize: Ascend instead of descend.

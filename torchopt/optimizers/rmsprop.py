@@ -152,22 +152,26 @@ def rmsprop(
 
     .. math::
         g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
-        b_t = \mu b_{t-1} + u_t, \qquad p_t = p_{t-1} - \eta\, b_t
+        v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2, \\
+        b_t = \mu b_{t-1} + \frac{g_t}{\sqrt{v_t} + \epsilon}, \qquad
+        p_t = p_{t-1} - \eta\, b_t
 
-    with :math:`u_t` of :func:`torchopt.scale_by_rms`, or of :func:`torchopt.scale_by_stddev` if
-    ``centered``.
+    If ``centered``, :math:`v_t - a_t^2` is under the root, with
+    :math:`a_t = \alpha a_{t-1} + (1 - \alpha) g_t`. With ``nesterov`` the step is the quotient plus
+    :math:`\mu b_t`. The quotient is :func:`torchopt.scale_by_rms` or
+    :func:`torchopt.scale_by_stddev`.
 
     Optax's ``rmsprop`` has ``decay=0.9`` for ``alpha``, and ``eps`` inside the root unless it is
     given ``eps_in_sqrt=False``.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        alpha: Decay rate of the second moment, in [0, 1).
-        eps: Added to the root, >= 0.
+        alpha: Decay rate :math:`\alpha` of the second moment, in [0, 1).
+        eps: :math:`\epsilon \ge 0`, added to the root.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
         momentum: :math:`\mu \ge 0`.
         centered: Divide by the standard deviation instead of the root mean square.
-        initial_scale: Initial value of the second moment.
+        initial_scale: Initial value of the second moment :math:`v`.
         nesterov: Use Nesterov momentum; needs ``momentum > 0``.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,

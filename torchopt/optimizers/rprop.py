@@ -67,11 +67,12 @@ def rprop(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""Rprop: step sizes that grow while the sign of the gradient stays, and shrink with it.
+    r"""Rprop: step sizes that grow while the gradient keeps its sign, and shrink when it changes.
 
-    For each entry, with :math:`g_0 = 0` and :math:`d_0 = \eta`:
+    For each entry:
 
     .. math::
+        g_0 = 0, \qquad d_0 = \eta, \\
         d_t = \operatorname{clamp}\!\left(d_{t-1} \cdot \begin{cases}
             \eta_+ & g_t\, g_{t-1} > 0 \\ \eta_- & g_t\, g_{t-1} < 0 \\ 1 & \text{otherwise}
             \end{cases},\ \Gamma_{\min},\ \Gamma_{\max}\right), \qquad

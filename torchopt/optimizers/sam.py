@@ -20,7 +20,14 @@ from torchopt.typing import Hyperparameter
 
 
 class SAM(Optimizer):
-    """:func:`torchopt.sam` as a ``torch.optim.Optimizer``: call ``step(closure)``.
+    r""":func:`torchopt.sam` as a ``torch.optim.Optimizer``: call ``step(closure)``.
+
+    .. math::
+        g_t = \nabla f(p_{t-1}), \qquad
+        \epsilon_t = \rho\, \frac{T^2 g_t}{\lVert T g_t \rVert}, \qquad
+        p_t = p_{t-1} + \operatorname{base}\big(\nabla f(p_{t-1} + \epsilon_t)\big)
+
+    with :math:`T = 1`, or :math:`T = |p_{t-1}| + \eta` if ``adaptive``.
 
     The closure is called twice, at the weights and at those higher up; it calls ``zero_grad`` and
     ``backward``, and the loss that ``step`` returns is the first one. In a loop of one's own, which
@@ -186,7 +193,14 @@ def _with_kept_buffers(
 
 
 class MetaSAM(MetaOptimizer):
-    """:func:`torchopt.sam` as a differentiable optimizer of a network: call ``step(closure)``.
+    r""":func:`torchopt.sam` as a differentiable optimizer of a network: call ``step(closure)``.
+
+    .. math::
+        g_t = \nabla f(p_{t-1}), \qquad
+        \epsilon_t = \rho\, \frac{T^2 g_t}{\lVert T g_t \rVert}, \qquad
+        p_t = p_{t-1} + \operatorname{base}\big(\nabla f(p_{t-1} + \epsilon_t)\big)
+
+    with :math:`T = 1`, or :math:`T = |p_{t-1}| + \eta` if ``adaptive``.
 
     The closure returns the loss. It is called twice, the second time with the weights higher up in
     the network, which works on copies of its buffers then. Derivatives go through both gradients.

@@ -169,27 +169,27 @@ def schedule_free_sgd(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""Schedule-free SGD: an average in place of a learning-rate schedule.
+    r"""Schedule-free SGD: averaging instead of a learning-rate schedule.
 
     Gradients are taken at :math:`y`, the parameters that are trained; an anchor :math:`z` takes
-    plain steps, and :math:`x`, its average, is what is to be evaluated:
+    plain steps, and :math:`x`, its average, is what is evaluated:
 
     .. math::
-        u_t = \nabla f(y_t) + \lambda y_t, \qquad z_{t+1} = z_t - \eta_t u_t, \\
-        w_t = t^r \max_{i \le t} \eta_i^{\,q}, \qquad c_t = w_t \Big/ \sum_{i \le t} w_i, \qquad
-        x_{t+1} = (1 - c_t)\, x_t + c_t z_{t+1}, \\
+        u_t = \nabla f(y_t) + \lambda y_t, \qquad
+        \eta_t = \eta \min(1, t / T), \qquad z_{t+1} = z_t - \eta_t u_t, \\
+        w_t = t^r \max_{i \le t} \eta_i^{\,q}, \qquad c_t = w_t \Big/ \sum_{i \le t} w_i, \\
+        x_{t+1} = (1 - c_t)\, x_t + c_t z_{t+1}, \qquad
         y_{t+1} = (1 - \beta)\, z_{t+1} + \beta\, x_{t+1}
 
-    with :math:`\eta_t = \eta \min(1, t / T)` for :math:`T` steps of warm-up. To evaluate take
-    ``tx.eval_params(state, params)``, ``optimizer.eval()`` and ``optimizer.train()``, or
-    ``inner.eval_params()``.
+    To evaluate, use ``tx.eval_params(state, params)``, ``optimizer.eval()`` and
+    ``optimizer.train()``, or ``inner.eval_params()``.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
         momentum: :math:`\beta` in (0, 1).
         weight_decay: :math:`\lambda \ge 0`, at :math:`y`.
         warmup_steps: :math:`T`, a whole number.
-        r: Power of the step in the average's weights, >= 0.
+        r: :math:`r \ge 0`, power of the step in the average's weights.
         weight_lr_power: :math:`q \ge 0`, power of the learning rate in them.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
@@ -231,22 +231,29 @@ def schedule_free_adamw(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    r"""Schedule-free AdamW: an average in place of a learning-rate schedule and of the momentum.
+    r"""Schedule-free AdamW: averaging instead of a learning-rate schedule and of momentum.
 
-    As :func:`torchopt.schedule_free_sgd`, with :math:`\beta = \beta_1` and the direction
+    Gradients are taken at :math:`y`, the parameters that are trained; an anchor :math:`z` takes
+    the steps, and :math:`x`, its average, is what is evaluated:
 
     .. math::
-        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \qquad
-        u_t = \frac{g_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} + \lambda y_t
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) \nabla f(y_t)^2, \qquad
+        u_t = \frac{\nabla f(y_t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} + \lambda y_t, \\
+        \eta_t = \eta \min(1, t / T), \qquad z_{t+1} = z_t - \eta_t u_t, \\
+        w_t = t^r \max_{i \le t} \eta_i^{\,q}, \qquad c_t = w_t \Big/ \sum_{i \le t} w_i, \\
+        x_{t+1} = (1 - c_t)\, x_t + c_t z_{t+1}, \qquad
+        y_{t+1} = (1 - \beta_1)\, z_{t+1} + \beta_1\, x_{t+1}
+
+    How the average is evaluated, :func:`torchopt.schedule_free_sgd` says.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
         betas: :math:`(\beta_1, \beta_2)`, each in (0, 1).
         eps: :math:`\epsilon \ge 0`, outside the root.
         weight_decay: :math:`\lambda \ge 0`, at :math:`y`.
-        warmup_steps: Over how many steps the learning rate grows to its value.
-        r: Power of the step in the average's weights, >= 0.
-        weight_lr_power: Power of the learning rate in them, >= 0.
+        warmup_steps: :math:`T`, over how many steps the learning rate grows to its value.
+        r: :math:`r \ge 0`, power of the step in the average's weights.
+        weight_lr_power: :math:`q \ge 0`, power of the learning rate in them.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
             ``False`` never.

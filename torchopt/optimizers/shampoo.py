@@ -186,19 +186,24 @@ def shampoo(
 ) -> GradientTransformation:
     r"""Shampoo: gradients multiplied by the inverse root of a matrix along each dimension.
 
+    For a matrix:
+
     .. math::
         g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad
+        L_t = L_{t-1} + g_t g_t^\top, \qquad R_t = R_{t-1} + g_t^\top g_t, \\
+        u_t = (L_t + \epsilon I)^{-1/4}\, g_t\, (R_t + \epsilon I)^{-1/4}, \qquad
         b_t = \mu b_{t-1} + u_t, \qquad p_t = p_{t-1} - \eta\, b_t
 
-    with :math:`u_t` of :func:`torchopt.scale_by_shampoo`.
+    :math:`u_t` is :func:`torchopt.scale_by_shampoo`, which also gives the rule for vectors and for
+    tensors of more dimensions.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
         momentum: :math:`\mu \ge 0`, of preconditioned gradients. The Python number 0 keeps no
             buffer.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
-        eps: Added to the diagonal of every matrix, > 0.
-        precondition_frequency: After how many steps roots are computed anew, >= 1.
+        eps: :math:`\epsilon > 0`, added to the diagonal of every matrix.
+        precondition_frequency: After how many steps roots are computed again, >= 1.
         max_preconditioner_dim: The greatest size of a dimension that has a matrix, >= 1.
         precondition_1d: Give vectors a matrix, too.
         maximize: Ascend instead of descend.

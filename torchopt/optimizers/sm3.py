@@ -128,16 +128,24 @@ def sm3(
 ) -> GradientTransformation:
     r"""SM3: Adagrad in the memory of one number for each row and column.
 
-    .. math::
-        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad p_t = p_{t-1} - \eta\, u_t
+    For an entry :math:`i` of a tensor and the slices :math:`S \ni i` that contain it, a row and a
+    column of a matrix:
 
-    with :math:`u_t` of :func:`torchopt.scale_by_sm3`.
+    .. math::
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \\
+        v_t(i) = \min_{S \ni i} \mu_{t-1}(S) + g_t(i)^2, \qquad
+        \mu_t(S) = \max_{i \in S} v_t(i), \\
+        m_t = \beta m_{t-1} + (1 - \beta) \frac{g_t}{\sqrt{v_t + \epsilon}}, \qquad
+        p_t = p_{t-1} - \eta\, m_t
+
+    :math:`m_t` is :func:`torchopt.scale_by_sm3`. A vector or a number keeps a sum for each entry,
+    as Adagrad does.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        momentum: Decay rate of the momentum, in [0, 1).
+        momentum: Decay rate :math:`\beta` of the momentum, in [0, 1).
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``. Optax has none here.
-        eps: Added inside the root, > 0.
+        eps: :math:`\epsilon > 0`, added inside the root.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,
             ``False`` never. The maximum over a slice has none.

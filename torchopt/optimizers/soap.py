@@ -294,18 +294,28 @@ def soap(
 ) -> GradientTransformation:
     r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioners.
 
+    For a matrix, with :math:`n = t - 1` and the eigenvectors :math:`Q_L` and :math:`Q_R` of
+    :math:`L` and :math:`R`:
+
     .. math::
+        L_t = \beta_s L_{t-1} + (1 - \beta_s)\, g_t g_t^\top, \qquad
+        R_t = \beta_s R_{t-1} + (1 - \beta_s)\, g_t^\top g_t, \\
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) (Q_L^\top g_t Q_R)^2, \\
+        u_t = \frac{\sqrt{1 - \beta_2^n}}{1 - \beta_1^n}\;
+            Q_L\, \frac{Q_L^\top m_t Q_R}{\sqrt{v_t} + \epsilon}\, Q_R^\top, \qquad
         p_t = (1 - \eta \lambda)\, (p_{t-1} - \eta\, u_t)
 
-    with :math:`u_t` of :func:`torchopt.scale_by_soap`; the first step moves nothing.
+    The first step moves nothing. :math:`u_t` is :func:`torchopt.scale_by_soap`, which also says
+    when the eigenvectors are updated.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the root of the second moment, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of the two moments, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, added to the root of the second moment.
         weight_decay: :math:`\lambda \ge 0`, decoupled; needs ``params`` in ``update``.
-        shampoo_beta: Decay rate of the preconditioners, in [0, 1); ``None`` for that of the second
-            moment.
+        shampoo_beta: Decay rate :math:`\beta_s` of the preconditioners, in [0, 1); ``None`` for
+            that of the second moment.
         precondition_frequency: After how many steps the bases are brought up to date, >= 1.
         max_preconditioner_dim: The greatest size of a dimension that has a basis, >= 1. The
             authors' ``max_precond_dim``.

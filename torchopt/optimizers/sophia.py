@@ -134,13 +134,19 @@ def sophia(
 ) -> GradientTransformation:
     r"""Sophia: momentum over the curvature, clipped, with decoupled weight decay.
 
-    .. math::
-        p_t = p_{t-1} - \eta\, (u_t + \lambda p_{t-1})
+    With an estimate :math:`\hat h_t` of the Hessian's diagonal at some of the steps:
 
-    with :math:`u_t` of :func:`torchopt.scale_by_sophia`, which says how the estimates of the
-    Hessian's diagonal are given. They are the user's to make: by
-    :func:`torchopt.hutchinson_diagonal` (Sophia-H) or :func:`torchopt.gauss_newton_bartlett`
-    (Sophia-G).
+    .. math::
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        h_t = \begin{cases} \beta_2 h_{t-1} + (1 - \beta_2)\, \hat h_t
+            & \text{if an estimate is given} \\
+            h_{t-1} & \text{otherwise} \end{cases}, \\
+        p_t = p_{t-1} - \eta \left( \operatorname{clip}\!\left(
+            \frac{m_t}{\max(\gamma h_t, \epsilon)}, \rho\right) + \lambda p_{t-1} \right)
+
+    The clipped quotient is :func:`torchopt.scale_by_sophia`, which says how estimates are passed.
+    You make them with :func:`torchopt.hutchinson_diagonal` (Sophia-H) or
+    :func:`torchopt.gauss_newton_bartlett` (Sophia-G).
 
     Optax's ``sophia`` makes its estimate itself and uses it from the step after on, corrects the
     bias of the momentum, and has ``eps=1e-8`` and ``weight_decay=1e-4``; the authors' ``SophiaG``
@@ -148,12 +154,12 @@ def sophia(
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of momentum and curvature, each in [0, 1).
-        eps: The least curvature, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of momentum and curvature, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, the least curvature.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``.
-        gamma: Factor of the curvature, >= 0; 0.01 in the paper for Hutchinson's estimate, 0.05
-            for the other.
-        clip_threshold: The largest update of an entry, >= 0.
+        gamma: Factor :math:`\gamma \ge 0` of the curvature; 0.01 in the paper for Hutchinson's
+            estimate, 0.05 for the other.
+        clip_threshold: :math:`\rho \ge 0`, the largest update of an entry.
         mask: Which parameters decay; see :func:`torchopt.masked`. ``None`` means all.
         maximize: Ascend instead of descend; the estimates are those of the negative loss then.
         use_accelerated_op: Fused kernels: ``None`` if available, ``True`` required,

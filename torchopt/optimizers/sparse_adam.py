@@ -100,17 +100,24 @@ def sparse_adam(
 ) -> GradientTransformation:
     r"""Adam for sparse gradients: rows that have none keep their weights and their moments.
 
-    .. math:: p_t = p_{t-1} - \eta\, u_t
+    Where :math:`g_t` has an entry:
 
-    with :math:`u_t` of :func:`torchopt.scale_by_sparse_adam`. For embeddings with ``sparse=True``,
-    of which a batch uses few rows. In the object-oriented API a step reads and writes those rows
-    only; the other two make new slots, and copy them. A dense gradient is taken as one that has
-    every entry, where ``torch.optim.SparseAdam`` refuses it.
+    .. math::
+        m \leftarrow \beta_1 m + (1 - \beta_1) g_t, \qquad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g_t^2, \\
+        p_t = p_{t-1} - \eta\, \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \cdot
+            \frac{m}{\sqrt v + \epsilon}
+
+    Elsewhere nothing changes. The factor of :math:`\eta` is :func:`torchopt.scale_by_sparse_adam`.
+    It is for embeddings with ``sparse=True``, of which a batch uses few rows. In the
+    object-oriented API a step reads and writes those rows only; the other two make new slots and
+    copy them. A dense gradient counts as one that has every entry; ``torch.optim.SparseAdam``
+    refuses it.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the root before its correction, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of the two moments, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, added to the root before its correction.
         maximize: Ascend instead of descend.
         use_accelerated_op: Fused kernels, which dense gradients have: ``None`` if available,
             ``True`` required, ``False`` never.

@@ -109,14 +109,17 @@ def yogi(
     r"""Yogi: Adam whose second moment cannot grow or shrink fast.
 
     .. math::
-        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \qquad p_t = p_{t-1} - \eta\, u_t
+        g_t = \nabla f(p_{t-1}) + \lambda p_{t-1}, \\
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        v_t = v_{t-1} - (1 - \beta_2) \operatorname{sign}(v_{t-1} - g_t^2)\, g_t^2, \\
+        p_t = p_{t-1} - \eta\, \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
-    with :math:`u_t` of :func:`torchopt.scale_by_yogi`.
+    The quotient is :func:`torchopt.scale_by_yogi`.
 
     Args:
         lr: Learning rate :math:`\eta \ge 0`.
-        betas: Decay rates of the two moments, each in [0, 1).
-        eps: Added to the root, >= 0.
+        betas: Decay rates :math:`(\beta_1, \beta_2)` of the two moments, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`, added to the root.
         weight_decay: :math:`\lambda \ge 0`; needs ``params`` in ``update``. Optax has none here.
         initial_accumulator_value: What both moments start at, >= 0.
         maximize: Ascend instead of descend.

@@ -28,7 +28,7 @@ from torchopt.typing import Schedule
 
 
 def constant_lr(init_value: Value, factor: Value = 1.0 / 3, total_iters: int = 5) -> Schedule:
-    """Start with a part of a value: ``ConstantLR``.
+    """Start with a fraction of a value: ``ConstantLR``.
 
     Args:
         init_value: Value from ``total_iters`` on.

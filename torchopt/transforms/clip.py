@@ -116,7 +116,7 @@ def _safe_power(x: Tensor, exponent: float) -> Tensor:
 def clip_grad_norm(
     max_norm: Hyperparameter, norm_type: float = 2.0, error_if_nonfinite: bool = False
 ) -> GradientTransformation:
-    r"""Scale all gradients down if their common norm is too large (Pascanu et al., 2013).
+    r"""Scale down all gradients if their common norm is too large (Pascanu et al., 2013).
 
     .. math::
         u = g \cdot \min\!\left(1, \frac{c}{\lVert g \rVert + 10^{-6}}\right)

@@ -117,7 +117,7 @@ def conditionally_transform(
     should_transform_fn: Callable[..., Any],
     forward_extra_args: bool = False,
 ) -> GradientTransformation:
-    """Run a transformation at the calls that a function names; gradients of the others pass.
+    """Run a transformation on the calls that a function selects; the others pass gradients on.
 
     At the others its slots and step count stay. Its schedules count its own steps.
 
@@ -152,7 +152,7 @@ def conditionally_mask(
     should_transform_fn: Callable[..., Any],
     forward_extra_args: bool = False,
 ) -> GradientTransformation:
-    """Run a transformation at the calls that a function names; at the others nothing moves.
+    """Run a transformation on the calls that a function selects; on the others nothing moves.
 
     As :func:`conditionally_transform`, but that the updates of the others are zero.
 
@@ -208,7 +208,7 @@ class ApplyIfFinite(_Sometimes):
 def apply_if_finite(
     inner: GradientTransformation, max_consecutive_errors: int
 ) -> GradientTransformation:
-    """Let calls count for nothing in which a gradient is ``nan`` or infinite.
+    """Skip updates in which a gradient is ``nan`` or infinite.
 
     The update is zero then, and slots, counters and step count of ``inner`` stay. Once it has
     happened at more calls in a row than are allowed, the gradients are taken as they are. A

@@ -96,7 +96,7 @@ class Project(GradientTransformation):
 def project(
     projection: Callable[[TensorTree], TensorTree], *, each: bool = False
 ) -> GradientTransformation:
-    r"""Project what parameters become onto a set: :math:`u = P(p + g) - p`.
+    r"""Project the updated parameters onto a set: :math:`u = P(p + g) - p`.
 
     Projected gradient descent, at the end of any chain. The parameters of a call (that have a
     gradient; those of a :func:`torchopt.masked` alone) are one vector to a ball or a simplex.

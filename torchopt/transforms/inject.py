@@ -52,7 +52,7 @@ class InjectHyperparams(Delegating):
         return (*own, *self.inner.plan.renamed_counters())
 
     def count(self, t: Step, *args: Any, **values: Any) -> dict[str, Any]:
-        """Return the hyperparameters for an update: those of schedules anew, others as kept."""
+        """Return the hyperparameters for an update: schedules recomputed, others as kept."""
         injected = self.injected()
         kept = {n: _at(v, t - 1) if _is_schedule(v) else values[n] for n, v in injected.items()}
         return {**kept, **super().count(t, **{**values, **kept})}

@@ -66,7 +66,7 @@ def lookahead(
     slow_step_size: Hyperparameter = 0.5,
     reset_state: bool = False,
 ) -> GradientTransformation:
-    r"""Take steps of another optimizer, and every so often go a part of the way only.
+    r"""Take steps of another optimizer, and every few steps keep only part of the way.
 
     .. math::
         p_t = p_{t-1} + u_t, \qquad\text{and for } k \mid t: \quad
@@ -79,7 +79,7 @@ def lookahead(
         fast_optimizer: The transformation that makes :math:`u_t`.
         sync_period: :math:`k \ge 1`.
         slow_step_size: :math:`0 \le \alpha \le 1`.
-        reset_state: Begin anew with slots and step count of ``fast_optimizer`` after every meeting.
+        reset_state: Reset slots and step count of ``fast_optimizer`` after every meeting.
 
     Slots: ``slow``, those of ``fast_optimizer``, and its counters. In Optax parameters are a pair
     of fast and slow ones instead.

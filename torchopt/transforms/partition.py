@@ -270,7 +270,7 @@ def partition(
     transforms: Mapping[str, GradientTransformation],
     labels: Union[PyTree, Callable[[PyTree], PyTree]],
 ) -> GradientTransformation:
-    """Give parts of a network transformations of their own.
+    """Give parts of a network their own transformations.
 
     Each parameter has one label, and is updated by the transformation of that label alone, which
     sees its own parameters only (a norm is theirs). This is Optax's ``partition``.

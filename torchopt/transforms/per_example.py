@@ -14,7 +14,7 @@ from torchopt.typing import TensorTree
 def per_example_global_norm_clip(
     grads: TensorTree, l2_norm_clip: float | Tensor
 ) -> tuple[TensorTree, Tensor]:
-    r"""Clip the gradient of each example by its norm, and add up what is left.
+    r"""Clip the gradient of each example by its norm, and sum the results.
 
     .. math::
         g = \sum_i g_i \min\!\left(1, \frac{C}{\lVert g_i \rVert}\right)

@@ -152,7 +152,7 @@ def reduce_on_plateau(
     min_scale: Hyperparameter = 0.0,
     mode: str = "min",
 ) -> GradientTransformation:
-    r"""Multiply updates by a scale that falls when the loss has stopped getting better.
+    r"""Multiply updates by a scale that falls when the loss stops improving.
 
     The scale :math:`s` begins at 1. A value :math:`f` is better than the best one :math:`b` if
 
@@ -160,7 +160,7 @@ def reduce_on_plateau(
         f < b - r\,|b| - a
 
     After ``patience`` values in a row that are not, :math:`s \leftarrow \max(s \phi, s_{\min})`,
-    for this very update, and the waiting begins anew. It comes after the optimizer:
+    for this very update, and the waiting starts over. It comes after the optimizer:
     ``chain(adam(1e-3), reduce_on_plateau())``.
 
     The value comes with each update: ``update(grads, state, params, value=loss)``; in the

@@ -69,7 +69,7 @@ class SharpnessAware(Wrapper):
             raise ValueError(
                 f"sam needs the gradients at a second point, got {given} of a function of the "
                 "parameters. Write tx.update(grads, state, params, grad_fn=...), or "
-                "optimizer.step(closure) with a closure that computes the loss anew; of a "
+                "optimizer.step(closure) with a closure that computes the loss again; of a "
                 "torchopt.SAM also first_step() and second_step(), or second_step(scaler) where a "
                 "torch.amp.GradScaler scales the losses."
             )
@@ -110,12 +110,14 @@ def sam(
     r"""Sharpness-aware minimization: another optimizer, on the gradient at a point higher up.
 
     .. math::
-        \epsilon = \rho\, \frac{T^2 g}{\lVert T g \rVert}, \qquad
-        u = \operatorname{base}\big(\nabla f(p + \epsilon)\big)
+        g_t = \nabla f(p_{t-1}), \qquad
+        \epsilon_t = \rho\, \frac{T^2 g_t}{\lVert T g_t \rVert}, \qquad
+        p_t = p_{t-1} + \operatorname{base}\big(\nabla f(p_{t-1} + \epsilon_t)\big)
 
-    with :math:`g = \nabla f(p)`, the norm over all parameters as one vector, and :math:`T = 1`; or,
-    if ``adaptive`` (ASAM), :math:`T = |p| + \eta`, entry by entry, so that the neighbourhood is
-    the same for a network whose weights are scaled. Where the norm is zero, :math:`\epsilon` is.
+    with the update of ``base``, which for :func:`torchopt.sgd` is minus the learning rate times its
+    argument, the norm over all parameters as one vector, and :math:`T = 1`; or, if ``adaptive``
+    (ASAM), :math:`T = |p_{t-1}| + \eta`, entry by entry, so that the neighbourhood is the same for
+    a network whose weights are scaled. Where the norm is zero, so is :math:`\epsilon_t`.
 
     The second gradient is computed in the middle of a step. Where from, each API says:
 
@@ -130,7 +132,7 @@ def sam(
 
     A second forward pass counts a batch twice in running statistics (BatchNorm). ``MetaOptimizer``
     lets it work on copies of the buffers, and so does ``SAM(..., module=net)``; elsewhere write
-    ``with torchopt.keep_buffers(net)``. Dropout is drawn anew in the second pass.
+    ``with torchopt.keep_buffers(net)``. Dropout is drawn again in the second pass.
 
     Args:
         base: The transformation that makes the step. What acts on gradients (clipping, say) belongs

@@ -36,7 +36,7 @@ def _check(owner: str, function: Any) -> None:
 
 
 def stateless(f: Callable[[TensorTree, TensorTree | None], TensorTree]) -> GradientTransformation:
-    """Return the transformation that a function of updates and parameters is.
+    """Turn a function of updates and parameters into a transformation.
 
     Args:
         f: ``(updates, params) -> updates``, of trees; ``params`` is ``None`` where there are none.
@@ -71,7 +71,7 @@ class StatelessWithTreeMap(TensorTransformation):
 def stateless_with_tree_map(
     f: Callable[[Tensor, Tensor | None], Tensor],
 ) -> GradientTransformation:
-    """Return the transformation that a function of one update and its parameter is.
+    """Turn a function of one update and its parameter into a transformation.
 
     Args:
         f: ``(update, param) -> update``, of tensors; ``param`` is ``None`` where there is none.

@@ -72,7 +72,7 @@ class ClipByBlockRms(TensorTransformation):
 
 
 def clip_by_block_rms(threshold: Hyperparameter) -> GradientTransformation:
-    r"""Scale each gradient down whose root mean square is too large.
+    r"""Scale down each gradient whose root mean square is too large.
 
     .. math::
         u = g / \max\!\left(1, \operatorname{rms}(g) / c\right)
@@ -131,7 +131,7 @@ def adaptive_grad_clip(
     eps: Hyperparameter = 1e-3,
     dim: int | tuple[int, ...] | None = None,
 ) -> GradientTransformation:
-    r"""Scale gradients down that are large beside the weights (Brock et al., 2021).
+    r"""Scale down gradients that are large compared with the weights (Brock et al., 2021).
 
     .. math::
         u_i = g_i \min\!\left(1, \frac{c \max(\lVert w_i \rVert, \epsilon)}{\lVert g_i \rVert}

@@ -1,4 +1,4 @@
-"""What stands in the place of a hyperparameter."""
+"""What is given instead of a hyperparameter."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _scheduler(name: str) -> str:
 
 
 def not_a_value(name: str, value: Any) -> str:
-    """Return the message for something that stands in the place of a hyperparameter."""
+    """Return the message for something that is given instead of a hyperparameter."""
     advice = ""
     if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
         advice = f" {_scheduler(type(value).__name__)}"

@@ -1,4 +1,4 @@
-"""What stands in the place of a loss, and losses of something else."""
+"""What is given instead of a loss, and losses of something else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchopt.base.misuse.given import given, is_number, short
 
 
 def not_a_loss(value: Any) -> str:
-    """Return the message for something that stands in the place of a loss."""
+    """Return the message for something that is given instead of a loss."""
     advice = ""
     if callable(value):
         advice = " Call it: step(closure())."
@@ -32,16 +32,16 @@ def unrelated_loss(loss: Tensor, params: Sequence[Tensor]) -> str:
     if found.keys() & before.keys():
         return (
             f"{message} It seems to be that of earlier weights of the network, from before the "
-            "last step or outside of the inner_loop block: compute it anew before each step, "
+            "last step or outside of the inner_loop block: compute it again before each step, "
             "inner.step(loss_of(net))."
         )
     if not found:
-        return f"{message} It was made without them: compute it anew before each step."
+        return f"{message} It was made without them: compute it again before each step."
     first = short(next(iter(found.values())))
     return (
         f"{message} It depends on others, such as {first}: those of another network, or "
         "weights that were replaced since (by a step under no_grad, stop_gradient or "
-        "recover_state_dict); compute it anew from those that are to be updated."
+        "recover_state_dict); compute it again from those that are to be updated."
     )
 
 
@@ -62,7 +62,7 @@ def _leaves_behind(tensors: Sequence[Tensor], most: int = 5000) -> dict[int, Ten
 
 
 def check_closure(closure: Any, optimizer: object) -> None:
-    """Refuse a loss in the place of a closure.
+    """Refuse a loss given instead of a closure.
 
     Raises:
         TypeError: With what to type.

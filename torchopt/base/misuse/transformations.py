@@ -1,4 +1,4 @@
-"""What stands in the place of a transformation."""
+"""What is given instead of a transformation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchopt.base.misuse.given import given, is_number, is_of_schedules, is_rea
 
 
 def not_a_transformation(value: Any, where: str) -> str:
-    """Return the message for something that stands in the place of a transformation."""
+    """Return the message for something that is given instead of a transformation."""
     expected = "a gradient transformation such as torchopt.adam(1e-3)"
     if where == "inner_loop":
         expected += " or a MetaOptimizer of the network"
@@ -33,7 +33,7 @@ def _instead(value: Any, where: str) -> str:
         return f"Make one of the class: {value.__name__}(...)."
     if _is_schedule(value, cls):
         return (
-            "A schedule stands in the place of a number: torchopt.sgd(lr=schedule), or "
+            "A schedule replaces a number: torchopt.sgd(lr=schedule), or "
             "torchopt.scale_by_schedule(schedule)."
         )
     if isinstance(value, (list, tuple)) and value:

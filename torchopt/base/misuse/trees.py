@@ -1,4 +1,4 @@
-"""What stands in the place of a tree, of parameters or of a network."""
+"""What is given instead of a tree, of parameters or of a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchopt.base.misuse.given import given, is_optimizer, is_read_once, some
 
 
 def not_a_module(value: Any, where: str) -> str:
-    """Return the message for something that stands in the place of a network."""
+    """Return the message for something that is given instead of a network."""
     what = given(value)
     if isinstance(value, Mapping):
         what = f"a dict without the key 'params', but {some(list(value))}"
@@ -25,7 +25,7 @@ def not_a_module(value: Any, where: str) -> str:
 
 
 def check_parameters(params: Any, where: str) -> None:
-    """Refuse a network, a transformation, a dict or a method in the place of parameters.
+    """Refuse a network, a transformation, a dict or a method given instead of parameters.
 
     Raises:
         TypeError: With what to give.
@@ -153,7 +153,7 @@ def given_params(what: str, params: Any) -> Any:
 
 
 def no_state(value: Any) -> str:
-    """Return the message for something that stands in the place of an ``OptState``."""
+    """Return the message for something that is given instead of an ``OptState``."""
     if _is_pair(value):
         return (
             "update expects the state that init returned, got a tuple: the pair of updates and "
@@ -185,7 +185,7 @@ def check_recovered(target: Any, state: Any) -> None:
 
 
 def not_a_module_state(state: Any) -> str:
-    """Return the message for something that stands in the place of a ``ModuleState``."""
+    """Return the message for something that is given instead of a ``ModuleState``."""
     advice = "Write state = torchopt.extract_state_dict(net) beforehand."
     if isinstance(state, Mapping):
         advice = "For a state_dict() there is net.load_state_dict(state)."
@@ -198,7 +198,7 @@ def not_a_module_state(state: Any) -> str:
 
 
 def not_an_optimizer_state(state: Any, optimizer: object) -> str:
-    """Return the message for something that stands in the place of an optimizer's state."""
+    """Return the message for something that is given instead of an optimizer's state."""
     advice = "Write state = torchopt.extract_state_dict(optimizer) beforehand."
     if isinstance(state, Mapping):
         advice = "For a state_dict() there is optimizer.load_state_dict(state)."

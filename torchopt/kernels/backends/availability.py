@@ -89,7 +89,7 @@ def unsupported(device_type: str, kernel: Kernel) -> str:
 
 #: Text of a kernel -> its program.
 _programs: dict[str, Code] = {}
-#: How many are kept: a user's own rules, made anew in a loop, may be of any number.
+#: How many are kept: a user's own rules, made in a loop, may be any number.
 PROGRAMS = 1024
 
 

@@ -25,7 +25,7 @@ LIBRARY = Path(__file__).parents[1] / ("_fused.dll" if os.name == "nt" else "_fu
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 #: pip would take a wheel from its cache that was built without a compiler.
 REINSTALL = (
-    "reinstall torchopt where a C compiler is at hand: pip install --no-cache-dir "
+    "reinstall torchopt where there is a C compiler: pip install --no-cache-dir "
     "--force-reinstall --no-deps torchopt"
 )
 

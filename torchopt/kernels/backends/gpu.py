@@ -108,7 +108,7 @@ def _records(records: array[int], operands: int) -> Tensor:
 
 #: Text of the kernel, dtype, type of device -> what Triton launches. The text stands for the name.
 _functions: dict[tuple[str, str, str], Any] = {}
-#: How many are kept: a user's own rules, made anew in a loop, may be of any number.
+#: How many are kept: a user's own rules, made in a loop, may be any number.
 FUNCTIONS = 256
 
 

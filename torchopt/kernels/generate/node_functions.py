@@ -14,7 +14,7 @@ def square(a: Node) -> Node:
     return Node("mul", (a, a))
 
 
-#: Exponents, and what torch computes in the place of a power.
+#: Exponents, and what torch computes instead of a power.
 _POWERS: dict[str, Callable[[Node], Node]] = {
     "2.0": square,
     "3.0": lambda a: Node("mul", (square(a), a)),

@@ -36,7 +36,7 @@ from torchopt.kernels.library import operators as operators  # registers them
 from torchopt.kernels.matching import Segment, segments_from
 
 
-#: What tracers put in the place of plain tensors.
+#: What tracers substitute for plain tensors.
 TRACED = PLAIN | {FakeTensor, FunctionalTensor}
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)
