@@ -16,13 +16,16 @@ import torch
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def alone(function: Callable[..., Any], *args: Any) -> Any:
+def alone(function: Callable[..., Any], *args: Any, here: bool = False) -> Any:
     """Return what a function returns in a new process, which ends afterwards.
 
     Args:
         function: Of a module, so that the process finds it.
         args: Its arguments, picklable.
+        here: Call it in this process instead: sooner, and what memory it takes is not sure.
     """
+    if here:
+        return function(*args)
     spawning = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawning) as pool:
         return pool.submit(function, *args).result()
