@@ -210,7 +210,7 @@ class FewShotRun:
             self.training.restore(self.checkpoint)
             console.print(f"Resuming after iteration {self.training.iteration}.")
         elif self.args.resume:
-            console.print("There is no checkpoint to resume from yet: starting anew.")
+            console.print("There is no checkpoint to resume from yet: starting from the beginning.")
         kept = self.training.iteration if self.args.resume else None
         fields = ("loss", "accuracy")
         metrics = MetricsFile(self.folder / "metrics.jsonl", kept, fields)

@@ -14,9 +14,10 @@ clean images only, and right labels only, which nobody has.
     python examples/hyper_cleaning.py --resume                 # after an interruption
 
 The paper has 5,000 images of MNIST each to train on and to clean by, half of the labels wrong, and
-the same linear classifier. Here there are 700, 250 and about 800 to test on, of 8x8 pixels, divided
-anew by every seed. Memory is measured in a process for each method, for the steps used here and for
-ten times as many; the derivative's distance to that of the unrolled steps is measured there too.
+the same linear classifier. Here there are 700, 250 and about 800 to test on, of 8x8 pixels; every
+seed divides them differently. Memory is measured in a process for each method, for the steps used
+here and for ten times as many; the derivative's distance to that of the unrolled steps is measured
+there too.
 
 Reference: Franceschi, Donini, Frasconi and Pontil, Forward and reverse gradient-based
 hyperparameter optimization, ICML 2017, https://arxiv.org/abs/1703.01785. T1-T2: Luketina,

@@ -1,4 +1,4 @@
-"""Run the examples at their default size and write what they gave into ``examples/README.md``.
+"""Run the examples at their default size and write what was measured into ``examples/README.md``.
 
     python examples/reproduce.py                 # all of them: `make examples`
     python examples/reproduce.py lola reweight   # these only; the rows of the others stay
@@ -97,7 +97,7 @@ def run(example: Example, output: Path) -> dict[str, Any]:
 def table() -> str:
     """Return the Markdown table of everything that has been run."""
     lines = [
-        "| example | paper | what is claimed | what it gave here | time |",
+        "| example | paper | what is claimed | what was measured here | time |",
         "| --- | --- | --- | --- | --- |",
     ]
     for example in EXAMPLES:

@@ -16,7 +16,7 @@ right labels. All have the same data; all but the learned weights also train on 
 
 What differs from the paper with scikit-learn's digits: they have 8x8 pixels, and each has about
 100 originals to train on, so the 5,000 training images are distorted copies (as many rare
-originals as rare images, up to 100); about 160 test images, drawn anew by every seed; fewer and
+originals as rare images, up to 100); about 160 test images, other ones for every seed; fewer and
 larger steps, with momentum and a learning rate that falls to zero.
 
 Where a digit is rare, plain training learns it late rather than never: with ten times the learning

@@ -32,7 +32,7 @@ def prepare_folder(
         folder: The folder.
         markers: Files in it of which one exists if it holds a run, of whatever example.
         resume: Whether to go on with that run.
-        overwrite: Whether to start anew nevertheless.
+        overwrite: Whether to replace that run.
 
     Returns:
         The lock, to be kept as long as the run writes there.
@@ -54,7 +54,7 @@ def prepare_folder(
         lock.release()
         refuse(
             f"{folder} holds a run already. Pass --resume to go on with it, --overwrite "
-            "to start anew, or another --output."
+            "to start over, or another --output."
         )
     return lock
 
@@ -69,7 +69,7 @@ class Jobs:
         folder: The output folder; :func:`prepare_folder` is called on it.
         settings: What determines the numbers; a run is resumed with the same ones only.
         resume: Whether to keep the jobs that are finished.
-        overwrite: Whether to start anew in a folder that holds a run.
+        overwrite: Whether to replace the run in the folder.
 
     Raises:
         SystemExit: If the folder cannot be used.
@@ -153,10 +153,10 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except ValueError as error:  # of the text or of JSON
-        raise ValueError(f"{path} is damaged ({error}); start anew with --overwrite.") from error
+        raise ValueError(f"{path} is damaged ({error}); start over with --overwrite.") from error
     whole = all(isinstance(row, dict) for row in rows)
     if not whole or not rows or not isinstance(rows[0].get("settings"), dict):
-        raise ValueError(f"{path} is not of this example; start anew with --overwrite.")
+        raise ValueError(f"{path} is not of this example; start over with --overwrite.")
     return rows
 
 

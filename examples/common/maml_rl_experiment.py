@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import gymnasium
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 import torchopt
-from common.environments import best_navigation_return
+from common.environments import best_navigation_return, gymnasium, np
 from common.maml_rl_exact import expected_return, optimal_return
 from common.maml_rl_learning import (
     Advantages,

@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.HelpFormatter):
-    """Says defaults as they are typed, and none where there is none."""
+    """Shows defaults as a user types them, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -107,7 +107,7 @@ def parser(
     add("--threads", type=positive_int, default=1, help=threads)
     add("--output", type=Path, default=output, help="folder for all results")
     add("--resume", action="store_true", help="go on with the run in the output folder")
-    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    add("--overwrite", action="store_true", help="replace the run in the output folder")
     return result
 
 
@@ -185,7 +185,7 @@ def share(text: str) -> float:
     """Read a number strictly between 0 and 1."""
     value = _number(text)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {value}")
+        raise argparse.ArgumentTypeError(f"must be strictly between 0 and 1, got {value}")
     return value
 
 

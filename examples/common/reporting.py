@@ -35,7 +35,7 @@ class ExampleConsole(Console):
     """A console whose output can be piped: lines stay whole, and what takes long says so."""
 
     @property
-    def size(self) -> ConsoleDimensions:
+    def size(self) -> ConsoleDimensions:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Width and height of the terminal, if it is one."""
         size = super().size
         return size if self.is_terminal else ConsoleDimensions(UNBROKEN, size.height)
@@ -45,7 +45,7 @@ class ExampleConsole(Console):
         """Whether what was printed can be changed."""
         return self.is_terminal and not self.is_dumb_terminal
 
-    def line(self, text: str) -> None:
+    def say(self, text: str) -> None:
         """Print a line as it is."""
         self.print(text, highlight=False, markup=False, soft_wrap=not self.is_terminal)
 
@@ -53,7 +53,7 @@ class ExampleConsole(Console):
         """Show what is being done as long as a block is not left."""
         if self.animated:
             return super().status(status, **more)
-        return said_in_lines(str(status), self.line)
+        return said_in_lines(str(status), self.say)
 
 
 console = ExampleConsole()
@@ -62,7 +62,7 @@ console = ExampleConsole()
 def progress_bar() -> AbstractContextManager[Any]:
     """Return a progress bar with room for loss and accuracy; lines if it is no terminal."""
     if not console.animated:
-        return LineProgress(console.line)
+        return LineProgress(console.say)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -98,9 +98,9 @@ def print_claims(claims: Sequence[dict[str, Any]], quick: bool = False) -> list[
     """
     judged = [{**claim, "holds": None} if quick else claim for claim in claims]
     for claim in judged:
-        console.line(f"{VERDICTS[claim['holds']]}: {claim['claim']}\n  {claim['measured']}")
+        console.say(f"{VERDICTS[claim['holds']]}: {claim['claim']}\n  {claim['measured']}")
     if quick:
-        console.line(
+        console.say(
             "This was a quick run, to see that everything works: its figures mean nothing."
         )
     return judged
