@@ -43,6 +43,7 @@ import torch
 from common.command import (
     Estimate,
     Jobs,
+    counted,
     estimate,
     parser,
     plain_endings,
@@ -260,12 +261,13 @@ class Summary:
     def table(self) -> Table:
         """Return the returns as a table."""
         table = Table(
-            title=f"Return on unseen tasks, {self.args.seeds} seeds", title_justify="left"
+            title=f"Return on unseen tasks, {counted(self.args.seeds, 'seed')}",
+            title_justify="left",
         )
         table.add_column("family")
         table.add_column("method", no_wrap=True)
         for step in self.steps:
-            table.add_column(f"{step} steps", justify="right")
+            table.add_column(counted(step, "step"), justify="right")
         for family in self.args.families:
             for method in METHODS:
                 cells = [str(estimate(self.returns(family, method, k))) for k in self.steps]

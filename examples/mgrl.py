@@ -33,6 +33,7 @@ import torch
 from common.command import (
     Estimate,
     Jobs,
+    counted,
     estimate,
     parser,
     plain_endings,
@@ -223,7 +224,7 @@ class Summary:
 
     def table(self) -> Table:
         """Return all methods as a table."""
-        title = f"{ENVIRONMENT}, {self.args.seeds} seeds"
+        title = f"{ENVIRONMENT}, {counted(self.args.seeds, 'seed')}"
         table = Table(title=title, title_justify="left")
         table.add_column("gamma, lambda", no_wrap=True)
         for name in ("return over the whole life", "at the end", "gamma at the end", "lambda"):

@@ -113,6 +113,7 @@ def test_quick_is_small_where_the_user_has_not_said(
 ) -> None:
     usual, parser = read(name, monkeypatch)
     quick, _ = read(name, monkeypatch, "--quick")
+    assert usual.threads == 1  # two of two busy cores were slower in every example
     for option, value in parser._quick.items():
         assert getattr(quick, option) == value
         assert getattr(usual, option, None) != value or option == "steps"
@@ -177,7 +178,7 @@ def test_a_quick_run_of_each_example(
 
 
 def test_a_single_value_has_no_interval() -> None:
-    from common.command import estimate
+    from common.command import counted, estimate
     from common.maml import Accuracy
     from torch import tensor
 
@@ -192,6 +193,7 @@ def test_a_single_value_has_no_interval() -> None:
         False,
     )
     assert str(Accuracy(tensor([50.0]))) == "50.0 %"
+    assert (counted(1, "seed"), counted(2, "seed")) == ("1 seed", "2 seeds")
 
 
 # Mistyped -----------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ MISTYPED = {
     "--seed -3": "--seed: must be at least 0, got -3",
     "--device gpu7": "--device: 'gpu7' cannot be used here: ",
     "--nonsense": "unrecognized arguments: --nonsense",
-    "--output FILE": "Cannot write to the output folder .*file",
+    "--output FILE": r"Cannot write to the output folder .*file: there is a file in its place\.$",
     "--output FILE/runs": "Cannot write to the output folder .*file",
 }
 

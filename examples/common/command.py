@@ -47,7 +47,9 @@ def prepare_folder(
         (folder / "writable").unlink()
         lock = FolderLock(folder)
     except OSError as error:
-        refuse(f"Cannot write to the output folder {folder}: {error}", error)
+        in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "there is a file in its place" if in_the_way else error.strerror
+        refuse(f"Cannot write to the output folder {folder}: {reason}.", error)
     except FolderInUseError as error:
         refuse(str(error), error)
     if any(marker.exists() for marker in markers) and not (resume or overwrite):
@@ -158,6 +160,11 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not whole or not rows or not isinstance(rows[0].get("settings"), dict):
         raise ValueError(f"{path} is not of this example; start over with --overwrite.")
     return rows
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number of things in words: 1 seed, 2 seeds."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True)

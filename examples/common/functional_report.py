@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.command import Estimate, Jobs, estimate
+from common.command import Estimate, Jobs, counted, estimate
 from common.reporting import Table, console, mpl, print_claims, save_figure
 
 
@@ -114,7 +114,7 @@ def _table_of_styles(compared: dict[str, Any]) -> Table:
 
 def _table_of_ensembles(args: argparse.Namespace, ensembles: Sequence[dict[str, Any]]) -> Table:
     seeds, count = len(ensembles), len(args.rates)
-    title = f"{args.members} networks trained at once, 95 % interval over {seeds} seeds"
+    title = f"{args.members} networks trained at once, 95 % interval over {counted(seeds, 'seed')}"
     result = Table(title=title, title_justify="left")
     columns = ("accuracy (%)", "of the mean vote", "-log p", "of the mean vote")
     result.add_column("members")

@@ -100,9 +100,7 @@ def print_claims(claims: Sequence[dict[str, Any]], quick: bool = False) -> list[
     for claim in judged:
         console.say(f"{VERDICTS[claim['holds']]}: {claim['claim']}\n  {claim['measured']}")
     if quick:
-        console.say(
-            "This was a quick run, to see that everything works: its figures mean nothing."
-        )
+        console.say("This was a quick run, to see that everything works: its figures mean nothing.")
     return judged
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.command import estimate
+from common.command import counted, estimate
 from common.reporting import Table, mpl, save_figure
 from common.reweight_training import METHODS, PLAIN, REWEIGHTED, WEIGHT_BINS
 
@@ -54,7 +54,7 @@ def tables(rows: Rows) -> list[Table]:
         columns: list[float | None] = [*proportions(rows)] if task == "imbalance" else [None]
         count = len(accuracies(rows, task, methods(rows, task)[0], columns[0]))
         what = "One digit is rare" if task == "imbalance" else "Wrong labels"
-        title = f"{what}: test accuracy (%), {count} seeds"
+        title = f"{what}: test accuracy (%), {counted(count, 'seed')}"
         table = Table(
             title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), min_width=60
         )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.command import Estimate, estimate
+from common.command import Estimate, counted, estimate
 from common.reporting import Table, mpl, save_figure
 
 
@@ -53,7 +53,7 @@ def table(tested: Sequence[Tested], seeds: int, waves: int) -> Table:
     """Return the table of errors before and after the first and the last step."""
     last = max(len(test.errors[0]) for test in tested) - 1
     steps = sorted({0, 1, last})
-    title = f"Mean squared error on {waves} waves, 95 % interval over {seeds} seeds"
+    title = f"Mean squared error on {waves} waves, 95 % interval over {counted(seeds, 'seed')}"
     result = Table(title=title, title_justify="left")
     result.add_column("learner")
     for step in steps:
