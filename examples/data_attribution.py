@@ -23,6 +23,7 @@ https://arxiv.org/abs/2002.08484.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -32,41 +33,69 @@ import torch
 from common.attribution import Run, killed_and_resumed, subsets
 from common.attribution_report import PROBLEMS, report
 from common.command import Jobs, parser, plain_endings, positive_float, positive_int
-from common.reporting import console
+from common.options import share, whole
+from common.reporting import console, progress_bar
 
 from torchopt.diff import Checkpointed
 
 
-NOT_SETTINGS = ("device", "threads", "output", "resume", "overwrite")
-QUICK = {"steps": 60, "text_steps": 20, "examples": 96, "subsets": 6, "tracin_checkpoints": 3}
+NOT_SETTINGS = ("device", "threads", "output", "resume", "overwrite", "quick")
+QUICK = {
+    "steps": 20,
+    "text_steps": 6,
+    "examples": 64,
+    "subsets": 6,
+    "tracin_checkpoints": 3,
+    "batch": 16,
+    "killed_steps": 0,
+}
 RUNS_AT_ONCE = 25  # of the retrainings
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    result = parser("data_attribution", "Differentiate a training run by its training examples.")
-    result.set_defaults(threads=1)  # the tensors are small: a second thread costs more than it does
+    description = "Differentiate a training run by its training examples."
+    result = parser("data_attribution", description, QUICK)
     add = result.add_argument
-    add("--examples", type=positive_int, default=256, help="to train on")
+    add("--examples", type=positive_int, default=256, help="examples to train on")
     add("--batch", type=positive_int, default=64, help="examples of a step; half as many texts")
-    add("--steps", type=positive_int, default=2000, help="of the digits")
-    add("--text-steps", type=positive_int, default=150, help="of the text")
-    add("--lr", type=positive_float, default=0.0005, help="of AdamW on the digits")
-    add("--text-lr", type=positive_float, default=0.002, help="of AdamW on the text")
-    add("--every", default="log", help="carries to keep: log, sqrt, revolve, or a number")
-    add("--micro-batches", type=positive_int, default=1, help="parts of a step's derivative")
+    add("--steps", type=positive_int, default=2000, help="training steps on the digits")
+    add("--text-steps", type=positive_int, default=150, help="training steps on the text")
+    add("--lr", type=positive_float, default=0.0005, help="learning rate of AdamW on the digits")
+    add("--text-lr", type=positive_float, default=0.002, help="learning rate of AdamW on the text")
+    every_help = "which carries are kept: log, sqrt, revolve, or one in so many steps"
+    add("--every", type=carries, default="log", help=every_help)
+    add(
+        "--micro-batches",
+        type=positive_int,
+        default=1,
+        help="parts in which a step's derivative is computed",
+    )
     add("--subsets", type=positive_int, default=24, help="subsets of examples that are left out")
-    add("--share", type=positive_float, default=0.05, help="of the examples, in each subset")
-    add("--tracin-checkpoints", type=positive_int, default=20, help="of TracIn")
-    add("--killed-steps", type=positive_int, default=60, help="of the run that is killed")
-    add("--quick", action="store_true", help="much smaller, to see that it runs")
+    add("--share", type=share, default=0.05, help="share of the examples in each subset")
+    add(
+        "--tracin-checkpoints",
+        type=positive_int,
+        default=20,
+        help="checkpoints that TracIn looks at",
+    )
+    killed_help = "training steps of a run that is killed and goes on; 0: none is killed"
+    add("--killed-steps", type=whole, default=60, help=killed_help)
     args = result.parse_args(argv)
-    if args.quick:
-        vars(args).update(QUICK)
     if args.device.type != "cpu":
-        raise SystemExit("data_attribution: the networks are made for the CPU.")
-    args.every = int(args.every) if args.every.isdigit() else args.every
+        result.error("--device must be cpu: the networks are made for the CPU")
     return args
+
+
+def carries(text: str) -> str | int:
+    """Read which carries are kept."""
+    if text in ("log", "sqrt", "revolve"):
+        return text
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        expected = "must be log, sqrt, revolve or a number of steps"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from error
 
 
 def run_of(args: argparse.Namespace, problem: str) -> Run:
@@ -89,8 +118,17 @@ def run_of(args: argparse.Namespace, problem: str) -> Run:
 def exact(args: argparse.Namespace, run: Run, folder: Path) -> list[dict[str, Any]]:
     """Return the derivative by each weight; an interrupted run goes on from its folder."""
     start = time.perf_counter()
-    adjoint = Checkpointed(args.every, store=folder, progress=True)
-    grads, loss = run.metagradient(adjoint)
+    with progress_bar() as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(direction: str, done: int, total: int) -> None:
+            if direction not in tasks:
+                name = f"{run.problem}: exact, {direction:8}"
+                tasks[direction] = bar.add_task(name, total=total, figures="")
+            bar.update(tasks[direction], completed=done)
+
+        adjoint = Checkpointed(args.every, store=folder, progress=report)
+        grads, loss = run.metagradient(adjoint)
     plan = adjoint.plan(run.steps, 0)
     row = {"derivatives": grads.tolist(), "loss": loss, "seconds": time.perf_counter() - start}
     return [{**row, "carries": plan.carries, "advances": plan.advances}]
@@ -130,17 +168,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "retrained": lambda r=training: retrained(args, r),
         }
         for part, work in parts.items():
-            console.print(f"{problem}: {part}, {training.steps} steps")
-            rows[f"{problem} {part}"] = jobs.run({"problem": problem, "part": part}, work)[0]
+            job, working = {"problem": problem, "part": part}, contextlib.nullcontext()
+            if part != "exact":  # has a bar of its own
+                working = console.status(f"{problem}: {part}, {training.steps} steps")
+            with working:
+                rows[f"{problem} {part}"] = jobs.run(job, work)[0]
+    killed = killed_run(args, jobs) if args.killed_steps else None
+    about = {"settings": settings, "seconds": time.perf_counter() - start}
+    return report(args, jobs, {p: run_of(args, p) for p in PROBLEMS}, rows, killed, about)
+
+
+def killed_run(args: argparse.Namespace, jobs: Jobs) -> dict[str, Any]:
+    """Kill a short run and go on with it; return what became of it."""
     short = Run("digits", args.examples, args.batch, args.killed_steps, args.lr, 2, args.seed)
     folder = args.output / "checkpoints-killed"
     _clear(folder)
-    console.print(f"killed and resumed: {short.steps} steps")
-    killed = jobs.run({"part": "killed"}, lambda: [killed_and_resumed(short, folder, args.every)])[
-        0
-    ]
-    about = {"settings": settings, "seconds": time.perf_counter() - start}
-    return report(args, jobs, {p: run_of(args, p) for p in PROBLEMS}, rows, killed, about)
+    work = lambda: [killed_and_resumed(short, folder, args.every)]  # noqa: E731
+    with console.status(f"killed and resumed: {short.steps} steps"):
+        return jobs.run({"part": "killed"}, work)[0]
 
 
 def _clear(folder: Path) -> None:

@@ -10,6 +10,7 @@ on the same classes; both may be fine-tuned for longer.
     python examples/few_shot.py --data omniglot --root DIR --shots 5 --learn-lr
     python examples/few_shot.py --output runs/mine --resume      # after an interruption
     python examples/few_shot.py --data sinusoid                  # the paper's regression
+    python examples/few_shot.py --quick                          # seconds, to see that it works
 
 Reference: Finn, Abbeel and Levine, Model-agnostic meta-learning for fast adaptation of deep
 networks, ICML 2017, https://arxiv.org/abs/1703.03400. With ``--learn-lr``: Li, Zhou, Chen and Li,
@@ -28,11 +29,11 @@ from typing import Any
 
 import torch
 from common import sinusoid
-from common.baselines import fine_tuned, pretrain, with_fresh_head
+from common.baselines import FINE_TUNING_STEPS, fine_tuned, pretrain, with_fresh_head
 from common.checkpoints import MetricsFile, write_atomically
 from common.command import (
-    device,
     non_negative_float,
+    parser,
     plain_endings,
     positive_float,
     positive_int,
@@ -43,6 +44,7 @@ from common.episodes import EpisodeSampler
 from common.maml import INNER_OPTIMIZERS, Accuracy, Learner, Params, measured_accuracy
 from common.meta_training import MetaTraining, Settings
 from common.networks import ConvNet
+from common.options import by_choice
 from common.reporting import (
     console,
     draw_curves,
@@ -95,44 +97,61 @@ EVALUATIONS = 10  # small tests during training, for the curve only
 CURVE_TASKS = 100
 
 
+#: Of an option that depends on the data.
+MEANINGS = {
+    "ways": "classes of a task",
+    "shots": "images of each class to learn a task from",
+    "queries": "images of each class that judge what was learned, in training",
+    "inner_steps": "gradient steps on a task in meta-training",
+    "test_steps": "gradient steps on a task in the test",
+    "meta_batch": "tasks of a meta-iteration",
+    "iterations": "meta-iterations",
+    "pretrain_iterations": "minibatches of the baseline's pre-training",
+    "channels": "channels of each convolution",
+    "blocks": "convolutions, one after the other",
+    "augment": "how far training images are turned, moved and sheared; 0 for not at all",
+    "inner_lr": "learning rate of the steps on a task",
+    "outer_lr": "learning rate of meta-training, which falls to zero",
+    "time_budget": "seconds of meta-training after which it ends; 0 for no limit",
+}
+TYPES = {"augment": non_negative_float, "time_budget": non_negative_float}
+TYPES |= {"inner_lr": positive_float, "outer_lr": positive_float}
+QUICK = {
+    "iterations": 5,
+    "pretrain_iterations": 20,
+    "channels": 8,
+    "meta_batch": 2,
+    "test_tasks": 10,
+    "inner_steps": 1,
+    "test_steps": 2,
+    "baseline_steps": [5],
+}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line and fill in what was not given."""
-    parser = argparse.ArgumentParser(
-        description="Meta-train a network to learn new image classes from a few examples.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    data_help = "images to learn from; sinusoid has options of its own, see its --help"
+    description = "Meta-train a network to learn new image classes from a few examples."
+    options = parser("few_shot", description, QUICK)
+    add = options.add_argument
+    data_help = "images to learn from; sinusoid has options of its own: --data sinusoid --help"
     add("--data", choices=[*sorted(DEFAULTS), "sinusoid"], default="digits", help=data_help)
     add("--root", type=Path, help="folder with the official Omniglot zip files")
-    depends = "(default depends on --data)"
-    for name in ("ways", "shots", "queries", "inner-steps", "test-steps", "meta-batch"):
-        add(f"--{name}", type=positive_int, default=argparse.SUPPRESS, help=depends)
-    add("--iterations", type=positive_int, default=argparse.SUPPRESS, help=depends)
-    add("--pretrain-iterations", type=positive_int, default=argparse.SUPPRESS, help=depends)
-    add("--channels", type=positive_int, default=argparse.SUPPRESS, help=depends)
-    add("--blocks", type=positive_int, default=argparse.SUPPRESS, help=depends)
-    add("--augment", type=non_negative_float, default=argparse.SUPPRESS, help=depends)
-    add("--inner-lr", type=positive_float, default=argparse.SUPPRESS, help=depends)
-    add("--outer-lr", type=positive_float, default=argparse.SUPPRESS, help=depends)
-    add("--inner-optimizer", choices=sorted(INNER_OPTIMIZERS), default="sgd", help="of a task")
+    for name, meaning in MEANINGS.items():
+        kind, text = TYPES.get(name, positive_int), f"{meaning} {by_choice(DEFAULTS, name)}"
+        add(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
+    optimizers = sorted(INNER_OPTIMIZERS)
+    add("--inner-optimizer", choices=optimizers, default="sgd", help="optimizer on a task")
     add("--learn-lr", action="store_true", help="meta-learn one inner lr for each weight")
     add("--first-order", action="store_true", help="ignore second derivatives")
     add("--test-tasks", type=positive_int, default=600, help="tasks of the final test")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--device", type=device, default="cpu", help="such as cpu or cuda:0")
-    add("--threads", type=positive_int, default=2, help="CPU threads")
-    time_help = "seconds of meta-training after which it ends; 0 for no limit " + depends
-    add("--time-budget", type=non_negative_float, default=argparse.SUPPRESS, help=time_help)
-    add("--output", type=Path, default=Path("runs/few_shot"), help="folder for all results")
+    counts, counts_help = list(FINE_TUNING_STEPS), "steps that the baselines may choose from"
+    add("--baseline-steps", nargs="+", type=positive_int, default=counts, help=counts_help)
     add("--checkpoint-every", type=positive_int, default=50, help="iterations between checkpoints")
-    add("--resume", action="store_true", help="go on from the checkpoint in the output folder")
-    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     add("--tensorboard", action="store_true", help="also write TensorBoard events")
-    given = parser.parse_args(argv)
+    given = options.parse_args(argv)
     values = {**DEFAULTS[given.data], **vars(given)}
     if given.data == "omniglot" and given.root is None:
-        parser.error("--data omniglot needs --root DIR, the folder with the official zip files")
+        options.error("--data omniglot needs --root DIR, the folder with the official zip files")
     return argparse.Namespace(**values)
 
 
@@ -191,7 +210,7 @@ class FewShotRun:
             self.training.restore(self.checkpoint)
             console.print(f"Resuming after iteration {self.training.iteration}.")
         elif self.args.resume:
-            console.print("There is no checkpoint to resume from yet: starting anew.")
+            console.print("There is no checkpoint to resume from yet: starting from the beginning.")
         kept = self.training.iteration if self.args.resume else None
         fields = ("loss", "accuracy")
         metrics = MetricsFile(self.folder / "metrics.jsonl", kept, fields)
@@ -220,7 +239,9 @@ class FewShotRun:
                     "accuracy": accuracy,
                 }
                 if int(EVALUATIONS * training.fraction) > stage:
-                    row["test_accuracy"] = self._accuracy(CURVE_TASKS, stream=4).mean
+                    row["test_accuracy"] = self._accuracy(
+                        min(CURVE_TASKS, settings.test_tasks), stream=4
+                    ).mean
                 metrics.add(row)
                 self._to_tensorboard(row)
                 recent = metrics.rows[-50:]
@@ -262,6 +283,7 @@ class FewShotRun:
             choice=lambda: self._sampler("train", self.settings.queries, stream=5),
             test=lambda: self._sampler("test", TEST_QUERIES, stream=3),
             tasks=self.settings.test_tasks,
+            counts=self.args.baseline_steps,
         )
 
     def _pretrained(self) -> Params:
@@ -293,8 +315,7 @@ class FewShotRun:
         console.print(f"{self.training.iteration} meta-iterations in {seconds:.0f} s of training.")
         bars = [(name, accuracy.mean, accuracy.half_width) for name, accuracy, _ in tested]
         draw_curves(self.folder / "curves.png", title, metrics.rows, bars)
-        claims = [claim(tested)]
-        print_claims(claims)
+        claims = print_claims([claim(tested)], self.args.quick)
         results = {
             "settings": asdict(settings),
             "iterations": self.training.iteration,
@@ -327,8 +348,8 @@ def claim(tested: list[tuple[str, Accuracy, str]]) -> dict[str, Any]:
     return {
         "claim": "MAML learns unseen classes better than fine-tuning without meta-training",
         "measured": f"{maml}, the better baseline {best}; difference over the same "
-        f"{len(gain.values)} tasks {gain.mean:.2f} ± {gain.half_width:.2f} points",
-        "holds": gain.mean - gain.half_width > 0,
+        f"{len(gain.values)} tasks {gain.estimate:.2f} points",
+        "holds": gain.estimate.above(0),
     }
 
 

@@ -34,9 +34,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import EXTRA
 from common.command import Jobs, parser, plain_endings, positive_float, positive_int
 from common.functional_report import STYLES, report
-from common.reporting import EXTRA, progress_bar
+from common.reporting import progress_bar
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
@@ -46,7 +47,9 @@ import torchopt
 Params = dict[str, Tensor]
 Batches = list[tuple[Tensor, Tensor]]
 TEST_IMAGES = 450  # of 1797
-NOT_SETTINGS = ("device", "threads", "output", "resume", "overwrite")
+NOT_SETTINGS = ("device", "threads", "output", "resume", "overwrite", "quick")
+QUICK: dict[str, Any] = {"compared_steps": 20, "members": 4, "steps": 20, "seeds": 2}
+QUICK |= {"timed_members": [4], "timed_steps": 2, "rounds": 1}
 
 
 # One run in three styles ------------------------------------------------------------------------
@@ -325,19 +328,19 @@ def seconds_of(way: Callable[..., Any], given: tuple[Any, ...], device: torch.de
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    result = parser("functional", "Train in three styles, and many networks at once by vmap.")
-    result.set_defaults(threads=1)  # the tensors are small: a second thread costs more than it does
+    description = "Train in three styles, and many networks at once by vmap."
+    result = parser("functional", description, QUICK)
     add = result.add_argument
     add("--batch", type=positive_int, default=32, help="images of a batch")
     add("--compared-steps", type=positive_int, default=200, help="steps of the three styles")
-    add("--compared-lr", type=positive_float, default=0.01, help="their learning rate")
+    add("--compared-lr", type=positive_float, default=0.01, help="learning rate of these steps")
     add("--members", type=positive_int, default=32, help="networks of an ensemble")
-    rates = [0.0003, 0.001, 0.003, 0.01]
-    add("--rates", type=positive_float, nargs="+", default=rates, help="of the members, in turn")
+    rates, rates_help = [0.0003, 0.001, 0.003, 0.01], "learning rates of the members, in turn"
+    add("--rates", type=positive_float, nargs="+", default=rates, help=rates_help)
     add("--steps", type=positive_int, default=500, help="training steps of an ensemble")
     add("--seeds", type=positive_int, default=5, help="ensembles, for the intervals")
-    counts = [8, 32, 128]
-    add("--timed-members", type=positive_int, nargs="+", default=counts, help="networks, for speed")
+    counts, counts_help = [8, 32, 128], "numbers of networks with which speed is measured"
+    add("--timed-members", type=positive_int, nargs="+", default=counts, help=counts_help)
     add("--timed-steps", type=positive_int, default=10, help="steps of a measurement of speed")
     add("--rounds", type=positive_int, default=7, help="measurements of speed")
     args = result.parse_args(argv)

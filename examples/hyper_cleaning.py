@@ -40,6 +40,7 @@ from common.cleaning_training import LEARNED, METHODS, Cleaning, clean_up, memor
 from common.command import Jobs, parser, plain_endings, positive_float, positive_int
 from common.digit_data import Problem, flipped, load_digits, load_mnist
 from common.memory import alone
+from common.options import by_choice, listed, share
 from common.reporting import console, print_claims, progress_bar
 
 
@@ -54,35 +55,44 @@ CLEANING = Cleaning(
 )
 SIZES = {"digits": (700, 250), "mnist": (5000, 5000)}
 LONGER = 10  # times as many steps in the second measurement of memory
-
-
-def share(text: str) -> float:
-    """Read a number between 0 and 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {value}")
-    return value
+QUICK = {
+    "size": 100,
+    "clean": 50,
+    "inner_steps": 5,
+    "outer_steps": 3,
+    "seeds": 1,
+    "workers": 1,
+    "rates": [0.5],
+    "methods": ["no cleaning", "implicit"],
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    options = parser("hyper_cleaning", "Find wrong labels by the loss on clean examples.")
-    options.set_defaults(threads=1)  # the classifier is too small to share out
+    description = "Find wrong labels by the loss on clean examples."
+    options = parser("hyper_cleaning", description, QUICK)
     add = options.add_argument
     add("--workers", type=positive_int, default=2, help="trainings at once, a process each")
     add("--data", choices=sorted(SIZES), default="digits", help="images to learn from")
     add("--root", type=Path, help="folder with the official MNIST files")
     add("--rates", nargs="+", type=share, default=[0.2, 0.5], help="shares of wrong labels")
-    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="to compare")
-    add("--seeds", type=positive_int, default=5, help="how many")
-    add("--size", type=positive_int, help="training images, default depends on the data")
-    add("--clean", type=positive_int, help="clean images, default depends on the data")
-    add("--inner-steps", type=positive_int, default=CLEANING.inner_steps, help="of a classifier")
-    add("--outer-steps", type=positive_int, default=CLEANING.outer_steps, help="of the weights")
-    add("--outer-lr", type=positive_float, default=CLEANING.outer_lr, help="of the weights")
+    methods_help = f"to compare, of {listed(METHODS)} (default all)"
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=methods_help)
+    add("--seeds", type=positive_int, default=5, help="runs of everything, for the intervals")
+    sizes = {data: {"size": size, "clean": clean} for data, (size, clean) in SIZES.items()}
+    add("--size", type=positive_int, help=f"training images {by_choice(sizes, 'size')}")
+    add("--clean", type=positive_int, help=f"clean images {by_choice(sizes, 'clean')}")
+    usual = CLEANING
+    inner_help = "gradient steps that train a classifier, before each update of the weights"
+    add("--inner-steps", type=positive_int, default=usual.inner_steps, help=inner_help)
+    outer_help = "updates of the weights, by Adam"
+    add("--outer-steps", type=positive_int, default=usual.outer_steps, help=outer_help)
+    lr_help = "learning rate of these updates"
+    add("--outer-lr", type=positive_float, default=usual.outer_lr, help=lr_help)
     args = options.parse_args(argv)
     if (args.data == "mnist") != (args.root is not None):
         options.error("--data mnist needs --root DIR, the folder with the official files")
+    args.methods = args.methods or list(METHODS)
     args.rates = sorted(set(args.rates))
     size, clean = SIZES[args.data]
     args.size, args.clean = args.size or size, args.clean or clean
@@ -143,7 +153,7 @@ class CleaningRun:
             {"measured": method, "steps": steps}
             for method in LEARNED
             if method in args.methods
-            for steps in (args.inner_steps, LONGER * args.inner_steps)
+            for steps in (args.inner_steps, LONGER * args.inner_steps)[: 1 if args.quick else 2]
         ]
 
     def run(self) -> dict[str, Any]:
@@ -162,7 +172,7 @@ class CleaningRun:
             "claims": claims(rows, memory),
             "seconds": round(time.monotonic() - began, 1),
         }
-        print_claims(results["claims"])
+        results["claims"] = print_claims(results["claims"], self.args.quick)
         draw(self.args.output / "hyper_cleaning.png", rows, memory)
         self.jobs.save_results(results)
         console.print(f"Figure, metrics and results are in {self.args.output}.")
@@ -173,7 +183,7 @@ class CleaningRun:
         with console.status("measuring memory, a process for each method"):
             for part in self.measurements:
                 method, steps = part["measured"], part["steps"]
-                work = partial(alone, measured, self.args, method, steps)
+                work = partial(alone, measured, self.args, method, steps, here=self.args.quick)
                 (row,) = self.jobs.run(part, lambda work=work: [work()])
                 rows.append({**row, "method": method})
         return rows

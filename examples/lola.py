@@ -57,6 +57,7 @@ from common.command import (
 )
 from common.lola_learning import OUTER_OPTIMIZERS, Dice, Estimator, Exact, Steps, learn
 from common.lola_report import claims, draw, last_tenth, summary, title
+from common.options import by_choice, listed, share, whole
 from common.reporting import console, print_claims, progress_bar
 
 
@@ -69,45 +70,69 @@ STEPS = {
 }
 GRADIENTS = ("exact", "DiCE")
 RECORD_EVERY = 10
+QUICK: dict[str, Any] = {
+    "iterations": 20,
+    "look_aheads": [0, 1],
+    "exact_pairs": 3,
+    "dice_pairs": 2,
+    "games": 8,
+    "first_games": 16,
+    "first_iterations": 5,
+    "rounds": 10,
+}
 
 
 def discount_factor(text: str) -> float:
     """Read a discount factor, 0.5 < x < 1: below, no retaliation makes up for being exploited."""
-    value = float(text)
-    if not 0.5 < value < 1:
+    value = share(text)
+    if value <= 0.5:
         raise argparse.ArgumentTypeError(f"must be between 0.5 and 1, got {value}")
-    return value
-
-
-def whole(text: str) -> int:
-    """Read a whole number >= 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    options = parser("lola", "Learn to cooperate by differentiating through the opponent's steps.")
+    description = "Learn to cooperate by differentiating through the opponent's steps."
+    options = parser("lola", description, QUICK)
     add = options.add_argument
-    add("--gradients", nargs="+", choices=GRADIENTS, default=list(GRADIENTS), help="of returns")
-    add("--look-aheads", nargs="+", type=whole, default=[0, 1, 2, 3], help="to compare")
-    add("--iterations", type=positive_int, default=1000, help="in which both players learn")
+    gradients_help = "of the returns: exact, or estimated from games by DiCE"
+    add("--gradients", nargs="+", choices=GRADIENTS, default=list(GRADIENTS), help=gradients_help)
+    look_aheads_help = "numbers of steps expected of the opponent, to compare; 0: naive learners"
+    add("--look-aheads", nargs="+", type=whole, default=[0, 1, 2, 3], help=look_aheads_help)
+    add("--iterations", type=positive_int, default=1000, help="learning steps of both players")
     add("--exact-pairs", type=positive_int, default=50, help="pairs with exact gradients")
     add("--dice-pairs", type=positive_int, default=10, help="pairs with sampled games")
     add("--games", type=positive_int, default=64, help="games of a pair for each estimate")
-    add("--first-games", type=positive_int, default=1024, help="games in the first iterations")
-    add("--first-iterations", type=whole, default=40, help="how many those are")
+    add(
+        "--first-games",
+        type=positive_int,
+        default=1024,
+        help="games of a pair in the first iterations",
+    )
+    add("--first-iterations", type=whole, default=40, help="how many iterations are the first ones")
     add("--rounds", type=positive_int, default=75, help="rounds of a game")
-    add("--discount", type=discount_factor, default=0.96, help="discount factor")
-    add("--steps", choices=list(STEPS), default="large", help="learning rates and start")
-    add("--lr-in", type=positive_float, help="of the opponent's expected steps, instead")
-    add("--lr-out", type=positive_float, help="of the players, instead")
-    add("--outer", choices=sorted(OUTER_OPTIMIZERS), help="optimizer of the players, instead")
-    add("--initial-std", type=non_negative_float, help="deviation of the first logits, instead")
-    add("--lr-value", type=non_negative_float, default=0.1, help="of the baselines; 0 for none")
-    add("--no-comparison", action="store_true", help="leave out the other step sizes")
+    discount_help = "discount factor, between 0.5 and 1"
+    add("--discount", type=discount_factor, default=0.96, help=discount_help)
+    steps_help = f"learning rates, optimizer and start that go together, of {listed([*STEPS])}"
+    add("--steps", choices=STEPS, metavar="NAME", default="large", help=steps_help)
+    named = {name: asdict(steps) for name, steps in STEPS.items()}
+    lr_in, lr_out, outer, initial_std = (
+        by_choice(named, name).replace("(default", "(default that of --steps:")
+        for name in ("lr_in", "lr_out", "outer", "initial_std")
+    )
+    add(
+        "--lr-in",
+        type=positive_float,
+        help=f"learning rate of the opponent's expected steps {lr_in}",
+    )
+    add("--lr-out", type=positive_float, help=f"learning rate of the players {lr_out}")
+    optimizers = sorted(OUTER_OPTIMIZERS)
+    add("--outer", choices=optimizers, help=f"optimizer of the players {outer}")
+    std_help = f"deviation of the first logits {initial_std}"
+    add("--initial-std", type=non_negative_float, help=std_help)
+    value_help = "learning rate of the baselines that reduce the variance; 0 for no baselines"
+    add("--lr-value", type=non_negative_float, default=0.1, help=value_help)
+    add("--no-comparison", action="store_true", help="leave out the runs with the other --steps")
     return options.parse_args(argv)
 
 
@@ -187,7 +212,7 @@ class LolaRun:
             "claims": claims(numbers, self.args.iterations, self.name),
             "seconds": round(time.monotonic() - began, 1),
         }
-        print_claims(results["claims"])
+        results["claims"] = print_claims(results["claims"], self.args.quick)
         draw(self.args.output / "lola.png", done, self.args.discount, self.name)
         self.jobs.save_results(results)
         console.print(f"Figure, metrics and results are in {self.args.output}.")

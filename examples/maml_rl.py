@@ -43,6 +43,7 @@ import torch
 from common.command import (
     Estimate,
     Jobs,
+    counted,
     estimate,
     parser,
     plain_endings,
@@ -58,8 +59,8 @@ from common.maml_rl_experiment import (
     meta_train,
     paths,
 )
-from common.reporting import console, print_claims, progress_bar, save_figure
-from rich.table import Table
+from common.options import by_choice
+from common.reporting import Table, console, print_claims, progress_bar, save_figure
 
 
 # What an option is where it is not given.
@@ -77,31 +78,73 @@ UNTRAINED, JOINT, MAML = "no meta-training", "trained for the mean return", "MAM
 METHODS = (UNTRAINED, JOINT, MAML)
 COLOURS = {UNTRAINED: "tab:gray", JOINT: "tab:orange", MAML: "tab:blue"}
 COUNTS = (20, 80, 320, 1280, 5120)
+COUNT_HELP = (
+    f"trajectories of the best estimate of a meta-gradient, of {', '.join(map(str, COUNTS))}"
+)
+#: Of an option that depends on the family.
+MEANINGS = {
+    "hidden": "units of a layer of the policy",
+    "horizon": "steps of a trajectory",
+    "iterations": "outer steps of a training",
+    "inner_lr": "learning rate of an inner step",
+    "outer_lr": "learning rate of the outer steps, by Adam",
+}
+QUICK: dict[str, Any] = {
+    "iterations": 5,
+    "seeds": 1,
+    "trajectories": 5,
+    "meta_batch": 4,
+    "test_tasks": 5,
+    "test_steps": 1,
+    "horizon": 8,
+    "largest_count": 80,
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    result = parser("maml_rl", "Meta-train policies to learn new tasks from a few trajectories.")
+    description = "Meta-train policies to learn new tasks from a few trajectories."
+    result = parser("maml_rl", description, QUICK)
     add = result.add_argument
-    add("--families", nargs="+", choices=sorted(DEFAULTS), default=["tabular", "navigation"])
+    families = ["tabular", "navigation"]
+    add(
+        "--families",
+        nargs="+",
+        choices=sorted(DEFAULTS),
+        default=families,
+        help="families of tasks",
+    )
     add("--seeds", type=positive_int, default=5, help="independent runs of everything")
-    add("--trajectories", type=positive_int, default=20, help="of a task in an inner step")
+    add(
+        "--trajectories",
+        type=positive_int,
+        default=20,
+        help="trajectories of a task in an inner step",
+    )
     add("--meta-batch", type=positive_int, default=20, help="tasks in an outer step")
     add("--test-tasks", type=positive_int, default=100, help="unseen tasks of the test")
     add("--test-steps", type=positive_int, default=3, help="inner steps of the test")
-    add("--estimator", choices=["dice", "surrogate"], default="dice", help="of the inner step")
-    add("--discount", type=positive_float, default=0.99, help="gamma")
-    add("--trace", type=positive_float, default=0.95, help="lambda of the advantages")
-    depends = {"default": argparse.SUPPRESS, "help": "(default depends on the family)"}
-    for name in ("hidden", "horizon", "iterations"):
-        add(f"--{name}", type=positive_int, **depends)
-    for name in ("inner-lr", "outer-lr"):
-        add(f"--{name}", type=positive_float, **depends)
+    estimator_help = "estimator of an inner step; the derivatives of surrogate are biased"
+    add("--estimator", choices=["dice", "surrogate"], default="dice", help=estimator_help)
+    add("--discount", type=positive_float, default=0.99, help="discount factor gamma, at most 1")
+    add("--trace", type=positive_float, default=0.95, help="lambda of the advantages, at most 1")
+    add("--largest-count", type=positive_int, default=COUNTS[-1], help=COUNT_HELP)
+    for name, meaning in MEANINGS.items():
+        kind = positive_float if name.endswith("_lr") else positive_int
+        text = f"{meaning} {by_choice(DEFAULTS, name)}"
+        add(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
     args = result.parse_args(argv)
     for name in ("discount", "trace"):
         if getattr(args, name) > 1:
             result.error(f"--{name} must be at most 1, got {getattr(args, name)}")
+    if args.largest_count < COUNTS[0]:
+        result.error(f"--largest-count must be at least {COUNTS[0]}, got {args.largest_count}")
     return args
+
+
+def counts_of(args: argparse.Namespace) -> tuple[int, ...]:
+    """Return the numbers of trajectories from which meta-gradients are estimated."""
+    return tuple(count for count in COUNTS if count <= args.largest_count)
 
 
 def settings_of(args: argparse.Namespace, family: str) -> Settings:
@@ -145,7 +188,7 @@ def work(args: argparse.Namespace, jobs: Jobs) -> None:
 
             def job(family: Settings = settings, m: str = method, k: int = seed) -> Any:
                 if m == "meta-gradient":
-                    return meta_gradient_errors(Family(family, k), COUNTS)
+                    return meta_gradient_errors(Family(family, k), counts_of(args))
                 return tested(family, m, k, report)
 
             bar.update(task, description=f"{family}, {method}, seed {seed}")
@@ -162,6 +205,7 @@ class Summary:
     def __init__(self, jobs: Jobs, args: argparse.Namespace) -> None:
         self.jobs, self.args = jobs, args
         self.steps = range(args.test_steps + 1)
+        self.counts = counts_of(args)
 
     def rows(self, family: str, method: str, key: str = "returns") -> list[dict[str, Any]]:
         """Return the rows that have ``key``, in the order of the seeds."""
@@ -195,34 +239,35 @@ class Summary:
             "measured": f"MAML {estimate(self.returns(family, MAML, 0))} before and "
             f"{estimate(after)} after, the other {estimate(others)} after (with the best inner lr, "
             f"{chosen}); difference {gain}; highest possible {self.best(family)}",
-            "holds": gain.mean - gain.half_width > 0,
+            "holds": gain.above(0),
         }
 
     def _estimator_claim(self) -> dict[str, Any]:
         dice, surrogate = self.errors("dice"), self.errors("surrogate")
+        least, most = self.counts[0], self.counts[-1]
         return {
             "claim": "the surrogate's second derivatives are biased, those of DiCE are not",
-            "measured": f"relative error of the meta-gradient with {COUNTS[-1]} trajectories: DiCE "
-            f"{dice[-1]}, surrogate {surrogate[-1]}; with {COUNTS[0]}, where variance counts more: "
+            "measured": f"relative error of the meta-gradient with {most} trajectories: DiCE "
+            f"{dice[-1]}, surrogate {surrogate[-1]}; with {least}, where variance counts more: "
             f"DiCE {dice[0]}, surrogate {surrogate[0]}",
-            "holds": dice[-1].mean + dice[-1].half_width
-            < surrogate[-1].mean - surrogate[-1].half_width,
+            "holds": dice[-1].below(surrogate[-1].mean - surrogate[-1].half_width),
         }
 
     def errors(self, estimator: str) -> list[Estimate]:
         """Return the relative errors of the meta-gradient by number of trajectories."""
         rows = self.rows("tabular", "meta-gradient", "count")
-        return [estimate([r[estimator] for r in rows if r["count"] == n]) for n in COUNTS]
+        return [estimate([r[estimator] for r in rows if r["count"] == n]) for n in self.counts]
 
     def table(self) -> Table:
         """Return the returns as a table."""
         table = Table(
-            title=f"Return on unseen tasks, {self.args.seeds} seeds", title_justify="left"
+            title=f"Return on unseen tasks, {counted(self.args.seeds, 'seed')}",
+            title_justify="left",
         )
         table.add_column("family")
         table.add_column("method", no_wrap=True)
         for step in self.steps:
-            table.add_column(f"{step} steps", justify="right")
+            table.add_column(counted(step, "step"), justify="right")
         for family in self.args.families:
             for method in METHODS:
                 cells = [str(estimate(self.returns(family, method, k))) for k in self.steps]
@@ -294,7 +339,7 @@ def _draw_errors(axes: Any, summary: Summary) -> None:
         points = summary.errors(estimator)
         mean, half = [p.mean for p in points], [p.half_width for p in points]
         label = {"dice": "DiCE", "surrogate": "surrogate (biased)"}[estimator]
-        axes.errorbar(COUNTS, mean, half, marker="o", capsize=4, color=colour, label=label)
+        axes.errorbar(summary.counts, mean, half, marker="o", capsize=4, color=colour, label=label)
     axes.set(xscale="log", yscale="log", title="tabular: estimated and exact meta-gradient")
     axes.set(xlabel="trajectories of the inner step", ylabel="relative error")
     axes.grid(alpha=0.3, which="both")
@@ -308,13 +353,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     started = time.monotonic()
     settings = {f: asdict(settings_of(args, f)) for f in args.families}
     head = {"seed": args.seed, "seeds": args.seeds, "families": settings}
+    head["largest_count"] = args.largest_count
     with plain_endings("maml_rl"):
         jobs = Jobs(args.output, head, args.resume, args.overwrite)
         work(args, jobs)
         summary = Summary(jobs, args)
         console.print(summary.table())
-        claims = summary.claims()
-        print_claims(claims)
+        claims = print_claims(summary.claims(), args.quick)
         results = {
             "settings": head,
             "seconds": round(time.monotonic() - started, 1),

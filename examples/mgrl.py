@@ -33,6 +33,7 @@ import torch
 from common.command import (
     Estimate,
     Jobs,
+    counted,
     estimate,
     parser,
     plain_endings,
@@ -41,8 +42,8 @@ from common.command import (
 )
 from common.mgrl_agent import ActorCritic, Sampler, actor_critic_loss, policy_loss
 from common.mgrl_figure import draw
-from common.reporting import console, print_claims, progress_bar
-from rich.table import Table
+from common.options import share
+from common.reporting import Table, console, print_claims, progress_bar
 from torch import Tensor
 
 import torchopt
@@ -50,6 +51,15 @@ import torchopt
 
 ENVIRONMENT = "CartPole-v1"
 OBSERVATIONS, ACTIONS, HIDDEN = 4, 2, 32
+QUICK: dict[str, Any] = {
+    "rounds": 5,
+    "seeds": 2,
+    "copies": 4,
+    "steps": 32,
+    "fixed": [0.5],
+    "fixed_traces": [0.95],
+    "start": [0.5],
+}
 REWARD_SCALE = 0.05  # so that values are of the size that a fresh network gives
 
 
@@ -85,29 +95,43 @@ class Method(NamedTuple):
         return f"{'learned from' if self.learn else 'fixed'} {self.gamma:g}, {self.trace:g}"
 
 
-def probability(text: str) -> float:
-    """Read a number strictly between 0 and 1: what a sigmoid can be."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be strictly between 0 and 1, got {value}")
-    return value
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    result = parser("mgrl", "Learn the discount of an actor-critic by meta-gradients.")
+    description = "Learn the discount of an actor-critic by meta-gradients."
+    result = parser("mgrl", description, QUICK)
     add = result.add_argument
     add("--seeds", type=positive_int, default=10, help="independent agents, trained side by side")
     grid, traces = [0.5, 0.95, 0.99], [0.95, 0.999]
-    add("--fixed", type=probability, nargs="*", default=grid, help="discounts to compare with")
-    add("--fixed-traces", type=probability, nargs="*", default=traces, help="lambdas with each")
-    add("--start", type=probability, nargs="+", default=[0.5, 0.95], help="learned ones begin here")
-    add("--trace", type=probability, default=0.95, help="lambda where the learned ones begin")
-    add("--outer-discount", type=probability, default=0.99, help="gamma' of the outer loss")
+    add(
+        "--fixed", type=share, nargs="*", default=grid, help="fixed discounts gamma to compare with"
+    )
+    add(
+        "--fixed-traces",
+        type=share,
+        nargs="*",
+        default=traces,
+        help="trace decays lambda to combine with each of them",
+    )
+    add(
+        "--start",
+        type=share,
+        nargs="+",
+        default=[0.5, 0.95],
+        help="discounts from which learning begins, a run each",
+    )
+    add("--trace", type=share, default=0.95, help="trace decay from which learning begins")
+    add("--outer-discount", type=share, default=0.99, help="discount gamma' of the outer loss")
     add("--rounds", type=positive_int, default=180, help="outer steps")
-    add("--inner-steps", type=positive_int, default=4, help="steps between two outer steps")
-    add("--inner-lr", type=positive_float, default=2e-3, help="of the agents")
-    add("--outer-lr", type=positive_float, default=0.2, help="of gamma and lambda, as logits")
+    add(
+        "--inner-steps", type=positive_int, default=4, help="learning steps between two outer steps"
+    )
+    add("--inner-lr", type=positive_float, default=2e-3, help="learning rate of the agents")
+    add(
+        "--outer-lr",
+        type=positive_float,
+        default=0.2,
+        help="learning rate of the logits of gamma and lambda",
+    )
     add("--copies", type=positive_int, default=16, help="environments of each agent")
     add("--steps", type=positive_int, default=32, help="steps of each environment in a batch")
     return result.parse_args(argv)
@@ -200,7 +224,7 @@ class Summary:
 
     def table(self) -> Table:
         """Return all methods as a table."""
-        title = f"{ENVIRONMENT}, {self.args.seeds} seeds"
+        title = f"{ENVIRONMENT}, {counted(self.args.seeds, 'seed')}"
         table = Table(title=title, title_justify="left")
         table.add_column("gamma, lambda", no_wrap=True)
         for name in ("return over the whole life", "at the end", "gamma at the end", "lambda"):
@@ -225,7 +249,7 @@ class Summary:
                         "claim": text + "beats leaving them there",
                         "measured": f"{self._compared(method, held)}; gamma ends at "
                         f"{estimate(self.at_end(method, 'gamma'))}",
-                        "holds": gain.mean - gain.half_width > 0,
+                        "holds": gain.above(0),
                     }
                 )
             if self.fixed:
@@ -235,15 +259,15 @@ class Summary:
     def _claim_over_grid(self, method: Method) -> dict[str, Any]:
         best = max(self.fixed, key=lambda m: sum(self.over_life(m)))
         gaps = [self._difference(method, m) for m in self.fixed]
-        wins = sum(gap.mean - gap.half_width > 0 for gap in gaps)
-        losses = sum(gap.mean + gap.half_width < 0 for gap in gaps)
+        wins = sum(gap.above(0) is True for gap in gaps)
+        losses = sum(gap.below(0) is True for gap in gaps)
         gap = self._difference(method, best)
         text = f"gamma and lambda learned from {method.gamma:g}, {method.trace:g} "
         return {
             "claim": text + "beat the best fixed ones of a grid",
             "measured": f"{self._compared(method, best)}; of the {len(gaps)} fixed ones it beats "
             f"{wins} and loses to {losses}, by the interval",
-            "holds": gap.mean - gap.half_width > 0,
+            "holds": gap.above(0),
         }
 
     def _compared(self, one: Method, other: Method) -> str:
@@ -280,8 +304,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         summary = Summary(jobs, args)
         live_all(settings, [*summary.fixed, *summary.learned], jobs)
         console.print(summary.table())
-        claims = summary.claims()
-        print_claims(claims)
+        claims = print_claims(summary.claims(), args.quick)
         results = {
             "settings": asdict(settings),
             "seconds": round(time.monotonic() - started, 1),

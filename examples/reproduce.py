@@ -1,4 +1,4 @@
-"""Run the examples at their default size and write what they gave into ``examples/README.md``.
+"""Run the examples at their default size and write what was measured into ``examples/README.md``.
 
     python examples/reproduce.py                 # all of them: `make examples`
     python examples/reproduce.py lola reweight   # these only; the rows of the others stay
@@ -9,7 +9,6 @@ is made, so that a row can be traced to its run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from common.checkpoints import write_atomically
 from common.endings import plain_endings
+from common.options import Parser
 
 
 FOLDER = Path(__file__).parent
@@ -85,6 +85,8 @@ def run(example: Example, output: Path) -> dict[str, Any]:
     if ended.returncode:
         raise ValueError(f"{example.command} has failed; the table is as the runs before left it.")
     results = json.loads((output / "results.json").read_text())
+    if any(claim["holds"] is None for claim in results["claims"]):  # of a quick run, say
+        raise ValueError(f"{output} holds results that are too small to judge; they are not kept.")
     seconds = round(time.perf_counter() - start)
     kept = {"command": example.command, "seconds": seconds, "claims": results["claims"]}
     text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
@@ -133,10 +135,12 @@ def write_table(readme: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run what is asked for."""
     names = [example.name for example in EXAMPLES]
-    parser = argparse.ArgumentParser(prog="reproduce", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(names)}; all if none is given")
-    parser.add_argument("--output", type=Path, default=Path("runs/examples"), help="for the runs")
-    parser.add_argument("--table-only", action="store_true", help="only write the table anew")
+    description = (__doc__ or "").splitlines()[0]
+    parser = Parser("reproduce", description, quick=None, output=Path("runs/examples"))
+    add = parser.add_argument
+    add("names", nargs="*", help=f"of {', '.join(names)}; all if none is given")
+    add("--output", type=Path, default=Path("runs/examples"), help="folder for the runs")
+    add("--table-only", action="store_true", help="only write the table again")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.names) - set(names))
     if unknown:

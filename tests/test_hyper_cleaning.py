@@ -93,7 +93,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     import hyper_cleaning
 
     monkeypatch.setattr(hyper_cleaning, "CLEANING", settings(final_steps=20))
-    monkeypatch.setattr(hyper_cleaning, "alone", lambda function, *args: function(*args))
+    monkeypatch.setattr(hyper_cleaning, "alone", lambda function, *args, **_: function(*args))
     return lambda *options: hyper_cleaning.main([*TINY, *options])
 
 
@@ -119,7 +119,7 @@ def test_the_example_at_tiny_size(run: Any, tmp_path: Path) -> None:
 def test_options_that_do_not_fit(run: Any, tmp_path: Path, capsys: Any) -> None:
     for options, message in (
         (("--data", "mnist"), "needs --root DIR"),
-        (("--rates", "1.5"), "must be between 0 and 1"),
+        (("--rates", "1.5"), "must be strictly between 0 and 1"),
         (("--clean", "15"), "no multiple of the ten digits"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -305,5 +305,5 @@ class TestBadInput:
         import common.environments
 
         monkeypatch.setitem(sys.modules, "gymnasium", None)
-        with pytest.raises(ImportError, match=r"torchopt\[examples\]"):
+        with pytest.raises(SystemExit, match=r"torchopt\[examples\]"):
             importlib.reload(common.environments)

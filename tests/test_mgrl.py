@@ -242,5 +242,5 @@ class TestBadInput:
         import common.mgrl_agent
 
         monkeypatch.setitem(sys.modules, "gymnasium", None)
-        with pytest.raises(ImportError, match=r"torchopt\[examples\]"):
+        with pytest.raises(SystemExit, match=r"torchopt\[examples\]"):
             importlib.reload(common.mgrl_agent)

@@ -207,7 +207,7 @@ class TestRun:
             assert losses[-1] < losses[0]
         assert (tmp_path / "reweight.png").read_bytes().startswith(b"\x89PNG")
         assert json.loads((tmp_path / "results.json").read_text()) == results
-        assert {claim["holds"] for claim in results["claims"]} <= {True, False}
+        assert {claim["holds"] for claim in results["claims"]} == {None}  # one seed shows nothing
         assert results["seconds"] > 0
 
     @pytest.mark.usefixtures("no_figures")

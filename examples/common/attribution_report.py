@@ -56,7 +56,7 @@ def report(
     jobs: Jobs,
     runs: dict[str, Run],
     rows: dict[str, Any],
-    killed: dict[str, Any],
+    killed: dict[str, Any] | None,
     about: dict[str, Any],
 ) -> dict[str, Any]:
     """Print table and claims, draw the figure, and return what is in ``results.json``.
@@ -66,14 +66,13 @@ def report(
         jobs: Where results go.
         runs: The training run of each problem.
         rows: What each part gave, by problem and part.
-        killed: What became of the run that was killed.
+        killed: What became of the run that was killed; ``None`` if there was none.
         about: Settings and seconds of the run.
     """
     compared = {problem: Compared(args, rows, problem) for problem in PROBLEMS}
     console.print(_table(args, runs, rows, compared))
     marked = _marked(runs["digits"], compared["digits"].derivatives["exact"])
-    claims = _claims(args, runs, compared, killed, marked)
-    print_claims(claims)
+    claims = print_claims(_claims(args, runs, compared, killed, marked), args.quick)
     scores = {p: {m: compared[p].scores(m) for m in METHODS} for p in PROBLEMS}
     results = {**about, "claims": claims, "scores": scores, "killed": killed, "marked": marked}
     _draw(args.output / "figure.png", compared)
@@ -119,7 +118,7 @@ def _claims(
     args: argparse.Namespace,
     runs: dict[str, Run],
     compared: dict[str, Compared],
-    killed: dict[str, Any],
+    killed: dict[str, Any] | None,
     marked: dict[str, float],
 ) -> list[dict[str, Any]]:
     claims = []
@@ -135,22 +134,25 @@ def _claims(
             }
         )
     share = marked["wrong"] / marked["examples"]
-    claims += [
+    claims.append(
         {
             "claim": "digits: wrong labels are among the examples that do the most harm",
             "measured": f"{marked['found']} of {marked['wrong']} among the {marked['wrong']} worst "
             f"of {marked['examples']}; by chance {share * marked['wrong']:.1f}",
             "holds": marked["found"] > 2 * share * marked["wrong"],
-        },
-        {
-            "claim": "killed forwards and backwards, a run goes on with the same digits",
-            "measured": f"{killed['steps']} steps, killed by SIGKILL in the middle of both "
-            f"directions: {'all bits are the same' if killed['same'] else 'they differ'}, "
-            f"{killed['left_files']} files left over",
-            "holds": killed["killed"] and killed["same"] and not killed["left_files"],
-        },
-    ]
-    return claims
+        }
+    )
+    return claims if killed is None else [*claims, _claim_of_killed(killed)]
+
+
+def _claim_of_killed(killed: dict[str, Any]) -> dict[str, Any]:
+    same = "all bits are the same" if killed["same"] else "they differ"
+    return {
+        "claim": "killed forwards and backwards, a run goes on with the same digits",
+        "measured": f"{killed['steps']} steps, killed by SIGKILL in the middle of both "
+        f"directions: {same}, {killed['left_files']} files left over",
+        "holds": killed["killed"] and killed["same"] and not killed["left_files"],
+    }
 
 
 def _draw(path: Path, compared: dict[str, Compared]) -> None:

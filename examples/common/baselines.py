@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,12 +22,16 @@ CHOICE_SHARE = 15  # settings are chosen on a fifteenth of the number of test ta
 
 
 def best_fine_tuning(
-    learner: Learner, params: Params, choice: Callable[[], EpisodeSampler], tasks: int
+    learner: Learner,
+    params: Params,
+    choice: Callable[[], EpisodeSampler],
+    tasks: int,
+    counts: Sequence[int],
 ) -> tuple[float, int]:
     """Return learning rate and number of SGD steps that do best on tasks of training classes.
 
     The baselines are not meta-trained, so they may take more steps than the meta-trained network;
-    how many is chosen without a look at the test classes.
+    how many, of ``counts``, is chosen without a look at the test classes.
     """
     learner = replace(learner, optimizer="sgd")
 
@@ -35,7 +39,7 @@ def best_fine_tuning(
         rates = initial_rates(params, setting[0])
         return measured_accuracy(learner, params, rates, choice(), setting[1], tasks).mean
 
-    return max(((lr, n) for lr in FINE_TUNING_RATES for n in FINE_TUNING_STEPS), key=accuracy)
+    return max(((lr, n) for lr in FINE_TUNING_RATES for n in counts), key=accuracy)
 
 
 def fine_tuned(
@@ -44,9 +48,10 @@ def fine_tuned(
     choice: Callable[[], EpisodeSampler],
     test: Callable[[], EpisodeSampler],
     tasks: int,
+    counts: Sequence[int] = FINE_TUNING_STEPS,
 ) -> tuple[Accuracy, str]:
     """Return the test accuracy of fine-tuning ``params``, and its settings in words."""
-    lr, steps = best_fine_tuning(learner, params, choice, max(10, tasks // CHOICE_SHARE))
+    lr, steps = best_fine_tuning(learner, params, choice, max(10, tasks // CHOICE_SHARE), counts)
     learner = replace(learner, optimizer="sgd")
     accuracy = measured_accuracy(learner, params, initial_rates(params, lr), test(), steps, tasks)
     return accuracy, f"{steps} SGD steps, lr {lr}"

@@ -95,7 +95,7 @@ class MetricsFile:
 
     Args:
         path: The file.
-        keep_until: Keep earlier lines up to this iteration (when resuming); ``None`` starts anew.
+        keep_until: Keep earlier lines up to this iteration (when resuming); ``None``: keep nothing.
         fields: What each line must have, as a number.
 
     Raises:
@@ -135,7 +135,7 @@ def _read(path: Path, keep_until: int, fields: Sequence[str]) -> list[dict[str, 
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(
                 f"{path} holds no metrics of this run (line {number}: {reason}). Remove it, or "
-                "start anew with --overwrite."
+                "start over with --overwrite."
             ) from error
         if number <= keep_until:
             rows.append(row)

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from rich.table import Table
-
 from common.cleaning_training import (
     CHECKPOINTED,
     CLEAN,
@@ -21,7 +18,7 @@ from common.cleaning_training import (
     UNROLLED,
 )
 from common.command import estimate
-from common.reporting import save_figure
+from common.reporting import Table, mpl, save_figure
 
 
 Rows = Sequence[dict[str, Any]]
@@ -79,10 +76,7 @@ def table(rows: Rows, memory: Rows) -> Table:
 
 
 def _text(values: Sequence[float]) -> str:
-    result = estimate(values)
-    if result.count < 2:  # of a single seed there is no interval
-        return f"{result.mean:.1f}"
-    return f"{result.mean:.1f} ± {result.half_width:.1f}"
+    return f"{estimate(values):.1f}"
 
 
 def claims(rows: Rows, memory: Rows) -> list[dict[str, Any]]:
@@ -103,8 +97,8 @@ def claims(rows: Rows, memory: Rows) -> list[dict[str, Any]]:
                     "claim": f"{100 * rate:g} % wrong labels: weights learned by {method} "
                     f"derivatives are better than {other}",
                     "measured": f"{_text(ours)} % beside {_text(plain)} %, difference "
-                    f"{gain.mean:.1f} ± {gain.half_width:.1f} points",
-                    "holds": gain.mean - gain.half_width > 0,
+                    f"{gain:.1f} points",
+                    "holds": gain.above(0),
                 }
             )
     return [*result, *_weights(rows, present), *_costs(memory)]

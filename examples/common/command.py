@@ -1,80 +1,26 @@
-"""What the command lines of the examples share: options, folder, finished work, intervals."""
+"""What the runs of the examples share: folder, finished work, intervals."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common import EXTRA
 from common.checkpoints import check_settings, write_atomically
 from common.endings import plain_endings as plain_endings
 from common.endings import refuse
 from common.lock import FolderInUseError, FolderLock
-
-
-def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that every example has.
-
-    Args:
-        name: The example's name; its results go to ``runs/NAME``.
-        description: One line for ``--help``.
-    """
-    result = argparse.ArgumentParser(
-        prog=name,
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = result.add_argument
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--device", type=device, default="cpu", help="such as cpu or cuda:0")
-    add("--threads", type=positive_int, default=2, help="CPU threads")
-    add("--output", type=Path, default=Path("runs") / name, help="folder for all results")
-    add("--resume", action="store_true", help="go on with the run in the output folder")
-    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    return result
-
-
-def positive_int(text: str) -> int:
-    """Read a whole number >= 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """Read a number > 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be > 0, got {value}")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """Read a number >= 0."""
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be >= 0, got {value}")
-    return value
-
-
-def device(text: str) -> torch.device:
-    """Read the name of a device that this machine has."""
-    try:
-        result = torch.device(text)
-        torch.empty(0, device=result)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from error
-    return result
+from common.options import device as device
+from common.options import non_negative_float as non_negative_float
+from common.options import parser as parser
+from common.options import positive_float as positive_float
+from common.options import positive_int as positive_int
 
 
 def prepare_folder(
@@ -86,7 +32,7 @@ def prepare_folder(
         folder: The folder.
         markers: Files in it of which one exists if it holds a run, of whatever example.
         resume: Whether to go on with that run.
-        overwrite: Whether to start anew nevertheless.
+        overwrite: Whether to replace that run.
 
     Returns:
         The lock, to be kept as long as the run writes there.
@@ -101,14 +47,16 @@ def prepare_folder(
         (folder / "writable").unlink()
         lock = FolderLock(folder)
     except OSError as error:
-        refuse(f"Cannot write to the output folder {folder}: {error}", error)
+        in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "there is a file in its place" if in_the_way else error.strerror
+        refuse(f"Cannot write to the output folder {folder}: {reason}.", error)
     except FolderInUseError as error:
         refuse(str(error), error)
     if any(marker.exists() for marker in markers) and not (resume or overwrite):
         lock.release()
         refuse(
             f"{folder} holds a run already. Pass --resume to go on with it, --overwrite "
-            "to start anew, or another --output."
+            "to start over, or another --output."
         )
     return lock
 
@@ -123,7 +71,7 @@ class Jobs:
         folder: The output folder; :func:`prepare_folder` is called on it.
         settings: What determines the numbers; a run is resumed with the same ones only.
         resume: Whether to keep the jobs that are finished.
-        overwrite: Whether to start anew in a folder that holds a run.
+        overwrite: Whether to replace the run in the folder.
 
     Raises:
         SystemExit: If the folder cannot be used.
@@ -207,11 +155,16 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except ValueError as error:  # of the text or of JSON
-        raise ValueError(f"{path} is damaged ({error}); start anew with --overwrite.") from error
+        raise ValueError(f"{path} is damaged ({error}); start over with --overwrite.") from error
     whole = all(isinstance(row, dict) for row in rows)
     if not whole or not rows or not isinstance(rows[0].get("settings"), dict):
-        raise ValueError(f"{path} is not of this example; start anew with --overwrite.")
+        raise ValueError(f"{path} is not of this example; start over with --overwrite.")
     return rows
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number of things in words: 1 seed, 2 seeds."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True)
@@ -223,7 +176,29 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
+        if math.isnan(self.half_width):
+            return f"{self.mean:.3g}"
         return f"{self.mean:.3g} ± {self.half_width:.2g}"
+
+    def __format__(self, spec: str) -> str:
+        """Return both in one format; without an interval, the mean."""
+        if not spec:
+            return str(self)
+        if math.isnan(self.half_width):
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} ± {self.half_width:{spec}}"
+
+    def above(self, bound: float) -> bool | None:
+        """Whether the whole interval lies above a bound; unknown if there is none."""
+        if math.isnan(self.half_width):
+            return None
+        return self.mean - self.half_width > bound
+
+    def below(self, bound: float) -> bool | None:
+        """Whether the whole interval lies below a bound; unknown if there is none."""
+        if math.isnan(self.half_width):
+            return None
+        return self.mean + self.half_width < bound
 
 
 #: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom, from any statistics table.

@@ -18,10 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common import EXTRA
+from common.endings import missing
+
+
+try:
+    import numpy as np
+except ImportError as error:
+    missing("The images need numpy", error)
 
 
 # Fixed before any accuracy was seen: the first six digits to train on, the last four to test on.

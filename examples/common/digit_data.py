@@ -12,12 +12,18 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import EXTRA
+from common.endings import missing
+
+
+try:
+    import numpy as np
+except ImportError as error:
+    missing("The images need numpy", error)
 
 
 MNIST_FILES = {
@@ -61,7 +67,7 @@ class Source:
     """Images to train on and images to test on.
 
     Attributes:
-        train: To make training sets of; ``None`` if every seed divides ``test`` anew.
+        train: To make training sets of; ``None`` if every seed divides ``test`` in its own way.
         test: To test on.
         distort: Whether training images are distorted, so that a few originals give many images.
     """

@@ -6,9 +6,10 @@ import contextlib
 import errno
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
-from common import lock
+from common import EXTRA, lock
 
 
 class Refused(SystemExit):
@@ -23,6 +24,11 @@ def refuse(reason: str, cause: BaseException | None = None) -> NoReturn:
     """End the run: print the reason and leave with exit code 2."""
     print(reason, file=sys.stderr)
     raise Refused(reason) from cause
+
+
+def missing(what: str, error: ImportError) -> NoReturn:
+    """End a run that lacks a package which a module imports at its beginning."""
+    refuse(f"{Path(sys.argv[0]).stem}: {what}: {EXTRA}", error)
 
 
 @contextlib.contextmanager

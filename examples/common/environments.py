@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from common import EXTRA
+from common.endings import missing
 
 
 try:
     import gymnasium
+    import numpy as np
     from gymnasium import spaces
     from gymnasium.vector import AutoresetMode, VectorEnv
     from gymnasium.vector.utils import batch_space
+    from numpy.typing import NDArray
 except ImportError as error:
-    raise ImportError(f"The reinforcement-learning examples need gymnasium: {EXTRA}") from error
+    missing("Reinforcement learning needs gymnasium", error)
 
 Tasks = TypeVar("Tasks", bound=tuple)
 Array = NDArray[np.float64]

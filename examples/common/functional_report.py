@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.command import Estimate, Jobs, estimate
-from common.reporting import Table, console, mpl, save_figure
+from common.command import Estimate, Jobs, counted, estimate
+from common.reporting import Table, console, mpl, print_claims, save_figure
 
 
 STYLES = ("functional", "object-oriented", "differentiable", "torch.optim.Adam")
@@ -77,9 +77,10 @@ def report(
     console.print(_table_of_ensembles(args, ensembles))
     speed = speed_ups(timed)
     console.print(_table_of_speed(speed))
+    claims = print_claims(_claims(args, compared, ensembles, speed), args.quick)
     results = {
         **about,
-        "claims": _claims(args, compared, ensembles, speed),
+        "claims": claims,
         "differences": {s: largest_difference(compared["losses"], s) for s in STYLES},
         "slope": compared["slope"],
         "slope_by_differences": compared["slope_by_differences"],
@@ -113,7 +114,7 @@ def _table_of_styles(compared: dict[str, Any]) -> Table:
 
 def _table_of_ensembles(args: argparse.Namespace, ensembles: Sequence[dict[str, Any]]) -> Table:
     seeds, count = len(ensembles), len(args.rates)
-    title = f"{args.members} networks trained at once, 95 % interval over {seeds} seeds"
+    title = f"{args.members} networks trained at once, 95 % interval over {counted(seeds, 'seed')}"
     result = Table(title=title, title_justify="left")
     columns = ("accuracy (%)", "of the mean vote", "-log p", "of the mean vote")
     result.add_column("members")
@@ -178,7 +179,7 @@ def _claims(
             "claim": "the mean vote is more accurate than its members",
             "measured": f"{vote} %, members with the best learning rate ({args.rates[best]:g}) "
             f"{means[best]} %, difference {gain}",
-            "holds": gain.mean > (gain.half_width if gain.count > 1 else 0),
+            "holds": gain.above(0),
         },
         {
             "claim": "many networks train faster by vmap than in a loop over torch.optim.Adam",

@@ -8,13 +8,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from common.command import estimate
+from common.command import Estimate, estimate
 from common.lola_learning import is_forgiving, is_tit_for_tat
 from common.prisoners_dilemma import STATES, TIT_FOR_TAT, forgiveness_limit
-from common.reporting import save_figure
+from common.reporting import Table, save_figure
 
 
 COLOURS = ("tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
@@ -75,7 +74,7 @@ def _numbers(rows: Rows) -> dict[str, Any]:
 
 
 def _reward_text(row: dict[str, Any]) -> str:
-    return f"{row['reward']:.3f} ± {row['half_width']:.3f}"
+    return f"{Estimate(row['reward'], row['half_width'], row['pairs']):.3f}"
 
 
 def claims(numbers: list[dict[str, Any]], iterations: int, steps: str) -> list[dict[str, Any]]:
@@ -100,7 +99,8 @@ def claims(numbers: list[dict[str, Any]], iterations: int, steps: str) -> list[d
             result.append({"claim": what, "measured": "; ".join(shares), "holds": holds})
     for row in numbers:
         if row["steps"] == "LOLA paper" and row["look_aheads"] == 1:
-            holds = abs(row["reward"] - PAPER_REWARD) < math.hypot(row["half_width"], PAPER_HALF)
+            both = math.hypot(row["half_width"], PAPER_HALF)  # nan for a single pair
+            holds = None if math.isnan(both) else abs(row["reward"] - PAPER_REWARD) < both
             what = f"settings of the LOLA paper: {PAPER_REWARD} ± {PAPER_HALF} a step"
             result.append(_claim(what, [row], holds))
             share, more = row["tit_for_tat"], row["forgiving"]
@@ -123,7 +123,9 @@ def claims(numbers: list[dict[str, Any]], iterations: int, steps: str) -> list[d
     return result
 
 
-def _claim(what: str, rows: list[dict[str, Any]], holds: bool, more: str = "") -> dict[str, Any]:
+def _claim(
+    what: str, rows: list[dict[str, Any]], holds: bool | None, more: str = ""
+) -> dict[str, Any]:
     each = "; ".join(f"{title(row)}: {_reward_text(row)}" for row in rows)
     return {"claim": what, "measured": each + more, "holds": holds}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import torchopt
+from common.command import Estimate
 from common.episodes import EpisodeSampler, Task
 
 
@@ -98,14 +99,21 @@ class Accuracy:
 
     @property
     def half_width(self) -> float:
-        """Half the width of the 95 % interval of the mean."""
+        """Half the width of the 95 % interval of the mean; of a single task unknown (nan)."""
+        if len(self.values) < 2:
+            return math.nan
         return 1.96 * self.values.std().item() / math.sqrt(len(self.values))
+
+    @property
+    def estimate(self) -> Estimate:
+        """Mean and interval."""
+        return Estimate(self.mean, self.half_width, len(self.values))
 
     def __sub__(self, other: Accuracy) -> Accuracy:
         return Accuracy(self.values - other.values)
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.half_width:.1f} %"
+        return f"{self.estimate:.1f} %"
 
     def summary(self) -> dict[str, Any]:
         """Return what is kept of it in a file."""

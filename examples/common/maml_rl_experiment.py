@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import gymnasium
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 import torchopt
-from common.environments import best_navigation_return
+from common.environments import best_navigation_return, gymnasium, np
 from common.maml_rl_exact import expected_return, optimal_return
 from common.maml_rl_learning import (
     Advantages,
@@ -183,7 +181,8 @@ def measured(family: Family, params: Params, rates: Sequence[float]) -> dict[str
 
 def best_rates(family: Family, params: Params) -> list[float]:
     """Return the best inner learning rate for runs of 1, 2, ... steps, on training tasks."""
-    runs = {lr: _returns(family, params, lr, 3, CHOICE_TASKS)[0] for lr in RATES}
+    tasks = min(CHOICE_TASKS, family.settings.test_tasks)
+    runs = {lr: _returns(family, params, lr, 3, tasks)[0] for lr in RATES}
     steps = range(1, family.settings.test_steps + 1)
     return [max(RATES, key=lambda lr, k=step: runs[lr][k]) for step in steps]
 

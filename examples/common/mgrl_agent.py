@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import EXTRA
+from common.endings import missing
 
 
 try:
     import gymnasium
+    import numpy as np
 except ImportError as error:
-    raise ImportError(f"The reinforcement-learning examples need gymnasium: {EXTRA}") from error
+    missing("Reinforcement learning needs gymnasium", error)
 
 
 class ActorCritic(nn.Module):

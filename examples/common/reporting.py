@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from common import EXTRA
 from common.checkpoints import write_atomically
+from common.endings import missing
+from common.progress import LineProgress, said_in_lines
 
 
 try:
     import matplotlib as mpl
-    from rich.console import Console
+    from rich.console import Console, ConsoleDimensions
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -22,15 +24,45 @@ try:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-    from rich.table import Table
+    from rich.table import Table as Table
 except ImportError as error:
-    raise ImportError(f"The examples need rich and matplotlib: {EXTRA}") from error
+    missing("The examples need rich and matplotlib", error)
 
-console = Console()
+UNBROKEN = 1000  # columns; rich takes a pipe for a terminal of 80
 
 
-def progress_bar() -> Progress:
-    """Return a progress bar with room for loss and accuracy."""
+class ExampleConsole(Console):
+    """A console whose output can be piped: lines stay whole, and what takes long says so."""
+
+    @property
+    def size(self) -> ConsoleDimensions:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Width and height of the terminal, if it is one."""
+        size = super().size
+        return size if self.is_terminal else ConsoleDimensions(UNBROKEN, size.height)
+
+    @property
+    def animated(self) -> bool:
+        """Whether what was printed can be changed."""
+        return self.is_terminal and not self.is_dumb_terminal
+
+    def say(self, text: str) -> None:
+        """Print a line as it is."""
+        self.print(text, highlight=False, markup=False, soft_wrap=not self.is_terminal)
+
+    def status(self, status: Any, **more: Any) -> Any:
+        """Show what is being done as long as a block is not left."""
+        if self.animated:
+            return super().status(status, **more)
+        return said_in_lines(str(status), self.say)
+
+
+console = ExampleConsole()
+
+
+def progress_bar() -> AbstractContextManager[Any]:
+    """Return a progress bar with room for loss and accuracy; lines if it is no terminal."""
+    if not console.animated:
+        return LineProgress(console.say)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -53,11 +85,23 @@ def results_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
     return table
 
 
-def print_claims(claims: Sequence[dict[str, Any]]) -> None:
-    """Print what papers claim beside what was measured."""
-    for claim in claims:
-        verdict = "holds" if claim["holds"] else "does not hold"
-        console.print(f"{verdict}: {claim['claim']}\n  {claim['measured']}", highlight=False)
+VERDICTS = {True: "holds", False: "does not hold", None: "too small to judge"}
+
+
+def print_claims(claims: Sequence[dict[str, Any]], quick: bool = False) -> list[dict[str, Any]]:
+    """Print what papers claim beside what was measured, and return what is kept of it.
+
+    Args:
+        claims: Each with ``claim``, ``measured`` and ``holds``, which is ``None`` where too little
+            was measured.
+        quick: Whether it was a quick run, which judges nothing.
+    """
+    judged = [{**claim, "holds": None} if quick else claim for claim in claims]
+    for claim in judged:
+        console.say(f"{VERDICTS[claim['holds']]}: {claim['claim']}\n  {claim['measured']}")
+    if quick:
+        console.say("This was a quick run, to see that everything works: its figures mean nothing.")
+    return judged
 
 
 def draw_curves(

@@ -6,11 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from rich.table import Table
-
-from common.command import Estimate, estimate
-from common.reporting import save_figure
+from common.command import counted, estimate
+from common.reporting import Table, mpl, save_figure
 from common.reweight_training import METHODS, PLAIN, REWEIGHTED, WEIGHT_BINS
 
 
@@ -57,7 +54,7 @@ def tables(rows: Rows) -> list[Table]:
         columns: list[float | None] = [*proportions(rows)] if task == "imbalance" else [None]
         count = len(accuracies(rows, task, methods(rows, task)[0], columns[0]))
         what = "One digit is rare" if task == "imbalance" else "Wrong labels"
-        title = f"{what}: test accuracy (%), {count} seeds"
+        title = f"{what}: test accuracy (%), {counted(count, 'seed')}"
         table = Table(
             title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), min_width=60
         )
@@ -72,8 +69,7 @@ def tables(rows: Rows) -> list[Table]:
 
 
 def _text(values: Sequence[float]) -> str:
-    result = estimate(values)
-    return f"{result.mean:.1f} ± {result.half_width:.1f}"
+    return f"{estimate(values):.1f}"
 
 
 def claims(rows: Rows) -> list[dict[str, Any]]:
@@ -110,12 +106,9 @@ def _better(rows: Rows, task: str, other: str) -> dict[str, Any] | None:
     where = "wrong labels" if most is None else f"two digits, {most} of one"
     ours, theirs = (accuracies(rows, task, method, most) for method in (REWEIGHTED, other))
     difference = estimate([a - b for a, b in zip(ours, theirs)])
-    measured = (
-        f"{_text(ours)} % beside {_text(theirs)} %, "
-        f"difference {difference.mean:.1f} ± {difference.half_width:.1f} points"
-    )
+    measured = f"{_text(ours)} % beside {_text(theirs)} %, difference {difference:.1f} points"
     claim = f"{where}: learned weights are better than {other}"
-    return {"claim": claim, "measured": measured, "holds": _above(difference, 0.0)}
+    return {"claim": claim, "measured": measured, "holds": difference.above(0)}
 
 
 def _rise(rows: Rows) -> dict[str, Any]:
@@ -125,8 +118,8 @@ def _rise(rows: Rows) -> dict[str, Any]:
     rise = estimate([a - b for a, b in zip(few, many)])
     return {
         "claim": f"the error of learned weights rises by a few points only from {least} to {most}",
-        "measured": f"{rise.mean:.1f} ± {rise.half_width:.1f} points",
-        "holds": rise.mean + rise.half_width < FEW_POINTS,
+        "measured": f"{rise:.1f} points",
+        "holds": rise.below(FEW_POINTS),
     }
 
 
@@ -137,13 +130,8 @@ def _lower_weight(rows: Rows) -> dict[str, Any]:
     return {
         "claim": "images with wrong labels get lower weights",
         "measured": f"{estimate(wrong)} beside {estimate(right)} (1 is an equal share)",
-        "holds": _above(difference, 0.0),
+        "holds": difference.above(0),
     }
-
-
-def _above(difference: Estimate, bound: float) -> bool:
-    """Whether the whole interval lies above; a single seed shows nothing."""
-    return difference.mean - difference.half_width > bound
 
 
 def draw(path: Path, rows: Rows, digits: Sequence[int], flip_rate: float) -> None:

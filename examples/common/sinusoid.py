@@ -50,24 +50,52 @@ from common.sinusoid_tasks import (
 
 SHOWN_AMPLITUDE = 2.0  # the figure's left panels show a larger wave
 CHECKPOINT_EVERY = 250
-NOT_SETTINGS = ("device", "threads", "output", "resume", "overwrite")
+NOT_SETTINGS = ("device", "threads", "output", "resume", "overwrite", "quick")
+QUICK = {
+    "iterations": 50,
+    "seeds": 2,
+    "meta_batch": 5,
+    "test_waves": 20,
+    "test_shots": [10],
+    "test_steps": 2,
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line, without ``--data sinusoid``."""
-    result = parser("sinusoid", "Meta-train a network to fit a sine wave to a few points.")
-    result.prog = "few_shot.py --data sinusoid"
-    result.set_defaults(threads=1)  # the tensors are small: a second thread costs more than it does
+    result = parser("sinusoid", "Meta-train a network to fit a sine wave to a few points.", QUICK)
+    result.prog = "few_shot --data sinusoid"
     add = result.add_argument
     add("--seeds", type=positive_int, default=5, help="networks of each kind, for the intervals")
     add("--shots", type=positive_int, default=10, help="points of a wave in meta-training")
-    add("--test-shots", type=positive_int, nargs="+", default=[5, 10, 20], help="points in tests")
-    add("--inner-lr", type=positive_float, default=0.01, help="of the gradient steps on a wave")
-    add("--inner-steps", type=positive_int, default=1, help="gradient steps in meta-training")
-    add("--test-steps", type=positive_int, default=10, help="gradient steps in tests")
+    add(
+        "--test-shots",
+        type=positive_int,
+        nargs="+",
+        default=[5, 10, 20],
+        help="points of a wave in tests",
+    )
+    add(
+        "--inner-lr",
+        type=positive_float,
+        default=0.01,
+        help="learning rate of the gradient steps on a wave",
+    )
+    add(
+        "--inner-steps",
+        type=positive_int,
+        default=1,
+        help="gradient steps on a wave in meta-training",
+    )
+    add("--test-steps", type=positive_int, default=10, help="gradient steps on a wave in tests")
     add("--meta-batch", type=positive_int, default=25, help="waves of an iteration, for each seed")
-    add("--iterations", type=positive_int, default=5000, help="of meta-training and pre-training")
-    add("--outer-lr", type=positive_float, default=1e-3, help="of Adam")
+    add(
+        "--iterations",
+        type=positive_int,
+        default=5000,
+        help="meta-iterations, and steps of pre-training",
+    )
+    add("--outer-lr", type=positive_float, default=1e-3, help="learning rate of Adam")
     add("--first-order", action="store_true", help="ignore second derivatives")
     add("--test-waves", type=positive_int, default=600, help="waves of a test, for each seed")
     return result.parse_args(argv)
@@ -282,7 +310,7 @@ class SinusoidRun:
             "claims": claims(tested, str(Condition(args.shots)), str(Condition(args.shots, True))),
             "seconds": round(time.monotonic() - self.started, 1),
         }
-        print_claims(results["claims"])
+        results["claims"] = print_claims(results["claims"], args.quick)
         draw(args.output / "figure.png", args.shots, tested, shown)
         self.jobs.save_results(results)
         console.print(f"Figure, metrics, results and checkpoints are in {args.output}.")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.command import Estimate, estimate
+from common.command import Estimate, counted, estimate
 from common.reporting import Table, mpl, save_figure
 
 
@@ -53,7 +53,7 @@ def table(tested: Sequence[Tested], seeds: int, waves: int) -> Table:
     """Return the table of errors before and after the first and the last step."""
     last = max(len(test.errors[0]) for test in tested) - 1
     steps = sorted({0, 1, last})
-    title = f"Mean squared error on {waves} waves, 95 % interval over {seeds} seeds"
+    title = f"Mean squared error on {waves} waves, 95 % interval over {counted(seeds, 'seed')}"
     result = Table(title=title, title_justify="left")
     result.add_column("learner")
     for step in steps:
@@ -65,7 +65,7 @@ def table(tested: Sequence[Tested], seeds: int, waves: int) -> Table:
             result.add_row(f"[bold]{test.condition}")
         learner = test.learner if test.lr is None else f"{test.learner}, lr {test.lr:g}"
         errors = [test.after(step) for step in (steps if test.lr is not None else [0])]
-        result.add_row(f"  {learner}", *(f"{e.mean:.3f} ± {e.half_width:.3f}" for e in errors))
+        result.add_row(f"  {learner}", *(f"{e:.3f}" for e in errors))
     return result
 
 
@@ -106,9 +106,7 @@ def claims(tested: Sequence[Tested], usual: str, half: str) -> list[dict[str, An
 
 def _claim(claim: str, measured: str, gain: list[float]) -> dict[str, Any]:
     """Return a claim that holds if the gain, paired by seed, is surely above zero."""
-    interval = estimate(gain)
-    holds = interval.mean > (interval.half_width if interval.count > 1 else 0)
-    return {"claim": claim, "measured": measured, "holds": holds}
+    return {"claim": claim, "measured": measured, "holds": estimate(gain).above(0)}
 
 
 # Figure -----------------------------------------------------------------------------------------
