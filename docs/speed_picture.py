@@ -43,10 +43,10 @@ def ratios(figures: dict[str, Any] | None = None) -> list[tuple[str, str, float]
     Raises:
         KeyError: If the results have no such row.
     """
-    figures = figures or json.loads(SPEED.read_text(encoding="utf-8"))
+    results: Any = figures or json.loads(SPEED.read_text(encoding="utf-8"))
     found = {
         (row["key"], row["against"]): row["wall"]["value"]
-        for row in figures["rows"]
+        for row in results["rows"]
         if "wall" in row
     }
     return [(peer, work, found[row]) for row, (peer, work) in PEERS.items()]
