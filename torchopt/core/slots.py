@@ -143,8 +143,8 @@ class Slot:
 class Counter:
     """A number that is kept with the slots, such as a product of momenta or a sum of weights.
 
-    The method ``count`` of the transformation computes it before each update, and the rule gets
-    it as it gets its hyperparameters: by keyword, for this update.
+    The transformation's method ``count`` computes it before each update, and the rule receives it
+    like its hyperparameters: by keyword, for this update.
 
     Args:
         name: Its name, as ``torch.optim`` calls it where it has one.

@@ -19,8 +19,8 @@ def why(
 ) -> list[str]:
     """Return why parts of an update would not be fused; an empty list if all would be.
 
-    Nothing is computed that the caller can see: the update is made on the side. Whether derivatives
-    by hyperparameters are wanted is taken from the grad mode.
+    This has no visible effect: the update is computed and discarded. The grad mode says whether
+    derivatives with respect to hyperparameters are wanted.
 
     Args:
         tx: The transformation.

@@ -15,9 +15,9 @@ from torchopt.nn.parameters import modules_of
 def keep_buffers(*modules: nn.Module) -> Iterator[None]:
     """Let networks work on copies of their buffers inside a ``with`` block.
 
-    For a second forward pass on the same batch, which must not count twice in running statistics
-    (BatchNorm). The buffers themselves are never written to, so that a graph through them stays
-    valid; what the block made of the copies is forgotten.
+    Use it for a second forward pass on the same batch, which must not count twice in running
+    statistics (BatchNorm). The buffers themselves are never written to, so a graph through them
+    stays valid; changes to the copies are discarded.
 
     Args:
         *modules: The networks.

@@ -21,9 +21,9 @@ class MetaGradientModule(nn.Module):
     Everything else is as in any :class:`torch.nn.Module`; a tensor that requires grad becomes a
     parameter when it is assigned.
 
-    ``parameters()`` and ``modules()`` hold what belongs to the inner problem only,
+    ``parameters()`` and ``modules()`` return only what belongs to the inner problem,
     ``meta_parameters()`` and ``meta_modules()`` the rest. ``to``, ``train``, ``eval`` and
-    ``state_dict`` hold for both.
+    ``state_dict`` apply to both.
 
     A module counts as given for the outer problem if it is in training mode or has a parameter
     that requires grad.

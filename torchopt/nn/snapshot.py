@@ -259,7 +259,7 @@ def stop_gradient(target: T) -> T:
     """Cut the graph behind a module, a meta-optimizer or a tree: its tensors become leaves.
 
     Values and ``requires_grad`` stay. In a module, weights with history become parameters again.
-    Call it after each outer step when the inner optimization goes on from where it is (as in
+    Call it after each outer step when the inner optimization continues from where it is (as in
     meta-gradient reinforcement learning), for the network and for its optimizer.
 
     Args:

@@ -186,12 +186,12 @@ def _copied(value: Any) -> Any:
 def from_torch(optimizer: torch.optim.Optimizer) -> GradientTransformation:
     """Return the step of a live ``torch.optim`` optimizer as a functional transformation.
 
-    For optimizers that this library has not, a third party's among them: they need only work
-    through ``param_groups``, ``state`` and ``p.grad``, as all of torch's do but L-BFGS. It is pure:
-    each update lets a copy of the optimizer step copies of the parameters, and the update is what
-    they have moved by. The optimizer itself, its parameters and its state stay as they are; its
-    groups are read at each update, so that a scheduler of the optimizer sets the learning rate
-    here, too. ``init`` begins with a copy of the state that the optimizer has.
+    For optimizers that this library lacks, including those of third parties: they only have to work
+    through ``param_groups``, ``state`` and ``p.grad``, as all of torch's do except L-BFGS. It is
+    pure: each update lets a copy of the optimizer step copies of the parameters, and returns how
+    far they moved. The optimizer itself, its parameters and its state do not change; its groups are
+    read at each update, so a scheduler of the optimizer sets the learning rate here, too. ``init``
+    starts with a copy of the optimizer's current state.
 
     It is a pair of functions (``GradientTransformation(init, update)``), and so can be a part of
     :func:`torchopt.chain`, :func:`torchopt.masked` and the other APIs. It is **not

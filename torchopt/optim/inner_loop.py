@@ -31,16 +31,16 @@ def inner_loop(
 ) -> Iterator[MetaOptimizer]:
     """Adapt a network inside a ``with`` block, and restore it at the end.
 
-    The adapted tensors live on in the graph of any loss computed in the block, so an outer loss may
-    be differentiated inside or after it. What the network held comes back, also if the block
-    raises: parameters, buffers and sub-modules (what was added goes), values that were changed in
-    place (``reset_parameters``, ``load_state_dict``, an embedding's ``max_norm``), flags
-    (``requires_grad``), the mode of ``train`` and ``eval``, and the optimizer. Other attributes
-    stay as the block left them, ``grad`` as well. A lazy module that got its shapes in the block
-    keeps them.
+    The adapted tensors live on in the graph of any loss computed in the block, so an outer loss can
+    be differentiated inside the block or after it. Everything that the network held is restored,
+    even if the block raises: parameters, buffers and sub-modules (additions are removed), values
+    that were changed in place (``reset_parameters``, ``load_state_dict``, an embedding's
+    ``max_norm``), flags (``requires_grad``), the mode of ``train`` and ``eval``, and the optimizer.
+    Other attributes stay as the block left them, including ``grad``. A lazy module that got its
+    shapes in the block keeps them.
 
-    A loss computed from values that were changed in place, of the network's own parameters, has to
-    be differentiated inside the block: afterwards PyTorch raises, for they have been put back.
+    A loss computed from values of the network's own parameters that were changed in place has to be
+    differentiated inside the block: after it PyTorch raises, because they have been restored.
 
     Args:
         module: The network.

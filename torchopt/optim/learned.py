@@ -37,10 +37,10 @@ class _Entry:
 class LearnedHyperparameters(nn.Module):
     """Hyperparameters of an optimizer as parameters of a module, which an outer optimizer learns.
 
-    Each is computed from a number without bounds, so that it stays within its bounds, those that
-    every call checks, whatever the outer optimizer makes of that number. By default one with a
-    lower bound (a learning rate) is an exponential, one with two (``betas``) a sigmoid between
-    them.
+    Each is computed from an unbounded number, so that it stays within the bounds that every call
+    checks, no matter how the outer optimizer changes that number. By default a hyperparameter with
+    a lower bound (a learning rate) is an exponential, and one with two bounds (``betas``) a sigmoid
+    between them.
 
     Args:
         tx: The transformation whose hyperparameters begin; or a :class:`torchopt.MetaOptimizer`,

@@ -45,9 +45,9 @@ class Optimizer(Documented, torch.optim.Optimizer):
     hooks; closures; ``state_dict`` in ``torch.optim``'s format. Transformations that look at all
     gradients, such as clipping by norm, see those of all groups together.
 
-    A schedule given as a hyperparameter stands behind its group: ``group["lr"]`` is the number that
-    the next step will take. Another number put there, by hand or by a scheduler of ``torch.optim``,
-    takes the schedule's place for as long as it stands.
+    A schedule given as a hyperparameter drives its group: ``group["lr"]`` is the number that the
+    next step will use. Another number written there, by hand or by a scheduler of ``torch.optim``,
+    overrides the schedule for as long as it is there.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or parameter groups, as in ``torch.optim``.

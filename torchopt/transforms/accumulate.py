@@ -91,9 +91,9 @@ def MultiSteps(  # noqa: N802 - Optax's name
         a_n = a_{n-1} + (g_n - a_{n-1}) / n, \qquad
         u = 0 \text{ for } n < k, \quad u = \operatorname{opt}(a_k) \text{ for } n = k
 
-    The transformation runs at the last call only: its step count, its counters and its schedules
-    count its own steps. What it needs is computed nowhere else, so a step of :math:`k` calls costs
-    one of it. A meta-gradient reaches every one of the gradients.
+    The transformation runs only on the last call: its step count, its counters and its schedules
+    count its own steps, and :math:`k` calls cost one of its steps. A meta-gradient reaches every
+    one of the gradients.
 
     Args:
         opt: The transformation.

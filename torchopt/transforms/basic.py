@@ -49,8 +49,8 @@ class Scale(ElementwiseTransformation):
 def scale(step_size: Hyperparameter) -> GradientTransformation:
     r"""Multiply by a factor: :math:`u = s\, g`.
 
-    While the factor is the Python number 0 the update is zero, whatever the gradient is (``nan``
-    included), and does not depend on it: that of :func:`set_to_zero`.
+    If the factor is the Python number 0, the update is zero for any gradient (even ``nan``) and
+    does not depend on it, as with :func:`set_to_zero`.
 
     Args:
         step_size: The factor; a number, a tensor, a schedule or a tree with one entry per
@@ -134,9 +134,10 @@ def freeze(mask: Any) -> GradientTransformation:
     """Keep the parameters at which ``mask`` is true as they are, and let the others pass.
 
     It belongs at the end of a chain: what comes after it, such as weight decay, may move them
-    again. There no ``nan`` in a gradient, and no weight decay, reaches a frozen parameter; it may
-    reach its moments, and the norm of a :func:`clip_grad_norm`: for those put another at the
-    beginning. Parameters that are never to be trained need none of it: ``requires_grad_(False)``.
+    again. At the end, no ``nan`` in a gradient and no weight decay reaches a frozen parameter. Its
+    moments and the norm of a :func:`clip_grad_norm` can still see the gradient; to prevent that,
+    put another ``freeze`` at the beginning. For parameters that will never be trained,
+    ``requires_grad_(False)`` is enough.
 
     Args:
         mask: Which parameters are frozen; see :func:`torchopt.masked`.

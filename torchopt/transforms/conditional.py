@@ -119,7 +119,7 @@ def conditionally_transform(
 ) -> GradientTransformation:
     """Run a transformation on the calls that a function selects; the others pass gradients on.
 
-    At the others its slots and step count stay. Its schedules count its own steps.
+    On the others its slots and step count stay. Its schedules count its own steps.
 
     Args:
         inner: The transformation.
@@ -154,7 +154,7 @@ def conditionally_mask(
 ) -> GradientTransformation:
     """Run a transformation on the calls that a function selects; on the others nothing moves.
 
-    As :func:`conditionally_transform`, but that the updates of the others are zero.
+    Like :func:`conditionally_transform`, except that the updates of the others are zero.
 
     Args:
         inner: The transformation.
@@ -210,9 +210,9 @@ def apply_if_finite(
 ) -> GradientTransformation:
     """Skip updates in which a gradient is ``nan`` or infinite.
 
-    The update is zero then, and slots, counters and step count of ``inner`` stay. Once it has
-    happened at more calls in a row than are allowed, the gradients are taken as they are. A
-    schedule of ``inner`` counts all calls.
+    The update is then zero, and the slots, counters and step count of ``inner`` stay. After more
+    such calls in a row than are allowed, the gradients are used as they are. A schedule of
+    ``inner`` counts all calls.
 
     The gradients are read at every call, which waits for the device.
 

@@ -28,7 +28,8 @@ class ZeroNans(ElementwiseTransformation):
 def zero_nans() -> GradientTransformation:
     """Replace ``nan`` by zero, and leave infinities as they are.
 
-    An entry that was ``nan`` has no derivative: zero. :func:`nan_to_num` replaces infinities too.
+    The derivative through an entry that was ``nan`` is zero. :func:`nan_to_num` also replaces
+    infinities.
 
     Example:
         >>> import torch, torchopt

@@ -86,14 +86,13 @@ def inject_hyperparams(
 def inject_hyperparams(inner: Any) -> GradientTransformation:  # pyright: ignore[reportInconsistentOverload]
     """Keep the hyperparameters of a transformation in its state.
 
-    There :func:`torchopt.tree_get` reads them and :func:`torchopt.tree_set` sets them, between two
-    updates: by hand, by what a loss has become, or by a function that is traced or mapped. One
-    that is a tensor takes part in derivatives of the state. A schedule is computed at each update,
-    and what the last one used stands in the state; setting it has no effect.
+    There :func:`torchopt.tree_get` reads them and :func:`torchopt.tree_set` sets them between two
+    updates: by hand, depending on a loss, or in a function that is traced or mapped. A tensor takes
+    part in derivatives of the state. A schedule is computed at each update, and the state shows the
+    value that the last update used; setting it has no effect.
 
-    Pairs (``betas``), flags and values by parameter stay where they are. In the object-oriented
-    face hyperparameters are in ``param_groups`` anyway, and those in the state are not reached by
-    schedulers there.
+    Pairs (``betas``), flags and values by parameter stay where they are. In the object-oriented API
+    hyperparameters are in ``param_groups`` anyway, and schedulers do not reach those in the state.
 
     Args:
         inner: The transformation; or, as in Optax, the recipe: ``inject_hyperparams(torchopt.sgd)``

@@ -122,7 +122,7 @@ def trace(
         b_1 = \mu\, b_0 + g_1, \qquad b_t = \mu\, b_{t-1} + (1 - \tau)\, g_t, \qquad
         u_t = b_t \;\text{ or, for Nesterov, }\; g_t + \mu\, b_t
 
-    A fresh buffer :math:`b_0` is zero, and the first one the gradient.
+    A fresh buffer :math:`b_0` is zero, so :math:`b_1` is the gradient.
 
     Args:
         momentum: :math:`\mu \ge 0`. The Python number 0 keeps no buffer.
@@ -169,7 +169,7 @@ def ema(decay: Hyperparameter, debias: bool = True) -> GradientTransformation:
     .. math::
         m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t, \qquad u_t = m_t / (1 - \beta^t)
 
-    It is of updates; an average of parameters is what schedule-free optimizers evaluate.
+    It averages updates; an average of parameters is what schedule-free optimizers evaluate.
 
     Args:
         decay: :math:`0 \le \beta < 1`.

@@ -167,9 +167,9 @@ class Named(Delegating):
 def named_chain(*transformations: tuple[str, GradientTransformation]) -> GradientTransformation:
     """Apply transformations one after the other, each with a name.
 
-    As :func:`torchopt.chain`, but that hyperparameters, slots and counters are called by the name
-    of their part, ``"adam.exp_avg"``, as in :func:`torchopt.partition`. A scheduler of
-    ``torch.optim``, which knows ``"lr"`` only, does not reach them.
+    Like :func:`torchopt.chain`, except that the names of hyperparameters, slots and counters
+    include that of their part, ``"adam.exp_avg"``, as in :func:`torchopt.partition`. A scheduler of
+    ``torch.optim``, which only knows ``"lr"``, does not reach them.
 
     Args:
         *transformations: Pairs of a name and a transformation; the names differ.

@@ -272,12 +272,12 @@ def partition(
 ) -> GradientTransformation:
     """Give parts of a network their own transformations.
 
-    Each parameter has one label, and is updated by the transformation of that label alone, which
-    sees its own parameters only (a norm is theirs). This is Optax's ``partition``.
+    Each parameter has one label and is updated only by the transformation of that label, which sees
+    only its own parameters (a norm is theirs). This is Optax's ``partition``.
 
-    In the object-oriented API every label becomes a parameter group, with hyperparameters of its
-    own: ``optimizer.param_groups[0]["label"]`` is ``"body"``, and its ``"lr"`` is what schedulers
-    and checkpoints find. In the other two, hyperparameters are named by label, ``"body.lr"``.
+    In the object-oriented API every label becomes a parameter group with its own hyperparameters:
+    ``optimizer.param_groups[0]["label"]`` is ``"body"``, and its ``"lr"`` is what schedulers and
+    checkpoints see. In the other two APIs, hyperparameters are named by label, ``"body.lr"``.
 
     Args:
         transforms: The transformations by label.

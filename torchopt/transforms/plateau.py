@@ -159,8 +159,8 @@ def reduce_on_plateau(
     .. math::
         f < b - r\,|b| - a
 
-    After ``patience`` values in a row that are not, :math:`s \leftarrow \max(s \phi, s_{\min})`,
-    for this very update, and the waiting starts over. It comes after the optimizer:
+    After ``patience`` values in a row that are not better, :math:`s \leftarrow \max(s \phi,
+    s_{\min})`, starting with this update, and the count starts over. It comes after the optimizer:
     ``chain(adam(1e-3), reduce_on_plateau())``.
 
     The value comes with each update: ``update(grads, state, params, value=loss)``; in the

@@ -119,7 +119,7 @@ def sam(
     (ASAM), :math:`T = |p_{t-1}| + \eta`, entry by entry, so that the neighbourhood is the same for
     a network whose weights are scaled. Where the norm is zero, so is :math:`\epsilon_t`.
 
-    The second gradient is computed in the middle of a step. Where from, each API says:
+    The second gradient is computed in the middle of a step. How, depends on the API:
 
     * ``update(grads, state, params, grad_fn=...)``: a function of parameters that returns
       gradients, ``torch.func.grad(loss)``, say, on the same batch. Optax calls this opaque mode,

@@ -21,8 +21,8 @@ def selective_transform(
 ) -> GradientTransformation:
     """Train some parameters, and keep the others as they are.
 
-    What is frozen has no slots, and its gradients are not looked at; :func:`torchopt.freeze` at
-    the end of a chain lets them reach moments and norms.
+    Frozen parameters have no slots, and their gradients are ignored; with :func:`torchopt.freeze`
+    at the end of a chain they still reach moments and norms.
 
     Args:
         optimizer: The transformation of those that are trained.
