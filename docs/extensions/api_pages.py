@@ -165,7 +165,7 @@ def _page(symbol: Symbol, everything: list[Symbol]) -> str:
         text += "\nAlso called " + ", ".join(f"``{name}``" for name in symbol.aliases) + ".\n"
     others = relatives(symbol, everything)
     if others:
-        text += "\n.. rubric:: The same in the other faces\n\n"
+        text += "\n.. rubric:: The same optimizer in the other APIs\n\n"
         text += "".join(f"* :py:obj:`{s.name}`\n" for s in others)
     return text
 
@@ -206,7 +206,8 @@ derives from :class:`torchopt.ElementwiseTransformation` (a rule of each entry, 
 
 * Hyperparameters are fields made by :func:`torchopt.hyper`, :func:`torchopt.flag` and
   :func:`torchopt.choice`; what they may be is a :class:`torchopt.HyperSpec`.
-* Buffers are declared as :class:`torchopt.Slot`, numbers beside them as :class:`torchopt.Counter`.
+* Buffers are declared as :class:`torchopt.Slot`, and numbers that are kept with them as
+  :class:`torchopt.Counter`.
 """
 
 
