@@ -69,27 +69,67 @@ TEST_STEPS = {IMAML: 20, MAML: 10}
 PROBED = 20
 
 
+QUICK = {
+    "iterations": 2,
+    "meta_batch": 2,
+    "channels": 4,
+    "inner_steps": 2,
+    "maml_steps": 1,
+    "test_tasks": 4,
+}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    options = parser("imaml_few_shot", "Meta-train by implicit derivatives, beside MAML.")
+    description = "Meta-train by implicit derivatives, beside MAML."
+    options = parser("imaml_few_shot", description, QUICK)
     add = options.add_argument
     add("--data", choices=sorted(SIZES), default="digits", help="images to learn from")
     add("--root", type=Path, help="folder with the official Omniglot zip files")
-    add("--iterations", type=positive_int, default=150, help="of meta-training, of each")
-    add("--time-budget", type=non_negative_float, default=0.0, help="seconds of each; 0: none")
-    add("--meta-batch", type=positive_int, default=4, help="tasks in an iteration")
-    add("--outer-lr", type=positive_float, default=6e-3, help="of meta-training")
-    add("--channels", type=positive_int, default=16, help="of the network")
-    add("--blocks", type=positive_int, default=3, help="of the network")
-    add("--inner-steps", type=positive_int, default=10, help="of iMAML in training")
-    add("--inner-lr", type=positive_float, default=0.2, help="of iMAML")
-    add("--strength", type=positive_float, default=0.1, help="that holds a task's weights")
-    add("--cg-steps", type=positive_int, default=5, help="of an implicit derivative")
-    add("--damping", type=non_negative_float, default=1.0, help="of an implicit derivative")
-    add("--maml-steps", type=positive_int, default=3, help="inner steps of MAML in training")
-    add("--maml-lr", type=positive_float, default=0.4, help="inner learning rate of MAML")
+    add("--iterations", type=positive_int, default=150, help="meta-iterations of each learner")
+    add(
+        "--time-budget",
+        type=non_negative_float,
+        default=0.0,
+        help="seconds of meta-training of each; 0 for no limit",
+    )
+    add("--meta-batch", type=positive_int, default=4, help="tasks of a meta-iteration")
+    add("--outer-lr", type=positive_float, default=6e-3, help="learning rate of meta-training")
+    add("--channels", type=positive_int, default=16, help="channels of each convolution")
+    add("--blocks", type=positive_int, default=3, help="convolutions, one after the other")
+    add(
+        "--inner-steps",
+        type=positive_int,
+        default=10,
+        help="gradient steps of iMAML in training",
+    )
+    add("--inner-lr", type=positive_float, default=0.2, help="learning rate of these steps")
+    add(
+        "--strength",
+        type=positive_float,
+        default=0.1,
+        help="holds weights near the initial ones",
+    )
+    add(
+        "--cg-steps",
+        type=positive_int,
+        default=5,
+        help="iterations of CG for a derivative",
+    )
+    add(
+        "--damping",
+        type=non_negative_float,
+        default=1.0,
+        help="added to the Hessian in a derivative",
+    )
+    add(
+        "--maml-steps",
+        type=positive_int,
+        default=3,
+        help="gradient steps of MAML in training",
+    )
+    add("--maml-lr", type=positive_float, default=0.4, help="learning rate of the steps of MAML")
     add("--test-tasks", type=positive_int, default=600, help="tasks of the test")
-    options.set_defaults(threads=1)  # a second one finds nothing to do in images of 8 x 8
     args = options.parse_args(argv)
     if (args.data == "digits") is not (args.root is None):
         options.error("--data omniglot needs --root DIR, the folder with the official zip files")
@@ -203,7 +243,7 @@ class ImamlRun:
             "seconds": round(time.monotonic() - began, 1),
         }
         results["settings"].pop("root")
-        print_claims(results["claims"])
+        results["claims"] = print_claims(results["claims"], self.args.quick)
         draw(self.args.output / "imaml_few_shot.png", rows, accuracies, memory)
         self.jobs.save_results(results)
         console.print(f"Figure, metrics and results are in {self.args.output}.")
@@ -213,9 +253,9 @@ class ImamlRun:
         rows = []
         with console.status("measuring memory, a process for each number of steps"):
             for name, counts in MEASURED.items():
-                for steps in counts:
+                for steps in counts[: 1 if self.args.quick else None]:
                     job = {"measured": name, "steps": steps}
-                    work = partial(alone, memory_of, self.args, name, steps)
+                    work = partial(alone, memory_of, self.args, name, steps, here=self.args.quick)
                     rows += self.jobs.run(job, lambda work=work: [{"memory": work()}])
         return rows
 

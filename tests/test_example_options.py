@@ -104,7 +104,7 @@ def test_help_has_the_value_for_each_choice(
 
 # --quick ------------------------------------------------------------------------------------------
 
-QUICK = [name for name in EXAMPLES if name != "imaml_few_shot"]
+QUICK = list(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", QUICK)

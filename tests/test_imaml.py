@@ -103,7 +103,7 @@ def test_what_is_left_of_the_gradient() -> None:
 def test_the_example_at_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import imaml_few_shot
 
-    monkeypatch.setattr(imaml_few_shot, "alone", lambda function, *args: function(*args))
+    monkeypatch.setattr(imaml_few_shot, "alone", lambda function, *args, **_: function(*args))
     monkeypatch.setattr(imaml_few_shot, "MEASURED", {"iMAML": (1, 2), "MAML": (1,)})
     options = ["--iterations", "2", "--channels", "2", "--blocks", "2", "--test-tasks", "4"]
     options += ["--inner-steps", "2", "--meta-batch", "2", "--threads", "1"]

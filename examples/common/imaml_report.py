@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from rich.table import Table
-
 from common.maml import Accuracy
-from common.reporting import save_figure
+from common.reporting import Table, mpl, save_figure
 
 
 MAML, IMAML = "MAML", "iMAML"
@@ -59,7 +56,7 @@ def claims(
         {
             "claim": "iMAML learns unseen classes as well as MAML, within a point",
             "measured": f"{accuracies[IMAML]} beside {accuracies[MAML]}, difference over the same "
-            f"{len(gain.values)} tasks {gain.mean:.2f} ± {gain.half_width:.2f} points",
+            f"{len(gain.values)} tasks {gain.estimate:.2f} points",
             "holds": gain.mean > -SAME_ACCURACY,
         },
         {
