@@ -170,6 +170,7 @@ class TestRun:
         }
 
     @pytest.mark.usefixtures("no_figures")
+    @pytest.mark.thorough
     def test_an_interrupted_run_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch):
         from common import sinusoid
 

@@ -56,7 +56,7 @@ def overlap(a, b):
     )
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", WINDOWS)
 def test_it_opens_collapsed_with_everything_in_sight(view, name, scheme):
     page = view(show(*loop(steps=5, layers=3)), color_scheme=scheme, **window(name))
@@ -70,7 +70,9 @@ def test_it_opens_collapsed_with_everything_in_sight(view, name, scheme):
     assert (sum(map(int, shade[4:-1].split(","))) < 384) == (scheme == "dark")
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize(
+    "name", ["usual", pytest.param("wide", marks=pytest.mark.thorough), "narrow"]
+)
 def test_it_is_fitted_again_after_each_change(view, name):
     made = show(*loop(steps=5, layers=3))
     page = view(made, **window(name))
