@@ -19,6 +19,7 @@ from torchopt.visual.show import GraphPage, show
 
 pytestmark = needs_browser
 WINDOWS = {"wide": (1920, 1080), "usual": (1400, 900), "narrow": (400, 800)}
+WIDE = pytest.param("wide", marks=pytest.mark.thorough)
 
 
 def window(name):
