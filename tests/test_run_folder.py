@@ -83,9 +83,9 @@ class StoppedError(Exception):
     pass
 
 
-def interrupted(folder: Path, direction: str = "forward", **settings: Any) -> None:
+def interrupted(folder: Path, direction: str = "forward", steps: int = 5, **settings: Any) -> None:
     def progress(where: str, done: int, _: int) -> None:
-        if (where, done) == (direction, 5):
+        if (where, done) == (direction, steps):
             raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -114,6 +114,13 @@ def test_other_random_numbers_are_refused(tmp_path: Path) -> None:
     interrupted(tmp_path)
     with pytest.raises(ValueError, match="draw random numbers"):
         run(Checkpointed(3, store=tmp_path), seed=1)
+
+
+def test_what_had_got_nowhere_begins_with_the_random_numbers_of_today(tmp_path: Path) -> None:
+    interrupted(tmp_path, steps=2)
+    assert list(tmp_path.glob("*carry"))
+    found = finished(Checkpointed(3, store=tmp_path), seed=1)
+    assert all(map(torch.equal, found, finished(Unrolled(), seed=1)))
 
 
 def test_another_loss_is_refused_where_the_way_back_had_begun(tmp_path: Path) -> None:

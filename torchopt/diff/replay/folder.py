@@ -179,6 +179,10 @@ class Folder(Watcher):
         carries = [step for step in self._steps("carry") if step % self.every == 0]
         reached = end or [*carries, *self._steps("latest")]
         if not reached or max(reached) == 0:
+            # it begins again, with the random numbers of today: nothing of the other may stay
+            for kind in ("carry", "rows"):
+                for step in self._steps(kind):
+                    files.remove(self._path(kind, step))
             return None
         step = max(reached)
         kind = "end" if end else "carry" if self._path("carry", step).exists() else "latest"
