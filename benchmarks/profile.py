@@ -39,7 +39,7 @@ def prepared(case: Case, side: str) -> Callable[[], Any]:
 
 
 def page_faults(work: Callable[[], Any], calls: int) -> float | None:
-    """Return how many pages of memory a piece of work gets anew, where the system counts them."""
+    """Return how many pages of memory a piece of work gets afresh, where the system counts them."""
     try:
         import resource
     except ImportError:

@@ -113,7 +113,7 @@ def test_a_finished_run_and_a_damaged_one(tmp_path: Path) -> None:
     damaged = next(tmp_path.glob("*-end"))
     for path in damaged.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(RuntimeError, match=r"-step9-end is damaged.*to begin anew"):
+    with pytest.raises(RuntimeError, match=r"-step9-end is damaged.*to start over"):
         gradient(tmp_path)
 
 

@@ -140,7 +140,7 @@ class Advantages:
     """Generalised advantage estimates over a linear baseline (Duan et al. 2016, Finn et al. 2017).
 
     The baseline is fitted to the returns of the same trajectories by ridge regression, for each
-    task anew, on the observation, its square, and the powers of time up to 3.
+    task again, on the observation, its square, and the powers of time up to 3.
 
     Attributes:
         discount: Gamma.

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class BatchStatistics(nn.Module):
-    """Batch normalisation by the statistics of the images at hand, in training and in testing.
+    """Batch normalisation by the statistics of the images in the batch, in training and in testing.
 
     Few-shot learners adapt to a task from its own images, so there are no running statistics to
     keep. It is written in plain operations: they can be differentiated as often as needed and

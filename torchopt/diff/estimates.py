@@ -143,7 +143,7 @@ def largest_eigenvalue(product: Callable[[Tensors], Tensors], start: Tensors) ->
 
 @dataclass(frozen=True)
 class FiniteDifference(Estimate):
-    r"""As :class:`T1T2`, with a central difference in the place of second derivatives.
+    r"""Like :class:`T1T2`, with a central difference instead of second derivatives.
 
     .. math::
         \frac{\partial^2 f}{\partial\lambda\, \partial w}\, v \approx

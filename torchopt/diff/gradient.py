@@ -49,7 +49,7 @@ def differentiate(
             raise
         raise RuntimeError(
             "The graph of this loss has been freed by an earlier backward pass. Compute the "
-            "loss anew, pass "
+            "loss again, pass "
             "retain_graph=True to that pass, or call torchopt.stop_gradient on the network "
             "and its optimizer "
             "after each outer step if the inner optimization goes on from where it is."

@@ -110,7 +110,7 @@ def solve_cg(
     Args:
         rtol: Solved where :math:`\lVert b - A x \rVert_2 \le \max(\text{rtol}\, \lVert b \rVert_2,
             \text{atol})`, the Euclidean norm over all leaves together, of the residual computed
-            anew from ``x``. ``None`` is 1e-10 in float64, 1e-5 in float32, 3e-2 in
+            again from ``x``. ``None`` is 1e-10 in float64, 1e-5 in float32, 3e-2 in
             bfloat16 and 5e-3 in float16, by the coarsest leaf.
         atol: Absolute tolerance, in the units of ``b``.
         maxiter: Most iterations; ``None`` is ten times the number of unknowns, at least 5,000 and

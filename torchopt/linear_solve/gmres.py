@@ -141,7 +141,7 @@ def solve_gmres(
         atol: Absolute tolerance, in the units of ``b``.
         maxiter: Most iterations, one product each, all cycles together; ``None`` as for
             :func:`solve_cg`.
-        restart: After how many vectors to begin anew, >= 1.
+        restart: After how many vectors to start over, >= 1.
         ridge: :math:`\lambda`, a number >= 0 or a 0-d tensor, which may be learned.
         preconditioner: An operator that approximates :math:`A^{-1}`; applied from the right, so
             that residuals are those of the system.

@@ -19,7 +19,7 @@ class Outcome(enum.Enum):
         'maxiter iterations were made'
     """
 
-    CONVERGED = "The norm of b - A x, computed anew from x, is at most max(rtol * norm of b, atol)."
+    CONVERGED = "The norm of b - A x, recomputed from x, is at most max(rtol * norm of b, atol)."
     MAX_STEPS = (
         "maxiter iterations were made. Raise maxiter, give a preconditioner or a ridge; an "
         "ill-conditioned system of moderate size is solved by solve_lu() or solve_cholesky(). "

@@ -173,7 +173,7 @@ class LinearSolver(abc.ABC):
         )
 
     def prepared(self, product: Product, b: Tensor) -> tuple[Product, Tensor]:
-        """Return the system that is solved in the place of a given one."""
+        """Return the system that is solved instead of a given one."""
         return (product if self.ridge is None else product.shifted(self.ridge)), b
 
     def limits(self, b: Tensor, rtol: float) -> tuple[Tensor, int]:

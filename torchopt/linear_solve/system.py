@@ -135,7 +135,7 @@ def restarted(
     """Run iterations until the true residual is small; the loop around all Krylov methods.
 
     What an iteration believes of its residual drifts from the truth, in float32 soon. So whenever
-    it believes to be done, ``b - A x`` is computed anew, and the iterations go on from there. A
+    it believes to be done, ``b - A x`` is recomputed, and the iterations go on from there. A
     correction that makes it worse is not taken. Worse is a larger norm of the residual, unless
     the method is one that makes another measure smaller: then the residual may rise for a long
     time on a good way, and a correction that made that measure smaller is taken, too, provided

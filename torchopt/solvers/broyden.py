@@ -51,7 +51,7 @@ class Broyden(RootSolver[BroydenState]):
     Args:
         jacobian: The first :math:`H`: ``"identity"`` is a multiple of it, of the sign that lowers
             the residual; ``"jacobian"`` the inverse of the true one, written down once.
-        history_size: How many updates are remembered, >= 1; then it begins anew.
+        history_size: How many updates are remembered, >= 1; then it starts over.
         halvings: How often a step is made shorter.
         tolerance_grad: Converged where no entry of the residual is larger; >= 0.
         tolerance_change: Ended where an iteration changes no entry by more; >= 0.
@@ -101,7 +101,7 @@ class Broyden(RootSolver[BroydenState]):
                 return state
         d = -_times(state, state.grad)
         new = self._moved(objective, state, d)
-        if new.outcome is not None and state.updates:  # what was learned may be wrong: anew
+        if new.outcome is not None and state.updates:  # what was learned may be wrong: start over
             again = dataclasses.replace(new, outcome=None, updates=(), first=None)
             again = self._begun(objective, again)
             if again.first is None:

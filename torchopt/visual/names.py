@@ -1,4 +1,4 @@
-"""Names of tensors, in every form in which users have them at hand."""
+"""Names of tensors, in every form in which users hold them."""
 
 from __future__ import annotations
 

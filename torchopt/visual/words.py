@@ -105,7 +105,7 @@ def alias_cut(found: Extraction, alias: Alias, itself: bool) -> str:
             f"stop_gradient or torch.no_grad(), {alias_where(found, alias)}."
         )
     return (
-        f"* Detached: {whose} enter anew as {leaf_name(found, alias.position)}, another tensor in "
+        f"* Detached: {whose} enter again as {leaf_name(found, alias.position)}, another tensor in "
         "the same memory, as stop_gradient, detach().requires_grad_() and nn.Parameter(x) make; it "
         f"enters {first_user(found, alias.position)}."
     )

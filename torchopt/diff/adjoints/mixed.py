@@ -37,7 +37,7 @@ class Mixed:
             \nabla_{(w, \theta)} \ell(w + \epsilon u, \theta)
 
     Each gradient that the step computes by :func:`torchopt.diff.grad_and_value` is one node of the
-    graph, which remembers its inputs only and computes its derivative anew, as one directional
+    graph, which remembers its inputs only and recomputes its derivative, as one directional
     derivative of a gradient. Derivatives by everything, at every order, are exact; of the second
     order on, reverse mode over reverse mode is used.
 
@@ -96,7 +96,7 @@ class Mixed:
         if not setting.calls:
             raise RuntimeError(
                 "Mixed() found no gradient in the step. Let it compute its gradients by "
-                "torchopt.diff.grad_and_value(loss_fn)(params, ...), in the place of "
+                "torchopt.diff.grad_and_value(loss_fn)(params, ...), instead of "
                 "torch.func.grad_and_value."
             )
         return result

@@ -52,7 +52,7 @@ def read(path: Path) -> dict[str, Tensor]:
         run = "-".join(path.name.split("-")[:2])
         raise RuntimeError(
             f"{path} is damaged ({type(error).__name__}: {error}), so that the run cannot go on "
-            f"from there. Remove what it has written ({path.parent / run}-*), to begin anew."
+            f"from there. Remove what it has written ({path.parent / run}-*), to start over."
         ) from error
 
 

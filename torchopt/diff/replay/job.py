@@ -40,7 +40,7 @@ class Scope:
     devices: list[int]
     carry_at: list[int]
     xs_at: list[int]
-    replaces: bool  #: Whether other tensors are read in the place of those closed over.
+    replaces: bool  #: Whether other tensors are read instead of those closed over.
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Job:
     new_store: Callable[[], Store]
     results_differ: list[bool]  #: Whether a carry's tensor, or a leaf of ys, has a derivative.
     watcher: Watcher = field(default_factory=Watcher)  #: Is told of the loop itself, not of parts.
-    replaces: bool = False  #: Whether others are read in the place of ``consts``.
+    replaces: bool = False  #: Whether others are read instead of ``consts``.
     watched: Any = None  #: The first step, as it was watched.
     checks_end: bool = False  #: Whether the last step has to end where it did the first time.
     end: list[tuple[Tensor, int]] = field(default_factory=list)  #: There, and its versions.
@@ -97,7 +97,7 @@ class Job:
         return [leaves[i] for i in self.carry_at]
 
     def rest(self, leaves: Sequence[Any]) -> list[Any]:
-        """Return the other leaves of a carry, with ``None`` in the place of tensors."""
+        """Return the other leaves of a carry, with ``None`` for tensors."""
         return [None if isinstance(x, Tensor) else x for x in leaves]
 
     def leaves(self, tensors: Sequence[Tensor], point: Point) -> list[Any]:
@@ -114,7 +114,7 @@ class Job:
         return list(tensors[:c]), list(tensors[c : c + x]), list(tensors[c + x : k])
 
     def inputs(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Divide a flat list, with what a step reads in the place of what it closes over.
+        """Divide a flat list, with what a step reads instead of what it closes over.
 
         Unless others are read in their place these are the tensors themselves, whatever is given.
         """

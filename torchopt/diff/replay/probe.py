@@ -94,7 +94,7 @@ def _refuse_unseen(loop: Loop, consts: list[Tensor], pair: tuple[Tensor, Tensor]
 
 
 def _own(x: Any, functional: bool, unchanged: bool = False) -> Any:
-    """Return what a watched step is given in the place of a tensor."""
+    """Return what a watched step is given instead of a tensor."""
     if not isinstance(x, Tensor):
         return x
     if functional:

@@ -1,7 +1,7 @@
 """A loop as a program: the steps, and the way back through them.
 
 The derivative of :class:`Steps` is :class:`Pull`, which goes back as a schedule says. To be
-differentiated itself, it takes the steps apart at carries that are computed anew from the start,
+differentiated itself, it takes the steps apart at carries that are recomputed from the start,
 each part a node of the graph.
 """
 
@@ -135,7 +135,7 @@ class Pull(Program):
                 back.through(recorded.pop(), step)
                 watcher.backward(step, back, not recorded)
             elif at_hand is None:
-                raise AssertionError(f"{kind} without a carry at hand")
+                raise AssertionError(f"{kind} without a current carry")
             elif kind == "keep":
                 at_hand = Carry(at_hand.leaves, RandomState.now(job.devices, at_hand.random))
                 store.put(step, Carry(list(at_hand.leaves), at_hand.random))

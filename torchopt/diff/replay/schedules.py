@@ -34,10 +34,10 @@ Kind = Literal["load", "advance", "keep", "drop", "record", "pull"]
 
 
 class Action(NamedTuple):
-    """One thing that a backward pass does; there is one carry at hand, and there are kept ones.
+    """One thing that a backward pass does; there is one current carry, and there are kept ones.
 
-    ``load``: take the kept carry ``step`` at hand. ``advance``: take ``step``, without a graph.
-    ``keep``: keep the carry at hand, which is that before ``step``. ``drop``: forget it.
+    ``load``: make the kept carry ``step`` the current one. ``advance``: take ``step``, without a graph.
+    ``keep``: keep the current carry, which is that before ``step``. ``drop``: forget it.
     ``record``: take ``step`` with a graph of its own. ``pull``: differentiate it, and let that go.
     """
 

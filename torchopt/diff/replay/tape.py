@@ -2,7 +2,7 @@
 
 Each step is a loop of its own, of length one, whose derivative replays it: a chain of nodes, right
 at every order. A node saves the carry before its step. What it saves is packed, by PyTorch's hooks
-for saved tensors, to a number: where it is needed, the tape computes the carry anew from the
+for saved tensors, to a number: where it is needed, the tape recomputes the carry from the
 nearest one that is kept. Autograd joins what the hook returns to the graph of what was saved, so
 that second derivatives are those of the chain.
 """
@@ -220,7 +220,7 @@ class _Nothing(Program):
 
 
 class _Handle:
-    """What a node holds in the place of a tensor of its carry."""
+    """What a node holds instead of a tensor of its carry."""
 
     __slots__ = ("index", "like")
 

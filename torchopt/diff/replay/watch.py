@@ -153,7 +153,7 @@ def _version(tensor: Tensor) -> int:
 
 
 class Substituted(Seeing):
-    """Lets the operations of a step read other tensors in the place of some.
+    """Lets the operations of a step read other tensors instead of some.
 
     With ``known``, the tensors from outside that the first step read, ``refuse`` is called with any
     other that requires grad.

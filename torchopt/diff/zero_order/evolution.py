@@ -221,7 +221,7 @@ def evolution_strategies(
 
     .. math:: p_{k+1} = p_k + u_k(g_k, p_k)
 
-    with the estimate :math:`g_k` of :func:`torchopt.diff.zero_order.es_gradient` in the place of a
+    with the estimate :math:`g_k` of :func:`torchopt.diff.zero_order.es_gradient` instead of a
     gradient, and the update :math:`u_k` of any transformation.
 
     Args:
