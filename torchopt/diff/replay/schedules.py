@@ -36,7 +36,7 @@ Kind = Literal["load", "advance", "keep", "drop", "record", "pull"]
 class Action(NamedTuple):
     """One thing that a backward pass does; there is one current carry, and there are kept ones.
 
-    ``load``: make the kept carry ``step`` the current one. ``advance``: take ``step``, without a graph.
+    ``load``: go to the kept carry ``step``. ``advance``: take ``step``, without a graph.
     ``keep``: keep the current carry, which is that before ``step``. ``drop``: forget it.
     ``record``: take ``step`` with a graph of its own. ``pull``: differentiate it, and let that go.
     """
