@@ -115,7 +115,7 @@ def _card(example: Example) -> str:
     )
     claims = [claim for run in runs for claim in run["claims"]]
     held, seconds = sum(claim["holds"] for claim in claims), sum(run["seconds"] for run in runs)
-    return f"{text}+++\n{held} of {len(claims)} claims hold, {seconds:.0f} seconds\n:::\n"
+    return f"{text}\n*{held} of {len(claims)} claims hold, {seconds:.0f} seconds*\n:::\n"
 
 
 def _first_sentence(docstring: str) -> str:
