@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -82,6 +83,7 @@ def public_names() -> dict[str, Any]:
     return found
 
 
+@functools.cache  # asked for by every link to a symbol
 def symbols() -> list[Symbol]:
     """Return the public objects, each once, under the name to teach."""
     by_object: dict[int, Symbol] = {}
