@@ -172,8 +172,9 @@ class Condition(System):
 
         Raises:
             TypeError: If it returns no tree of tensors.
-            ValueError: If that has another structure than the solution, does not depend on it,
-                or is larger than ``bound``.
+            ValueError: If that has another structure than the solution, or is larger than
+                ``bound``. (One that does not depend on the solution is found to be singular when
+                it is differentiated.)
             RuntimeError: If a tensor whose derivative is recorded reaches it in a way that is not
                 seen.
         """
