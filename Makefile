@@ -10,7 +10,7 @@ DEMO_FLAGS ?= $(if $(filter sinusoid,$(DATA)),--iterations 2000 --outer-lr 0.002
 EXTRAS_demo := demo
 EXTRAS_test := examples,tensorboard,visual,test
 EXTRAS_docs := examples,visual,docs
-EXTRAS_lint := visual,test,lint
+EXTRAS_lint := visual,progress,test,lint
 TORCHES ?= torch==2.6.0 torch
 # What has failed between versions before, and the values.
 SAMPLE ?= $(addprefix tests/test_, walked_trees.py compiled_learned.py functional_transforms.py \

@@ -216,6 +216,12 @@ def each_unflattened_like(
 def first_difference(paths: Sequence[Any], expected: Sequence[Any]) -> str:
     """Say in words where two sequences of paths (or names) first differ."""
     given, wanted = set(paths), set(expected)
+    if given != wanted and () in given | wanted:  # "the root is missing" says nothing to anyone
+        other = [_show(path) for path in (paths if () in wanted else expected)]
+        shown = ", ".join([*other[:3], *(["..."] if len(other) > 3 else [])]) or "no leaves"
+        return (
+            f"{shown} instead of a single leaf" if () in wanted else f"a single leaf, not {shown}"
+        )
     for path in expected:
         if path not in given:
             return f"{_show(path)} is missing"
