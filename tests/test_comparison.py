@@ -1,10 +1,10 @@
-"""README's table beside other libraries."""
+"""README's table beside other libraries, and what a newcomer types first."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import compared_libraries, comparison
+from benchmarks import compared_libraries, comparison, first_minutes
 
 
 README = Path(__file__).parents[1] / "README.md"
@@ -30,3 +30,12 @@ def test_a_wrong_derivative_is_found() -> None:
     wrong = [value + 1e-3 for value in right]
     assert compared_libraries.error(wrong, 0, False) > 1e-5
     assert compared_libraries.error([float("nan")] * 3, 0, False) == "nan"
+
+
+def test_the_first_minutes_are_those_of_every_example() -> None:
+    examples = README.parent / "examples"
+    typed = " ".join(first_minutes.commands())
+    for path in examples.glob("*.py"):
+        quick = "QUICK" in path.read_text(encoding="utf-8")
+        assert (f"examples/{path.name} --quick" in typed) == quick
+    assert "make demo" in typed
