@@ -31,6 +31,7 @@ extensions = [
     "extensions.symbol_links",
     "extensions.generated_pages",
     "extensions.parallel_execution",
+    "extensions.navigation",
 ]
 exclude_patterns = ["_build", "extensions", "generated"]
 nitpicky = True  # a reference that leads nowhere is a warning

@@ -26,6 +26,7 @@ from extensions import (  # noqa: E402 - they lie in the docs folder
     gallery_pages,
     generated_pages,
     mathml,
+    navigation,
     symbols,
     transcripts,
 )
@@ -295,3 +296,18 @@ def test_a_generated_folder_loses_what_is_no_longer_written(tmp_path):
             for name in names:
                 folder.write(name, "text")
     assert [path.name for path in tmp_path.iterdir()] == ["b.md"]
+
+
+def test_the_navigation_of_a_symbol_is_that_of_the_index_but_for_two_entries():
+    here = ' current-page"><a class="current reference internal" href="#">'
+    plain = '"><a class="reference internal" href='
+    rest = '</a><input/><ul>{}<li class="toctree-l2{}"b.html">b</a></li></ul></li>'
+    index = f'<li class="toctree-l1 current{here}API' + rest.format(
+        f'<li class="toctree-l2{plain}"a.html">a</a></li>', plain[1:]
+    ).replace("toctree-l2><", 'toctree-l2"><')
+    page = navigation.marked(index, "a")
+    assert page.startswith(f'<li class="toctree-l1 current{plain}"index.html">API')
+    assert f'<ul class="current"><li class="toctree-l2 current{here}a</a>' in page
+    assert page.count("current-page") == 1
+    with pytest.raises(ValueError, match="0 entries of c"):
+        navigation.marked(index, "c")
