@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         ("class Net", "no argument 'linearsolve'", "'linear_solve'", "'residual_check'"),
     ),
     "method-class": (
-        lambda: hypergradient(loss, loss, X, X, T1T2),  # type: ignore
+        lambda: hypergradient(loss, loss, X, X, cast(Any, T1T2)),
         TypeError,
         ("T1T2()", "the class T1T2"),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, Union
+from typing import Any, ClassVar, Union
 
 import torch
 from torch import Tensor
@@ -64,19 +64,21 @@ class Objective(abc.ABC):
         return x.item() if x.dtype == torch.float64 else x.detach().reshape(()).cpu()
 
 
-class TreeObjective(Objective):
-    """A function that is given the tree.
+class OfTree(Objective):
+    """A function that is given the tree, as a solver sees it.
 
     Args:
-        fn: ``fn(params, *args)`` returns the value, a real tensor with one entry.
+        fn: Called as ``fn(params, *args)``.
         layout: Of ``params``.
         args: Passed on.
-        create_graph: Record gradients.
+        create_graph: Record what is computed.
     """
+
+    called: ClassVar[str]  #: By which function solvers of this kind are run.
 
     def __init__(
         self,
-        fn: Callable[..., Tensor],
+        fn: Callable[..., Any],
         layout: Layout,
         args: Sequence[PyTree] = (),
         create_graph: bool = False,
@@ -84,9 +86,15 @@ class TreeObjective(Objective):
         if not callable(fn):
             raise TypeError(
                 f"fn must be a function of the parameters, got {given(fn)}. Write "
-                "minimize(fn, solver, params)."
+                f"{self.called}(fn, solver, params)."
             )
         self.fn, self.layout, self.args, self.create_graph = fn, layout, args, create_graph
+
+
+class TreeObjective(OfTree):
+    """A function whose value, a real tensor with one entry, is to be small."""
+
+    called: ClassVar[str] = "minimize"
 
     def __call__(self, x: Tensor) -> tuple[Number, Tensor]:
         """Return value and gradient."""

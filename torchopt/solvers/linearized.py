@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from torchopt.base.misuse.given import given
 from torchopt.linear_solve import (
     LinearOperator,
     LinearSolution,
@@ -17,8 +15,7 @@ from torchopt.linear_solve import (
     solve_gmres,
     solve_lu,
 )
-from torchopt.solvers.flat import Layout, Objective
-from torchopt.typing import PyTree, TensorTree
+from torchopt.solvers.flat import OfTree
 
 
 #: Up to so many unknowns the Jacobian is written down where no linear solver is given.
@@ -113,31 +110,8 @@ class Linearized:
         return (solver or solve_gmres(on_failure="ignore")).solve(operator, b)
 
 
-class Residuals(Objective):
-    """A function of a tree that returns residuals, as a solver sees it.
-
-    Args:
-        fn: ``fn(params, *args)`` returns the residuals.
-        layout: Of ``params``.
-        args: Passed on.
-        create_graph: Record what is computed.
-    """
-
-    called: ClassVar[str]  #: By which function solvers of this kind are run.
-
-    def __init__(
-        self,
-        fn: Callable[..., TensorTree],
-        layout: Layout,
-        args: Sequence[PyTree] = (),
-        create_graph: bool = False,
-    ) -> None:
-        if not callable(fn):
-            raise TypeError(
-                f"fn must be a function of the parameters, got {given(fn)}. Write "
-                f"{self.called}(fn, solver, params)."
-            )
-        self.fn, self.layout, self.args, self.create_graph = fn, layout, args, create_graph
+class Residuals(OfTree):
+    """A function of a tree that returns residuals."""
 
     @abc.abstractmethod
     def residual(self, x: Tensor) -> Tensor:
