@@ -37,7 +37,7 @@ OF = {
     "long": [
         *(PLAIN, "higher", "Checkpointed()"),
         *('Checkpointed("sqrt")', 'Checkpointed("log")', 'Checkpointed("revolve")'),
-        *("Checkpointed(16, graphs=16)", 'Checkpointed("revolve", graphs=4)'),
+        *('Checkpointed("sqrt", graphs=1)', 'Checkpointed("revolve", graphs=4)'),
     ],
     "few-shot, 1,000 steps": [
         *(PLAIN, "Checkpointed()", 'Checkpointed("sqrt")', 'Checkpointed("revolve")'),

@@ -13,12 +13,15 @@ from torchopt.diff import Checkpointed, unroll
 from torchopt.diff.replay import schedules
 
 
-#: length -> every -> steps taken once more, carries kept
+#: length -> every -> steps taken once more, carries kept, steps recorded at a time
 COUNTS = {
-    256: {1: (0, 256), "sqrt": (240, 31), "log": (769, 9)},
-    1000: {1: (0, 1000), "sqrt": (967, 62), "log": (3933, 11)},
-    10_000: {1: (0, 10_000), "sqrt": (9900, 199), "log": (54_609, 15)},
+    256: {1: (0, 256, 1), "sqrt": (0, 32, 8), 16: (240, 31, 1)},
+    1000: {1: (0, 1000, 1), "sqrt": (0, 63, 16), 31: (967, 62, 1)},
+    10_000: {1: (0, 10_000, 1), "sqrt": (0, 200, 50), 100: (9900, 199, 1)},
 }
+
+#: length -> steps that are taken once more where the middle of what is left is kept, and carries
+HALVING = {256: (769, 9), 1000: (3933, 11), 10_000: (54_609, 15)}
 
 #: length, slots -> all steps without a graph of the best schedule that need not return the result
 REVOLVE = {
@@ -29,10 +32,17 @@ REVOLVE = {
 
 @pytest.mark.parametrize("length", COUNTS)
 def test_counts_are_those_that_are_known(length: int) -> None:
-    for every, (advances, carries) in COUNTS[length].items():
+    for every, (advances, carries, graphs) in COUNTS[length].items():
         plan = Checkpointed(every).plan(length, 8)
-        assert (plan.steps, plan.advances, plan.carries) == (length, advances, carries)
+        found = plan.steps, plan.advances, plan.carries, plan.graphs
+        assert found == (length, advances, carries, graphs)
         assert plan.bytes == 8 * carries
+
+
+def test_the_graph_of_one_step_at_a_time_costs_as_many_steps_as_are_divided() -> None:
+    for length, root in ((256, 16), (1000, 31), (10_000, 100)):
+        one = Checkpointed("sqrt", graphs=1).plan(length)
+        assert one == Checkpointed(root).plan(length)
 
 
 @pytest.mark.parametrize(("length", "slots"), REVOLVE)
@@ -47,17 +57,21 @@ def test_revolve_is_binomial(length: int, slots: int) -> None:
     assert plan.carries == slots
 
 
-def test_with_as_many_carries_revolve_takes_fewer_steps_than_halving() -> None:
-    for length in (256, 1000, 10_000):
-        halving, best = (Checkpointed(name).plan(length) for name in ("log", "revolve"))
-        assert best.carries == halving.carries
-        assert best.advances < halving.advances
+@pytest.mark.parametrize("length", HALVING)
+def test_with_as_many_carries_log_takes_fewer_steps_than_halving(length: int) -> None:
+    advances, carries = HALVING[length]
+    log, revolve = (Checkpointed(name).plan(length) for name in ("log", "revolve"))
+    assert log.carries == carries
+    assert log == Checkpointed("revolve", slots=carries).plan(length)
+    assert 2 * advances / 3 > log.advances > revolve.advances
+    assert revolve.carries == 2 * carries
 
 
 def every_schedule() -> list[schedules.Schedule]:
     lengths = [*range(1, 20), 33, 64]
     names: list[Any] = [1, 2, 3, 5, 100, "sqrt", "log"]
-    found = [schedules.make(name, None, n, g) for n in lengths for name in names for g in (1, 2, 5)]
+    graphs = (None, 1, 2, 5)
+    found = [schedules.make(name, None, n, g) for n in lengths for name in names for g in graphs]
     slots = [(n, c, g) for n in lengths for c in (1, 2, 3, 7) for g in (1, 2, 5)]
     return found + [schedules.make("revolve", c, n, g) for n, c, g in slots]
 
@@ -90,13 +104,14 @@ def test_every_schedule_reverses_each_step_once_from_what_it_has() -> None:
 def test_more_graphs_at_a_time_take_fewer_steps_again() -> None:
     textbook = Checkpointed(16, graphs=16).plan(256)
     assert (textbook.advances, textbook.carries, textbook.graphs) == (0, 16, 16)
-    assert Checkpointed("log", graphs=8).plan(256).advances < 769 / 1.5
+    one, eight = (Checkpointed("log", graphs=graphs).plan(256).advances for graphs in (1, 8))
+    assert eight < one / 1.5
     assert str(textbook).endswith("and the graphs of 16 steps")
 
 
-@pytest.mark.parametrize("graphs", [1, 3])
+@pytest.mark.parametrize("graphs", [None, 1, 3])
 @pytest.mark.parametrize("every", [1, 3, "sqrt", "log", "revolve"])
-def test_what_runs_is_what_was_counted(every: Any, graphs: int) -> None:
+def test_what_runs_is_what_was_counted(every: Any, graphs: int | None) -> None:
     adjoint, length, calls = Checkpointed(every, graphs=graphs), 12, []
 
     def step(w: Tensor, _: None) -> tuple[Tensor, None]:
@@ -105,7 +120,7 @@ def test_what_runs_is_what_was_counted(every: Any, graphs: int) -> None:
 
     w, _ = unroll(step, torch.ones(2, requires_grad=True), length=length, adjoint=adjoint)
     assert calls.count(True) == 1  # the first step is watched
-    assert calls.count(False) == 1 + length  # compared, and then they are taken
+    assert calls.count(False) == length  # the first of them is compared
     calls.clear()
     w.sum().backward()
     plan = adjoint.plan(length)
@@ -119,6 +134,6 @@ def test_a_plan_takes_a_carry_for_its_size() -> None:
         "k": 1,
     }
     assert Checkpointed().plan(10, carry).bytes == 10 * (24 + 8)
-    assert str(Checkpointed("sqrt").plan(100, 2_000_000)) == (
+    assert str(Checkpointed(10).plan(100, 2_000_000)) == (
         "100 steps: 90 taken once more, at most 19 carries kept, 38.0 MB"
     )

@@ -29,7 +29,7 @@ ADJOINTS: dict[str, Any] = {
     'Checkpointed("sqrt")': Checkpointed("sqrt"),
     'Checkpointed("log")': Checkpointed("log"),
     'Checkpointed("revolve")': Checkpointed("revolve"),
-    "Checkpointed(16, graphs=16)": Checkpointed(16, graphs=16),
+    'Checkpointed("sqrt", graphs=1)': Checkpointed("sqrt", graphs=1),
     'Checkpointed("revolve", graphs=4)': Checkpointed("revolve", graphs=4),
     "Mixed()": Mixed(),
     "Forward()": Forward(),

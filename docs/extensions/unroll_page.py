@@ -20,10 +20,10 @@ ADVICE = {
         "a step saves much more than a carry: deep networks, large batches, gradients of networks",
     ),
     'Checkpointed("sqrt")': ("exact", "the carries of all steps do not fit: most long loops"),
-    'Checkpointed("log")': ("exact", "those of `sqrt` do not fit, in `unroll` or `inner_loop`"),
+    'Checkpointed("log")': ("exact", "the carries or graphs of `sqrt` do not fit"),
     'Checkpointed("revolve")': (
         "exact",
-        "the same in `unroll`, or you know how many carries fit: `slots=`",
+        "the same, faster, with twice the carries, or you know how many fit: `slots=`",
     ),
     "Mixed()": ("exact", "gradients dominate a step, and the step cannot be taken again"),
     "Forward()": (

@@ -43,7 +43,7 @@ def differentiate(
             "from the network's outputs, with torch.enable_grad()."
         )
     try:
-        grads = _derivative(loss, tensors, create_graph, retain_graph)
+        grads = vjp((loss,), (torch.ones_like(loss),), tensors, create_graph, retain_graph)
     except RuntimeError as error:
         if "backward through the graph a second time" not in str(error):
             raise
@@ -59,10 +59,14 @@ def differentiate(
     return grads
 
 
-def _derivative(
-    loss: Tensor, tensors: Sequence[Tensor], create_graph: bool, retain_graph: bool | None
+def vjp(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    create_graph: bool,
+    retain_graph: bool | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Do what ``torch.autograd.grad`` does of a scalar.
+    """Do what ``torch.autograd.grad`` does, of outputs and cotangents of the same shapes.
 
     What that looks into first, for any number of outputs of any kind, takes longer than the engine
     needs for a small layer.
@@ -71,12 +75,17 @@ def _derivative(
     if (
         run is None
         or torch.compiler.is_compiling()
-        or loss.is_nested
-        or has_torch_function((loss, *tensors))
+        or any(y.is_nested for y in outputs)
+        or has_torch_function((*outputs, *tensors))
     ):
         return torch.autograd.grad(
-            loss, tensors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+            outputs,
+            tensors,
+            cotangents,
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
         )
     retain = create_graph if retain_graph is None else retain_graph
-    one = torch.ones_like(loss)
-    return run((loss,), (one,), retain, create_graph, tuple(tensors), True, accumulate_grad=False)
+    outputs, cotangents, tensors = tuple(outputs), tuple(cotangents), tuple(tensors)
+    return run(outputs, cotangents, retain, create_graph, tensors, True, accumulate_grad=False)

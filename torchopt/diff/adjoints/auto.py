@@ -45,11 +45,12 @@ class Choice:
 class Auto:
     """Choose the fastest exact adjoint whose memory fits a budget, and say which one that is.
 
-    One step is recorded to see what it saves and how large the carry is. ``Unrolled()`` is taken
-    if what all steps save fits, then ``Checkpointed()`` if all carries and one step do, then
-    ``Checkpointed("sqrt")``, and then ``Checkpointed("revolve", slots)`` with as many slots as
-    there is room for. Inside ``torch.func``, where PyTorch lets nobody see what is saved, it takes
-    for granted that all steps do not fit, and that one step saves ten times the carry.
+    One step is recorded to see what it saves and how large the carry is. ``Unrolled()`` is taken if
+    what all steps save fits, then ``Checkpointed()`` if all carries and one step do, then
+    ``Checkpointed("sqrt")``, then that with ``graphs=1``, and then ``Checkpointed("revolve",
+    slots)`` with as many slots as there is room for. Inside ``torch.func``, where PyTorch lets
+    nobody see what is saved, it takes for granted that all steps do not fit, and that one step
+    saves ten times the carry.
 
     The choice is logged (``logging.getLogger("torchopt.diff")``, level INFO), and given to
     ``report``. :meth:`choose` returns it without running the loop.
@@ -105,9 +106,9 @@ class Auto:
                 reason = f"{loop.length} steps save {size(total)}, and {size(budget)} are there"
                 return Choice(Unrolled(), reason)
         room = budget - saved
-        for adjoint in (Checkpointed(), Checkpointed("sqrt")):
+        for adjoint in (Checkpointed(), Checkpointed("sqrt"), Checkpointed("sqrt", graphs=1)):
             plan = adjoint.plan(loop.length, carry)
-            if plan.bytes <= room:
+            if plan.bytes + plan.graphs * saved <= budget:
                 return Choice(
                     adjoint, f"{plan}; a step saves {size(saved)}, and {size(budget)} are there"
                 )

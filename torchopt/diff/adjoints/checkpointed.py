@@ -43,16 +43,15 @@ class Checkpointed:
         \bar\theta = \sum_t \Big(\frac{\partial c_{t+1}}{\partial \theta}\Big)^{\!\top}
                      \bar c_{t+1} + \dots
 
-    ===============  ================  ========================================================
-    ``every``        carries kept      steps taken once more without a graph, of :math:`T`
-    ===============  ================  ========================================================
-    ``1``            T                 0: the memory of T carries and of one step, in little
-                                       more time than without
-    ``n``            T / n + n - 1     T - T / n
-    ``"sqrt"``       2 sqrt(T) - 1     T - sqrt(T)
-    ``"log"``        log2(T) + 1       about T log2(T) / 2 - T
-    ``"revolve"``    ``slots``         the fewest that are possible with so many
-    ===============  ================  ========================================================
+    ===============  =================  =======================================================
+    ``every``        carries kept       steps taken once more without a graph, of :math:`T`
+    ===============  =================  =======================================================
+    ``1``            T                  0: the memory of T carries and of one step
+    ``n``            T / n + n - 1      T - T / n
+    ``"sqrt"``       2 sqrt(T)          0, with the graphs of sqrt(T) / 2 steps at a time
+    ``"log"``        log2(T) + 1        the fewest that are possible with so many carries
+    ``"revolve"``    ``slots``          the fewest that are possible with so many carries
+    ===============  =================  =======================================================
 
     :meth:`plan` counts them for a length. Derivatives of all orders are exact, by the start, by
     ``xs`` and by tensors that the step closes over: these are found by watching one step. It works
@@ -65,8 +64,8 @@ class Checkpointed:
 
     Args:
         every: Which carries to keep: each, every n-th, or by a schedule.
-        slots: How many carries ``"revolve"`` keeps, the start included; by default as many as
-            ``"log"``.
+        slots: How many carries ``"revolve"`` keeps, the start included; by default twice as many
+            as ``"log"``, which takes fewer steps again.
         store: Where: in ``"memory"``, where they are; on the ``"cpu"``; or in a folder (a path, or
             text such as ``"./run"``), for long runs. A run that was killed goes on there when the
             same program is started again, forwards or backwards, with the same digits: of
@@ -76,7 +75,9 @@ class Checkpointed:
             ``"sqrt"``, ``"log"`` and ``"revolve"`` make again on the way back stays in memory. One
             folder is for one process, and not inside ``torch.func``.
         graphs: How many steps are recorded before they are differentiated. More take more memory,
-            and fewer steps are taken once more: ``Checkpointed(16, graphs=16)`` takes none.
+            and fewer steps are taken once more: ``Checkpointed(16, graphs=16)`` takes none. By
+            default one, and for ``"sqrt"`` the segment between two carries; with ``graphs=1`` that
+            keeps 2 sqrt(T) - 1 carries and takes T - sqrt(T) steps once more, for large steps.
         progress: ``True`` shows a bar for each direction in the terminal (by rich: ``pip install
             "torchopt[progress]"``); a function is called with ``"forward"`` or ``"backward"``, how
             many steps are done, and how many there are.
@@ -113,7 +114,7 @@ class Checkpointed:
     every: Union[int, str] = 1
     slots: int | None = None
     store: Union[str, os.PathLike[str]] = "memory"
-    graphs: int = 1
+    graphs: int | None = None
     progress: Union[bool, Report] = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,10 +136,11 @@ class Checkpointed:
                     "how many carries are kept."
                 )
         _check_store(self.store)
-        if _is_no_integer(self.graphs):
-            raise TypeError(f"graphs must be an integer, got {given(self.graphs)}.")
-        if self.graphs < 1:
-            raise ValueError(f"graphs must be >= 1, got {self.graphs}.")
+        if self.graphs is not None:
+            if _is_no_integer(self.graphs):
+                raise TypeError(f"graphs must be an integer, got {given(self.graphs)}.")
+            if self.graphs < 1:
+                raise ValueError(f"graphs must be >= 1, got {self.graphs}.")
         if not isinstance(self.progress, bool) and not callable(self.progress):
             raise TypeError(
                 "progress must be True, False or a function progress(direction, done, total), got "

@@ -20,7 +20,7 @@ from torchopt.diff.replay.nodes import Program, apply
 from torchopt.diff.replay.programs import Pull, Steps, fresh
 from torchopt.diff.replay.random_state import RandomState
 from torchopt.diff.replay.run import is_recorded, prepared, refuse_levels, results_of
-from torchopt.diff.replay.schedules import Halving
+from torchopt.diff.replay.schedules import Segments
 from torchopt.diff.replay.store import MemoryStore
 from torchopt.diff.replay.watch import Substituted
 
@@ -87,7 +87,7 @@ class Forward:
                 f"unroll(..., adjoint={self!r}) is for torch.autograd. Inside torch.func write "
                 "torch.func.jacfwd around a loop with adjoint=Unrolled(), which is the same."
             )
-        job = prepared(loop, Halving, MemoryStore)
+        job = prepared(loop, lambda length: Segments(length, 1), MemoryStore)
         tensors = [*job.carry, *job.xs, *job.consts]
         by = [t.requires_grad and is_smooth(t) for t in tensors]
         number = sum(t.numel() for t, b in zip(tensors, by) if b)
@@ -110,7 +110,8 @@ class Forward:
                 "torch.func.grad; this one calls torch.autograd.grad, which forward mode does "
                 "not pass through."
             )
-        read, job.watched = job.watched.read, None  # which would hold the graph of a step
+        read = job.watched.read
+        job.watched = job.begun = None  # which would hold the graph of a step, and a carry
         program = _Along(job, Point(job.rest(loop.start), RandomState.now(job.devices)), by, read)
         results = apply(program, tensors)
         loop.step = frozen(loop.step)  # for higher derivatives

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.diff.gradient import vjp
 from torchopt.diff.replay.alike import refuse_unknown
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.random_state import Autocast, RandomState
@@ -25,6 +26,22 @@ class Point:
 
     leaves: list[Any]  # None where a tensor stands
     random: RandomState
+
+
+@dataclass
+class Begun:
+    """The first step, as it was taken to be compared: the sweep goes on from there."""
+
+    given: list[Any]
+    leaves: list[Any]
+    y: list[Any]
+    random: RandomState
+
+    def from_here(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Return its results, as they would be of these leaves: what it hands on is theirs."""
+        own = {id(old): new for old, new in zip(self.given, leaves)}
+        self.random.put_back()
+        return [own.get(id(x), x) for x in self.leaves], [own.get(id(x), x) for x in self.y]
 
 
 @dataclass
@@ -76,6 +93,7 @@ class Job:
     watcher: Watcher = field(default_factory=Watcher)  #: Is told of the loop itself, not of parts.
     replaces: bool = False  #: Whether others are read instead of ``consts``.
     watched: Any = None  #: The first step, as it was watched.
+    begun: Begun | None = None
     checks_end: bool = False  #: Whether the last step has to end where it did the first time.
     end: list[tuple[Tensor, int]] = field(default_factory=list)  #: There, and its versions.
 
@@ -177,7 +195,9 @@ class Job:
     ) -> tuple[list[Any], list[list[Any]]]:
         """Take steps of which nothing is recorded; return the last leaves and each step's ``y``."""
         leaves, rows, random, first = self.leaves(tensors, point), [], point.random, 0
-        kept = set(keep[1]) if keep else set()
+        kept, begun = set(keep[1]) if keep else set(), None
+        if watcher is not None:
+            begun, self.begun = self.begun, None
         if watcher is not None and (reached := watcher.start_forward(self)) is not None:
             first, leaves, rows, random = reached.step, reached.leaves, reached.rows, reached.random
             random.put_back()
@@ -185,7 +205,10 @@ class Job:
             if keep and t in kept:
                 random = RandomState.now(self.devices, random)
                 keep[0].put(t, Carry(list(leaves), random))
-            leaves, y = self.advance(leaves, self.x(xs, t), consts)
+            if begun is not None and t == 0:
+                leaves, y = begun.from_here(leaves)
+            else:
+                leaves, y = self.advance(leaves, self.x(xs, t), consts)
             rows.append(y)
             if watcher is not None:
                 watcher.forward(self, t + 1, leaves, rows)
@@ -235,14 +258,7 @@ class Job:
             return self._placed([None] * len(by))
         outputs, seeds = zip(*pairs)
         with without_hooks(recorded.consts):
-            grads = torch.autograd.grad(
-                outputs,
-                by,
-                seeds,
-                create_graph=create_graph,
-                retain_graph=create_graph or self.keeps_outside,
-                allow_unused=True,
-            )
+            grads = vjp(outputs, seeds, by, create_graph, create_graph or self.keeps_outside)
         return self._placed(grads)
 
     def _pull_functional(

@@ -24,14 +24,24 @@ class Loop:
     carry stay what they were at the start, and those of ``y`` what they were after the first step.
     """
 
-    def __init__(self, step: Step, carry: PyTree, xs: PyTree, length: int | None) -> None:
+    def __init__(
+        self,
+        step: Step,
+        carry: PyTree,
+        xs: PyTree,
+        length: int | None,
+        like: tuple[Any, list[Any]] | None = None,
+    ) -> None:
         if not callable(step):
             raise TypeError(
                 f"step must be a function step(carry, x) -> (carry, y), got {given(step)}."
             )
         self.step = step
         self.start, self.spec = tree.flatten(carry)
-        self.paths = tree.leaf_paths(carry)
+        if like is not None and like[0] == self.spec:  # many loops share what they have in common
+            self.spec, self.paths = like
+        else:
+            self.paths = tree.leaf_paths(carry)
         self.xs, self.xs_spec = tree.flatten(xs)
         self.length = _length(self.xs, tree.leaf_names(xs), length)
         #: Leaves of the carry by which there is a derivative only if there is one at the start:
@@ -54,8 +64,11 @@ class Loop:
             ValueError: If it returns a carry of another structure, or a leaf of another shape,
                 dtype or device, or ``y`` of another structure than before.
         """
-        carry, y = self.step_from(tree.unflatten(self.spec, leaves), x)
-        new, spec = tree.flatten(carry)
+        return self.results(self.step(tree.unflatten(self.spec, leaves), x))
+
+    def results(self, result: Any) -> tuple[list[Any], list[Any]]:
+        """Return the leaves of what a step has returned, as :meth:`take` does."""
+        _, new, spec, y = self._checked(result)
         if spec == self.spec:
             return new, y
         difference = _other_node(spec, self.spec)
@@ -64,12 +77,15 @@ class Loop:
                 f"step must keep the structure of the carry, and what its {difference.__name__} "
                 "holds beside its leaves; a step that is taken again starts from the first."
             )
-        by_path = dict(zip(tree.leaf_paths(carry), new))
-        return [by_path[path] for path in self.paths], y
+        return new, y
 
     def step_from(self, carry: PyTree, x: PyTree) -> tuple[PyTree, list[Any]]:
         """Take one step; return the carry as the step returned it, and the leaves of ``y``."""
-        result = self.step(carry, x)
+        carry, _, _, y = self._checked(self.step(carry, x))
+        return carry, y
+
+    def _checked(self, result: Any) -> tuple[PyTree, list[Any], Any, list[Any]]:
+        """Return the carry, its leaves in the order of the start, their structure, and ``y``."""
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(
                 "step must return the pair (carry, y); return (carry, None) where there is no y. "
@@ -82,7 +98,7 @@ class Loop:
         for path, old_leaf, new_leaf in zip(self.paths, self.start, leaves):
             if not _alike(old_leaf, new_leaf):
                 _refuse_leaf(called(tree.dotted(path), "the carry"), old_leaf, new_leaf)
-        return carry, self._y_leaves(y)
+        return carry, leaves, spec, self._y_leaves(y)
 
     def _in_order(self, carry: PyTree, leaves: list[Any]) -> list[Any]:
         paths = tree.leaf_paths(carry)

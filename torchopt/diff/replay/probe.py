@@ -27,19 +27,24 @@ class Watched:
     calls: int  # of autograd in the step
     keeps_outside: bool
     results_differ: list[bool]
-    after: RandomState | None = None  #: The random states after the step.
+    before: RandomState  #: The random states before the step.
+    after: RandomState  #: Those after it.
     read: list[Tensor] = field(default_factory=list)  #: What it reads from outside.
     replaces: bool = False  #: Whether one of ``consts`` was computed from another.
 
 
-def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
+def look(
+    loop: Loop, devices: list[int], functional: bool, random: RandomState | None = None
+) -> Watched:
     """Take the first step once, with a graph, watching what it reads.
+
+    ``random`` is a state that may be the present one, to be shared then.
 
     Raises:
         ValueError: If it changes a tensor in place, or closes over tensors of which one was
             computed from another, and reads one where nobody can see it.
     """
-    random = RandomState.now(devices)
+    random = RandomState.now(devices, random)
     start = watch.newest_node()
     first, seen, given = one_step(loop, functional)
     after = RandomState.now(devices, random)
@@ -57,7 +62,7 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
     random.put_back()
     leaves, y = first
     if functional:
-        return Watched(outside, leaves, y, 0, False, [])
+        return Watched(outside, leaves, y, 0, False, [], random, after)
     results = [x for x in leaves if isinstance(x, Tensor)]
     outputs = [*results, *(t for t in y if isinstance(t, Tensor))]
     consts, alone = watch.reached([t for t in outputs if t.requires_grad], given, outside)
@@ -69,7 +74,9 @@ def look(loop: Loop, devices: list[int], functional: bool) -> Watched:
         alone = False
     differ = [t.requires_grad for t in results]
     differ += [isinstance(t, Tensor) and t.requires_grad for t in y if t is not None]
-    return Watched(consts, leaves, y, seen.calls, alone, differ, after, outside, pair is not None)
+    replaces = pair is not None
+    told = consts, leaves, y, seen.calls, alone, differ
+    return Watched(*told, random, after, outside, replaces)
 
 
 def _refuse_unseen(loop: Loop, consts: list[Tensor], pair: tuple[Tensor, Tensor]) -> None:
@@ -115,8 +122,8 @@ def one_step(
     x = tree.unflatten(loop.xs_spec, row)
     seen = watch.Watch()
     with torch.enable_grad(), Autocast().again(), seen:
-        results = loop.take(start, x)
-    return results, seen, [t for t in (*start, *row) if isinstance(t, Tensor)]
+        result = loop.step(tree.unflatten(loop.spec, start), x)
+    return loop.results(result), seen, [t for t in (*start, *row) if isinstance(t, Tensor)]
 
 
 def _refuse_changes(
@@ -156,8 +163,8 @@ def check_repeatable(
     watched: Watched,
     run: Callable[[], tuple[list[Any], list[Any]]],
     devices: list[int],
-) -> None:
-    """Take the first step again, and compare all bits.
+) -> tuple[tuple[list[Any], list[Any]], RandomState]:
+    """Take the first step again, and compare all bits; return its results and the state after it.
 
     Raises:
         RuntimeError: If anything differs, naming the leaf.
@@ -165,13 +172,14 @@ def check_repeatable(
     random = RandomState.now(devices)
     try:
         first, watched_too = run(), (watched.leaves, watched.y)
-        if _difference(loop, first, watched_too) is None:
-            return  # with a graph and without it is the same
-        # by rounding, or because this step is another one
-        difference = _difference(loop, first, watched_too, by_rounding)
-        if difference is None:
-            random.put_back()
-            difference = _difference(loop, first, run())
+        after = RandomState.now(devices, watched.after)
+        difference = _difference(loop, first, watched_too)
+        if difference is not None:  # with a graph and without it is not the same to the last bit:
+            # by rounding, or because this step is another one
+            difference = _difference(loop, first, watched_too, by_rounding)
+            if difference is None:
+                random.put_back()
+                difference = _difference(loop, first, run())
     finally:
         random.put_back()
     if difference is not None:
@@ -182,6 +190,7 @@ def check_repeatable(
             "batch? Put such things into the carry or xs, or differentiate with "
             "adjoint=Unrolled()."
         )
+    return first, after
 
 
 def _difference(

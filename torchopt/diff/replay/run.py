@@ -15,7 +15,7 @@ from torchopt.base.torch_internals import (
     in_forward_mode,
     peek_interpreter_stack,
 )
-from torchopt.diff.replay.job import Job, Point
+from torchopt.diff.replay.job import Begun, Job, Point
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.nodes import apply
 from torchopt.diff.replay.probe import check_repeatable, look
@@ -108,11 +108,15 @@ def prepared(
     schedule: Callable[[int], Schedule],
     new_store: Callable[[], Store],
     check: bool = True,
+    random: RandomState | None = None,
 ) -> Job:
-    """Watch the first step, and return what is needed to replay it and its successors."""
+    """Watch the first step, and return what is needed to replay it and its successors.
+
+    ``random`` is a state that may be the present one, to be shared then.
+    """
     functional = peek_interpreter_stack() is not None
     devices = cuda_devices([*loop.start, *loop.xs])
-    watched = look(loop, devices, functional)
+    watched = look(loop, devices, functional, random)
     job = Job(
         loop=loop,
         consts=watched.consts,
@@ -134,5 +138,7 @@ def prepared(
         def run() -> tuple[list[Any], list[Any]]:
             return job.advance(list(leaves), job.x(xs, 0), job.consts)
 
-        check_repeatable(loop, watched, run, devices)
+        (first, y), after = check_repeatable(loop, watched, run, devices)
+        if not functional:
+            job.begun = Begun(leaves, first, y, after)
     return job

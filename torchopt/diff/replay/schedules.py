@@ -5,17 +5,17 @@ which ones the first sweep keeps, and then, as a list of actions, how those in b
 again. ``Plan`` counts the actions of the same list that is later run.
 
 For :math:`T` steps, with all carries that are kept at a time and all steps that are taken once
-more without a graph (each step is also recorded once, alone):
+more without a graph (each step is also recorded once):
 
-=================  ============================  ==============================================
-schedule           carries kept                  steps taken once more
-=================  ============================  ==============================================
-every step         :math:`T`                     0
-every n steps      :math:`T/n + n - 1`           :math:`T - T/n`
-halving            :math:`\log_2 T + 1`          about :math:`\tfrac12 T \log_2 T - T`
-binomial, c kept   :math:`c`                     about :math:`(r - 1) T`, where r is the least
-                                                 number with :math:`\binom{c + r}{c} \ge T`
-=================  ============================  ==============================================
+======================  ========================  ==================================================
+schedule                carries kept              steps taken once more
+======================  ========================  ==================================================
+every step              :math:`T`                 0
+every n steps           :math:`T/n + n - 1`       :math:`T - T/n`
+... recorded together   :math:`T/n`               0
+binomial, c kept        :math:`c`                 about :math:`(r - 1) T`, where r is the least
+                                                  number with :math:`\binom{c + r}{c} \ge T`
+======================  ========================  ==================================================
 
 Reference:
     Griewank and Walther, Algorithm 799: Revolve, ACM Transactions on Mathematical Software 2000.
@@ -51,8 +51,8 @@ class Plan:
 
     Example:
         >>> from torchopt.diff import Checkpointed
-        >>> print(Checkpointed("sqrt").plan(10_000, carry_bytes=4_000_000))
-        10000 steps: 9900 taken once more, at most 199 carries kept, 796.0 MB
+        >>> print(Checkpointed("sqrt").plan(256, carry_bytes=4_000_000))
+        256 steps: 0 taken once more, at most 32 carries kept, 128.0 MB, and the graphs of 8 steps
     """
 
     steps: int  #: The length of the loop.
@@ -150,40 +150,6 @@ class Segments(Schedule):
         return [*range(low, high, every), high]
 
 
-class Halving(Schedule):
-    """Keep the middle of what is left, again and again."""
-
-    def kept(self) -> list[int]:
-        """Return the steps before which the first sweep keeps the carry."""
-        steps, low = [0], 0
-        while self.length - low > self.graphs:
-            low = (low + self.length) // 2
-            steps.append(low)
-        return steps
-
-    def backward(self) -> Iterator[Action]:
-        """Yield the actions of the backward pass."""
-        ends = [*self.kept()[1:], self.length]
-        for low, high in zip(reversed(self.kept()), reversed(ends)):
-            yield from self._gap(low, high)
-
-    def _gap(self, low: int, high: int) -> Iterator[Action]:
-        if high - low <= self.graphs:
-            yield from self._last(low, high)
-            return
-        middle = (low + high) // 2
-        yield Action("load", low)
-        for step in range(low, middle):
-            yield Action("advance", step)
-        yield Action("keep", middle)
-        yield from self._gap(middle, high)
-        yield from self._gap(low, middle)
-
-    def parts(self, low: int, high: int) -> list[int]:
-        """Return where to divide an interval."""
-        return [low, (low + high) // 2, high]
-
-
 class Binomial(Schedule):
     """Keep a given number of carries, and take as few steps again as that allows (revolve)."""
 
@@ -275,12 +241,17 @@ def log_slots(length: int) -> int:
     return max(1, length - 1).bit_length() + 1
 
 
-def make(every: int | str, slots: int | None, length: int, graphs: int = 1) -> Schedule:
+def make(every: int | str, slots: int | None, length: int, graphs: int | None = None) -> Schedule:
     """Return the schedule of this name."""
-    if isinstance(every, int):
-        return Segments(length, every, graphs)
     if every == "sqrt":
-        return Segments(length, max(1, math.isqrt(length)), graphs)
-    if every == "log":
-        return Halving(length, graphs)
-    return Binomial(length, log_slots(length) if slots is None else slots, graphs)
+        root = max(1, math.isqrt(length))
+        if graphs is not None:
+            return Segments(length, root, graphs)
+        # the graph of a step takes several times what a carry takes, so there are fewer of them
+        segment = -(-root // 2)
+        return Segments(length, segment, segment)
+    if isinstance(every, int):
+        return Segments(length, every, graphs or 1)
+    if slots is None:
+        slots = log_slots(length) * (2 if every == "revolve" else 1)
+    return Binomial(length, slots, graphs or 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class Tape:
         self.refilled: dict[int, Carry] = {}
         self.results: list[tuple[weakref.ref[Tensor], int]] = []
         self.recomputed = 0
+        # what all steps have in common, which each of them would hold otherwise
+        self.like: tuple[Any, list[Any]] | None = None
+        self.random: RandomState | None = None
+        self.handles: list[_Handle] = []
 
     def take(self, step: Step, carry: PyTree) -> PyTree:
         """Take a step; its results are those of one node.
@@ -60,22 +64,25 @@ class Tape:
             RuntimeError: Inside torch.func.
         """
         self.refuse_levels()
-        loop = Loop(step, carry, None, 1)
+        loop = Loop(step, carry, None, 1, self.like)
+        self.like = loop.spec, loop.paths
         loop.unchanged = frozenset(range(len(loop.start)))
         t = self.length[0]
-        job = prepared(loop, lambda length: Segments(length, 1), MemoryStore, check=t == 0)
+        job = prepared(loop, _one_step, MemoryStore, check=t == 0, random=self.random)
         job.calls = 0  # an optimizer's step records what it needs itself
-        point = Point(job.rest(loop.start), RandomState.now(job.devices))
+        point = Point(job.rest(loop.start), job.watched.before)
         self._keep(t, job, point)
         self.jobs[t] = weakref.ref(job), point
         node = _Taken(job, point, t, self.length, self.last)
         hooks = saved_tensors_hooks(*_packing(self, t, len(job.carry_at)))
         with hooks:
             results = apply(node, [*job.carry, *job.consts])
-        job.watched.after.put_back()
+        random: RandomState = job.watched.after
+        random.put_back()
+        self.random = random
         assert node.end is not None
         # the node would hold what it saves, and the graph behind it
-        job.carry, job.watched = [], None
+        job.carry, job.watched, job.begun = [], None, None
         loop.start = loop.y_likes = []
         loop.y_likes = [None]
         self.length[0] = t + 1
@@ -152,6 +159,14 @@ class Tape:
                 )
         return found
 
+    def handle(self, index: int, tensor: Tensor) -> _Handle:
+        """Return what a node holds instead of a tensor of its carry."""
+        handle = _Handle(index, tensor.shape, tensor.dtype, tensor.device)
+        if index < len(self.handles) and self.handles[index] == handle:
+            return self.handles[index]
+        self.handles[index:] = [handle]
+        return handle
+
     def _advanced(self, found: Carry, low: int, high: int) -> Carry:
         keep = self.thinning.between(low, high)
         tensors = [x for x in found.leaves if isinstance(x, Tensor)]
@@ -174,6 +189,10 @@ def _alive(reference: weakref.ref[Job]) -> Job:
     job = reference()
     assert job is not None  # the node of a later step holds those of all steps before it
     return job
+
+
+def _one_step(length: int) -> Segments:
+    return Segments(length, 1)
 
 
 class _Taken(Steps):
@@ -219,14 +238,13 @@ class _Nothing(Program):
     recorded = values
 
 
-class _Handle:
+class _Handle(NamedTuple):
     """What a node holds instead of a tensor of its carry."""
 
-    __slots__ = ("index", "like")
-
-    def __init__(self, index: int, like: Tensor) -> None:
-        self.index = index
-        self.like = torch.empty((), dtype=like.dtype, device=like.device).expand(like.shape)
+    place: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 def _packing(tape: Tape, t: int, count: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -236,17 +254,17 @@ def _packing(tape: Tape, t: int, count: int) -> tuple[Callable[..., Any], Callab
 
     def pack(tensor: Tensor) -> Any:
         index = next(packed, None)
-        return tensor if index is None else _Handle(index, tensor)
+        return tensor if index is None else tape.handle(index, tensor)
 
     def unpack(held: Any) -> Tensor:
         if not isinstance(held, _Handle):
             return held
         if tape.last is not None and tape.length[0] - t > tape.last:
-            return torch.zeros_like(held.like)
-        if held.index == 0 or not found:
+            return torch.zeros(held.shape, dtype=held.dtype, device=held.device)
+        if held.place == 0 or not found:
             found[:] = [tape.carry(t)]
-        tensor = found[0][held.index]
-        if held.index == count - 1:
+        tensor = found[0][held.place]
+        if held.place == count - 1:
             found.clear()
         return tensor
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torchopt.base.torch_internals import (
+    AccumulateGrad,
     disabled_torch_function,
     get_interpreter_stack,
     get_unwrapped,
@@ -23,16 +24,22 @@ from torchopt.base.torch_internals import (
 from torchopt.diff.replay.writes import Writes, bare, written
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors among arguments of a call."""
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors among arguments of a call."""
+    found: list[Tensor] = []
+    _gather(value, found)
+    return found
+
+
+def _gather(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from tensors_in(item)
+            _gather(item, found)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors_in(item)
+            _gather(item, found)
 
 
 def depth() -> int:
@@ -213,22 +220,27 @@ def reached(
     whether a leaf was reached by way of a tensor from outside that is not known.
     """
     ends = {_edge(t): t for t in (*outside, *given) if t.grad_fn is not None}
-    known, inside = {id(t) for t in (*given, *outside)}, {id(t) for t in given}
+    inside = {id(t) for t in given}
+    known = {*inside, *map(id, outside)}
     found: dict[int, Tensor] = {id(t): t for t in outputs if t.grad_fn is None and t.requires_grad}
     edges: list[tuple[Any, int]] = [_edge(t) for t in outputs if t.grad_fn is not None]
     seen: set[Any] = set()
     alone = False
     while edges:
-        node, index = edges.pop()
-        if (node, index) in ends:
-            tensor = ends[node, index]
+        edge = edges.pop()
+        node = edge[0]
+        if node is None:
+            continue
+        if edge in ends:
+            tensor = ends[edge]
             found[id(tensor)] = tensor
-        elif hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-            alone |= id(node.variable) not in known
         elif node not in seen:
             seen.add(node)
-            edges += [edge for edge in node.next_functions if edge[0] is not None]
+            if type(node) is AccumulateGrad:
+                found[id(node.variable)] = node.variable
+                alone |= id(node.variable) not in known
+            else:
+                edges += node.next_functions
     return [tensor for key, tensor in found.items() if key not in inside], alone
 
 
