@@ -71,6 +71,58 @@ def higher(zero):
     return outer
 
 
+def betty(zero):
+    import logging
+
+    from betty.configs import Config, EngineConfig
+    from betty.engine import Engine
+    from betty.problems import ImplicitProblem, IterativeProblem
+
+    logging.disable(logging.CRITICAL)
+    torch, y, inputs = torch_problem()
+    x, reached = inputs(zero), []
+
+    def outer(w, lr, beta2):
+        class Upper(ImplicitProblem):
+            def get_batch(self):
+                return None
+
+            def training_step(self, batch):
+                (last,) = self.lower.params
+                reached.append((x @ last - y).square().mean() + last.square().sum())
+                return reached[-1]
+
+            def custom_optimizer_step(self):
+                pass
+
+        class Lower(IterativeProblem):
+            def get_batch(self):
+                return None
+
+            def on_inner_loop_start(self):
+                self.params = (w.clone(),)
+                self.optimizer.param_groups[0].update(lr=lr, betas=(0.9, beta2))
+
+            def training_step(self, batch):
+                return (x @ self.params[0] - y).square().mean()
+
+        start = torch.tensor(W, dtype=torch.float64)
+        nets = network(torch, start), network(torch, start)
+        config = Config(first_order=False, unroll_steps=STEPS, retain_graph=True, allow_unused=True)
+        sgd = torch.optim.SGD(nets[0].parameters(), lr=0.1)
+        adam = torch.optim.Adam(nets[1].parameters(), lr=LR, betas=(0.9, BETA2))
+        upper = Upper(name="upper", config=config, module=nets[0], optimizer=sgd)
+        lower = Lower(name="lower", config=config, module=nets[1], optimizer=adam)
+        Engine(
+            problems=[upper, lower],
+            config=EngineConfig(train_iters=STEPS, logger_type="none"),
+            dependencies={"u2l": {upper: [lower]}, "l2u": {lower: [upper]}},
+        ).run()
+        return reached[-1]
+
+    return outer
+
+
 def torchopt073(zero):
     import torchopt
 
@@ -216,6 +268,21 @@ def count(name):
         from higher.optim import DifferentiableOptimizer
 
         return len(DifferentiableOptimizer.__subclasses__())
+    if name == "betty":
+        import torch
+        from betty import optim
+
+        def steps(cls):
+            net = network(torch, torch.ones(2))
+            optimizer = cls(net.parameters(), lr=0.1)
+            net.w.grad = torch.ones(2)
+            optimizer.step()
+            w = torch.ones(2, requires_grad=True).clone()
+            w.grad = torch.ones(2)
+            return bool(optim.patch_optimizer(optimizer, net).step((w,)))
+
+        found = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+        return sum(steps(cls) for cls in found)
     if name == "torchopt073":
         import torchopt
 
@@ -235,6 +302,7 @@ def count(name):
 MAKERS = {
     "ours": ours,
     "higher": higher,
+    "betty": betty,
     "torchopt073": torchopt073,
     "torch": torch_optim,
     "optax": optax,

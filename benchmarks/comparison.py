@@ -13,10 +13,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import venv
 from pathlib import Path
 from typing import Any
 
-from benchmarks.install_peers import python_of
+from benchmarks import compared_libraries
+from benchmarks.install_peers import ENVIRONMENTS, python_of
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,11 +34,22 @@ BEGIN, END = (
 LIBRARIES = {
     "ours": None,
     "higher": "higher",
+    "learn2learn": "learn2learn",
+    "betty": "betty",
     "torchopt073": "torchopt073",
     "torch": None,
     "optax": "jax",
 }
-HEADS = ("", "here", "`higher`", "TorchOpt 0.7.3", "`torch.optim`", "Optax")
+HEADS = ("", "here", "`higher`", "learn2learn", "Betty", "TorchOpt 0.7.3", "`torch.optim`", "Optax")
+#: Column -> what pip is given; ``torch.optim`` is there already.
+SPECS = {
+    "ours": str(ROOT),
+    "higher": "higher==0.2.1",
+    "learn2learn": "learn2learn==0.2.0",
+    "betty": "betty-ml",
+    "torchopt073": "torchopt==0.7.3",
+    "optax": "optax",
+}
 #: Row of the table -> the fact, or the side of the benchmark.
 DERIVATIVES = {
     "derivative of three steps of Adam by the initial weights, relative error": "weights",
@@ -51,11 +64,37 @@ TIMES = {
 SIDES = {"higher": "higher", "torchopt073": "torchopt-0.7.3", "optax": "optax"}
 
 
+def installs() -> dict[str, Any]:
+    """Return what a current pip says of each library alone, in a fresh environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        pip = [str(Path(folder) / python_of("").relative_to(ENVIRONMENTS)), "-m", "pip"]
+        subprocess.run([*pip, "install", "--quiet", "--upgrade", "pip"], check=True)
+        version = subprocess.run([*pip, "--version"], check=True, capture_output=True, text=True)
+        found: dict[str, Any] = {"pip": f"{version.stdout.split()[1]}, Python {sys.version[:4]}"}
+        for name, spec in SPECS.items():
+            command = [*pip, "install", "--quiet", "--no-deps", spec]
+            done = subprocess.run(command, capture_output=True, text=True)
+            found[name] = done.returncode == 0 or _cause(done.stderr)
+    return found
+
+
+def _cause(text: str) -> str:
+    """Return the line of pip's errors that says why."""
+    lines = [line.strip() for line in text.splitlines()]
+    causes = (r"fatal error: .*", r"Please use pip.*", r"ERROR: .*")
+    found = [match for cause in causes for line in lines if (match := re.search(cause, line))]
+    return f"InstallError: {found[0][0] if found else 'for no reason that is known'}"
+
+
 def look() -> dict[str, dict[str, Any]]:
     """Try every library that is installed here."""
-    found = {}
+    found, installed = {}, installs()
     for name, environment in LIBRARIES.items():
         python = sys.executable if environment is None else str(python_of(environment))
+        if name not in compared_libraries.MAKERS:
+            found[name] = {"installs": installed[name]}
+            continue
         if not Path(python).exists():
             raise SystemExit(f"{name} is not installed: python -m benchmarks.install_peers")
         variables = {**os.environ, "PYTHONPATH": str(ROOT) if name == "ours" else ""}
@@ -72,6 +111,9 @@ def look() -> dict[str, dict[str, Any]]:
                 check=True,
             )
         found[name] = json.loads(done.stdout.splitlines()[-1])
+        if name in installed:
+            found[name]["installs"] = installed[name]
+    found["ours"]["pip"] = installed["pip"]
     return found
 
 
@@ -83,6 +125,8 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     kind = str(value).partition(":")[0]
+    if kind == "InstallError":
+        return "no"
     return f"`{kind}`" if kind.endswith("Error") else str(value)
 
 
@@ -102,6 +146,7 @@ def _speeds(row: str) -> dict[str, str]:
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Return README's table."""
     rows = [list(HEADS), ["---"] * len(HEADS)]
+    rows.append([f"installs (pip {found['ours']['pip']})", *_row(found, "installs")])
     rows.append(["optimizers that can be differentiated through", *_row(found, "optimizers")])
     rows += [[title, *_row(found, fact)] for title, fact in DERIVATIVES.items()]
     rows.append(["its Adam works with PyTorch's schedulers", *_row(found, "scheduler")])
@@ -115,7 +160,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _row(found: dict[str, dict[str, Any]], fact: str) -> list[str]:
-    return [_cell(found[name][fact]) for name in LIBRARIES]
+    return [_cell(found[name].get(fact)) for name in LIBRARIES]
 
 
 def written(readme: str) -> str:

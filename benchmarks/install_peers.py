@@ -24,7 +24,10 @@ PEERS = {
     "higher": ["higher==0.2.1", "numpy", TORCH],
     "torchopt073": ["torchopt==0.7.3", "numpy", TORCH],
     "jax": ["jax[cpu]==0.10.2", "optax==0.2.8", "numpy"],
+    "betty": ["betty-ml==0.1.1", "numpy", TORCH],
 }
+#: Environment -> what pip has to be to read what the peer says of itself.
+PIPS = {"betty": "pip<24.1"}
 
 
 def python_of(name: str) -> Path:
@@ -42,6 +45,8 @@ def install(name: str, again: bool = False) -> None:
     print(f"{name}: installing into {python.parent.parent}", flush=True)
     venv.create(python.parent.parent, with_pip=True, clear=again)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    if name in PIPS:
+        subprocess.run([*pip, PIPS[name]], check=True)
     constraints = ["--constraint", str(ROOT / "constraints.txt")]
     subprocess.run([*pip, *constraints, *PEERS[name]], check=True)
 

@@ -3,6 +3,7 @@
 A tiny network takes two inner steps of MetaAdam with a learned learning rate. Run it with::
 
     python examples/visualize.py --output gradient_graph.png
+    python examples/visualize.py --quick                # a page of one step; needs no other program
 
 The ending of the file says what it is: a picture (png, svg or pdf, drawn by the program dot), its
 text for Graphviz (dot), or an interactive page (html). The last two need no other program.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from common.checkpoints import write_atomically
 from common.endings import plain_endings
+from common.options import Parser, positive_int
 from torch import Tensor, nn
 
 import torchopt.visual
@@ -48,25 +50,25 @@ def adapt(steps: int, lr: Any) -> tuple[Tensor, list[Any]]:
 #: What the program dot draws; a page and the text of a picture need no program.
 PICTURES = ("png", "svg", "pdf")
 WITHOUT_DOT = ("html", "dot")
+#: What ``--quick`` changes, beside the file: a page, which needs no program.
+QUICK = {"steps": 1}
 
 
 def main() -> None:
     """Draw the picture, and explain two gradients."""
-    parser = argparse.ArgumentParser(
-        prog="visualize",
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    description = (__doc__ or "").splitlines()[0]
+    parser = Parser("visualize", description, QUICK, Path("gradient_graph.html"))
     endings = ", ".join(PICTURES + WITHOUT_DOT)
     parser.add_argument(
         "--output",
         type=Path,
+        metavar="FILE",
         default=Path("gradient_graph.png"),
         help=f"the file to write; its ending is one of {endings}",
     )
-    parser.add_argument("--steps", type=int, default=2, help="inner steps, at least 1")
+    parser.add_argument("--steps", type=positive_int, default=2, help="inner steps")
     parser.add_argument(
-        "--dpi", type=int, default=110, help="dots per inch of the picture, from 10 to 1000"
+        "--dpi", type=positive_int, default=110, help="dots per inch of a picture, from 10 to 1000"
     )
     options = parser.parse_args()
     with plain_endings("visualize", resumable=False):
@@ -77,8 +79,6 @@ def main() -> None:
 def check(options: argparse.Namespace) -> None:
     """Refuse what cannot be done, before anything is computed or written."""
     output: Path = options.output
-    if options.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {options.steps}.")
     if not 10 <= options.dpi <= 1000:
         raise ValueError(f"--dpi must be from 10 to 1000, got {options.dpi}.")
     ending = output.suffix.removeprefix(".").lower()
@@ -103,7 +103,7 @@ def picture(options: argparse.Namespace, loss: Tensor, names: list[Any]) -> byte
     """Return the contents of the file."""
     ending = options.output.suffix.removeprefix(".").lower()
     if ending == "html":
-        title = f"{options.steps} steps of MetaAdam"
+        title = f"{options.steps} step{'s' * (options.steps > 1)} of MetaAdam"
         return torchopt.visual.show(loss, names, title=title).html.encode()
     dot = torchopt.visual.make_dot(loss, names, clusters=True)
     dot.attr(dpi=str(options.dpi), nodesep="0.2", ranksep="0.18")

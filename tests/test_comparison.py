@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from benchmarks import compared_libraries, comparison, first_minutes
@@ -22,6 +23,17 @@ def test_what_it_says_of_this_library_is_so() -> None:
         assert found[derivative] < 1e-6
     assert found["scheduler"] is True
     assert f"| {found['optimizers']} |" in README.read_text(encoding="utf-8")
+
+
+def test_what_it_says_of_those_that_do_not_install_was_found() -> None:
+    found = json.loads(comparison.FOUND.read_text(encoding="utf-8"))
+    assert "longintrepr.h" in found["learn2learn"]["installs"]  # a header that Python 3.11 lacks
+    assert "pip<24.1" in found["betty"]["installs"]
+    text = README.read_text(encoding="utf-8")
+    assert "does not compile on Python 3.11" in text
+    assert "current ones reject its metadata" in text
+    installed = [name for name, facts in found.items() if facts.get("installs") is True]
+    assert installed == ["ours", "higher", "torchopt073", "optax"]
 
 
 def test_a_wrong_derivative_is_found() -> None:

@@ -69,8 +69,10 @@ def test_the_ending_says_what_is_written(run: Any, tmp_path: Path, name: str) ->
         (("--output", "folder.png"), "folder.png is a folder"),
         (("--output", "file/graph.html"), "file is a file, not a folder"),
         (("--output", "file/deeper/graph.html"), "file is a file, not a folder"),
-        (("--output", "a.html", "--dpi", "-5"), "--dpi must be from 10 to 1000, got -5"),
-        (("--output", "a.html", "--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--output", "a.html", "--dpi", "-5"), "argument --dpi: must be at least 1, got -5"),
+        (("--output", "a.html", "--dpi", "5"), "--dpi must be from 10 to 1000, got 5"),
+        (("--output", "a.html", "--steps", "0"), "argument --steps: must be at least 1, got 0"),
+        (("--step", "many"), "argument --steps: must be a whole number, got 'many'"),
     ],
 )
 def test_what_cannot_be_done_ends_in_one_line(
@@ -97,6 +99,21 @@ def test_a_missing_dot_ends_in_one_line_that_says_what_works(
     assert "--output graph.html" in err
     assert run("--output", "graph.html", "--steps", "1")[0] == 0
     assert (tmp_path / "graph.html").exists()
+
+
+def test_quick_writes_a_page_of_one_step_without_dot(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _ in range(2):
+        assert run("--quick")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["gradient_graph-quick.html"]
+    page = (tmp_path / "gradient_graph-quick.html").read_text()
+    assert "1 step of MetaAdam" in page
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "--steps 1" in out
+    assert "--dpi" in out
 
 
 def test_the_picture_is_of_as_many_steps_as_were_asked_for(run: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         description: One line for ``--help``.
         quick: With ``--quick``, the values of options that are not given. ``None``: there is no
             such option.
-        output: The folder for results.
+        output: The folder, or the file, for results.
     """
 
     def __init__(
@@ -46,15 +46,16 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
         """Read the options; ``--quick`` changes defaults, so that what is given counts.
 
-        A quick run has a folder of its own, in which a new one replaces the one before.
+        A quick run has a folder or file of its own, in which a new one replaces the one before.
         """
         given = super().parse_args(args, namespace)
         if self._quick is None or not given.quick:
             return given
-        folder = self._output.with_name(f"{self._output.name}-quick")
-        self.set_defaults(**self._quick, output=folder)
+        own = self._output.with_name(f"{self._output.stem}-quick{self._output.suffix}")
+        self.set_defaults(**self._quick, output=own)
         given = super().parse_args(args, namespace)
-        given.overwrite = given.overwrite or (given.output == folder and not given.resume)
+        if "overwrite" in given:
+            given.overwrite = given.overwrite or (given.output == own and not given.resume)
         return given
 
     def error(self, message: str) -> NoReturn:
