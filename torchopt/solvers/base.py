@@ -116,6 +116,8 @@ class Solver(abc.ABC, Generic[S]):
     measure: ClassVar[str] = "a gradient"
     #: Whether its steps are what they are with gradients that are constants.
     first_order: ClassVar[bool] = False
+    #: ``(fn, layout, args, create_graph)``: what it makes of a function of a tree.
+    sees: ClassVar[Callable[..., Objective]] = TreeObjective
 
     tolerance_grad: float = 1e-7
     tolerance_change: float = 1e-9
@@ -159,7 +161,7 @@ class Solver(abc.ABC, Generic[S]):
         create_graph: bool = False,
     ) -> Objective:
         """Return a function of a tree as the solver sees it."""
-        return TreeObjective(fn, layout, args, create_graph)
+        return type(self).sees(fn, layout, args, create_graph)
 
     def run(
         self,

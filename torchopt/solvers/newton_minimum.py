@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,11 +13,10 @@ from torch import Tensor
 from torchopt.linear_solve import LinearOperator, LinearSolver, solve_cg, solve_cholesky
 from torchopt.linear_solve import Outcome as LinearOutcome
 from torchopt.solvers.base import Solver, State, first_state, is_finite, largest, plain
-from torchopt.solvers.flat import Layout, Objective, TreeObjective
+from torchopt.solvers.flat import Objective, TreeObjective
 from torchopt.solvers.line_search import Backtracking, FixedLength, LineSearch, searched
 from torchopt.solvers.linearized import DENSE, Linearized
 from torchopt.solvers.outcome import Outcome
-from torchopt.typing import PyTree
 
 
 #: Of a linear solver: the matrix is not what a direction downhill needs.
@@ -46,6 +44,8 @@ class NewtonMinimizer(Solver[State]):
     Made by ``Newton(...).as_minimizer()``, for loops of one's own.
     """
 
+    sees: ClassVar = Curved
+
     tolerance_grad: float = 1e-6
     tolerance_change: float = 1e-12
     max_iter: int = 100
@@ -56,16 +56,6 @@ class NewtonMinimizer(Solver[State]):
     def search(self) -> LineSearch:
         """The line search."""
         return Backtracking(max_eval=self.halvings + 1) if self.halvings else FixedLength()
-
-    def objective(
-        self,
-        fn: Callable[..., Any],
-        layout: Layout,
-        args: tuple[PyTree, ...],
-        create_graph: bool = False,
-    ) -> Curved:
-        """Return a function of a tree as the solver sees it."""
-        return Curved(fn, layout, args, create_graph)
 
     def carries(self, adjoint: object) -> None:
         """Be a loop: a step needs nothing but the last point."""

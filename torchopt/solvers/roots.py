@@ -15,7 +15,7 @@ from torchopt.base import tree
 from torchopt.base.misuse.given import given
 from torchopt.diff.implicit.decorators import moved
 from torchopt.solvers.base import IMPLICIT, AnyAdjoint, Solution, Solver, State, differentiated
-from torchopt.solvers.flat import Layout, Number
+from torchopt.solvers.flat import Number
 from torchopt.solvers.linearized import Residuals
 from torchopt.solvers.outcome import Outcome
 from torchopt.typing import PyTree, TensorTree
@@ -80,20 +80,11 @@ class RootSolver(Solver[S], abc.ABC):
     tolerance_change: float = 1e-12
     max_iter: int = 100
 
+    sees: ClassVar = Residual
     problem: ClassVar[str] = "find_root"
     measure: ClassVar[str] = "a residual"
     #: What it means if an iteration changes nothing.
     no_change: ClassVar[Outcome] = Outcome.STAGNATED
-
-    def objective(
-        self,
-        fn: Callable[..., Any],
-        layout: Layout,
-        args: tuple[PyTree, ...],
-        create_graph: bool = False,
-    ) -> Residual:
-        """Return a function of a tree as the solver sees it."""
-        return Residual(fn, layout, args, create_graph)
 
     def condition(self, fn: Callable[..., Any]) -> tuple[Callable[..., TensorTree], Any]:
         """Return the function that is zero at a solution, and what is known of its Jacobian."""

@@ -71,20 +71,11 @@ class LeastSquaresSolver(Solver[S], abc.ABC):
         (True, tensor(True))
     """
 
+    sees: ClassVar = Squares
     problem: ClassVar[str] = "least_squares"
 
     tolerance_change: float = 1e-12
     max_iter: int = 200
-
-    def objective(
-        self,
-        fn: Callable[..., Any],
-        layout: Layout,
-        args: tuple[PyTree, ...],
-        create_graph: bool = False,
-    ) -> Squares:
-        """Return a function of a tree as the solver sees it."""
-        return Squares(fn, layout, args, create_graph)
 
     def condition(self, fn: Callable[..., Any]) -> tuple[Callable[..., TensorTree], Any]:
         """Return the gradient of the sum of squares."""
