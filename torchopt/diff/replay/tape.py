@@ -76,7 +76,7 @@ class Tape:
         node = _Taken(job, point, t, self.length, self.last)
         hooks = saved_tensors_hooks(*_packing(self, t, len(job.carry_at)))
         with hooks:
-            results = apply(node, [*job.carry, *job.consts])
+            results = apply(node, [_without_hooks(x) for x in (*job.carry, *job.consts)])
         random: RandomState = job.watched.after
         random.put_back()
         self.random = random
@@ -245,6 +245,15 @@ class _Handle(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+
+
+def _without_hooks(tensor: Tensor) -> Tensor:
+    """Return a tensor that a node may save packed.
+
+    On torch 2.6 what is unpacked shares the accumulator of a leaf, and takes the leaf's hooks away
+    when it goes.
+    """
+    return tensor.view_as(tensor) if tensor.is_leaf and tensor._backward_hooks else tensor
 
 
 def _packing(tape: Tape, t: int, count: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
