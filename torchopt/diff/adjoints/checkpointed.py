@@ -193,9 +193,13 @@ class Checkpointed:
     def run(self, loop: Loop) -> tuple[list[Any], list[Any]]:
         """Run the loop as one node of the graph."""
         alone = torch.compiler.is_compiling() or peek_interpreter_stack() is not None
-        one = dataclasses.replace(self, graphs=1) if alone else self  # torch.func ends its graphs
+        graphs = 1 if alone else self.graphs  # torch.func ends its graphs
+
+        def schedule(length: int) -> schedules.Schedule:
+            return schedules.make(self.every, self.slots, length, graphs)
+
         new_store = STORES.get(str(self.store), MemoryStore)
-        return replayed(loop, self, one.schedule, new_store, watcher=lambda: self._watcher(loop))
+        return replayed(loop, self, schedule, new_store, watcher=lambda: self._watcher(loop))
 
     def in_block(self) -> InBlock:
         """Return a tape for a block whose length nobody knows.
