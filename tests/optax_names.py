@@ -172,10 +172,7 @@ TABLE = {
     "add_decayed_weights": Row(),
     "centralize": Row(),
     "clip_by_block_rms": Row(),
-    "clip_by_global_norm": Row(
-        differs="1e-6 is added to the norm here, as in torch.nn.utils.clip_grad_norm_",
-        dtype=torch.float32,
-    ),
+    "clip_by_global_norm": Row(),
     "clip": Row("clip_grad_value", names={"max_delta": "clip_value"}),
     "adaptive_grad_clip": Row(
         names={"axis": "dim"},

@@ -43,7 +43,6 @@ SECOND_NAMES = {
     "MetaAdaMax": "MetaAdamax",
     "MetaRMSProp": "MetaRMSprop",
     "RMSProp": "RMSprop",
-    "clip_by_global_norm": "clip_grad_norm",
     "exponential_decay": "schedules.exponential_decay",
     "linear_schedule": "schedules.linear",
     "module_detach_": "stop_gradient",

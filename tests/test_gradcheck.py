@@ -213,6 +213,11 @@ TRANSFORMS: dict[str, tuple[Build, Values]] = {
         lambda v: torchopt.clip_grad_norm(v["max_norm"]),
         {"max_norm": 20.0},
     ),
+    "clip_by_global_norm": (lambda v: torchopt.clip_by_global_norm(**v), {"max_norm": 0.2}),
+    "clip_by_global_norm-inactive": (
+        lambda v: torchopt.clip_by_global_norm(v["max_norm"]),
+        {"max_norm": 20.0},
+    ),
     "ema": (lambda v: torchopt.ema(**v), {"decay": 0.7}),
     "ema-biased": (lambda v: torchopt.ema(**v, debias=False), {"decay": 0.7}),
     "centralize": (lambda v: torchopt.centralize(), {}),
@@ -312,7 +317,6 @@ def test_every_public_transform_is_checked() -> None:
     others = {name for name, file in functions.items() if file not in files}
     assert {"trace", "masked", "chain"} <= others
     assert others - {name.split("-")[0] for name in TRANSFORMS} <= {
-        "clip_by_global_norm",  # another name of clip_grad_norm
         *("muon", "scale_by_muon"),  # of matrices: test_muon.py
         *("MultiSteps", "apply_if_finite"),  # constant slots: test_occasional.py
         "stateless",  # a pair of functions, whose state is no slot: test_transforms_more.py
@@ -323,4 +327,3 @@ def test_every_public_transform_is_checked() -> None:
         "reduce_on_plateau",  # needs the value of the loss: test_plateau.py
         "from_torch",  # has no derivative: test_from_torch.py
     }
-    assert torchopt.clip_by_global_norm is torchopt.clip_grad_norm

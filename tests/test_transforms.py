@@ -137,8 +137,22 @@ def test_clip_grad_norm_is_that_of_torch(order: float, size: str) -> None:
     assert_close(found, 0.3 * norm if size == "too-large" else norm, times=1e7)
 
 
-def test_clip_grad_norm_is_clip_by_global_norm() -> None:
-    assert torchopt.clip_grad_norm is torchopt.clip_by_global_norm
+@pytest.mark.parametrize("bound", [0.3, 3.0])
+def test_clip_by_global_norm_divides_by_the_norm_alone(bound: float) -> None:
+    g = params()
+    norm = torch.cat([x.flatten() for x in g.values()]).norm()
+    (u,), _ = run(torchopt.clip_by_global_norm(bound * float(norm)), params(), [g])
+    assert_close(u, {name: x * min(1.0, bound) for name, x in g.items()})
+
+
+def test_clip_by_global_norm_of_zero_has_derivatives() -> None:
+    zero = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    for bound in (0.0, 1.0):
+        tx = torchopt.clip_by_global_norm(bound)
+        u = tx.update([zero], tx.init([zero]), inplace=False)[0][0]
+        assert not u.any()
+        (g,) = torch.autograd.grad(u.sum(), zero, create_graph=True)
+        assert torch.equal(g, torch.ones_like(g))
 
 
 def test_clip_grad_norm_is_over_all_groups() -> None:

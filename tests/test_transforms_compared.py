@@ -98,6 +98,10 @@ TRANSFORMS = {
         lambda: torchopt.scale_by_trust_ratio(0.0, 0.5),
         "ScaleByTrustRatio(min_norm=0.0, trust_coefficient=0.5, eps=0.0)",
     ),
+    "clip_by_global_norm": (
+        lambda: torchopt.clip_by_global_norm(0.5),
+        "ClipByGlobalNorm(max_norm=0.5)",
+    ),
     "clip_by_block_rms": (
         lambda: torchopt.clip_by_block_rms(0.5),
         "ClipByBlockRms(threshold=0.5)",
@@ -173,7 +177,6 @@ def test_every_exported_transform_is_in_the_table() -> None:
         if callable(getattr(torchopt, name))
         and getattr(getattr(torchopt, name), "__module__", "").startswith("torchopt.transforms")
     } | {"scale_by_adam", "scale_by_rms", "scale_by_stddev", "chain"}
-    recipes -= {"clip_by_global_norm"}  # another name of clip_grad_norm
     recipes -= {"skip_not_finite"}  # no transformation, but what MultiSteps is given
     recipes -= {"per_example_global_norm_clip"}  # of batches of gradients: test_per_example.py
     recipes -= {"sam"}  # needs gradients elsewhere: test_sam.py

@@ -259,6 +259,7 @@ from torchopt.transforms.basic import (
     set_to_zero as set_to_zero,
 )
 from torchopt.transforms.clip import (
+    clip_by_global_norm as clip_by_global_norm,
     clip_grad_norm as clip_grad_norm,
     clip_grad_value as clip_grad_value,
 )
@@ -301,7 +302,6 @@ from torchopt.version import __version__ as __version__
 AdaDelta = Adadelta
 AdaGrad = Adagrad
 AdaMax = Adamax
-clip_by_global_norm = clip_grad_norm
 exponential_decay = schedules.exponential_decay
 linear_schedule = schedules.linear
 MetaAdaDelta = MetaAdadelta

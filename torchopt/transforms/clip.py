@@ -51,6 +51,24 @@ class ClipGradNorm(GradientTransformation):
         return updates, leaves.slots
 
 
+@transformation
+class ClipByGlobalNorm(GradientTransformation):
+    """Scale all gradients down to a common norm, exactly; see :func:`clip_by_global_norm`."""
+
+    max_norm: Hyperparameter = hyper(ge=0)
+
+    def step(self, leaves: Leaves) -> tuple[list[Tensor], list[tuple]]:
+        """Divide all gradients by their norm if it is at least ``max_norm``, times that."""
+        norm = global_norm(_magnitudes(leaves))
+        updates = []
+        for g, h in zip(leaves.g, leaves.hyper):
+            keep = (norm < h["max_norm"]) | (norm == 0)
+            divisor = torch.where(keep, 1.0, norm).to(device=g.device, dtype=g.dtype)
+            factor = torch.where(keep, torch.ones_like(norm), h["max_norm"])
+            updates.append(g / divisor * factor.to(device=g.device, dtype=g.dtype))
+        return updates, leaves.slots
+
+
 def _magnitudes(leaves: Leaves) -> list[Tensor]:
     """Return the gradients; complex ones, seen as pairs of reals, as their moduli."""
     return [
@@ -122,8 +140,9 @@ def clip_grad_norm(
         u = g \cdot \min\!\left(1, \frac{c}{\lVert g \rVert + 10^{-6}}\right)
 
     The norm is over all parameters taken as one vector, in the object-oriented API over all
-    parameter groups. It is differentiated, not treated as a constant. Also called
-    ``clip_by_global_norm``, as in Optax, which adds nothing to the norm; torch does.
+    parameter groups. It is differentiated, not treated as a constant. As
+    ``torch.nn.utils.clip_grad_norm_`` does it, and not quite as Optax
+    (:func:`clip_by_global_norm`).
 
     Args:
         max_norm: :math:`c \ge 0`.
@@ -143,6 +162,36 @@ def clip_grad_norm(
         [tensor([0.6000]), tensor([0.8000])]
     """
     return ClipGradNorm(max_norm, norm_type, error_if_nonfinite)
+
+
+def clip_by_global_norm(max_norm: Hyperparameter) -> GradientTransformation:
+    r"""Scale down all gradients if their common norm is too large, as Optax does.
+
+    .. math::
+        u = \begin{cases} g & \lVert g \rVert < c \\
+            g / \lVert g \rVert \cdot c & \text{otherwise} \end{cases}
+
+    The norm is the Euclidean one over all parameters taken as one vector, and is differentiated.
+    :func:`clip_grad_norm` adds 1e-6 to it, as torch does, and takes norms of other orders.
+
+    Args:
+        max_norm: :math:`c \ge 0`.
+
+    Raises:
+        ValueError: If ``max_norm`` is negative.
+
+    Example:
+        >>> import torch, torchopt
+        >>> tx = torchopt.clip_by_global_norm(1.0)
+        >>> g = [torch.tensor([3.0]), torch.tensor([4.0])]
+        >>> tx.update(g, tx.init(g))[0]
+        [tensor([0.6000]), tensor([0.8000])]
+
+    Reference:
+        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, ICML
+        2013, https://arxiv.org/abs/1211.5063; ``optax.clip_by_global_norm``.
+    """
+    return ClipByGlobalNorm(max_norm)
 
 
 @transformation
