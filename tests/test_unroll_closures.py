@@ -187,18 +187,52 @@ W = torch.tensor([0.4, -0.7], dtype=torch.float64, requires_grad=True)
 
 
 @pytest.mark.parametrize("name", [*REPLAYED, "forward"])
-def test_a_tensor_that_a_later_step_reads_first_is_named(name: str) -> None:
+def test_a_tensor_that_a_later_step_reads_first_is_differentiated(name: str) -> None:
+    """Also by it alone: then the derivative does not pass through anything that was known."""
     rates = [number(0.9), number(0.5).double()]
+    unread = number(0.1)
 
     def step(carry: Any, _: None) -> Any:
         w, n = carry
-        return (w * rates[min(n, 1)], n + 1), None
+        return (w * rates[min(n, 1)] + (unread if n > 9 else 0), n + 1), None
+
+    def differentiated(adjoint: Any) -> list[Tensor | None]:
+        (w, _), _ = unroll(step, (W, 0), length=4, adjoint=adjoint)
+        loss = w.sum() + rates[1] ** 2
+        found = [torch.autograd.grad(loss, r, retain_graph=True)[0] for r in rates]
+        return [*found, *torch.autograd.grad(loss, unread, allow_unused=True)]
+
+    if name == "forward":
+        with pytest.raises(RuntimeError, match=r"depends on 'rates\[1\]'.*first step does not"):
+            differentiated(ADJOINTS[name])
+        return
+    found, expected = differentiated(ADJOINTS[name]), differentiated(Unrolled())
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-12)
+    assert found[2] is expected[2] is None
+
+
+class Registry:
+    """Its tensors are nowhere in a function that calls its method by a global name."""
+
+    late = number(0.5).double()
+
+    def __call__(self, n: int) -> Any:
+        return Registry.late if n else 1.0
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_a_hidden_tensor_that_a_later_step_reads_first_is_named(name: str) -> None:
+    rate = Registry()
+
+    def step(carry: Any, _: None) -> Any:
+        w, n = carry
+        return (w * rate(n), n + 1), None
 
     def differentiated() -> None:
         (w, _), _ = unroll(step, (W, 0), length=4, adjoint=ADJOINTS[name])
-        torch.autograd.grad(w.sum(), rates)
+        torch.autograd.grad(w.sum(), W)
 
-    with pytest.raises(RuntimeError, match=r"depends on 'rates\[1\]'.*first step does not read"):
+    with pytest.raises(RuntimeError, match=r"depends on a tensor.*first step does not read"):
         differentiated()
 
 
@@ -249,7 +283,8 @@ def test_what_has_changed_before_the_backward_pass_is_refused(name: str, how: st
         held.t.mul_(3)
     else:
         held.t.data.mul_(3)
-    with pytest.raises(RuntimeError, match="reads something that has changed since"):
+    said = "'held.t', which was changed in place" if how == "in place" else "reads something that"
+    with pytest.raises(RuntimeError, match=said):
         torch.autograd.grad(w.sum(), W)
 
 

@@ -61,6 +61,11 @@ class Captured:
             self._rebuilt |= new
             waiting.extend(new)
 
+    @property
+    def things(self) -> list[Any]:
+        """All that was looked at."""
+        return list(self._alive.values())
+
     def with_values(self, values: Sequence[Tensor]) -> Any:
         """Return the function around other tensors, given in the order of ``values``."""
         return _Rebuilding(self, values).of(self.function)

@@ -73,7 +73,7 @@ after_autograd_keyset: Any = torch._C._after_autograd_keyset
 #: ``torch.autograd.grad`` without what it asks of its arguments first; ``None`` where it is not.
 engine_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
 #: The class of the nodes that leaves have.
-AccumulateGrad: Any = torch._C._functions.AccumulateGrad
+AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # pyright: ignore[reportAttributeAccessIssue]
 #: The number that the next node of this thread's graph gets.
 get_sequence_nr = _autograd._get_sequence_nr
 #: The number of the backward pass that is at work in this thread, or -1.

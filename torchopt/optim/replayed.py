@@ -15,7 +15,8 @@ from torchopt.base.frozen_function import frozen
 from torchopt.base.misuse.given import given
 from torchopt.core import whole
 from torchopt.diff.replay.tape import Tape
-from torchopt.diff.replay.watch import computed_from, names_in, newest_node
+from torchopt.diff.replay.visible import names_in
+from torchopt.diff.replay.watch import computed_from, newest_node
 from torchopt.nn import marks, moments
 from torchopt.nn.parameters import place_each, place_parameter
 from torchopt.optim.meta_call import Entry, new_call

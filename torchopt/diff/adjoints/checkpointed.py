@@ -95,7 +95,9 @@ class Checkpointed:
         OSError: From ``unroll``, before anything runs: if nothing can be written to the folder, or
             there is no room for the carries.
         RuntimeError: From ``unroll``: if the step is not repeatable, naming the leaf that differs;
-            in a function that is compiled; inside two levels of forward mode.
+            in a function that is compiled; inside two levels of forward mode. From the backward
+            pass: if a leaf is constant in the first step and not in a later one; if what the steps
+            read was changed in place; if a later step reads a tensor that nobody could see.
 
     Example:
         >>> import torch

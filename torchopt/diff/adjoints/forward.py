@@ -22,7 +22,7 @@ from torchopt.diff.replay.random_state import RandomState
 from torchopt.diff.replay.run import is_recorded, prepared, refuse_levels, results_of
 from torchopt.diff.replay.schedules import Segments
 from torchopt.diff.replay.store import MemoryStore
-from torchopt.diff.replay.watch import Substituted
+from torchopt.diff.replay.watch import Substituted, requires_grad
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,13 @@ class _Along(Steps):
         self.pushed = [*push, *stacked]
         return fresh([*job.tensors(leaves), *ys], tensors)
 
+    def constant(self) -> list[bool]:
+        """Return which results have no derivative: neither in the first step nor in a later one."""
+        differ = self.job.results_differ
+        return [
+            not d and (z is None or not z.any()) for d, z in zip(differ, self.pushed, strict=True)
+        ]
+
     def derivative(self, present: list[bool]) -> Program:
         """Return the product of cotangents and the derivatives."""
         return _Product(self, present)
@@ -183,6 +190,10 @@ class _Product(Pull):
             at += tensor.numel() if by else 0
         return results
 
+    def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Contract, too: nothing has to be taken again."""
+        return list(self.values(tensors))
+
 
 class _Step:
     """One step as a function of flat tensors."""
@@ -208,7 +219,8 @@ class _Step:
             start = list(self.leaves)
             for i, tensor in zip(job.carry_at, carry):
                 start[i] = tensor
-            substituted = Substituted(job.consts, consts, self.read, self._refuse)
+            checked = self.read, self._refuse, requires_grad
+            substituted = Substituted(job.consts, consts, *checked)
             with job.autocast.again(), substituted:
                 new, y = job.loop.take(start, job.from_row(xs) if xs else job.x((), 0))
             outputs = [*job.tensors(new), *y]

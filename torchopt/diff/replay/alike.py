@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +13,13 @@ from torchopt.base.values import describe
 from torchopt.diff.replay import watch
 from torchopt.diff.replay.loop import called
 from torchopt.diff.replay.random_state import RandomState
+from torchopt.diff.replay.visible import names_in
 from torchopt.diff.replay.writes import by_rounding
 
 
 Job = Any  # which imports this file
+#: A tensor, and what its version was.
+Version = tuple["weakref.ref[Tensor]", int]
 #: Takes a step with a graph; returns its results, and what it was given.
 Taken = Callable[[], tuple[list[Any], list[Tensor]]]
 
@@ -37,9 +41,30 @@ def refuse_unknown(job: Job, outputs: list[Any], given: list[Tensor], again: Tak
     raise unknown_error(job, unknown[0])
 
 
+def refuse_dependent(job: Job, outputs: Sequence[Any]) -> None:
+    """Refuse a leaf that the first step gave no derivative, and this one does.
+
+    Raises:
+        RuntimeError: Naming it.
+    """
+    given = [x for x in outputs if x is not None]
+    for k, (x, differs) in enumerate(zip(given, job.results_differ)):
+        if differs or not isinstance(x, Tensor) or not x.requires_grad:
+            continue
+        n = len(job.carry_at)
+        names = [tree.dotted(job.loop.paths[i]) for i in job.carry_at]
+        names += [name for name, y in zip(job.loop.y_names, outputs[n:]) if y is not None]
+        raise RuntimeError(
+            f"In the first step {called(names[k], 'the carry' if k < n else 'y')} is a constant, "
+            "and in a later one it depends on what is differentiated by, so that its derivative "
+            "would be missing. Let it depend on that in the first step too, if only times zero, or "
+            "use adjoint=Unrolled()."
+        )
+
+
 def unknown_error(job: Job, tensor: Tensor) -> RuntimeError:
     """Return what is said of a tensor that the first step does not read."""
-    name = watch.names_in(job.loop.step).get(id(tensor))
+    name = names_in(job.loop.step).get(id(tensor))
     shown = f"{name!r}" if name else f"a tensor ({describe(tensor)})"
     return RuntimeError(
         f"A step depends on {shown}, which requires grad and which the first step does not read, "
@@ -56,10 +81,36 @@ def _unknown(job: Job, outputs: list[Any], given: list[Tensor]) -> list[Tensor]:
 
 
 def note_end(job: Job, results: Sequence[Tensor]) -> None:
-    """Remember where the last step ended, to be compared on the way back."""
+    """Remember where the last step ended, to be compared on the way back.
+
+    What has no derivative may be buffers: BatchNorm writes to them without counting it.
+    """
     if job.checks_end:
-        tensors = [t.detach() for t in results]
+        differ = job.results_differ
+        tensors = [t.detach() if d else t.clone() for t, d in zip(results, differ)]
         job.end = [(t, t._version) for t in tensors]
+
+
+def versions_of(read: Iterable[Tensor], versions: Mapping[int, int]) -> list[Version]:
+    """Return what tells whether tensors have been written to; none is kept alive by it."""
+    return [(weakref.ref(t), versions[id(t)]) for t in read if not t.is_inference()]
+
+
+def refuse_written(job: Job, when: str) -> None:
+    """Refuse what would be read with other values when steps are taken again.
+
+    Raises:
+        RuntimeError: Naming the tensor.
+    """
+    for reference, version in job.versions:
+        tensor = reference()
+        if tensor is not None and tensor._version != version:
+            name = names_in(job.loop.step).get(id(tensor))
+            shown = f"{name!r}" if name else f"a tensor ({describe(tensor)})"
+            raise RuntimeError(
+                f"The steps read {shown}, which was changed in place {when}, so that they cannot "
+                "be taken again. Give them a clone() of it, or let it be part of the carry."
+            )
 
 
 def refuse_other_end(job: Job, leaves: Sequence[Any]) -> None:

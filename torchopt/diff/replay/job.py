@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base.torch_internals import (
+    peek_interpreter_stack,
+    temporarily_clear_interpreter_stack,
+)
 from torchopt.diff.gradient import vjp
-from torchopt.diff.replay.alike import refuse_unknown
+from torchopt.diff.replay.alike import (
+    Version,
+    refuse_dependent,
+    refuse_unknown,
+    unknown_error,
+)
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.random_state import Autocast, RandomState
 from torchopt.diff.replay.schedules import Schedule
@@ -94,6 +103,10 @@ class Job:
     replaces: bool = False  #: Whether others are read instead of ``consts``.
     watched: Any = None  #: The first step, as it was watched.
     begun: Begun | None = None
+    held: set[int] = field(default_factory=set)  #: Tensors that have been put into a store.
+    refused: dict[int, Tensor] = field(default_factory=dict)  #: Which no step may read.
+    unread: int = 0  #: How many of ``consts``, the last ones, the first step has not read.
+    versions: list[Version] = field(default_factory=list)
     checks_end: bool = False  #: Whether the last step has to end where it did the first time.
     end: list[tuple[Tensor, int]] = field(default_factory=list)  #: There, and its versions.
 
@@ -158,26 +171,39 @@ class Job:
         """Return the input of a step, from its tensors."""
         return self.x([tensor[None] for tensor in row], 0)
 
+    def at_its_level(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context without levels of torch.func that map over cotangents only."""
+        if self.functional or peek_interpreter_stack() is None:
+            return contextlib.nullcontext()
+        return temporarily_clear_interpreter_stack()
+
     # Running -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def reading(self, consts: Sequence[Tensor]) -> Iterator[None]:
         """Let the step read these tensors where it closes over others."""
         with self.autocast.again():
-            if self.replaces and self.consts:
-                with Substituted(self.consts, consts):
+            if self.replaces and (self.consts or self.refused):
+                refuse = self._refuse if self.refused else None
+                with Substituted(self.consts, consts, (), refuse, self._is_refused):
                     yield
             else:
                 yield
+
+    def _is_refused(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.refused
+
+    def _refuse(self, tensor: Tensor) -> None:
+        raise unknown_error(self, tensor)
 
     def advance(
         self, leaves: list[Any], x: Any, consts: Sequence[Tensor]
     ) -> tuple[list[Any], list[Any]]:
         """Take one step of which nothing is recorded."""
         if not self.calls:
-            with torch.no_grad(), self.reading(consts):
+            with torch.no_grad(), self.at_its_level(), self.reading(consts):
                 return self.loop.take(leaves, x)
-        with torch.enable_grad(), self.reading(consts):
+        with torch.enable_grad(), self.at_its_level(), self.reading(consts):
             for i, smooth in zip(self.carry_at, self.carry_differs):
                 leaves[i] = leaves[i].detach().requires_grad_(smooth)
             carry, y = self.loop.take(leaves, x)
@@ -205,6 +231,7 @@ class Job:
             if keep and t in kept:
                 random = RandomState.now(self.devices, random)
                 keep[0].put(t, Carry(list(leaves), random))
+                self.held.update(map(id, leaves))
             if begun is not None and t == 0:
                 leaves, y = begun.from_here(leaves)
             else:
@@ -220,20 +247,22 @@ class Job:
         """Take one step with a graph; its inputs are leaves of it, or nodes of their own."""
         if self.functional:
             return Recorded(leaves, row, consts, [], [], create_graph)
-        given = [*_inputs(self.tensors(leaves), self.carry_differs, create_graph)]
-        given_x = [*_inputs(row, self.xs_differ, create_graph)]
+        with self.at_its_level():
+            given = [*_inputs(self.tensors(leaves), self.carry_differs, create_graph)]
+            given_x = [*_inputs(row, self.xs_differ, create_graph)]
+            if self.replaces:
+                consts = [*_inputs(consts, [True] * len(consts), create_graph)]
         for i, tensor in zip(self.carry_at, given):
             leaves[i] = tensor
-        if self.replaces:
-            consts = [*_inputs(consts, [True] * len(consts), create_graph)]
 
         def take() -> tuple[list[Any], list[Any]]:
-            with torch.enable_grad(), self.reading(consts):
+            with torch.enable_grad(), self.at_its_level(), self.reading(consts):
                 x = self.from_row(given_x) if row else self.x((), 0)
                 return self.loop.take(list(leaves), x)
 
         new, y = take()
         outputs = [*self.tensors(new), *y]
+        refuse_dependent(self, outputs)
         by = [t for t, d in zip([*given, *given_x, *consts], self.differs()) if d]
         if not create_graph and self.loop.length > 1:
             own = [*given, *given_x, *(consts if self.replaces else ())]
@@ -294,15 +323,23 @@ class Job:
 
 @contextlib.contextmanager
 def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Let nobody hear of a part of the derivative by tensors: their hooks are for the whole."""
+    """Let nobody hear of a part of the derivative by tensors: their hooks are for the whole.
+
+    Nor does ``retain_grad`` gather parts, which autograd would do without any hook of Python's.
+    """
     held = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    retained = [(t, t.grad) for t in tensors if t.retains_grad]
     try:
         for hooks, _ in held:
             hooks.clear()
+        for tensor, _ in retained:
+            tensor.grad = None
         yield
     finally:
         for hooks, content in held:
             hooks.update(content)
+        for tensor, grad in retained:
+            tensor.grad = grad
 
 
 def is_smooth(tensor: Tensor) -> bool:

@@ -12,8 +12,10 @@ from torch import Tensor
 from torchopt.base import tree
 from torchopt.base.values import describe
 from torchopt.diff.replay import watch
+from torchopt.diff.replay.alike import Version, versions_of
 from torchopt.diff.replay.loop import Loop, called
 from torchopt.diff.replay.random_state import Autocast, RandomState
+from torchopt.diff.replay.visible import names_in
 from torchopt.diff.replay.writes import by_rounding, same
 
 
@@ -31,6 +33,7 @@ class Watched:
     after: RandomState  #: Those after it.
     read: list[Tensor] = field(default_factory=list)  #: What it reads from outside.
     replaces: bool = False  #: Whether one of ``consts`` was computed from another.
+    versions: list[Version] = field(default_factory=list)  #: Of all that it reads from outside.
 
 
 def look(
@@ -65,7 +68,8 @@ def look(
         return Watched(outside, leaves, y, 0, False, [], random, after)
     results = [x for x in leaves if isinstance(x, Tensor)]
     outputs = [*results, *(t for t in y if isinstance(t, Tensor))]
-    consts, alone = watch.reached([t for t in outputs if t.requires_grad], given, outside)
+    recorded = [t for t in outputs if t.requires_grad]
+    consts, alone = watch.reached(recorded, given, outside, start)
     pair = watch.depends(consts)
     if pair is not None:
         random.put_back()
@@ -76,7 +80,9 @@ def look(
     differ += [isinstance(t, Tensor) and t.requires_grad for t in y if t is not None]
     replaces = pair is not None
     told = consts, leaves, y, seen.calls, alone, differ
-    return Watched(*told, random, after, outside, replaces)
+    others = [t for t in seen.read.values() if id(t) not in inside]
+    versions = versions_of(others, seen.versions)
+    return Watched(*told, random, after, outside, replaces, versions)
 
 
 def _refuse_unseen(loop: Loop, consts: list[Tensor], pair: tuple[Tensor, Tensor]) -> None:
@@ -91,7 +97,7 @@ def _refuse_unseen(loop: Loop, consts: list[Tensor], pair: tuple[Tensor, Tensor]
     outputs = [t for t in (*leaves, *y) if isinstance(t, Tensor) and t.requires_grad]
     if {id(t) for t in watch.reached(outputs, given, others)[0]} <= set(map(id, others)):
         return
-    names = watch.names_in(loop.step)
+    names = names_in(loop.step)
     shown = [_called(t, names) for t in pair]
     raise ValueError(
         f"The step closes over {shown[0]} and over {shown[1]}, from which it was computed, and "
@@ -134,7 +140,7 @@ def _refuse_changes(
         return
     seen.writes.undo()
     random.put_back()
-    names = watch.names_in(loop.step)
+    names = names_in(loop.step)
     at = {id(t): i for i, t in enumerate(given)}
     paths = [p for p, x in zip(loop.paths, loop.start) if isinstance(x, Tensor)]
     shown = []
@@ -149,7 +155,7 @@ def _refuse_changes(
     raise ValueError(
         f"The step changes {', '.join(shown)} in place, so that it cannot be taken again. Let it "
         "change a clone() and return that in the carry (buffers of a module: "
-        "torch.func.functional_call with clones of them)."
+        "torch.func.functional_call with detach().clone() of them)."
     )
 
 

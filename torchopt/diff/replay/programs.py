@@ -8,13 +8,13 @@ each part a node of the graph.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import graph_task_keeps_graph, peek_interpreter_stack
-from torchopt.diff.replay.alike import note_end, refuse_other_end
+from torchopt.diff.replay.alike import note_end, refuse_other_end, refuse_written
 from torchopt.diff.replay.job import Job, Point, Recorded, cut
 from torchopt.diff.replay.nodes import Program, apply
 from torchopt.diff.replay.random_state import RandomState
@@ -54,9 +54,11 @@ class Steps(Program):
         if not self.first:
             rows = []
         ys = [y for y in job.loop.stacked(rows) if y is not None]
-        results = fresh([*job.tensors(leaves), *ys], tensors)
+        results = fresh([*job.tensors(leaves), *ys], tensors, job.held)
+        job.held = set()
         if self.first:
             note_end(job, results[: len(job.carry_at)])
+            refuse_written(job, "by a later one than the first")
         return results
 
     def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -112,7 +114,15 @@ class Pull(Program):
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Go back as the schedule says."""
+        by = [t for t, d in zip(tensors, self.job.differs()) if d]
+        found = self.gradients(tensors)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(by, found)]
+
+    def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Go back as the schedule says; ``None`` by what no step has read."""
         job = self.job
+        if self.store is not None:
+            refuse_written(job, "after the loop")
         schedule = job.schedule(self.length)
         carry, xs, consts = job.inputs(tensors)
         back = Back(job, xs, consts, *self._cotangents(tensors))
@@ -149,7 +159,7 @@ class Pull(Program):
                 if self.store is not None and step == self.length - 1:
                     refuse_other_end(job, at_hand.leaves)
         watcher.end_backward()
-        return back.result([t for t, d in zip(tensors, job.differs()) if d])
+        return back.gradients([t for t, d in zip(tensors, job.differs()) if d])
 
     def _store(
         self, carry: list[Tensor], xs: list[Tensor], consts: list[Tensor], kept: list[int]
@@ -249,11 +259,20 @@ class Back:
 
     def result(self, by: Sequence[Tensor]) -> list[Tensor]:
         """Return the derivatives by those tensors that may have one; zero where there is none."""
+        found = self.gradients(by)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(by, found)]
+
+    def gradients(self, by: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the same, with ``None`` by what no step has read."""
         columns = zip(*reversed(self.by_xs)) if self.by_xs else ()
         of_xs = [self._joined(column, x) for column, x in zip(columns, self.xs)]
         flat = [*self.carry, *of_xs, *self.by_consts]
         grads = [g for g, d in zip(flat, self.job.differs()) if d]
-        return [torch.zeros_like(t) if g is None else g for t, g in zip(by, grads)]
+        read = len(grads) - self.job.unread
+        return [
+            torch.zeros_like(t) if g is None and k < read else g
+            for k, (t, g) in enumerate(zip(by, grads))
+        ]
 
     @staticmethod
     def _joined(column: Sequence[Tensor | None], x: Tensor) -> Tensor | None:
@@ -265,9 +284,11 @@ class Back:
         return torch.cat(list(column)) if len(column) > 1 else column[0]  # pyright: ignore[reportArgumentType]
 
 
-def fresh(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return outputs that are no views of inputs, nor of each other."""
-    seen = {id(t) for t in inputs}
+def fresh(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], others: Iterable[int] = ()
+) -> list[Tensor]:
+    """Return outputs that are no views of inputs, nor of each other, nor other tensors."""
+    seen = {*map(id, inputs), *others}
     result = []
     for tensor in outputs:
         if id(tensor) in seen or tensor._is_view():

@@ -31,8 +31,10 @@ class RandomState:
 
     def same(self, other: RandomState) -> bool:
         """Whether two states are equal."""
-        return torch.equal(self.cpu, other.cpu) and all(
-            torch.equal(state, other.cuda[index]) for index, state in self.cuda.items()
+        return (
+            self.cuda.keys() == other.cuda.keys()
+            and torch.equal(self.cpu, other.cpu)
+            and all(torch.equal(state, other.cuda[index]) for index, state in self.cuda.items())
         )
 
     def put_back(self) -> None:

@@ -23,6 +23,7 @@ from torchopt.diff.replay.programs import Steps
 from torchopt.diff.replay.random_state import Autocast, RandomState, cuda_devices
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Store
+from torchopt.diff.replay.visible import refuse_scripts, unread, unread_leaves
 from torchopt.diff.replay.watch import may_have_derivative
 from torchopt.diff.replay.watcher import Watcher
 
@@ -86,8 +87,15 @@ def replayed(
     job = prepared(loop, schedule, new_store, check)
     job.watcher, job.watched = told, None  # which would hold the graph of a step
     job.checks_end = check and not job.functional
-    if not job.functional and not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts)):
-        return loop.plain()
+    if job.functional:
+        refused = unread(loop.step, job.consts)
+        refuse_scripts(loop.step, refused)
+        job.refused = {id(t): t for t in refused}
+    if not job.functional:
+        later = unread_leaves(loop.step, job.consts) if loop.length > 1 else []
+        if not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts, *later)):
+            return loop.plain()
+        job.consts, job.unread = [*job.consts, *later], len(later)
     point = Point(job.rest(loop.start), RandomState.now(job.devices))
     steps = Steps(job, point, loop.length, first=True)
     results = apply(steps, [*job.carry, *job.xs, *job.consts])
@@ -129,6 +137,7 @@ def prepared(
         new_store=new_store,
         results_differ=watched.results_differ,
         replaces=functional or watched.replaces,
+        versions=watched.versions,
     )
     job.watched = watched
     if check:

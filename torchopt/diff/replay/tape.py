@@ -135,7 +135,8 @@ class Tape:
         for s in [s for s in self.refilled if s > t]:
             del self.refilled[s]
         if not graph_task_keeps_graph():
-            for s in [s for s in self.kept if s > t]:
+            # those that somebody has put there cannot be computed from earlier ones
+            for s in [s for s in self.kept if s > t and s not in self.forced]:
                 self._drop(s)
         near = max(s for s in (*self.kept, *self.refilled) if s <= t)
         if near in self.refilled:

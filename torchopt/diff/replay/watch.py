@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torchopt.base.torch_internals import (
@@ -162,8 +160,8 @@ def _version(tensor: Tensor) -> int:
 class Substituted(Seeing):
     """Lets the operations of a step read other tensors instead of some.
 
-    With ``known``, the tensors from outside that the first step read, ``refuse`` is called with any
-    other that requires grad.
+    ``refuse`` is called with any other, that is not ``known`` from the first step, of which
+    ``differs`` says that it has a derivative.
     """
 
     def __init__(
@@ -172,10 +170,14 @@ class Substituted(Seeing):
         new: Iterable[Tensor],
         known: Iterable[Tensor] = (),
         refuse: Callable[[Tensor], None] | None = None,
+        differs: Callable[[Tensor], bool] = may_have_derivative,
     ) -> None:
         super().__init__()
         self.new = {id(tensor): other for tensor, other in zip(old, new)}
-        self.known, self.refuse = {id(t): t for t in known}, refuse
+        self.known: dict[int, Tensor] = {}
+        self.refuse, self.differs = refuse, differs
+        if refuse is not None:
+            self.known = {id(t): t for t in known}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -188,10 +190,10 @@ class Substituted(Seeing):
             return func(*self._swap(args), **self._swap(kwargs or {}))
         for tensor in tensors_in((args, kwargs or {})):
             known = id(tensor) in self.new or id(tensor) in self.known
-            if not known and _requires_grad(tensor):
+            if not known and self.differs(tensor):
                 self.refuse(tensor)
         result = func(*self._swap(args), **self._swap(kwargs or {}))
-        self.known.update({id(t): t for t in tensors_in(result) if _requires_grad(t)})
+        self.known.update({id(t): t for t in tensors_in(result) if self.differs(t)})
         return result
 
     def _swap(self, value: Any) -> Any:
@@ -204,7 +206,8 @@ class Substituted(Seeing):
         return value
 
 
-def _requires_grad(tensor: Tensor) -> bool:
+def requires_grad(tensor: Tensor) -> bool:
+    """Whether a tensor that belongs to no level of torch.func requires grad."""
     return not is_functorch_wrapped_tensor(tensor) and tensor.requires_grad
 
 
@@ -212,12 +215,16 @@ def _requires_grad(tensor: Tensor) -> bool:
 
 
 def reached(
-    outputs: Iterable[Tensor], given: Iterable[Tensor], outside: Iterable[Tensor]
+    outputs: Iterable[Tensor],
+    given: Iterable[Tensor],
+    outside: Iterable[Tensor],
+    start: int = 0,
 ) -> tuple[list[Tensor], bool]:
     """Return the tensors from outside that a graph goes back to.
 
     The walk ends at tensors of ``given`` and ``outside``, and at leaves. The second result is
-    whether a leaf was reached by way of a tensor from outside that is not known.
+    whether it went by a node that is older than ``start``, or to a leaf that is not known: by way
+    of a tensor from outside that is not known.
     """
     ends = {_edge(t): t for t in (*outside, *given) if t.grad_fn is not None}
     inside = {id(t) for t in given}
@@ -240,6 +247,7 @@ def reached(
                 found[id(node.variable)] = node.variable
                 alone |= id(node.variable) not in known
             else:
+                alone |= start > 0 and node._sequence_nr() < start
                 edges += node.next_functions
     return [tensor for key, tensor in found.items() if key not in inside], alone
 
@@ -312,55 +320,3 @@ def computed_from(
             if farthest is not None and len(seen) > farthest:
                 return tensor, next(t for t in sources if t is not tensor)
     return None
-
-
-# Names -------------------------------------------------------------------------------------------
-
-
-def names_in(step: Callable[..., Any]) -> dict[int, str]:
-    """Return what the tensors that a function can see are called there, as far as that is plain."""
-    names: dict[int, str] = {}
-    function: Any = step
-    while isinstance(function, functools.partial):
-        _name(names, "an argument of the partial", (function.args, function.keywords))
-        function = function.func
-    if isinstance(function, types.MethodType):
-        _name(names, "self", function.__self__)
-        function = function.__func__
-    if not isinstance(function, types.FunctionType):
-        _name(names, type(function).__name__, function)
-        return names
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        try:
-            _name(names, name, cell.cell_contents)
-        except ValueError:  # a variable that has no value yet
-            continue
-    for name in function.__code__.co_names:
-        if name in function.__globals__:
-            _name(names, name, function.__globals__[name])
-    return names
-
-
-def _name(names: dict[int, str], name: str, value: Any, depth: int = 0) -> None:
-    if isinstance(value, Tensor):
-        names.setdefault(id(value), name)
-    elif isinstance(value, nn.Module):
-        for part, tensor in (*value.named_parameters(), *value.named_buffers()):
-            names.setdefault(id(tensor), f"{name}.{part}")
-    elif depth < 4 and isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            _name(names, f"{name}[{index}]", item, depth + 1)
-    elif depth < 4 and isinstance(value, dict):
-        for key, item in value.items():
-            _name(names, f"{name}[{key!r}]", item, depth + 1)
-    elif depth < 4 and isinstance(value, types.FunctionType):
-        for part, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
-            try:
-                _name(names, part, cell.cell_contents, depth + 1)
-            except ValueError:
-                continue
-    elif (
-        depth < 4 and hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType))
-    ):
-        for part, item in vars(value).items():
-            _name(names, f"{name}.{part}", item, depth + 1)
