@@ -129,7 +129,7 @@ def test_switches_do_what_is_said(cls: Any) -> None:
         with pytest.raises(ValueError, match=switch if switch == "capturable" else "in place"):
             cls(params, **{switch: True})
     meta, recipe = re.findall(r"torchopt\.(\w+)\(", said["differentiable"])
-    assert getattr(torchopt, meta).twin is cls
+    assert getattr(torchopt, meta)._twin is cls
     assert getattr(torchopt, recipe) is vars(cls)["__init__"].recipe
 
 

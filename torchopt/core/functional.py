@@ -172,8 +172,8 @@ def as_state(tx: TransformationLike, state: Any) -> Any:
     values = tx.hyperparameters().values()
     if tx.slot_names() or any(map(hyper.has_schedule, values)) or tx.plan.uses_step:
         raise TypeError(
-            f"update expects the state that init returned, got None. Only what keeps nothing does "
-            f"without, and {tx} does not; write state = tx.init(params) first."
+            "update expects the state that init returned, got None. Write state = tx.init(params) "
+            "first."
         )
     return OptState(0, {})
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.base import misuse, tree
+from torchopt.base import misuse
 from torchopt.base.numerics import HALF, to_compute_dtype
 from torchopt.core.engine import Call, Leaves, common_of
 from torchopt.core.packed import Packed, Packing
@@ -102,9 +102,10 @@ def initialise(tx: TransformationLike, call: Call) -> dict[str, list[Any]]:
     index = [i for i, p in enumerate(call.p) if p is not None]
     for i in index:
         if not isinstance(call.p[i], Tensor):
-            name = tree.quoted(call.names()[i])
+            path = call.names()[i]
+            what = f"parameter {path!r} to be a tensor or None" if path else "a tree of tensors"
             raise TypeError(
-                f"Parameter {name} must be a tensor or None, got {type(call.p[i]).__name__}."
+                f"init expects {what}, got {misuse.given(call.p[i])}."
                 f"{misuse.advice_for_leaf(call.p[i])}"
             )
     params = [to_compute_dtype(call.p[i]) for i in index]

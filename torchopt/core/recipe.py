@@ -36,6 +36,11 @@ def signature_of_recipe(
     return result
 
 
+def keywords_of(recipe: Callable[..., Any]) -> list[str]:
+    """Return what a recipe takes by keyword, those of TorchOpt 0.7.3 last."""
+    return [*inspect.signature(recipe).parameters, *getattr(recipe, "also_takes", ())]
+
+
 def renamed(**names: str) -> Callable[[F], F]:
     """Let a function take arguments by the keywords of TorchOpt 0.7.3 too: ``old="new"``."""
 
@@ -53,6 +58,7 @@ def renamed(**names: str) -> Callable[[F], F]:
             return function(*args, **kwargs)
 
         result: Any = call
+        result.also_takes = [*getattr(function, "also_takes", ()), *names]
         return result
 
     return decorate
@@ -78,6 +84,7 @@ def without(name: str, why: str) -> Callable[[F], F]:
             return function(*args, **kwargs)
 
         result: Any = call
+        result.also_takes = [*getattr(function, "also_takes", ()), name]
         return result
 
     return decorate

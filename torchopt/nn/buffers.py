@@ -23,7 +23,7 @@ def keep_buffers(*modules: nn.Module) -> Iterator[None]:
         *modules: The networks.
 
     Raises:
-        TypeError: If one is no module.
+        TypeError: If one is not a module.
 
     Example:
         >>> import torch, torchopt

@@ -32,6 +32,7 @@ def of_recipe(recipe: Callable[..., Any], before: str, after: str) -> str:
     """
     _, _, body = inspect.cleandoc(recipe.__doc__ or "").partition("\n\n")
     body = re.sub(r"^Example:\n(?:(?: .*)?\n)*(?: .*\Z)?", "", body, flags=re.M).rstrip()
+    body = re.sub(r"; needs\s+``params``\s+in\s+``update``", "", body)  # of the functional API
     section = re.compile(r"^Args:\n((?: .*\n|\n(?= ))*)", re.M)
     return section.sub(lambda m: f"Args:\n{_entries(before)}{m[1]}{_entries(after)}", body)
 

@@ -61,7 +61,8 @@ def inner_loop(
         The optimizer.
 
     Raises:
-        TypeError: If ``module`` is no module, ``tx`` no transformation, or ``adjoint`` none.
+        TypeError: If ``module`` is not a module, ``tx`` not a transformation, or ``adjoint``
+            not an adjoint.
         ValueError: If the adjoint needs to know all steps beforehand.
 
     Example:

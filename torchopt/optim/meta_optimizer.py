@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -57,7 +58,7 @@ class MetaOptimizer(Documented, misuse.NoPlainOptimizer):
             approximation.
 
     Raises:
-        TypeError: If ``tx`` is no transformation or ``module`` no module.
+        TypeError: If ``tx`` is not a transformation or ``module`` not a module.
         ValueError: If a module has no parameters or a hyperparameter is out of bounds.
 
     Example:
@@ -72,8 +73,16 @@ class MetaOptimizer(Documented, misuse.NoPlainOptimizer):
         [torch.Size([1, 2]), torch.Size([])]
     """
 
-    #: The object-oriented class of the same algorithm, which reads the same saved states.
-    twin: ClassVar[Any] = None
+    #: The object-oriented class of the same algorithm, which reads the same saved states: that of
+    #: the same module and name, without "Meta".
+    _twin: ClassVar[Any] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        name = cls.__name__.removeprefix("Meta")
+        module = sys.modules.get(cls.__module__)
+        if name != cls.__name__ and isinstance(getattr(module, name, None), type):
+            cls._twin = getattr(module, name)
 
     @renamed(impl="tx")
     def __init__(

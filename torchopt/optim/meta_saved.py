@@ -75,7 +75,7 @@ def saved_form(optimizer: MetaOptimizerLike, states: Sequence[GroupState]) -> di
 
 
 def _options(optimizer: MetaOptimizerLike) -> dict[str, Any]:
-    return getattr(optimizer.twin, "fixed_options", {})
+    return getattr(optimizer._twin, "fixed_options", {})
 
 
 def _detached(value: Any) -> Any:
@@ -194,9 +194,9 @@ def _hyperparameters(
             "has those to train: call optimizer.train() before optimizer.state_dict()."
         )
     specs = optimizer.transformation.hyper_specs()
-    optional = getattr(optimizer.twin, "optional_hyperparameters", ())
+    optional = getattr(optimizer._twin, "optional_hyperparameters", ())
     fixed = _options(optimizer)
-    former = {} if is_recent(group, specs) else getattr(optimizer.twin, "former_defaults", {})
+    former = {} if is_recent(group, specs) else getattr(optimizer._twin, "former_defaults", {})
     group = {**{name: value for name, value in former.items() if name in specs}, **group}
     for name, spec in specs.items():
         if name in group:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import ParamSpec, TypeAlias
 
 from torchopt.base import misuse
-from torchopt.core.recipe import signature_of_recipe
+from torchopt.core.recipe import keywords_of, signature_of_recipe
 from torchopt.core.transform import GradientTransformation
 from torchopt.optim.meta_optimizer import MetaOptimizer
 from torchopt.optim.optimizer import Optimizer
@@ -28,8 +28,8 @@ IN_PLACE = (
         "lr": ...}}`` with hyperparameters of their own. A network itself is refused.
     """,
     """
-    foreach: Taken for calls written for ``torch.optim``, and ignored: kernels update all tensors
-        together wherever there are any.
+    foreach: Accepted for compatibility with ``torch.optim``, and ignored: kernels update all
+        tensors together wherever there are any.
     fused: ``True`` requires fused kernels, as ``use_accelerated_op=True`` does; ``None`` and
         ``False`` change nothing. To forbid them write ``use_accelerated_op=False``.
     capturable: ``True`` is refused: steps cannot be captured in CUDA graphs. Leave it out.
@@ -68,11 +68,15 @@ def from_recipe(
             differentiable: bool = False,
             **kwargs: Any,
         ) -> None:
-            misuse.refuse_switches(type(self).__name__, capturable, differentiable)
+            title = type(self).__name__
+            misuse.refuse_switches(title, capturable, differentiable)
+            kwargs = misuse.without_fixed(title, kwargs, self.fixed_options)
+            misuse.check_keywords(title, kwargs, known)
             if fused:
                 kwargs["use_accelerated_op"] = True
             Optimizer.__init__(self, params, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
 
+        known = keywords_of(recipe)
         own = inspect.signature(init).parameters
         switches = [own[name] for name in ("foreach", "fused", "capturable", "differentiable")]
         before = [own["self"], own["params"].replace(annotation=ParamsT)]
@@ -88,8 +92,10 @@ def meta_from_recipe(
 
     def decorate(documented: Callable[[Any, Any], None]) -> Any:
         def init(self: Any, module: Networks, *args: Any, **kwargs: Any) -> None:
+            misuse.check_keywords(type(self).__name__, kwargs, known)
             MetaOptimizer.__init__(self, module, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
 
+        known = keywords_of(recipe)
         own = inspect.signature(init).parameters
         before = [own["self"], own["module"].replace(annotation=Networks)]
         return signature_of_recipe(init, documented, recipe, before, [], DIFFERENTIABLE)

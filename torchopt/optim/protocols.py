@@ -20,7 +20,7 @@ class HasGroups(Protocol):
 class MetaOptimizerLike(HasGroups, Protocol):
     """A ``MetaOptimizer``."""
 
-    twin: ClassVar[Any]
+    _twin: ClassVar[Any]
 
 
 class OptimizerLike(HasGroups, Protocol):

@@ -177,8 +177,6 @@ class AdaBelief(Optimizer):
 class MetaAdaBelief(MetaOptimizer):
     """:func:`torchopt.adabelief` as a differentiable optimizer of a network."""
 
-    twin = AdaBelief
-
     @meta_from_recipe(adabelief)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adabelief`."""

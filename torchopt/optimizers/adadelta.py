@@ -150,8 +150,6 @@ class Adadelta(Optimizer):
 class MetaAdadelta(MetaOptimizer):
     """:func:`torchopt.adadelta` as a differentiable optimizer of a network."""
 
-    twin = Adadelta
-
     @meta_from_recipe(adadelta)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adadelta`."""

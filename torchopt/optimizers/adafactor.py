@@ -196,8 +196,6 @@ class Adafactor(Optimizer):
 class MetaAdafactor(MetaOptimizer):
     """:func:`torchopt.adafactor` as a differentiable optimizer of a network."""
 
-    twin = Adafactor
-
     @meta_from_recipe(adafactor)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adafactor`."""

@@ -173,8 +173,6 @@ class Adagrad(Optimizer):
 class MetaAdagrad(MetaOptimizer):
     """:func:`torchopt.adagrad` as a differentiable optimizer of a network."""
 
-    twin = Adagrad
-
     @meta_from_recipe(adagrad)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adagrad`."""

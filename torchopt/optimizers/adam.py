@@ -197,8 +197,6 @@ class Adam(Optimizer):
 class MetaAdam(MetaOptimizer):
     """:func:`torchopt.adam` as a differentiable optimizer of a network."""
 
-    twin = Adam
-
     @meta_from_recipe(adam)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adam`."""

@@ -150,8 +150,6 @@ class Adamax(Optimizer):
 class MetaAdamax(MetaOptimizer):
     """:func:`torchopt.adamax` as a differentiable optimizer of a network."""
 
-    twin = Adamax
-
     @meta_from_recipe(adamax)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adamax`."""

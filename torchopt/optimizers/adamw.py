@@ -105,8 +105,6 @@ class AdamW(Optimizer):
 class MetaAdamW(MetaOptimizer):
     """:func:`torchopt.adamw` as a differentiable optimizer of a network."""
 
-    twin = AdamW
-
     @meta_from_recipe(adamw)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adamw`."""

@@ -206,8 +206,6 @@ class Adan(Optimizer):
 class MetaAdan(MetaOptimizer):
     """:func:`torchopt.adan` as a differentiable optimizer of a network."""
 
-    twin = Adan
-
     @meta_from_recipe(adan)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adan`."""

@@ -226,8 +226,6 @@ class AdEMAMix(Optimizer):
 class MetaAdEMAMix(MetaOptimizer):
     """:func:`torchopt.ademamix` as a differentiable optimizer of a network."""
 
-    twin = AdEMAMix
-
     @meta_from_recipe(ademamix)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.ademamix`."""

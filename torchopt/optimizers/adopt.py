@@ -237,8 +237,6 @@ class ADOPT(Optimizer):
 class MetaADOPT(MetaOptimizer):
     """:func:`torchopt.adopt` as a differentiable optimizer of a network."""
 
-    twin = ADOPT
-
     @meta_from_recipe(adopt)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.adopt`."""

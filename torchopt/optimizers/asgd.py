@@ -163,8 +163,6 @@ class ASGD(Optimizer):
 class MetaASGD(MetaOptimizer):
     """:func:`torchopt.asgd` as a differentiable optimizer of a network."""
 
-    twin = ASGD
-
     @meta_from_recipe(asgd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.asgd`."""

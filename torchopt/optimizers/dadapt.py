@@ -301,8 +301,6 @@ class DAdaptAdagrad(Optimizer):
 class MetaDAdaptSGD(MetaOptimizer):
     """:func:`torchopt.dadapt_sgd` as a differentiable optimizer of a network."""
 
-    twin = DAdaptSGD
-
     @meta_from_recipe(dadapt_sgd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.dadapt_sgd`."""
@@ -310,8 +308,6 @@ class MetaDAdaptSGD(MetaOptimizer):
 
 class MetaDAdaptAdagrad(MetaOptimizer):
     """:func:`torchopt.dadapt_adagrad` as a differentiable optimizer of a network."""
-
-    twin = DAdaptAdagrad
 
     @meta_from_recipe(dadapt_adagrad)
     def __init__(self, module: Any) -> None:

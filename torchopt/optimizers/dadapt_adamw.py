@@ -160,8 +160,6 @@ class DAdaptAdamW(Optimizer):
 class MetaDAdaptAdamW(MetaOptimizer):
     """:func:`torchopt.dadapt_adamw` as a differentiable optimizer of a network."""
 
-    twin = DAdaptAdamW
-
     @meta_from_recipe(dadapt_adamw)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.dadapt_adamw`."""

@@ -102,8 +102,6 @@ class LAMB(Optimizer):
 class MetaLAMB(MetaOptimizer):
     """:func:`torchopt.lamb` as a differentiable optimizer of a network."""
 
-    twin = LAMB
-
     @meta_from_recipe(lamb)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.lamb`."""

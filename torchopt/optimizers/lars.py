@@ -106,8 +106,6 @@ class LARS(Optimizer):
 class MetaLARS(MetaOptimizer):
     """:func:`torchopt.lars` as a differentiable optimizer of a network."""
 
-    twin = LARS
-
     @meta_from_recipe(lars)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.lars`."""

@@ -158,8 +158,6 @@ class Lion(Optimizer):
 class MetaLion(MetaOptimizer):
     """:func:`torchopt.lion` as a differentiable optimizer of a network."""
 
-    twin = Lion
-
     @meta_from_recipe(lion)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.lion`."""

@@ -276,8 +276,6 @@ class Muon(Optimizer):
 class MetaMuon(MetaOptimizer):
     """:func:`torchopt.muon` as a differentiable optimizer of a network."""
 
-    twin = Muon
-
     @meta_from_recipe(muon)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.muon`."""

@@ -200,8 +200,6 @@ class NAdam(Optimizer):
 class MetaNAdam(MetaOptimizer):
     """:func:`torchopt.nadam` as a differentiable optimizer of a network."""
 
-    twin = NAdam
-
     @meta_from_recipe(nadam)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.nadam`."""

@@ -176,8 +176,6 @@ class NoisySGD(Optimizer):
 class MetaNoisySGD(MetaOptimizer):
     """:func:`torchopt.noisy_sgd` as a differentiable optimizer of a network."""
 
-    twin = NoisySGD
-
     @meta_from_recipe(noisy_sgd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.noisy_sgd`."""

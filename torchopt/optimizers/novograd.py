@@ -180,8 +180,6 @@ class NovoGrad(Optimizer):
 class MetaNovoGrad(MetaOptimizer):
     """:func:`torchopt.novograd` as a differentiable optimizer of a network."""
 
-    twin = NovoGrad
-
     @meta_from_recipe(novograd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.novograd`."""

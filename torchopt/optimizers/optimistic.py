@@ -141,8 +141,6 @@ class OptimisticGradientDescent(Optimizer):
 class MetaOptimisticGradientDescent(MetaOptimizer):
     """:func:`torchopt.optimistic_gradient_descent` as a differentiable optimizer of a network."""
 
-    twin = OptimisticGradientDescent
-
     @meta_from_recipe(optimistic_gradient_descent)
     def __init__(self, module: Any) -> None:
         """Take the network, then those of :func:`torchopt.optimistic_gradient_descent`."""

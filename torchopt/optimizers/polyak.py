@@ -187,8 +187,6 @@ class PolyakSGD(Optimizer):
 class MetaPolyakSGD(MetaOptimizer):
     """:func:`torchopt.polyak_sgd` as a differentiable optimizer of a network."""
 
-    twin = PolyakSGD
-
     @meta_from_recipe(polyak_sgd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.polyak_sgd`."""

@@ -207,8 +207,6 @@ class Prodigy(Optimizer):
 class MetaProdigy(MetaOptimizer):
     """:func:`torchopt.prodigy` as a differentiable optimizer of a network."""
 
-    twin = Prodigy
-
     @meta_from_recipe(prodigy)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.prodigy`."""

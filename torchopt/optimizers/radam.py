@@ -213,8 +213,6 @@ class RAdam(Optimizer):
 class MetaRAdam(MetaOptimizer):
     """:func:`torchopt.radam` as a differentiable optimizer of a network."""
 
-    twin = RAdam
-
     @meta_from_recipe(radam)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.radam`."""

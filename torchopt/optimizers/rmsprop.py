@@ -223,8 +223,6 @@ class RMSprop(Optimizer):
 class MetaRMSprop(MetaOptimizer):
     """:func:`torchopt.rmsprop` as a differentiable optimizer of a network."""
 
-    twin = RMSprop
-
     @meta_from_recipe(rmsprop)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.rmsprop`."""

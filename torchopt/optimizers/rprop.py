@@ -140,8 +140,6 @@ class Rprop(Optimizer):
 class MetaRprop(MetaOptimizer):
     """:func:`torchopt.rprop` as a differentiable optimizer of a network."""
 
-    twin = Rprop
-
     @meta_from_recipe(rprop)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.rprop`."""

@@ -229,8 +229,6 @@ class MetaSAM(MetaOptimizer):
         [torch.Size([1, 2]), torch.Size([])]
     """
 
-    twin = SAM
-
     def __init__(
         self,
         module: Any,

@@ -302,8 +302,6 @@ class AdamWScheduleFree(Optimizer):
 class MetaSGDScheduleFree(MetaOptimizer):
     """:func:`torchopt.schedule_free_sgd` as a differentiable optimizer of a network."""
 
-    twin = SGDScheduleFree
-
     @meta_from_recipe(schedule_free_sgd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.schedule_free_sgd`."""
@@ -311,8 +309,6 @@ class MetaSGDScheduleFree(MetaOptimizer):
 
 class MetaAdamWScheduleFree(MetaOptimizer):
     """:func:`torchopt.schedule_free_adamw` as a differentiable optimizer of a network."""
-
-    twin = AdamWScheduleFree
 
     @meta_from_recipe(schedule_free_adamw)
     def __init__(self, module: Any) -> None:

@@ -100,8 +100,6 @@ class SGD(Optimizer):
 class MetaSGD(MetaOptimizer):
     """:func:`torchopt.sgd` as a differentiable optimizer of a network."""
 
-    twin = SGD
-
     @meta_from_recipe(sgd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.sgd`."""

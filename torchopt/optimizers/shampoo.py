@@ -260,8 +260,6 @@ class Shampoo(Optimizer):
 class MetaShampoo(MetaOptimizer):
     """:func:`torchopt.shampoo` as a differentiable optimizer of a network."""
 
-    twin = Shampoo
-
     @meta_from_recipe(shampoo)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.shampoo`."""

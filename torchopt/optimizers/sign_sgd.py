@@ -193,8 +193,6 @@ class Signum(Optimizer):
 class MetaSignSGD(MetaOptimizer):
     """:func:`torchopt.sign_sgd` as a differentiable optimizer of a network."""
 
-    twin = SignSGD
-
     @meta_from_recipe(sign_sgd)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.sign_sgd`."""
@@ -202,8 +200,6 @@ class MetaSignSGD(MetaOptimizer):
 
 class MetaSignum(MetaOptimizer):
     """:func:`torchopt.signum` as a differentiable optimizer of a network."""
-
-    twin = Signum
 
     @meta_from_recipe(signum)
     def __init__(self, module: Any) -> None:

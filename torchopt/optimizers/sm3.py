@@ -190,8 +190,6 @@ class SM3(Optimizer):
 class MetaSM3(MetaOptimizer):
     """:func:`torchopt.sm3` as a differentiable optimizer of a network."""
 
-    twin = SM3
-
     @meta_from_recipe(sm3)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.sm3`."""

@@ -386,8 +386,6 @@ class SOAP(Optimizer):
 class MetaSOAP(MetaOptimizer):
     """:func:`torchopt.soap` as a differentiable optimizer of a network."""
 
-    twin = SOAP
-
     @meta_from_recipe(soap)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.soap`."""

@@ -216,8 +216,6 @@ class Sophia(Optimizer):
 class MetaSophia(MetaOptimizer):
     """:func:`torchopt.sophia` as a differentiable optimizer of a network."""
 
-    twin = Sophia
-
     @meta_from_recipe(sophia)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.sophia`."""

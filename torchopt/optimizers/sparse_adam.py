@@ -162,8 +162,6 @@ class SparseAdam(Optimizer):
 class MetaSparseAdam(MetaOptimizer):
     """:func:`torchopt.sparse_adam` as a differentiable optimizer of a network."""
 
-    twin = SparseAdam
-
     @meta_from_recipe(sparse_adam)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.sparse_adam`."""

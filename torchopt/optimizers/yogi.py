@@ -166,8 +166,6 @@ class Yogi(Optimizer):
 class MetaYogi(MetaOptimizer):
     """:func:`torchopt.yogi` as a differentiable optimizer of a network."""
 
-    twin = Yogi
-
     @meta_from_recipe(yogi)
     def __init__(self, module: Any) -> None:
         """Take the network, then the arguments of :func:`torchopt.yogi`."""

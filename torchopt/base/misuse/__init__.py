@@ -13,6 +13,7 @@ from torchopt.base.misuse.blocks import (
 )
 from torchopt.base.misuse.given import (
     clipped,
+    given,
     short,
     some,
 )
@@ -27,6 +28,10 @@ from torchopt.base.misuse.hyperparameters import (
     stray_comma,
     unknown_hyperparameter,
     without_number,
+)
+from torchopt.base.misuse.keywords import (
+    check_keywords,
+    without_fixed,
 )
 from torchopt.base.misuse.losses import (
     check_closure,

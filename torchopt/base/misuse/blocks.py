@@ -36,6 +36,9 @@ class Block(contextlib.ContextDecorator, Generic[T]):
     def __exit__(self, *error: Any) -> bool | None:
         return self._open.pop().__exit__(*error)
 
+    def __repr__(self) -> str:
+        return f"<{self._name}(...), a block: with {self._name}(...) as inner>"
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{self._name}(...) has no attribute {name!r}. {self._words()}")
 

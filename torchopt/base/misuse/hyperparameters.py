@@ -27,6 +27,13 @@ def check_schedule(name: str, value: Any) -> None:
     """
     if torch.compiler.is_compiling():
         return
+    if isinstance(value, nn.Module) and type(value).__module__.startswith("torch.nn."):
+        raise TypeError(
+            f"{name} must be a number, a tensor or a schedule (count -> value), got "
+            f"{given(value)}. A transformation takes no network: torchopt.MetaAdam(net, lr=0.1) "
+            "and torchopt.MetaOptimizer(net, tx) do, and torchopt.Adam(net.parameters(), lr=0.1) "
+            "takes its parameters."
+        )
     if isinstance(value, type) or (
         isinstance(value, types.FunctionType) and is_of_schedules(value)
     ):
@@ -68,7 +75,7 @@ def not_a_value(name: str, value: Any) -> str:
     elif is_read_once(value):
         advice = (
             " A transformation takes no parameters; an optimizer takes them first: "
-            "torchopt.SGD(net.parameters(), lr=0.1), torchopt.Optimizer(net.parameters(), tx)."
+            "torchopt.Adam(net.parameters(), lr=0.1), torchopt.Optimizer(net.parameters(), tx)."
         )
     elif isinstance(value, str) or type(value).__module__ == "numpy":
         place = f"{name}=" if len(name) < 20 else ""

@@ -57,7 +57,7 @@ def instead_of_tree(value: Any) -> str:
     """Return what to type instead of something that is no tree; the empty string if it is one."""
     if is_read_once(value):
         return (
-            "It can be read only once, or in no order: give a tree of tensors, such as "
+            "It can be read only once, or has no order: give a tree of tensors, such as "
             "list(net.parameters()) or dict(net.named_parameters())."
         )
     if isinstance(value, nn.Module):
