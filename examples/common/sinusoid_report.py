@@ -204,7 +204,7 @@ def _draw_errors(axes: Any, tested: Sequence[Tested]) -> None:
         )
     axes.set(xlabel="gradient steps on the points", yscale="log")
     # short labels: such as 6 x 10^0 would reach into the panel on the left
-    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     axes.set_title("mean squared error on new waves")
     last = max(len(test.errors[0]) for test in usual) - 1
