@@ -46,7 +46,7 @@ test-frameworks: $(VENV)/.for-test  ## every optimizer inside Lightning, Acceler
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(FRAMEWORKS)/bin/python -m pytest -q -m "" -p no:cacheprovider \
 	  tests/test_lightning.py tests/test_accelerate.py tests/test_transformers.py
 
-examples: $(VENV)/.for-test  ## run every example at its default size, rewrite examples/README.md; 10 minutes
+examples: $(VENV)/.for-test  ## run every example at its default size, rewrite examples/README.md; about 25 minutes
 	$(BIN)/python examples/reproduce.py
 
 docs: $(VENV)/.for-docs  ## the documentation site, in build/docs; a minute or two; warnings are errors

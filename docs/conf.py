@@ -30,6 +30,7 @@ extensions = [
     "extensions.math_font",
     "extensions.symbol_links",
     "extensions.generated_pages",
+    "extensions.clone_links",
     "extensions.parallel_execution",
     "extensions.navigation",
 ]

@@ -1,16 +1,16 @@
 """Which training examples made the model what it is: metagradients of a whole training run.
 
 A small network is trained, and then the loss on held-out data is differentiated through *all* steps
-by the weight of each training example: exactly, in the memory of a dozen carries, by
+with respect to the weight of each training example: exactly, in the memory of a dozen carries, by
 ``Checkpointed("log")``. Two problems: 2,000 steps on scikit-learn's digits, a tenth of them with
 wrong labels, and 150 steps of a transformer on the manual that comes with Python.
 
-To see whether the derivatives say anything, the runs are made again without random subsets of the
-examples, and the change of the loss that the derivatives predict is compared with the one that took
-place, and so is TracIn's first-order estimate. A derivative is about small changes, and to leave an
-example out is a large one, so the predicted changes are smaller than the true ones; which are large
-and which are small, their correlation, is what counts. And a run is killed twice, once forwards and
-once backwards, and goes on from its folder to the same result, bit for bit.
+To see whether the derivatives say anything, training is repeated without random subsets of the
+examples, and the actual change of the loss is compared with the change that the derivatives
+predict, and with TracIn's first-order estimate. A derivative describes small changes, and leaving
+an example out is a large one, so the predicted changes are smaller than the actual ones; what
+counts is their correlation. Finally a run is killed twice, once in the forward and once in the
+backward pass, and continues from its folder to the same result, bit for bit.
 
     python examples/data_attribution.py
     python examples/data_attribution.py --quick
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=20,
         help="checkpoints that TracIn looks at",
     )
-    killed_help = "training steps of a run that is killed and goes on; 0: none is killed"
+    killed_help = "training steps of a run that is killed twice and resumed; 0 leaves this out"
     add("--killed-steps", type=whole, default=60, help=killed_help)
     args = result.parse_args(argv)
     if args.device.type != "cpu":
@@ -118,7 +118,7 @@ def run_of(args: argparse.Namespace, problem: str) -> Run:
 
 
 def exact(args: argparse.Namespace, run: Run, folder: Path) -> list[dict[str, Any]]:
-    """Return the derivative by each weight; an interrupted run goes on from its folder."""
+    """Return the derivative by each weight; an interrupted run continues from its folder."""
     start = time.perf_counter()
     with progress_bar() as bar:
         tasks: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def killed_run(args: argparse.Namespace, jobs: Jobs) -> dict[str, Any]:
-    """Kill a short run and go on with it; return what became of it."""
+    """Kill a short run and resume it; return what became of it."""
     short = Run("digits", args.examples, args.batch, args.killed_steps, args.lr, 2, args.seed)
     folder = args.output / "checkpoints-killed"
     _clear(folder)
@@ -191,7 +191,7 @@ def killed_run(args: argparse.Namespace, jobs: Jobs) -> dict[str, Any]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the checkpoints of a run that nobody will go on with."""
+    """Remove the checkpoints of a run that nobody will resume."""
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Learn new image classes from a few examples: MAML on real images.
 
 A network is meta-trained so that a few gradient steps on a handful of labelled images teach it
-classes it has never seen. At the end its accuracy on unseen classes stands beside two baselines
+classes it has never seen. At the end its accuracy on unseen classes is compared with two baselines
 measured in the same run: the same network without meta-training, and after ordinary pre-training
 on the same classes; both may be fine-tuned for longer.
 
@@ -10,7 +10,7 @@ on the same classes; both may be fine-tuned for longer.
     python examples/few_shot.py --data omniglot --root DIR --shots 5 --learn-lr
     python examples/few_shot.py --output runs/mine --resume      # after an interruption
     python examples/few_shot.py --data sinusoid                  # the paper's regression
-    python examples/few_shot.py --quick                          # seconds, to see that it works
+    python examples/few_shot.py --quick                          # seconds, to check that it works
 
 Reference: Finn, Abbeel and Levine, Model-agnostic meta-learning for fast adaptation of deep
 networks, ICML 2017, https://arxiv.org/abs/1703.03400. With ``--learn-lr``: Li, Zhou, Chen and Li,
@@ -38,6 +38,7 @@ from common.command import (
     positive_float,
     positive_int,
     prepare_folder,
+    two_or_more,
 )
 from common.datasets import DataSplit, load_digits_split, load_omniglot
 from common.episodes import EpisodeSampler
@@ -114,7 +115,8 @@ MEANINGS = {
     "outer_lr": "learning rate of meta-training, which falls to zero",
     "time_budget": "seconds of meta-training after which it ends; 0 for no limit",
 }
-TYPES = {"augment": non_negative_float, "time_budget": non_negative_float}
+TYPES: dict[str, Any] = {"ways": two_or_more}  # with one class there is nothing to tell apart
+TYPES |= {"augment": non_negative_float, "time_budget": non_negative_float}
 TYPES |= {"inner_lr": positive_float, "outer_lr": positive_float}
 QUICK = {
     "iterations": 5,
@@ -166,6 +168,7 @@ class FewShotRun:
         self.checkpoint = self.folder / "checkpoint.pt"
         # without a checkpoint, metrics may still be of another run
         files = [self.checkpoint, self.folder / "metrics.jsonl", self.folder / "results.json"]
+        self.held = any(file.exists() for file in files)
         self._lock = prepare_folder(self.folder, files, args.resume, args.overwrite)
         torch.set_num_threads(args.threads)
         self.device = args.device
@@ -209,7 +212,7 @@ class FewShotRun:
         if self.args.resume and self.checkpoint.exists():
             self.training.restore(self.checkpoint)
             console.print(f"Resuming after iteration {self.training.iteration}.")
-        elif self.args.resume:
+        elif self.args.resume and self.held:
             console.print("There is no checkpoint to resume from yet: starting from the beginning.")
         kept = self.training.iteration if self.args.resume else None
         fields = ("loss", "accuracy")
@@ -219,7 +222,7 @@ class FewShotRun:
         except KeyboardInterrupt:
             self.training.save(self.checkpoint)
             raise SystemExit(
-                f"Interrupted after iteration {self.training.iteration}; go on with --resume."
+                f"Interrupted after iteration {self.training.iteration}. Pass --resume to continue."
             ) from None
         return self._report(metrics, self._test())
 
@@ -341,7 +344,7 @@ class FewShotRun:
 
 
 def claim(tested: list[tuple[str, Accuracy, str]]) -> dict[str, Any]:
-    """Return what the paper claims beside what was measured; MAML is the last one tested."""
+    """Return what the paper claims and what was measured; MAML is the last one tested."""
     *baselines, (_, maml, _) = tested
     best = max((accuracy for _, accuracy, _ in baselines), key=lambda accuracy: accuracy.mean)
     gain = maml - best  # all were tested on the same tasks

@@ -9,8 +9,8 @@ formula in another order. The differentiable style also tells how the last loss 
 learning rate.
 
 Then an ensemble of networks, each with initial weights, batches and a learning rate of its own, is
-trained at once: ``torch.func.vmap`` over the functional style. Its speed stands beside loops over
-the members, and the accuracy of the members beside that of their mean vote.
+trained at once: ``torch.func.vmap`` over the functional style. Its speed is compared with that of
+loops over the members, and the accuracy of the members with that of their mean vote.
 
     python examples/functional.py
     python examples/functional.py --members 128
@@ -204,7 +204,7 @@ def by_torch(network: nn.Module, batches: Batches, lr: float) -> Tensor:
     return train_object_oriented(network, batches, lr, torch.optim.Adam)
 
 
-#: Ways to train many networks, beside each other in the comparison of speed.
+#: Ways to train many networks, for the comparison of speed.
 WAYS: dict[str, Callable[[list[nn.Module], Tensor, Batches], Any]] = {
     "vmap": train_together,
     "functional": lambda *given: train_in_turn(*given, train_functional),

@@ -16,8 +16,8 @@ they came: with a learning rate above 2 over the largest eigenvalue of the Hessi
 The loss of a network is not convex, so ``--damping`` is added to the Hessian in the derivative;
 where it exceeds all eigenvalues, what is left is the derivative of first order.
 Settings and the number of iterations were chosen on a held-out split of the training classes. With
-150 of them iMAML is as good as MAML on the digits; with 300 MAML goes on to 93.9 % and iMAML, whose
-training loss falls further, back to 92.6 %.
+150 of them iMAML is as good as MAML on the digits; with 300 MAML reaches 93.9 % and iMAML, whose
+training loss falls further, drops to 92.6 %.
 
 Reference: Rajeswaran, Finn, Kakade and Levine, Meta-learning with implicit gradients, NeurIPS 2019,
 https://arxiv.org/abs/1909.04630.
@@ -81,7 +81,7 @@ QUICK = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    description = "Meta-train by implicit derivatives, beside MAML."
+    description = "Meta-train by implicit derivatives, and compare with MAML."
     options = parser("imaml_few_shot", description, QUICK)
     add = options.add_argument
     add("--data", choices=sorted(SIZES), default="digits", help="images to learn from")
@@ -260,7 +260,7 @@ class ImamlRun:
         return rows
 
     def _trained(self, name: str) -> Iterator[dict[str, Any]]:
-        """Meta-train and test a learner; go on from a checkpoint if there is one."""
+        """Meta-train and test a learner; continue from a checkpoint if there is one."""
         args, learner = self.args, learner_of(self.args, name)
         params = {k: p.detach() for k, p in learner.network.named_parameters()}
         sampler = sampler_of(args, self.split, "train")

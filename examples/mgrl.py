@@ -4,8 +4,8 @@ An actor-critic learns CartPole from returns under a discount gamma and a trace 
 a few steps its policy is judged on the experience that follows, under a fixed reference
 gamma' = 0.99 and lambda' = 1, and the gradient of this outer loss flows through the steps to gamma
 and lambda. Then ``torchopt.stop_gradient`` cuts the graph behind network and optimizer, and
-learning goes on from there: there is only one life. The same life with the discount held fixed is
-run beside it, on a grid.
+learning continues from there: there is only one life. For comparison, the same life is run with the
+discount held fixed, on a grid.
 
     python examples/mgrl.py
     python examples/mgrl.py --fixed 0.5 0.8 0.95 0.99 0.999

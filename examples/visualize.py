@@ -50,7 +50,7 @@ def adapt(steps: int, lr: Any) -> tuple[Tensor, list[Any]]:
 #: What the program dot draws; a page and the text of a picture need no program.
 PICTURES = ("png", "svg", "pdf")
 WITHOUT_DOT = ("html", "dot")
-#: What ``--quick`` changes, beside the file: a page, which needs no program.
+#: What ``--quick`` changes, apart from the file: a page, which needs no program.
 QUICK = {"steps": 1}
 
 
@@ -64,7 +64,8 @@ def main() -> None:
         type=Path,
         metavar="FILE",
         default=Path("gradient_graph.png"),
-        help=f"the file to write; its ending is one of {endings}",
+        help=f"the file to write; its ending is one of {endings}. A quick run writes "
+        "gradient_graph-quick.html unless a file is given",
     )
     parser.add_argument("--steps", type=positive_int, default=2, help="inner steps")
     parser.add_argument(

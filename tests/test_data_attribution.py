@@ -79,7 +79,7 @@ def test_the_run_and_going_on_with_it(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(data_attribution, "retrained", interrupted)
-        with pytest.raises(SystemExit, match="go on with --resume"):
+        with pytest.raises(SystemExit, match="Pass --resume to continue"):
             main()
     results = main("--resume")
     assert data_attribution.retrained is retrained

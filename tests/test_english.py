@@ -14,6 +14,8 @@ PAGES = [
     *(ROOT / "docs" / "coming_from").glob("*.md"),
     *(ROOT / "tutorials").glob("*.md"),
     ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "examples" / "README.md",
     ROOT / "CONTRIBUTING.md",
 ]
 #: What stood there, and what to write instead.
@@ -27,6 +29,21 @@ INSTEAD = {
     r"\bbeside\b": "next to, with, compared with",
     r"\bwithout a word\b": "silently",
     r"\bfor ever\b": "forever",
+    r"\b(?:go|goes|going|gone|went) on (?:with|at|from|after|improving|learning)\b": "continue",
+    r"\bwith the same digits\b": "bit for bit",
+    r"\bfrom nothing\b": "from scratch",
+    r"\bunless given\b": "default, unless you set it",
+    r"\b(?:what it (?:took|has taken)|which it took)\b": "its choice",
+    r"\btakes? (?:\w+ ){1,3}for a constant\b": "treat as a constant",
+    r"\bmakes? of (?:a|an|the) \w+": "turn ... into",
+    r"\bthe memory that there is\b": "how much memory there is",
+    r"\bsome seconds\b": "a few seconds",
+    r"\b(?:is|are) void\b": "no longer counts",
+    r"\bdecided by figures\b": "measurements decide",
+    r"\bnot yet here\b": "not available yet",
+    r"\bby the weights? of\b": "with respect to the weight of",
+    r", for (?:it|they|these|those|there) (?:is|are|was|were|has|have)\b": ", because",
+    r"\bno more\.": "no longer",
 }
 
 

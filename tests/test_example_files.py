@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_the_files_of_before(
 def test_a_full_disk_in_the_middle_and_then_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run goes on from the checkpoint before, and gives the numbers of one without trouble."""
+    """The run continues from the checkpoint before, with the numbers of one without trouble."""
     from common import meta_training
 
     straight = few_shot("--output", str(tmp_path / "straight"))
@@ -310,6 +310,17 @@ def test_a_full_disk_in_the_middle_and_then_room(
         refused(lambda: few_shot("--output", str(folder)), "No space left on device", capsys)
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] == 2
     assert few_shot("--output", str(folder), "--resume")["results"] == straight["results"]
+
+
+def test_resuming_says_that_there_is_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run, name in ((few_shot, "few_shot"), (sinusoid, "sinusoid")):
+        folder = tmp_path / name
+        run("--output", str(folder), "--resume")
+        assert f"{folder} holds no run yet; starting one.\n" in capsys.readouterr().out
+        run("--output", str(folder), "--resume")
+        assert "holds no run" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")

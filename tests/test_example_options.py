@@ -245,6 +245,7 @@ def test_wrong_data(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("name", "options", "message"),
     [
         ("few_shot", "--inner-lr -0.1", "--inner-lr: must be > 0, got -0.1"),
+        ("few_shot", "--ways 1", "--ways: must be at least 2, got 1"),
         ("few_shot", "--augment -1", "--augment: must be >= 0, got -1"),
         ("few_shot", "--outer-lr nan", "--outer-lr: must be finite, got nan"),
         ("sinusoid", "--ways 5", "unrecognized arguments: --ways 5"),

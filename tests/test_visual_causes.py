@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ import torchopt
 
 X = torch.tensor([[0.3, -0.7], [1.1, 0.4], [-0.6, 0.9]], dtype=torch.float64)
 OUTSIDE = "The loss was taken outside of the inner_loop block"
+NOT_RECORDED = "The inner steps were not recorded"
 ANOTHER = "The loss is of another network"
 
 
@@ -69,6 +71,55 @@ def test_a_block_without_steps_or_another_network_is_not_blamed() -> None:
     with torchopt.inner_loop(net, torchopt.sgd(lr)) as inner:
         inner.step(loss_of(net))
     assert OUTSIDE not in explain(loss_of(network()), "lr", {"lr": lr})
+
+
+def test_after_stop_gradient_the_line_of_a_loss_outside_says_so() -> None:
+    net, lr = network(), learned_rate()
+    for _ in range(2):
+        with torchopt.inner_loop(net, torchopt.sgd(lr)) as inner:
+            inner.step(loss_of(net))
+            torchopt.stop_gradient(net)
+            text = explain(loss_of(net), lr)
+    assert f"{OUTSIDE}, before the first step, or after stop_gradient: no inner step leads" in text
+
+
+# Steps that were not recorded ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("used", [False, True])  # by a block before
+@pytest.mark.parametrize("block", [False, True])
+def test_steps_under_no_grad_are_not_taken_for_a_loss_outside(used: bool, block: bool) -> None:
+    net, lr = network(), learned_rate()
+    if used:
+        with torchopt.inner_loop(net, torchopt.sgd(lr)) as inner:
+            inner.step(loss_of(net))
+    with contextlib.ExitStack() as stack:
+        optimizer = (
+            stack.enter_context(torchopt.inner_loop(net, torchopt.sgd(lr)))
+            if block
+            else torchopt.MetaSGD(net, lr=lr)
+        )
+        before = loss_of(net)
+        assert (OUTSIDE in explain(before, lr)) == used  # it has not been taken yet
+        with torch.no_grad():
+            optimizer.step(before)
+        loss = loss_of(net)
+        names = {"lr": lr, "weight": net[0].weight}
+    assert gradient(loss, lr) is None
+    text = explain(loss, "lr", names)
+    assert NOT_RECORDED in text
+    assert OUTSIDE not in text
+    text = explain(loss, "weight", names)  # nothing is wrong with this one
+    assert "its gradient arrives" in text
+    assert OUTSIDE not in text
+    assert NOT_RECORDED not in text
+
+
+def test_recorded_steps_are_not_called_unrecorded() -> None:
+    net, lr = network(), learned_rate()
+    inner = torchopt.MetaSGD(net, lr=0.1)
+    inner.step(loss_of(net))
+    assert NOT_RECORDED not in explain(loss_of(net), lr)
 
 
 # A weight that was frozen at the step -------------------------------------------------------------
@@ -227,9 +278,9 @@ def test_many_cuts_and_many_leaves_are_told_in_short(whole: bool) -> None:
         assert len(text.splitlines()) < 9
     assert (gradient(loss, start) is None) == whole
     if whole:
-        end = "What the loss does reach (5): 4 weights, step 21, unnamed ()."
+        end = "The graph of the loss has 5 leaves: 4 weights, step 21, unnamed ()."
         assert explain(loss, start).endswith(end)
-        end = "What the loss does reach (5): lr, 4 weights, step 21."
+        end = "The graph of the loss has 5 leaves: lr, 4 weights, step 21."
         assert explain(loss, start, {"lr": lr}).endswith(end)
     else:
         assert "more cuts of this kind." in explain(loss, start)
@@ -237,7 +288,7 @@ def test_many_cuts_and_many_leaves_are_told_in_short(whole: bool) -> None:
 
 def test_leaves_without_a_name_are_counted() -> None:
     text = explain(loss_of(network()), learned_rate())
-    assert text.endswith("What the loss does reach (4): 4 without a name.")
+    assert text.endswith("The graph of the loss has 4 leaves, none of them named.")
 
 
 def test_it_ends_at_the_loss_and_counts_no_paths_by_the_million() -> None:

@@ -14,7 +14,7 @@ PLAIN = "Unrolled()"
 
 #: Way -> what its derivative is, and when to take it.
 ADVICE = {
-    PLAIN: ("exact", "it fits: nothing is faster"),
+    PLAIN: ("exact", "it fits: none of the exact ways here is faster"),
     "Checkpointed()": (
         "exact",
         "a step saves much more than a carry: deep networks, large batches, gradients of networks",

@@ -152,7 +152,7 @@ def in_folder(
 
     Args:
         run: The run.
-        folder: The folder; a run in it that was interrupted goes on.
+        folder: The folder; a run in it that was interrupted continues.
         every: Which carries are kept.
         kill_at: Direction and number of steps after which this process is killed.
         threads: Of the CPU; another number adds up in another order.
@@ -167,7 +167,7 @@ def in_folder(
 
 
 def killed_and_resumed(run: Run, folder: Path, every: Any) -> dict[str, Any]:
-    """Kill a run once forwards and once backwards, go on, and compare with one left alone."""
+    """Kill a run in each of its two passes, resume it, and compare with one left alone."""
     statuses, threads = [], torch.get_num_threads()
     for place in (("forward", run.steps // 2), ("backward", run.steps // 2)):
         process = multiprocessing.get_context("spawn").Process(

@@ -128,7 +128,7 @@ def _claims(
             {
                 "claim": f"{problem}: the exact metagradient predicts what leaving examples out "
                 "does better than TracIn",
-                "measured": f"correlation {exact['pearson']:.3f} beside {tracin['pearson']:.3f} "
+                "measured": f"correlation {exact['pearson']:.3f} against {tracin['pearson']:.3f} "
                 f"over {args.subsets} subsets, {runs[problem].steps} steps",
                 "holds": exact["pearson"] > tracin["pearson"],
             }
@@ -146,17 +146,17 @@ def _claims(
 
 
 def _claim_of_killed(killed: dict[str, Any]) -> dict[str, Any]:
-    same = "all bits are the same" if killed["same"] else "they differ"
+    same = "every bit is the same" if killed["same"] else "the results differ"
     return {
-        "claim": "killed forwards and backwards, a run goes on with the same digits",
+        "claim": "killed in the forward and in the backward pass, a run continues bit for bit",
         "measured": f"{killed['steps']} steps, killed by SIGKILL in the middle of both "
-        f"directions: {same}, {killed['left_files']} files left over",
+        f"passes: {same}, {killed['left_files']} files left over",
         "holds": killed["killed"] and killed["same"] and not killed["left_files"],
     }
 
 
 def _draw(path: Path, compared: dict[str, Compared]) -> None:
-    """Draw predicted over true changes: problems beside, methods below each other."""
+    """Draw predicted over true changes: problems side by side, methods below each other."""
     mpl.use("Agg")  # no screen is needed
     import matplotlib.pyplot as plt
 

@@ -31,6 +31,7 @@ COLORS = {
     IMPLICIT: "tab:orange",
     T1_T2: "tab:green",
 }
+MARKERS = "osD^v"  # of the shares of wrong labels
 
 
 def values(rows: Rows, method: str, rate: float, key: str) -> list[float]:
@@ -96,7 +97,7 @@ def claims(rows: Rows, memory: Rows) -> list[dict[str, Any]]:
                 {
                     "claim": f"{100 * rate:g} % wrong labels: weights learned by {method} "
                     f"derivatives are better than {other}",
-                    "measured": f"{_text(ours)} % beside {_text(plain)} %, difference "
+                    "measured": f"{_text(ours)} % against {_text(plain)} %, difference "
                     f"{gain:.1f} points",
                     "holds": gain.above(0),
                 }
@@ -106,7 +107,7 @@ def claims(rows: Rows, memory: Rows) -> list[dict[str, Any]]:
 
 def _weights(rows: Rows, present: Sequence[str]) -> list[dict[str, Any]]:
     apart = [
-        f"{method} {estimate(wrong).mean:.2f} beside {estimate(right).mean:.2f}"
+        f"{method} {estimate(wrong).mean:.2f} against {estimate(right).mean:.2f}"
         for method in present
         for wrong, right in [
             [
@@ -134,14 +135,14 @@ def _costs(memory: Rows) -> list[dict[str, Any]]:
     for method, claim in (
         (CHECKPOINTED, "checkpointed steps have the derivative of the unrolled ones in a tenth of "
          "their memory"),
-        (IMPLICIT, "the implicit derivative comes to that of many unrolled steps in a tenth of "
+        (IMPLICIT, "the implicit derivative matches that of many unrolled steps in a tenth of "
          "their memory"),
     ):  # fmt: skip
         sizes, errors = (measured(memory, method, key) for key in ("memory", "error"))
         if not sizes or not plain:
             continue
         most = max(sizes)
-        text = ", ".join(f"{k} steps: {sizes[k]:.1f} MiB beside {plain[k]:.1f}" for k in sizes)
+        text = ", ".join(f"{k} steps: {sizes[k]:.1f} MiB against {plain[k]:.1f}" for k in sizes)
         result.append(
             {
                 "claim": claim,
@@ -152,6 +153,33 @@ def _costs(memory: Rows) -> list[dict[str, Any]]:
     return result
 
 
+def _draw_accuracies(axes: Any, rows: Rows, present: Sequence[str]) -> None:
+    """Draw points, not bars: bars that do not begin at zero would exaggerate the differences."""
+    width = 0.6 / len(rates(rows))
+    for k, rate in enumerate(rates(rows)):
+        marker = MARKERS[k % len(MARKERS)]
+        for i, method in enumerate(present):
+            found = estimate(values(rows, method, rate, "test_accuracy"))
+            place = i + (k - 0.5 * (len(rates(rows)) - 1)) * width
+            axes.errorbar(
+                found.mean,
+                place,
+                xerr=found.half_width,
+                fmt=marker,
+                color=COLORS[method],
+                capsize=3,
+            )
+        if len(rates(rows)) > 1:
+            axes.plot([], [], marker, color="black", label=f"{100 * rate:g} % wrong labels")
+    axes.set_yticks(range(len(present)), present)
+    axes.set_ylim(len(present) - 0.5, -0.5)  # the first at the top
+    axes.grid(alpha=0.3, axis="x")
+    title = "Accuracy" if len(rates(rows)) > 1 else f"{100 * rates(rows)[0]:g} % wrong labels"
+    axes.set(xlabel="test accuracy (%)", title=title)
+    if len(rates(rows)) > 1:
+        axes.legend(fontsize=8)
+
+
 def draw(path: Path, rows: Rows, memory: Rows) -> None:
     """Draw accuracy, what the weights say, and memory over the number of steps."""
     mpl.use("Agg")  # no screen is needed
@@ -159,27 +187,8 @@ def draw(path: Path, rows: Rows, memory: Rows) -> None:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     present = [method for method in METHODS if any(row["method"] == method for row in rows)]
-    width = 0.8 / len(rates(rows))
-    for k, rate in enumerate(rates(rows)):
-        found = [estimate(values(rows, method, rate, "test_accuracy")) for method in present]
-        places = [i + (k - 0.5 * (len(rates(rows)) - 1)) * width for i in range(len(present))]
-        left.barh(
-            places,
-            [e.mean for e in found],
-            width,
-            xerr=[e.half_width for e in found],
-            color=[COLORS[method] for method in present],
-            alpha=1 - 0.45 * k,
-            capsize=2,
-        )
-    left.set_yticks(range(len(present)), present)
-    left.invert_yaxis()
-    lowest = min(row["test_accuracy"] for row in rows)
-    left.set(xlim=(max(0, lowest - 3), 100), xlabel="test accuracy (%)")
-    shade = {0: " (dark)", 1: " (pale)"}
-    shades = [f"{100 * rate:g} %{shade.get(k, '')}" for k, rate in enumerate(rates(rows))]
-    left.set(title=" and ".join(shades) + " wrong labels")
-    for method in LEARNED:
+    _draw_accuracies(left, rows, present)
+    for method in [method for method in LEARNED if method in present]:
         curves = [
             row["losses"]
             for row in rows
@@ -194,8 +203,14 @@ def draw(path: Path, rows: Rows, memory: Rows) -> None:
     middle.set(xlabel="update of the weights", ylabel="loss on clean images")
     middle.set(title=f"{100 * rates(rows)[-1]:g} % wrong labels")
     right.set(xlabel="inner steps", ylabel="memory of a derivative (MiB)", title="Memory")
-    right.set_yscale("symlog", linthresh=0.1)
-    right.set(ylim=(0, None), xticks=sorted({row["steps"] for row in memory}))
+    largest = max((row["memory"] for row in memory), default=0.0)
+    if largest > 1:  # a logarithmic scale of less would have a single tick
+        right.set_yscale("symlog", linthresh=0.1)
+    else:
+        largest = max(largest, 0.01)  # measured as nothing, by few steps
+    right.set(ylim=(0, None if largest > 1 else 1.2 * largest))
+    right.set(xticks=sorted({row["steps"] for row in memory}))
+    middle.xaxis.get_major_locator().set_params(integer=True)
     for axes in (middle, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -21,6 +21,7 @@ from common.options import non_negative_float as non_negative_float
 from common.options import parser as parser
 from common.options import positive_float as positive_float
 from common.options import positive_int as positive_int
+from common.options import two_or_more as two_or_more
 
 
 def prepare_folder(
@@ -31,7 +32,7 @@ def prepare_folder(
     Args:
         folder: The folder.
         markers: Files in it of which one exists if it holds a run, of whatever example.
-        resume: Whether to go on with that run.
+        resume: Whether to continue that run; if there is none, a line says that one is started.
         overwrite: Whether to replace that run.
 
     Returns:
@@ -52,10 +53,13 @@ def prepare_folder(
         refuse(f"Cannot write to the output folder {folder}: {reason}.", error)
     except FolderInUseError as error:
         refuse(str(error), error)
-    if any(marker.exists() for marker in markers) and not (resume or overwrite):
+    held = any(marker.exists() for marker in markers)
+    if resume and not held:  # perhaps another folder was meant, and a run takes minutes
+        print(f"{folder} holds no run yet; starting one.", flush=True)
+    if held and not (resume or overwrite):
         lock.release()
         refuse(
-            f"{folder} holds a run already. Pass --resume to go on with it, --overwrite "
+            f"{folder} holds a run already. Pass --resume to continue it, --overwrite "
             "to start over, or another --output."
         )
     return lock

@@ -44,7 +44,7 @@ def plain_endings(name: str, resumable: bool = True) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(f"Interrupted{'; go on with --resume' * resumable}.") from None
+        raise SystemExit(f"Interrupted{'. Pass --resume to continue' * resumable}.") from None
     except OSError as error:
         refuse(f"{name}: {_of_system(error, resumable)}", error)
     except (ValueError, ImportError) as error:
@@ -61,5 +61,5 @@ def _of_system(error: OSError, resumable: bool) -> str:
     text = f"{error.strerror}{where}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         text += " What was written before is whole; make room"
-        text += f"{' and go on with --resume' * resumable}, or choose another --output."
+        text += f"{' and continue with --resume' * resumable}, or choose another --output."
     return text

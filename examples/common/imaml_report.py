@@ -50,18 +50,18 @@ def claims(
     gain = accuracies[IMAML] - accuracies[MAML]
     own, other = sizes(memory, IMAML), sizes(memory, MAML)
     text = ", ".join(f"{count} steps {size:.1f}" for count, size in own.items())
-    beside = ", ".join(f"{count} steps {size:.1f}" for count, size in other.items())
+    plain = ", ".join(f"{count} steps {size:.1f}" for count, size in other.items())
     least, most = min(own), max(own)
     return [
         {
             "claim": "iMAML learns unseen classes as well as MAML, within a point",
-            "measured": f"{accuracies[IMAML]} beside {accuracies[MAML]}, difference over the same "
+            "measured": f"{accuracies[IMAML]} against {accuracies[MAML]}, difference over the same "
             f"{len(gain.values)} tasks {gain.estimate:.2f} points",
             "holds": gain.mean > -SAME_ACCURACY,
         },
         {
             "claim": "the memory of iMAML does not grow with inner steps",
-            "measured": f"iMAML {text} MiB; MAML {beside}",
+            "measured": f"iMAML {text} MiB; MAML {plain}",
             "holds": own[most] < SAME_MEMORY * own[least] + 1,
         },
         {

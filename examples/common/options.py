@@ -13,8 +13,8 @@ import torch
 from common.endings import refuse
 
 
-THREADS = "CPU threads; tensors as small as these are done sooner by one than by two"
-QUICK = "run for some seconds, only to see that it works; unless given, "
+THREADS = "CPU threads; one is faster than two for tensors this small"
+QUICK = "run for a few seconds, just to check that everything works; unless you set them: "
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,7 +107,7 @@ def parser(
     add("--device", type=device, default="cpu", help="where to compute, such as cpu or cuda:0")
     add("--threads", type=positive_int, default=1, help=threads)
     add("--output", type=Path, default=output, help="folder for all results")
-    add("--resume", action="store_true", help="go on with the run in the output folder")
+    add("--resume", action="store_true", help="continue the run in the output folder")
     add("--overwrite", action="store_true", help="replace the run in the output folder")
     return result
 
@@ -166,6 +166,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def two_or_more(text: str) -> int:
+    """Read a whole number >= 2."""
+    value = _integer(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {value}")
+    return value
+
+
 def positive_float(text: str) -> float:
     """Read a number > 0."""
     value = _number(text)
@@ -203,7 +211,7 @@ def device(text: str) -> torch.device:
 
 #: What ``--help`` calls a value.
 METAVARS: dict[Any, str] = {
-    **dict.fromkeys((whole, positive_int), "N"),
+    **dict.fromkeys((whole, positive_int, two_or_more), "N"),
     **dict.fromkeys((positive_float, non_negative_float, share), "X"),
     device: "DEVICE",
     Path: "DIR",

@@ -89,7 +89,7 @@ VERDICTS = {True: "holds", False: "does not hold", None: "too small to judge"}
 
 
 def print_claims(claims: Sequence[dict[str, Any]], quick: bool = False) -> list[dict[str, Any]]:
-    """Print what papers claim beside what was measured, and return what is kept of it.
+    """Print what papers claim and what was measured, and return what is kept of it.
 
     Args:
         claims: Each with ``claim``, ``measured`` and ``holds``, which is ``None`` where too little

@@ -106,7 +106,7 @@ def _better(rows: Rows, task: str, other: str) -> dict[str, Any] | None:
     where = "wrong labels" if most is None else f"two digits, {most} of one"
     ours, theirs = (accuracies(rows, task, method, most) for method in (REWEIGHTED, other))
     difference = estimate([a - b for a, b in zip(ours, theirs)])
-    measured = f"{_text(ours)} % beside {_text(theirs)} %, difference {difference:.1f} points"
+    measured = f"{_text(ours)} % against {_text(theirs)} %, difference {difference:.1f} points"
     claim = f"{where}: learned weights are better than {other}"
     return {"claim": claim, "measured": measured, "holds": difference.above(0)}
 
@@ -129,7 +129,7 @@ def _lower_weight(rows: Rows) -> dict[str, Any]:
     difference = estimate([b - a for a, b in zip(wrong, right)])
     return {
         "claim": "images with wrong labels get lower weights",
-        "measured": f"{estimate(wrong)} beside {estimate(right)} (1 is an equal share)",
+        "measured": f"{estimate(wrong)} against {estimate(right)} (1 is an equal share)",
         "holds": difference.above(0),
     }
 
@@ -181,8 +181,9 @@ def _draw_imbalance(axes: Any, rows: Rows, digits: Sequence[int]) -> None:
             label=method,
         )
     axes.set_xticks(range(len(places)), [f"{p}" for p in places])
+    axes.set_xlim(-0.5, len(places) - 0.5)  # the markers of one place together, even if it is alone
     axes.set_ylim(0, 85)  # room for the legend
-    axes.set(xlabel=f"share of the frequent digit ({digits[1]} beside {digits[0]})")
+    axes.set(xlabel=f"share of the frequent digit ({digits[1]} against {digits[0]})")
     axes.set(ylabel="test error (%)", title="One digit is rare")
     axes.legend(fontsize=8, ncols=2, loc="upper center")
 

@@ -173,7 +173,7 @@ class Training:
         save_checkpoint(self.path, content)
 
     def restore(self) -> None:
-        """Go on from the checkpoint, if there is one and ``--resume`` is given."""
+        """Continue from the checkpoint, if there is one and ``--resume`` is given."""
         if not self.args.resume:
             self.path.unlink(missing_ok=True)  # of a run that is overwritten
         if not self.path.exists():

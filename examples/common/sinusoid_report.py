@@ -70,7 +70,7 @@ def table(tested: Sequence[Tested], seeds: int, waves: int) -> Table:
 
 
 def claims(tested: Sequence[Tested], usual: str, half: str) -> list[dict[str, Any]]:
-    """Return what the paper claims beside what was measured.
+    """Return what the paper claims and what was measured.
 
     Args:
         tested: All results.
@@ -99,7 +99,7 @@ def claims(tested: Sequence[Tested], usual: str, half: str) -> list[dict[str, An
         last = len(maml.errors[0]) - 1
         gain = [row[1] - row[last] for row in maml.errors]
         text = f"error {maml.after(1)} after 1 step, {maml.after(last)} after {last}"
-        claim = "MAML goes on improving with more steps than one"
+        claim = "MAML keeps improving beyond one step"
         result.append(_claim(claim, f"{usual}: {text}", gain))
     return result
 
@@ -175,6 +175,8 @@ def _draw_fit(axes: Any, fit: Fit) -> None:
 
 
 def _draw_errors(axes: Any, tested: Sequence[Tested]) -> None:
+    from matplotlib.ticker import LogFormatter
+
     conditions = list(dict.fromkeys(t.condition for t in tested if "at x" not in t.condition))
     usual = [test for test in tested if test.condition in conditions]
     for test in usual:
@@ -201,6 +203,9 @@ def _draw_errors(axes: Any, tested: Sequence[Tested]) -> None:
             fontsize="small",
         )
     axes.set(xlabel="gradient steps on the points", yscale="log")
+    # short labels: such as 6 x 10^0 would reach into the panel on the left
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     axes.set_title("mean squared error on new waves")
     last = max(len(test.errors[0]) for test in usual) - 1
     axes.set_xticks(range(0, last + 1, max(1, last // 5)))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor, nn
 
 from torchopt.nn import put_back
+from torchopt.nn.parameters import FastWeight
 from torchopt.visual import words
 from torchopt.visual.entering import entering_leaves
 from torchopt.visual.graph import Extraction
@@ -16,18 +17,34 @@ from torchopt.visual.walk import Step, ancestors, users_of
 
 def outside_of_the_block(found: Extraction) -> Iterator[str]:
     """Tell of a loss of a network that a block has put back, if no step lies before it."""
-    if found.walk.steps:
+    if found.walk.steps or made_by_steps(found):
         return
     reached = {id(unit.tensor) for unit in found.units if unit.kind == "leaf"}
     for network in list(put_back.networks):
         if any(id(parameter) in reached for parameter in network.parameters()):
             yield (
-                "* The loss was taken outside of the inner_loop block, or before its first step: "
-                "it was computed from the initial weights, which the end of the block puts back, "
-                "and no inner step lies before it. Compute it inside of the block, after the steps "
-                "(its backward pass may come later)."
+                "* The loss was taken outside of the inner_loop block, before the first step, or "
+                "after stop_gradient: no inner step leads to the weights that it was computed "
+                "from. The end of a block puts the initial weights back, so compute the loss "
+                "inside, after the steps (its backward pass may come later)."
             )
             return
+
+
+def not_recorded(found: Extraction) -> Iterator[str]:
+    """Tell of steps that have made the weights of a loss and are not in its graph."""
+    if not found.walk.steps and made_by_steps(found):
+        yield (
+            "* The inner steps were not recorded: they made the weights that the loss was computed "
+            "from, but under torch.no_grad(), so that nothing leads back through them. Take the "
+            "steps with gradients enabled."
+        )
+
+
+def made_by_steps(found: Extraction) -> bool:
+    """Whether the loss reaches weights that a differentiable optimizer made without a graph."""
+    # initial weights, and those after stop_gradient, are nn.Parameter itself
+    return any(type(unit.tensor) is FastWeight for unit in found.units if unit.kind == "leaf")
 
 
 def another_network(found: Extraction, named: Sequence[tuple[str, Tensor]]) -> Iterator[str]:

@@ -58,7 +58,7 @@ def explain(loss: Tensor, param: Tensor | str, params: Any = None) -> str:
         >>> inner.step(net(torch.ones(3, 2)).square().mean())
         >>> loss = net(torch.ones(3, 2)).square().mean()
         >>> print(torchopt.visual.explain(loss, "lr", {"lr": lr}).splitlines()[0])
-        'lr' (shape (), float32): its gradient is None, for the loss never reaches it.
+        'lr' (shape (), float32): its gradient is None: it is not in the graph of the loss.
     """
     named = named_tensors(params)
     tensor = _tensor_of(param, named)
@@ -75,7 +75,7 @@ def explain(loss: Tensor, param: Tensor | str, params: Any = None) -> str:
     output = _position(found, tensor)
     if output is None:
         lines = [
-            f"{what}: its gradient is None, for the loss never reaches it.",
+            f"{what}: its gradient is None: it is not in the graph of the loss.",
             *reasons(found, tensor, named),
             *reached_leaves(found),
         ]
@@ -135,17 +135,17 @@ def _no_gradient_at_all(loss: Tensor, tensor: Tensor) -> str | None:
             "what requires grad"
         )
         return (
-            f"it has no gradient, for it does not require grad: {cure}, before the loss is "
-            "computed."
+            f"it has no gradient, because it does not require grad: {cure}, before the loss "
+            "is computed."
         )
     if not (loss.is_floating_point() or loss.is_complex()):
         return (
-            f"its gradient is None, for the loss is of the type {dtype_name(loss)}: rounding, "
+            f"its gradient is None, because the loss has the type {dtype_name(loss)}: rounding, "
             "argmax, counting and comparing give integers, through which nothing flows."
         )
     if not loss.requires_grad:
         return (
-            "its gradient is None, for the loss has no graph at all: it was computed under "
+            "its gradient is None, because the loss has no graph at all: it was computed under "
             "torch.no_grad(), detached (.detach(), .item(), torch.tensor(...)), computed from "
             "integers, or from nothing that requires grad. After inner steps under "
             "torch.no_grad() the weights are leaves, and the loss should still have a graph."
@@ -200,7 +200,7 @@ def _reached(
         return [*lines, *cut_lines, *_paths(found, output)]
     value = "exactly zero" if word == "zero" else "None"
     return [
-        f"{what}: its gradient is {value}, though the loss reaches it.",
+        f"{what}: its gradient is {value}, although it is in the graph of the loss.",
         *_where_it_ends(found, killers(seen)),
         *cut_lines,
         *_paths(found, output),
@@ -212,14 +212,14 @@ def _failed(what: str, found: Extraction, error: RuntimeError) -> list[str]:
     message = str(error).split(" Hint:")[0]
     if "modified by an inplace operation" in message:
         lines = [
-            f"{what}: the backward pass fails, for a tensor that it needs was overwritten in place."
+            f"{what}: the backward pass fails: a tensor that it needs was overwritten in place."
         ]
         for position, node in enumerate(found.walk.nodes):
             spoilt = [name for name, saved in saved_tensors(node) if saved == OVERWRITTEN]
             if spoilt:
                 lines.append(
-                    f"* {place(found, position)} has saved {', '.join(spoilt)}, which was "
-                    "overwritten since."
+                    f"* {place(found, position)} has saved {', '.join(spoilt)}, which has "
+                    "been overwritten since."
                 )
         lines.append(
             "* Replace the in-place operation (x += y, x.add_(y), x[i] = y, or optimizer.step() "

@@ -12,7 +12,7 @@ from torchopt.kernels.independent import is_name
 from torchopt.visual import words
 from torchopt.visual.choices import choices, one_hot_rows
 from torchopt.visual.contract import with_cut_leaves_grouped
-from torchopt.visual.elsewhere import another_network, outside_of_the_block
+from torchopt.visual.elsewhere import another_network, not_recorded, outside_of_the_block
 from torchopt.visual.graph import Extraction
 from torchopt.visual.operations import dtype_name, operation_label, saved_tensors
 from torchopt.visual.walk import Step, walk
@@ -26,9 +26,9 @@ def reasons(found: Extraction, tensor: Tensor, named: Sequence[tuple[str, Tensor
         tensor: A tensor that it does not reach.
         named: All tensors that have names.
     """
-    outside = list(outside_of_the_block(found))
     evidence = [
-        *outside,
+        *outside_of_the_block(found),
+        *not_recorded(found),
         *_made_elsewhere(found, tensor),
         *_constants(found, tensor),
         *_other_leaves(found, tensor),
@@ -46,15 +46,14 @@ def reasons(found: Extraction, tensor: Tensor, named: Sequence[tuple[str, Tensor
         return [*other, *integers]
     return [
         *integers,
-        "* Its values are nowhere in the graph: it was not used, or only in a form without graph "
-        "(detached, under torch.no_grad(), through .item(), or to choose, as by argmax or a "
-        "comparison).",
+        "* Its values are nowhere in the graph: it was not used, or only detached, under "
+        "torch.no_grad(), through .item(), or to make a choice (as argmax and comparisons do).",
         *_no_steps(found),
     ]
 
 
 def reached_leaves(found: Extraction) -> list[str]:
-    """Return a line that lists the leaves that the loss does reach, in short those without name."""
+    """Return a line that lists the leaves of the graph; unnamed ones are only counted."""
     count = sum(node.kind == "leaf" for node in found.graph.nodes)
     leaves = [n for n in with_cut_leaves_grouped(found.graph).graph.nodes if n.kind == "leaf"]
     named = [" = ".join(node.name.split("\n")) for node in leaves if node.name]
@@ -63,9 +62,12 @@ def reached_leaves(found: Extraction) -> list[str]:
     others = [node for node in leaves if not node.name and not node.cuts]
     if len(others) == 1:
         shown.append(f"unnamed {others[0].shape}")
+    elif others and not shown:
+        return [f"* The graph of the loss has {count} leaves, none of them named."]
     elif others:
-        shown.append(f"{len(others)} without a name")
-    return [f"* What the loss does reach ({count}): {', '.join(shown)}."]
+        shown.append(f"{len(others)} unnamed")
+    counted = "1 leaf" if count == 1 else f"{count} leaves"
+    return [f"* The graph of the loss has {counted}: {', '.join(shown)}."]
 
 
 def _in_order(found: Extraction) -> list[int]:
@@ -209,7 +211,8 @@ def _no_steps(found: Extraction) -> Iterator[str]:
         yield (
             "* No optimizer step lies before the loss. It was computed before the steps, with "
             "another network, or after the initial weights were put back (outside of an inner_loop "
-            "block, by recover_state_dict); or the steps ran under torch.no_grad()."
+            "block, by recover_state_dict); or the steps ran under torch.no_grad() or were cut off "
+            "by stop_gradient."
         )
 
 

@@ -67,9 +67,9 @@ class Checkpointed:
         slots: How many carries ``"revolve"`` keeps, the start included; by default twice as many
             as ``"log"``, which takes fewer steps again.
         store: Where: in ``"memory"``, where they are; on the ``"cpu"``; or in a folder (a path, or
-            text such as ``"./run"``), for long runs. A run that was killed goes on there when the
-            same program is started again, forwards or backwards, with the same digits: of
-            :math:`T` steps at most :math:`\sqrt T` are lost. Files are written by
+            text such as ``"./run"``), for long runs. A run that was killed, in the forward or in
+            the backward pass, continues there bit for bit when the same program is started again:
+            of :math:`T` steps at most :math:`\sqrt T` are lost. Files are written by
             ``torch.distributed.checkpoint`` and renamed, named with T, step and a digest of what
             the run computes with, removed when they are used up, and kept after an error. What
             ``"sqrt"``, ``"log"`` and ``"revolve"`` make again on the way back stays in memory. One

@@ -39,7 +39,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise OSError(
                 cause.errno,
                 f"A checkpoint could not be written to {path} ({cause.strerror}). Those before it "
-                "are whole: make room, and start the same program again, which goes on from there",
+                "are whole: make room, and start the same program again, which continues there",
             ) from error
         raise
 

@@ -122,7 +122,7 @@ def refuse_others(folder: Path, prefix: str, settings: dict[str, str]) -> None:
         whose = path.name.removesuffix("settings")
         raise ValueError(
             f"{folder} holds checkpoints of another run. What differs: {shown}. Give this run a "
-            f"folder of its own, or remove those ({whose}*) if nobody will go on with them."
+            f"folder of its own, or remove its checkpoints ({whose}*) if nobody will resume it."
         )
 
 

@@ -75,7 +75,7 @@ class Panel {
     const { nodes, home, rails, cuts } = this.model;
     const leaves = this.model.keys((key) => nodes[key].kind === "leaf" && home[key] >= 0);
     const values = this.model.keys((key) => nodes[key].kind === "value");
-    const hint = "Select a parameter to light every path from the loss to it.";
+    const hint = "Select a parameter to highlight every path from the loss to it.";
     return [
       element("p", { className: "hint", textContent: hint }),
       this.nodes("Used in several steps", this.model.byName(rails)),
