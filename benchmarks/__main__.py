@@ -25,7 +25,6 @@ from benchmarks.runner import Effort, measure
 
 
 JSON = ROOT / "benchmarks/results/benchmarks.json"
-PICTURE = ROOT / "docs/images/benchmarks.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +79,7 @@ def write(content: dict[str, Any], options: argparse.Namespace, whole: bool) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"Figures: {path}")
-    path = options.picture or (PICTURE if whole else None)
+    path = options.picture
     if path is not None:
         clock = "by the clock" if options.clock == "wall" else "processor time"
         about = f"{content['machine']['cpu']}, {content['threads']} thread(s), {clock}"

@@ -260,3 +260,18 @@ def test_a_solver_that_ended_early_warns() -> None:
             number(),
             adjoint=Implicit(),
         )
+
+
+def test_a_solution_unlike_the_start_at_which_the_condition_fails() -> None:
+    def condition(x: Tensor, theta: Tensor) -> Tensor:
+        return x * x - theta
+
+    def solver(x: Tensor, theta: Tensor) -> Any:
+        return theta.sqrt(), theta
+
+    theta = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(TypeError, match=r"solver.*not that of the start.*pass has_aux=True"):
+        custom_root(condition, argnums=1)(solver)(torch.tensor(1.0), theta)
+    found, _ = custom_root(condition, argnums=1, has_aux=True)(solver)(torch.tensor(1.0), theta)
+    (gradient,) = torch.autograd.grad(found, theta)
+    torch.testing.assert_close(gradient, 0.5 / theta.detach().sqrt())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -121,13 +122,37 @@ def custom_root(
             solution, aux = solved(solver, positional, keywords, has_aux)
             condition = Condition(optimality_fn, solution, arguments, solve)
             condition.warn_of_constants(short(argnums), positional[0])
-            if condition.is_differentiated(residual_check):
-                solution = condition.solution()
+            with of_other_structure(solver, solution, positional[0], has_aux):
+                if condition.is_differentiated(residual_check):
+                    solution = condition.solution()
             return (solution, aux) if has_aux else solution
 
         return wrapped
 
     return decorate
+
+
+@contextlib.contextmanager
+def of_other_structure(
+    solver: Callable[..., Any], solution: PyTree, start: PyTree, has_aux: bool
+) -> Iterator[None]:
+    """Say so, where the condition fails at a solution that is unlike the start.
+
+    Raises:
+        TypeError: From what the condition has raised.
+    """
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, IndexError) as error:  # the user's own
+        found, expected = tree.leaf_paths(solution), tree.leaf_paths(start)
+        if found == expected:
+            raise
+        aux = "" if has_aux else " If it returns more than the solution, pass has_aux=True."
+        raise TypeError(
+            f"The condition failed at what {given(solver)} returned, whose structure is not that "
+            f"of the start: {tree.first_difference(found, expected)}.{aux} It raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def custom_fixed_point(
