@@ -24,7 +24,7 @@ def optimizers() -> str:
     public = [getattr(torchopt, name) for name in dir(torchopt)]
     classes = [x for x in public if isinstance(x, type)]
     plain = {x for x in classes if issubclass(x, torchopt.Optimizer) and "recipe" in _init(x)}
-    twins = {x.twin: x for x in classes if issubclass(x, torchopt.MetaOptimizer)}
+    twins = {x._twin: x for x in classes if issubclass(x, torchopt.MetaOptimizer)}
     rows = []
     for cls in sorted(plain, key=lambda x: x.__name__.lower()):
         recipe = _init(cls)["recipe"]

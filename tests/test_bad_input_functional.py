@@ -213,7 +213,7 @@ def test_a_learned_weight_decay_without_params() -> None:
 
 @pytest.mark.parametrize("leaf", [1.0, "w", 3, object()], ids=["float", "str", "int", "object"])
 def test_init_expects_tensors(leaf: Any) -> None:
-    with pytest.raises(TypeError, match=r"Parameter 'w' must be a tensor or None, got"):
+    with pytest.raises(TypeError, match=r"init expects parameter 'w' to be a tensor or None, got"):
         torchopt.adam().init({"w": leaf})
 
 

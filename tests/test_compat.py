@@ -233,7 +233,7 @@ def test_stateless_transformations_take_no_state() -> None:
     ],
 )
 def test_what_keeps_something_needs_its_state(tx: Any) -> None:
-    with pytest.raises(TypeError, match=r"write state = tx\.init\(params\)"):
+    with pytest.raises(TypeError, match=r"Write state = tx\.init\(params\)"):
         tx.update([nonzero(3)], None)
 
 

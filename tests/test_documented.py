@@ -77,7 +77,13 @@ def test_a_class_has_the_arguments_of_its_recipe_with_their_meanings(cls: Any) -
     assert middle[: len(theirs)] == list(theirs.values())
     rest = {p.name: p.default for p in middle[len(theirs) :]}
     assert rest == ({} if cls in META else SWITCHES)
-    assert documented(recipe).items() <= documented(cls).items()
+    meanings = {
+        name: re.sub(
+            r";\s+needs\s+``params``\s+in\s+``update``", "", meaning
+        )  # which a class has not
+        for name, meaning in documented(recipe).items()
+    }
+    assert meanings.items() <= documented(cls).items()
     text = inspect.getdoc(cls) or ""
     assert ">>>" not in text, "the example shows the other API"
     assert ".. math::" in text

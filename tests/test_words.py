@@ -34,9 +34,17 @@ TREES: dict[str, Entry] = {
         TypeError,
         ("the method parameters", "Call it"),
     ),
-    "init": (lambda: TX().init(parameters()), TypeError, ("got generator", *TREE[1:])),
-    "init-network": (lambda: TX().init(net()), TypeError, ("got Sequential", "named_parameters")),
-    "init-method": (lambda: TX().init(net().parameters), TypeError, ("got method", "Call it")),
+    "init": (lambda: TX().init(parameters()), TypeError, ("got a generator", *TREE[1:])),
+    "init-network": (
+        lambda: TX().init(net()),
+        TypeError,
+        ("got the network Sequential", "named_parameters"),
+    ),
+    "init-method": (
+        lambda: TX().init(net().parameters),
+        TypeError,
+        ("got the method parameters", "Call it"),
+    ),
     "func-init": (lambda: torchopt.FuncOptimizer(TX()).init(parameters()), TypeError, TREE[1:]),
     "grads": (
         lambda: TX().update(iter([torch.ones(2)]), TX().init([torch.ones(2)])),

@@ -124,6 +124,14 @@ LOOPS: dict[str, Entry] = {
 }
 
 
+class Network(nn.Module):
+    """A network of a user's, which only fails when it is called."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what no number has."""
+        return x.flatten()
+
+
 LR = "lr must be a number, a tensor"
 VALUES: dict[str, Entry] = {
     "scheduler-class": (
@@ -170,14 +178,19 @@ VALUES: dict[str, Entry] = {
         ("The schedule lr", "at count 0", "None"),
     ),
     "network": (
-        lambda: torchopt.sgd(net()).init(tree()),
+        lambda: torchopt.sgd(net()),
         TypeError,
-        ("lr was asked", "the network Sequential", "torchopt.MetaOptimizer(net, tx)"),
+        (LR[:20], "the network Sequential", "torchopt.MetaOptimizer(net, tx)"),
+    ),
+    "network-of-users": (
+        lambda: torchopt.sgd(Network()).init(tree()),
+        TypeError,
+        ("lr was asked", "the network Network", "torchopt.MetaOptimizer(net, tx)"),
     ),
     "generator": (
         lambda: torchopt.sgd(parameters()),
         TypeError,
-        (LR, "a generator", "torchopt.SGD(net.parameters(), lr=0.1)"),
+        (LR, "a generator", "torchopt.Adam(net.parameters(), lr=0.1)"),
     ),
     "numpy": (lambda: torchopt.adam(lr=numpy.ones(999)), TypeError, ("ndarray", "torch.as_tensor")),
     "long-text": (lambda: torchopt.adam(lr="x" * 999), TypeError, (LR, "[...]")),

@@ -36,9 +36,9 @@ def signature_of_recipe(
     return result
 
 
-def keywords_of(recipe: Callable[..., Any]) -> list[str]:
-    """Return what a recipe takes by keyword, those of TorchOpt 0.7.3 last."""
-    return [*inspect.signature(recipe).parameters, *getattr(recipe, "also_takes", ())]
+def keywords_of(recipe: Callable[..., Any]) -> tuple[list[str], list[str]]:
+    """Return what a recipe takes by keyword, and what it takes from calls for TorchOpt 0.7.3."""
+    return list(inspect.signature(recipe).parameters), getattr(recipe, "also_takes", [])
 
 
 def renamed(**names: str) -> Callable[[F], F]:

@@ -71,7 +71,7 @@ def from_recipe(
             title = type(self).__name__
             misuse.refuse_switches(title, capturable, differentiable)
             kwargs = misuse.without_fixed(title, kwargs, self.fixed_options)
-            misuse.check_keywords(title, kwargs, known)
+            misuse.check_keywords(title, kwargs, *known)
             if fused:
                 kwargs["use_accelerated_op"] = True
             Optimizer.__init__(self, params, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
@@ -92,7 +92,7 @@ def meta_from_recipe(
 
     def decorate(documented: Callable[[Any, Any], None]) -> Any:
         def init(self: Any, module: Networks, *args: Any, **kwargs: Any) -> None:
-            misuse.check_keywords(type(self).__name__, kwargs, known)
+            misuse.check_keywords(type(self).__name__, kwargs, *known)
             MetaOptimizer.__init__(self, module, recipe(*args, **kwargs))  # pyright: ignore[reportCallIssue]
 
         known = keywords_of(recipe)

@@ -69,7 +69,7 @@ def given(value: Any) -> str:
         return short(value)
     if is_optimizer(value):
         return f"the optimizer {name}"
-    article = "an" if name[:1] in "AEIOU" else "a"
+    article = "an" if name[:1] in "AEIOUaeiou" else "a"
     if isinstance(value, (list, tuple, Mapping)):
         return f"{article} {name} of length {len(value)}"
     if is_read_once(value) or " object at 0x" in repr(value):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torchopt.base.misuse.given import short
@@ -28,15 +28,16 @@ ELSEWHERE = {
 }
 
 
-def check_keywords(caller: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a keyword that there is none of.
+def check_keywords(
+    caller: str, given: Iterable[str], known: Sequence[str], former: Sequence[str]
+) -> None:
+    """Refuse a keyword that is neither known nor a former name.
 
     Raises:
         TypeError: With the nearest one.
     """
-    known = list(known)
     for name in given:
-        if name in known:
+        if name in known or name in former:
             continue
         advice = ""
         other = ELSEWHERE.get(name, "")
