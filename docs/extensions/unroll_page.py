@@ -41,7 +41,7 @@ PROBLEMS = {
     "deep": "16 steps of gradient descent; tanh network, 16 layers of width 256, batch 2,048",
     "long": "256 steps of gradient descent; network of 32-256-1, batch 256",
     "few-shot, 1,000 steps": "1,000 steps of Adam on the few-shot example's network, 5 images",
-    "few-shot, 10,000 steps": "10,000 of these steps",
+    "few-shot, 10,000 steps": "10,000 steps of the same",
 }
 
 
@@ -84,12 +84,13 @@ def ways(study: dict[str, Any]) -> str:
 
 
 def problems(memory: dict[str, Any]) -> str:
-    """Return the table of the benchmark's problems, beside the plain unroll and ``higher``."""
+    """Return a table for each of the benchmark's problems, against the plain unroll."""
     from benchmarks.unroll_memory import LIMITS, MEGABYTES  # needs the root on the path
 
-    lines = [["loop", "way", "MB", "seconds", "of the memory", "of the time", "target"]]
+    parts = []
     for name, what in PROBLEMS.items():
-        for i, (way, row) in enumerate(memory.get(name, {}).items()):
+        lines = [["way", "MB", "seconds", "of the memory", "of the time", "target"]]
+        for way, row in memory.get(name, {}).items():
             ratios = ["", ""]
             if "memory" in row:
                 ratios = [f"{row['memory']:.3f}", f"{row['time']:.2f}"]
@@ -99,8 +100,9 @@ def problems(memory: dict[str, Any]) -> str:
             elif name in MEGABYTES and way != PLAIN:
                 target = f"≤ {MEGABYTES[name]:,} MB"
             figures = [number(row["mb"]), number(row["seconds"])]
-            lines.append(["" if i else what, f"`{way}`", *figures, *ratios, target])
-    return table(lines)
+            lines.append([f"`{way}`", *figures, *ratios, target])
+        parts.append(f"**{what}**\n\n{table(lines)}")
+    return "\n".join(parts)
 
 
 def compiled_steps(compiled: dict[str, Any]) -> str:
