@@ -216,24 +216,31 @@ class Registry:
 
     late = number(0.5).double()
 
-    def __call__(self, n: int) -> Any:
-        return Registry.late if n else 1.0
+    def __call__(self, use: bool) -> Any:
+        return Registry.late if use else 1.0
 
 
 @pytest.mark.parametrize("name", REPLAYED)
-def test_a_hidden_tensor_that_a_later_step_reads_first_is_named(name: str) -> None:
-    rate = Registry()
+@pytest.mark.parametrize("when", ["from the second on", "in the last", "in the middle"])
+def test_a_hidden_tensor_that_a_later_step_reads_first(name: str, when: str) -> None:
+    """The second and the last step are looked at too; what only others read is named."""
+    rate, used = Registry(), {"from the second on": range(1, 9), "in the last": [8]}
 
     def step(carry: Any, _: None) -> Any:
         w, n = carry
-        return (w * rate(n), n + 1), None
+        return (w * rate(n in used.get(when, [4])), n + 1), None
 
-    def differentiated() -> None:
-        (w, _), _ = unroll(step, (W, 0), length=4, adjoint=ADJOINTS[name])
-        torch.autograd.grad(w.sum(), W)
+    def differentiated(adjoint: Any) -> list[Tensor]:
+        (w, _), _ = unroll(step, (W, 0), length=9, adjoint=adjoint)
+        loss = w.sum() + Registry.late**2
+        return list(torch.autograd.grad(loss, [W, Registry.late]))
 
-    with pytest.raises(RuntimeError, match=r"depends on a tensor.*first step does not read"):
-        differentiated()
+    if when == "in the middle":
+        with pytest.raises(RuntimeError, match=r"depends on a tensor.*first step does not read"):
+            differentiated(ADJOINTS[name])
+        return
+    expected = differentiated(Unrolled())
+    torch.testing.assert_close(differentiated(ADJOINTS[name]), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", REPLAYED)

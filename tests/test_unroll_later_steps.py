@@ -15,21 +15,89 @@ from torchopt.diff.replay.random_state import RandomState
 
 
 @pytest.mark.parametrize("adjoint", [Checkpointed(), Checkpointed("log"), Forward()], ids=repr)
-def test_what_the_first_step_alone_leaves_constant_is_right_or_refused(adjoint: Any) -> None:
-    def run(adjoint: Any) -> Tensor:
+def test_what_the_first_step_alone_leaves_constant(adjoint: Any) -> None:
+    def run(adjoint: Any, only: int | None = None) -> Tensor:
         def step(carry: Any, _: None) -> Any:
             w, m, n = carry
+            y = w.sum() if (n % 2 if only is None else n == only) else torch.zeros(()).double()
             m = 0.9 * m + w.cos() if n else torch.zeros_like(w).detach()
-            return (w - 0.1 * m, m, n + 1), w.sum() if n % 2 else torch.zeros(()).double()
+            return (w - 0.1 * m, m, n + 1), y
 
-        (w, m, _), ys = unroll(step, (W, torch.zeros_like(W), 0), length=4, adjoint=adjoint)
+        (w, m, _), ys = unroll(step, (W, torch.zeros_like(W), 0), length=5, adjoint=adjoint)
         return torch.autograd.grad(w.sum() + m.sin().sum() + ys.sum(), W)[0]
 
-    if isinstance(adjoint, Forward):
-        torch.testing.assert_close(run(adjoint), run(Unrolled()), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(run(adjoint), run(Unrolled()), rtol=1e-10, atol=1e-12)
+    if isinstance(adjoint, Forward):  # which knows of every step
+        torch.testing.assert_close(run(adjoint, 2), run(Unrolled(), 2), rtol=1e-10, atol=1e-12)
         return
-    with pytest.raises(RuntimeError, match=r"In the first step .* is a constant"):
-        run(adjoint)
+    with pytest.raises(RuntimeError, match=r"In the first step y is a constant"):
+        run(adjoint, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+@pytest.mark.parametrize("name", REPLAYED)
+def test_a_network_that_is_only_a_template_is_left_alone(name: str) -> None:
+    """As with functional_call: its own parameters are in sight, and no step reads them."""
+    net, x = nn.Linear(2, 2).double(), torch.randn(3, 2).double()
+    called: list[Any] = []
+    for p in net.parameters():
+        p.register_hook(called.append)
+
+    def step(carry: Any, _: None) -> Any:
+        w, th = carry
+        loss = lambda w: torch.func.functional_call(net, w, x).square().mean()  # noqa: E731
+        return ({n: w[n] - th * g for n, g in torch.func.grad(loss)(w).items()}, th), None
+
+    start = {n: torch.randn_like(p) for n, p in net.named_parameters()}
+    th = number(0.1)
+    (w, _), _ = unroll(step, (start, th), length=4, adjoint=ADJOINTS[name])
+    loss = torch.func.functional_call(net, w, x).sum()
+    with torch.no_grad():
+        net.weight.add_(1)
+    net.requires_grad_(False)
+    loss.backward(create_graph=True)
+    net.requires_grad_(True)
+    assert th.grad is not None
+    assert [p.grad for p in net.parameters()] == [None, None]
+    assert not called
+    (w, _), _ = unroll(step, (start, th.detach()), length=4, adjoint=ADJOINTS[name])
+    assert not any(t.requires_grad for t in w.values())
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_what_is_asked_for_its_shape_alone_may_be_written_to(name: str) -> None:
+    x = torch.ones(2, dtype=torch.float64)
+
+    def step(w: Tensor, _: None) -> Any:
+        return (w * len(x) * x.size(0) / x.numel()).view_as(x) + torch.zeros_like(x), None
+
+    w, _ = unroll(step, W, length=4, adjoint=ADJOINTS[name])
+    x.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(w.sum(), W)[0], torch.full_like(W, 16.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_small_rate_that_has_changed_is_noticed(dtype: torch.dtype) -> None:
+    """The last step moves no weight by more than rounding might, were that guessed generously."""
+
+    class Rates:
+        lr = 1e-3 if dtype is torch.float32 else 1e-6
+
+    start = torch.ones(2, dtype=dtype, requires_grad=True)
+    w, _ = unroll(lambda w, _: (w - Rates.lr * w**2, None), start, length=3, adjoint=Checkpointed())
+    Rates.lr *= 3
+    with pytest.raises(RuntimeError, match="another value"):
+        torch.autograd.grad(w.sum(), start)
+
+
+def test_what_is_written_to_between_orders_is_refused() -> None:
+    x, th = torch.ones((), dtype=torch.float64), number(2.0)
+    start = torch.ones((), dtype=torch.float64)
+    w, _ = unroll(lambda w, _: (w * th * x, None), start, length=3, adjoint=Checkpointed())
+    (g,) = torch.autograd.grad(w, th, create_graph=True)
+    x.mul_(10)
+    with pytest.raises(RuntimeError, match=r"read 'x', which was changed|inplace operation"):
+        torch.autograd.grad(g, th)
 
 
 @pytest.mark.parametrize("name", ["1", "log"])

@@ -14,11 +14,12 @@ from torchopt.base.frozen_function import frozen
 from torchopt.base.misuse.given import given
 from torchopt.base.torch_internals import peek_interpreter_stack
 from torchopt.diff.replay.alike import unknown_error
-from torchopt.diff.replay.job import Job, Point, is_smooth
+from torchopt.diff.replay.job import Job, is_smooth
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.nodes import Program, apply
 from torchopt.diff.replay.programs import Pull, Steps, fresh
 from torchopt.diff.replay.random_state import RandomState
+from torchopt.diff.replay.records import Point
 from torchopt.diff.replay.run import is_recorded, prepared, refuse_levels, results_of
 from torchopt.diff.replay.schedules import Segments
 from torchopt.diff.replay.store import MemoryStore
@@ -189,10 +190,6 @@ class _Product(Pull):
                 results.append(piece.view(tensor.shape).to(tensor.dtype))
             at += tensor.numel() if by else 0
         return results
-
-    def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        """Contract, too: nothing has to be taken again."""
-        return list(self.values(tensors))
 
 
 class _Step:

@@ -20,10 +20,11 @@ from torchopt.base.torch_internals import (
 )
 from torchopt.base.values import describe
 from torchopt.diff.replay import watch
-from torchopt.diff.replay.job import Scope, is_smooth
+from torchopt.diff.replay.job import is_smooth
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.nodes import Derivative, Program, apply
 from torchopt.diff.replay.random_state import Autocast, RandomState, cuda_devices
+from torchopt.diff.replay.records import Scope
 from torchopt.typing import PyTree
 
 

@@ -14,7 +14,7 @@ from torchopt.diff.replay import watch
 from torchopt.diff.replay.loop import called
 from torchopt.diff.replay.random_state import RandomState
 from torchopt.diff.replay.visible import names_in
-from torchopt.diff.replay.writes import by_rounding
+from torchopt.diff.replay.writes import same
 
 
 Job = Any  # which imports this file
@@ -93,7 +93,8 @@ def note_end(job: Job, results: Sequence[Tensor]) -> None:
 
 def versions_of(read: Iterable[Tensor], versions: Mapping[int, int]) -> list[Version]:
     """Return what tells whether tensors have been written to; none is kept alive by it."""
-    return [(weakref.ref(t), versions[id(t)]) for t in read if not t.is_inference()]
+    found = [t for t in read if id(t) in versions and not t.is_inference()]
+    return [(weakref.ref(t), versions[id(t)]) for t in found]
 
 
 def refuse_written(job: Job, when: str) -> None:
@@ -113,15 +114,25 @@ def refuse_written(job: Job, when: str) -> None:
             )
 
 
-def refuse_other_end(job: Job, leaves: Sequence[Any]) -> None:
-    """Refuse a last step that does not end where it ended the first time.
+def refuse_other_end(job: Job, leaves: Sequence[Any], again: Callable[[], Sequence[Any]]) -> None:
+    """Refuse a last step that does not end where it ended the first time, bit by bit.
+
+    ``again`` takes it without a graph, as the first time, if a graph makes a difference.
 
     Raises:
         RuntimeError: Naming the leaf.
     """
     names = [tree.dotted(job.loop.paths[i]) for i in job.carry_at]
-    for name, new, (old, version) in zip(names, job.tensors(leaves), job.end):
-        if old._version == version and not by_rounding(old, new):
+    found = job.tensors(leaves)
+    ends = list(zip(names, job.end))
+    if any(
+        not same(old, new)
+        for new, (_, (old, version)) in zip(found, ends)
+        if old._version == version
+    ):
+        found = job.tensors(again())
+    for new, (name, (old, version)) in zip(found, ends):
+        if old._version == version and not same(old, new):
             raise RuntimeError(
                 f"The last step gives another value of {called(name, 'the carry')} when it is "
                 "taken again for the backward pass: it reads something that has changed since, "

@@ -22,63 +22,13 @@ from torchopt.diff.replay.alike import (
     unknown_error,
 )
 from torchopt.diff.replay.loop import Loop
+from torchopt.diff.replay.probe import look
 from torchopt.diff.replay.random_state import Autocast, RandomState
+from torchopt.diff.replay.records import Begun, Point, Recorded
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Carry, Store
-from torchopt.diff.replay.watch import Substituted, may_have_derivative
+from torchopt.diff.replay.watch import Substituted, depends, may_have_derivative
 from torchopt.diff.replay.watcher import Watcher
-
-
-@dataclass
-class Point:
-    """A moment between two steps, without the tensors: other leaves, and the random states."""
-
-    leaves: list[Any]  # None where a tensor stands
-    random: RandomState
-
-
-@dataclass
-class Begun:
-    """The first step, as it was taken to be compared: the sweep goes on from there."""
-
-    given: list[Any]
-    leaves: list[Any]
-    y: list[Any]
-    random: RandomState
-
-    def from_here(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Return its results, as they would be of these leaves: what it hands on is theirs."""
-        own = {id(old): new for old, new in zip(self.given, leaves)}
-        self.random.put_back()
-        return [own.get(id(x), x) for x in self.leaves], [own.get(id(x), x) for x in self.y]
-
-
-@dataclass
-class Scope:
-    """What a node of the graph has to know of the tensors that it is given.
-
-    They are some of its own (``carry_at`` and ``xs_at`` say how many), and those closed over.
-    """
-
-    consts: list[Tensor]
-    functional: bool  #: Whether levels of torch.func are open.
-    keeps_outside: bool  #: Whether a graph from outside is part of its own.
-    devices: list[int]
-    carry_at: list[int]
-    xs_at: list[int]
-    replaces: bool  #: Whether other tensors are read instead of those closed over.
-
-
-@dataclass
-class Recorded:
-    """A step with its graph; under torch.func only what it is to be taken with."""
-
-    leaves: list[Any]
-    row: Sequence[Tensor]
-    consts: Sequence[Tensor]
-    outputs: list[Any]
-    by: list[Tensor]
-    create_graph: bool
 
 
 @dataclass
@@ -105,7 +55,7 @@ class Job:
     begun: Begun | None = None
     held: set[int] = field(default_factory=set)  #: Tensors that have been put into a store.
     refused: dict[int, Tensor] = field(default_factory=dict)  #: Which no step may read.
-    unread: int = 0  #: How many of ``consts``, the last ones, the first step has not read.
+    exact: bool = False  #: Whether a step has the same bits with a graph and without one.
     versions: list[Version] = field(default_factory=list)
     checks_end: bool = False  #: Whether the last step has to end where it did the first time.
     end: list[tuple[Tensor, int]] = field(default_factory=list)  #: There, and its versions.
@@ -222,8 +172,13 @@ class Job:
         """Take steps of which nothing is recorded; return the last leaves and each step's ``y``."""
         leaves, rows, random, first = self.leaves(tensors, point), [], point.random, 0
         kept, begun = set(keep[1]) if keep else set(), None
+        looks: tuple[int, ...] = ()
         if watcher is not None:
             begun, self.begun = self.begun, None
+            if (
+                watcher.store is None and not self.functional
+            ):  # a run that goes on elsewhere may not take these steps
+                looks = 1, length - 1
         if watcher is not None and (reached := watcher.start_forward(self)) is not None:
             first, leaves, rows, random = reached.step, reached.leaves, reached.rows, reached.random
             random.put_back()
@@ -234,12 +189,38 @@ class Job:
                 self.held.update(map(id, leaves))
             if begun is not None and t == 0:
                 leaves, y = begun.from_here(leaves)
+            elif t in looks:
+                leaves, y = self.look_again(leaves, xs, consts, t)
             else:
                 leaves, y = self.advance(leaves, self.x(xs, t), consts)
             rows.append(y)
             if watcher is not None:
                 watcher.forward(self, t + 1, leaves, rows)
         return leaves, rows
+
+    def look_again(
+        self, leaves: list[Any], xs: Sequence[Tensor], consts: Sequence[Tensor], index: int
+    ) -> tuple[list[Any], list[Any]]:
+        """Take a later step, and find out what the first one has not told: it may be another.
+
+        Raises:
+            RuntimeError: If it reads a tensor from which another was computed that steps read.
+        """
+        seen = look(self.loop, self.devices, False, None, (leaves, index), self.consts)
+        known = set(map(id, self.consts))
+        new = [t for t in seen.consts if id(t) not in known]
+        if new and not self.replaces and depends([*self.consts, *new]) is not None:
+            raise unknown_error(self, new[0])
+        self.consts = [*self.consts, *new]
+        self.calls = max(self.calls, seen.calls)
+        self.keeps_outside |= seen.keeps_outside
+        self.versions += seen.versions
+        differ = zip(self.results_differ, seen.results_differ)
+        self.results_differ = [a or b for a, b in differ]
+        if not self.exact:
+            return self.advance(leaves, self.x(xs, index), consts)
+        seen.after.put_back()
+        return cut(seen.leaves), cut(seen.y)
 
     def record(
         self, leaves: list[Any], row: Sequence[Tensor], consts: Sequence[Tensor], create_graph: bool

@@ -56,7 +56,7 @@ class Isolated(torch.autograd.Function):
             if torch.is_grad_enabled():
                 grads = apply(derivative, inputs)
             else:
-                grads = derivative.gradients(inputs)
+                grads = derivative.values(inputs)
         rest = iter(grads)
         return None, *(next(rest) if d else None for d in program.differs())
 
@@ -93,10 +93,6 @@ class Program(abc.ABC):
     @abc.abstractmethod
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Evaluate it; nothing is recorded."""
-
-    def gradients(self, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Evaluate it; a derivative by what has not been read may be ``None``."""
-        return self.values(tensors)
 
     @abc.abstractmethod
     def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,11 +38,22 @@ class Watched:
 
 
 def look(
-    loop: Loop, devices: list[int], functional: bool, random: RandomState | None = None
+    loop: Loop,
+    devices: list[int],
+    functional: bool,
+    random: RandomState | None = None,
+    at: tuple[list[Any], int] | None = None,
+    known: Sequence[Tensor] = (),
 ) -> Watched:
-    """Take the first step once, with a graph, watching what it reads.
+    """Take the first step once, with a graph, watching what it reads; or the one at a place.
 
-    ``random`` is a state that may be the present one, to be shared then.
+    Args:
+        loop: The loop.
+        devices: The GPUs whose random states count.
+        functional: Whether levels of torch.func are open.
+        random: A state that may be the present one, to be shared then.
+        at: The leaves before a step, and which one it is.
+        known: What earlier steps have read.
 
     Raises:
         ValueError: If it changes a tensor in place, or closes over tensors of which one was
@@ -49,7 +61,7 @@ def look(
     """
     random = RandomState.now(devices, random)
     start = watch.newest_node()
-    first, seen, given = one_step(loop, functional)
+    first, seen, given = one_step(loop, functional, at)
     after = RandomState.now(devices, random)
     _refuse_changes(loop, seen, given, random)
     inside = {id(t) for t in given}
@@ -57,10 +69,11 @@ def look(
     outside = [t for t in outside if id(t) not in inside]
     if not functional:  # what an unseen operation of the step has made has a newer node
         outside = [t for t in outside if watch.is_older(t, start)]
-    if functional or any(t.grad_fn is not None for t in outside):
+    old = set(map(id, known))
+    if functional or any(t.grad_fn is not None for t in outside if id(t) not in old):
         # what an unseen operation of the step has made is another object each time
         random.put_back()
-        _, again, _ = one_step(loop, functional)
+        _, again, _ = one_step(loop, functional, at)
         outside = [t for t in outside if id(t) in again.read]
     random.put_back()
     leaves, y = first
@@ -71,7 +84,7 @@ def look(
     recorded = [t for t in outputs if t.requires_grad]
     consts, alone = watch.reached(recorded, given, outside, start)
     pair = watch.depends(consts)
-    if pair is not None:
+    if pair is not None and at is None:
         random.put_back()
         _refuse_unseen(loop, consts, pair)
         random.put_back()
@@ -106,25 +119,31 @@ def _refuse_unseen(loop: Loop, consts: list[Tensor], pair: tuple[Tensor, Tensor]
     )
 
 
-def _own(x: Any, functional: bool, unchanged: bool = False) -> Any:
+def _own(x: Any, functional: bool, fixed: bool = False) -> Any:
     """Return what a watched step is given instead of a tensor."""
     if not isinstance(x, Tensor):
         return x
     if functional:
         return x.clone()
-    if unchanged and not watch.may_have_derivative(x):
+    if fixed:
         return x.detach().clone()
     if x.is_floating_point() or x.is_complex():
         return x.detach().requires_grad_().clone()  # no leaf: autograd guards these itself
     return x.detach().clone()
 
 
+def _has_derivative(x: Any) -> bool:
+    return isinstance(x, Tensor) and watch.may_have_derivative(x)
+
+
 def one_step(
-    loop: Loop, functional: bool
+    loop: Loop, functional: bool, at: tuple[list[Any], int] | None = None
 ) -> tuple[tuple[list[Any], list[Any]], watch.Watch, list[Tensor]]:
     """Take the first step, watched; return its results, the watch and the tensors it was given."""
-    start = [_own(x, functional, i in loop.unchanged) for i, x in enumerate(loop.start)]
-    row = [None if x is None else _own(x[0], functional) for x in loop.xs]
+    leaves, index = (loop.start, 0) if at is None else at
+    fixed = {i for i in loop.unchanged if not _has_derivative(loop.start[i])}
+    start = [_own(x, functional, i in fixed) for i, x in enumerate(leaves)]
+    row = [None if x is None else _own(x[index], functional) for x in loop.xs]
     x = tree.unflatten(loop.xs_spec, row)
     seen = watch.Watch()
     with torch.enable_grad(), Autocast().again(), seen:
@@ -169,8 +188,10 @@ def check_repeatable(
     watched: Watched,
     run: Callable[[], tuple[list[Any], list[Any]]],
     devices: list[int],
-) -> tuple[tuple[list[Any], list[Any]], RandomState]:
-    """Take the first step again, and compare all bits; return its results and the state after it.
+) -> tuple[tuple[list[Any], list[Any]], RandomState, bool]:
+    """Take the first step again, and compare all bits.
+
+    Return its results, the state after it, and whether a graph makes no difference.
 
     Raises:
         RuntimeError: If anything differs, naming the leaf.
@@ -180,6 +201,8 @@ def check_repeatable(
         first, watched_too = run(), (watched.leaves, watched.y)
         after = RandomState.now(devices, watched.after)
         difference = _difference(loop, first, watched_too)
+        # what is watched runs as it was written, and later steps as they were compiled
+        exact = difference is None and "torch._dynamo" not in sys.modules
         if difference is not None:  # with a graph and without it is not the same to the last bit:
             # by rounding, or because this step is another one
             difference = _difference(loop, first, watched_too, by_rounding)
@@ -196,7 +219,7 @@ def check_repeatable(
             "batch? Put such things into the carry or xs, or differentiate with "
             "adjoint=Unrolled()."
         )
-    return first, after
+    return first, after, exact
 
 
 def _difference(

@@ -7,17 +7,20 @@ each part a node of the graph.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import graph_task_keeps_graph, peek_interpreter_stack
 from torchopt.diff.replay.alike import note_end, refuse_other_end, refuse_written
-from torchopt.diff.replay.job import Job, Point, Recorded, cut
+from torchopt.diff.replay.job import Job, cut
 from torchopt.diff.replay.nodes import Program, apply
-from torchopt.diff.replay.random_state import RandomState
+from torchopt.diff.replay.random_state import RandomState, undisturbed
+from torchopt.diff.replay.records import Point, Recorded
 from torchopt.diff.replay.store import Carry, Layered, Store
 from torchopt.diff.replay.watcher import Watcher
 
@@ -30,6 +33,7 @@ class Steps(Program):
         self.first = first  # whether this is the loop itself, and not a part that is run again
         self.end: Point | None = None
         self.store: Store | None = None
+        self.taken: list[Tensor] | None = None
 
     def differs(self) -> list[bool]:
         """Return by what a loop may be differentiated."""
@@ -39,8 +43,15 @@ class Steps(Program):
         """Return which results of the loop have no derivative."""
         return [not d for d in self.job.results_differ] if self.first else []
 
+    def take(self, tensors: Sequence[Tensor]) -> None:
+        """Take the steps before they are asked for."""
+        self.taken = self.values(tensors)
+
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Take the steps; the loop itself keeps carries for its backward pass."""
+        if self.taken is not None:
+            taken, self.taken = self.taken, None
+            return taken
         job, keep, watcher = self.job, None, None
         if not self.first:
             self.point.random.put_back()
@@ -114,12 +125,6 @@ class Pull(Program):
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Go back as the schedule says."""
-        by = [t for t, d in zip(tensors, self.job.differs()) if d]
-        found = self.gradients(tensors)
-        return [torch.zeros_like(t) if g is None else g for t, g in zip(by, found)]
-
-    def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        """Go back as the schedule says; ``None`` by what no step has read."""
         job = self.job
         if self.store is not None:
             refuse_written(job, "after the loop")
@@ -154,12 +159,16 @@ class Pull(Program):
                 at_hand = Carry(leaves, at_hand.random)
             else:
                 row = job.row(xs, step)
+                again = None
+                if self.store is not None and job.end and step == self.length - 1:
+                    before = Carry(list(at_hand.leaves), RandomState.now(job.devices))
+                    again = functools.partial(self._again, before, step, xs, consts)
                 recorded.append(job.record(at_hand.leaves, row, consts, create_graph=False))
                 at_hand = Carry(cut(recorded[-1].leaves), at_hand.random)
-                if self.store is not None and step == self.length - 1:
-                    refuse_other_end(job, at_hand.leaves)
+                if again is not None:
+                    refuse_other_end(job, at_hand.leaves, again)
         watcher.end_backward()
-        return back.gradients([t for t, d in zip(tensors, job.differs()) if d])
+        return back.result([t for t, d in zip(tensors, job.differs()) if d])
 
     def _store(
         self, carry: list[Tensor], xs: list[Tensor], consts: list[Tensor], kept: list[int]
@@ -178,11 +187,18 @@ class Pull(Program):
             job.sweep(carry, self.point, xs, consts, max(kept) + 1, (store, kept))
         return store
 
+    def _again(self, carry: Carry, step: int, xs: list[Tensor], consts: list[Tensor]) -> list[Any]:
+        """Take a step without a graph, and leave the generators as they are."""
+        with undisturbed(self.job.devices):
+            carry.random.put_back()
+            return self.job.advance(list(carry.leaves), self.job.x(xs, step), consts)[0]
+
     # With a graph --------------------------------------------------------------------------------
 
     def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Go back part by part, each of them a node."""
         job = self.job
+        refuse_written(job, "after the loop")
         carry, xs, consts = job.inputs(tensors)
         cotangents, ys = self._cotangents(tensors)
         by = [t for t, d in zip([*carry, *xs, *consts], job.differs()) if d]
@@ -259,20 +275,11 @@ class Back:
 
     def result(self, by: Sequence[Tensor]) -> list[Tensor]:
         """Return the derivatives by those tensors that may have one; zero where there is none."""
-        found = self.gradients(by)
-        return [torch.zeros_like(t) if g is None else g for t, g in zip(by, found)]
-
-    def gradients(self, by: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return the same, with ``None`` by what no step has read."""
         columns = zip(*reversed(self.by_xs)) if self.by_xs else ()
         of_xs = [self._joined(column, x) for column, x in zip(columns, self.xs)]
         flat = [*self.carry, *of_xs, *self.by_consts]
         grads = [g for g, d in zip(flat, self.job.differs()) if d]
-        read = len(grads) - self.job.unread
-        return [
-            torch.zeros_like(t) if g is None and k < read else g
-            for k, (t, g) in enumerate(zip(by, grads))
-        ]
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(by, grads)]
 
     @staticmethod
     def _joined(column: Sequence[Tensor | None], x: Tensor) -> Tensor | None:

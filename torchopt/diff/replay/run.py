@@ -15,15 +15,16 @@ from torchopt.base.torch_internals import (
     in_forward_mode,
     peek_interpreter_stack,
 )
-from torchopt.diff.replay.job import Begun, Job, Point
+from torchopt.diff.replay.job import Job
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.nodes import apply
 from torchopt.diff.replay.probe import check_repeatable, look
 from torchopt.diff.replay.programs import Steps
 from torchopt.diff.replay.random_state import Autocast, RandomState, cuda_devices
+from torchopt.diff.replay.records import Begun, Point
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Store
-from torchopt.diff.replay.visible import refuse_scripts, unread, unread_leaves
+from torchopt.diff.replay.visible import refuse_scripts, unread
 from torchopt.diff.replay.watch import may_have_derivative
 from torchopt.diff.replay.watcher import Watcher
 
@@ -91,13 +92,12 @@ def replayed(
         refused = unread(loop.step, job.consts)
         refuse_scripts(loop.step, refused)
         job.refused = {id(t): t for t in refused}
-    if not job.functional:
-        later = unread_leaves(loop.step, job.consts) if loop.length > 1 else []
-        if not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts, *later)):
-            return loop.plain()
-        job.consts, job.unread = [*job.consts, *later], len(later)
+    if not job.functional and not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts)):
+        return loop.plain()
     point = Point(job.rest(loop.start), RandomState.now(job.devices))
     steps = Steps(job, point, loop.length, first=True)
+    if not job.functional:  # first, for a later step may read what the node has to know of
+        steps.take([t.detach() for t in (*job.carry, *job.xs, *job.consts)])
     results = apply(steps, [*job.carry, *job.xs, *job.consts])
     loop.step = frozen(loop.step)  # for the way back, at which its variables may have other values
     return results_of(job, steps, results)
@@ -147,7 +147,7 @@ def prepared(
         def run() -> tuple[list[Any], list[Any]]:
             return job.advance(list(leaves), job.x(xs, 0), job.consts)
 
-        (first, y), after = check_repeatable(loop, watched, run, devices)
+        (first, y), after, job.exact = check_repeatable(loop, watched, run, devices)
         if not functional:
             job.begun = Begun(leaves, first, y, after)
     return job

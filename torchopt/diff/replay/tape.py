@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from torchopt.base.torch_internals import graph_task_keeps_graph, peek_interpreter_stack
-from torchopt.diff.replay.job import Job, Point
+from torchopt.diff.replay.job import Job
 from torchopt.diff.replay.loop import Loop, Step
 from torchopt.diff.replay.nodes import Program, apply
 from torchopt.diff.replay.programs import Steps
 from torchopt.diff.replay.random_state import RandomState, undisturbed
+from torchopt.diff.replay.records import Point
 from torchopt.diff.replay.run import prepared, refuse_levels
 from torchopt.diff.replay.schedules import Segments
 from torchopt.diff.replay.store import Carry, MemoryStore, Store

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchopt.base.captured import Captured
 from torchopt.base.values import describe
-from torchopt.diff.replay.watch import FARTHEST, computed_from, may_have_derivative, requires_grad
+from torchopt.diff.replay.watch import may_have_derivative
 
 
 def unread(step: Callable[..., Any], read: Sequence[Tensor]) -> list[Tensor]:
@@ -35,19 +35,6 @@ def refuse_scripts(step: Callable[..., Any], unseen: Sequence[Tensor]) -> None:
             f"there ({name}): its derivative would be missing under torch.func. Use the function "
             "as it was before torch.jit.script, or torch.autograd."
         )
-
-
-def unread_leaves(step: Callable[..., Any], read: Sequence[Tensor]) -> list[Tensor]:
-    """Return the leaves that a function can see and its first call has not read; a later one may.
-
-    Without those from which something that it has read was computed: their derivatives are on the
-    way of that one.
-    """
-    found = [t for t in unread(step, read) if requires_grad(t) and t.grad_fn is None]
-    later = [t for t in read if t.grad_fn is not None]
-    while found and later and (pair := computed_from(later, found, FARTHEST)) is not None:
-        found = [t for t in found if t is not pair[1]]
-    return found
 
 
 def names_in(step: Callable[..., Any]) -> dict[int, str]:

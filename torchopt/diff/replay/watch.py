@@ -125,13 +125,13 @@ class Watch(Seeing):
             result = func(*args)
             if not isinstance(result, Tensor):
                 return result
+        valued = _valued(func, args)
         for tensor in tensors_in((args, kwargs or {})):
-            if (
-                id(tensor) not in self.made
-                and id(tensor) not in self.read
-                and not has_rules(tensor)
-            ):
-                self.read[id(tensor)] = tensor
+            if id(tensor) in self.made or has_rules(tensor):
+                continue
+            self.read.setdefault(id(tensor), tensor)
+            read = valued is None or id(tensor) in valued
+            if read and id(tensor) not in self.versions:
                 self.versions[id(tensor)] = _version(tensor)
         if targets := written(func, args, kwargs or {}):
             self.writes.before(tensors_in(targets), self.read.values())
@@ -149,8 +149,29 @@ class Watch(Seeing):
         return [
             t
             for key, t in self.read.items()
-            if key in silently or _version(t) != self.versions[key]
+            if key in silently or _version(t) != self.versions.get(key, _version(t))
         ]
+
+
+#: Methods and functions that read no values of their arguments ...
+_NO_VALUES = frozenset(
+    {
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "__len__"),
+        *("is_floating_point", "is_complex", "is_contiguous", "element_size", "get_device"),
+        *("new_zeros", "new_ones", "new_empty", "zeros_like", "ones_like", "empty_like"),
+        *("rand_like", "randn_like", "is_same_size", "__repr__", "is_neg", "is_conj"),
+    }
+)
+#: ... and those that read values of the first one only.
+_FIRST_VALUES = frozenset({"view_as", "expand_as", "reshape_as", "type_as", "to"})
+
+
+def _valued(func: Any, args: tuple[Any, ...]) -> set[int] | None:
+    """Return the arguments of a call whose values it may read; ``None`` for all."""
+    name = getattr(func, "__name__", "")
+    if name in _NO_VALUES:
+        return set()
+    return {id(t) for t in tensors_in(args[:1])} if name in _FIRST_VALUES else None
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,0 +1,63 @@
+"""What is remembered of a moment between steps, of a step, and of a node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from torchopt.diff.replay.random_state import RandomState
+
+
+@dataclass
+class Point:
+    """A moment between two steps, without the tensors: other leaves, and the random states."""
+
+    leaves: list[Any]  # None where a tensor stands
+    random: RandomState
+
+
+@dataclass
+class Begun:
+    """The first step, as it was taken to be compared: the sweep goes on from there."""
+
+    given: list[Any]
+    leaves: list[Any]
+    y: list[Any]
+    random: RandomState
+
+    def from_here(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Return its results, as they would be of these leaves: what it hands on is theirs."""
+        own = {id(old): new for old, new in zip(self.given, leaves)}
+        self.random.put_back()
+        return [own.get(id(x), x) for x in self.leaves], [own.get(id(x), x) for x in self.y]
+
+
+@dataclass
+class Scope:
+    """What a node of the graph has to know of the tensors that it is given.
+
+    They are some of its own (``carry_at`` and ``xs_at`` say how many), and those closed over.
+    """
+
+    consts: list[Tensor]
+    functional: bool  #: Whether levels of torch.func are open.
+    keeps_outside: bool  #: Whether a graph from outside is part of its own.
+    devices: list[int]
+    carry_at: list[int]
+    xs_at: list[int]
+    replaces: bool  #: Whether other tensors are read instead of those closed over.
+
+
+@dataclass
+class Recorded:
+    """A step with its graph; under torch.func only what it is to be taken with."""
+
+    leaves: list[Any]
+    row: Sequence[Tensor]
+    consts: Sequence[Tensor]
+    outputs: list[Any]
+    by: list[Tensor]
+    create_graph: bool
