@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -253,3 +254,26 @@ def test_random_states_of_other_devices_are_not_the_same() -> None:
     assert cpu.same(RandomState.now([], cpu))
     assert not cpu.same(both)
     assert not both.same(cpu)
+
+
+def test_what_a_dead_proxy_stands_for_is_not_looked_at() -> None:
+    class Trainer:
+        """Gone when the loop is run."""
+
+    class Model:
+        trainer = weakref.proxy(Trainer())
+
+        def __init__(self) -> None:
+            self.owner = weakref.proxy(Trainer())
+            self.t = torch.ones(2, dtype=torch.float64)
+
+    model, k = Model(), number(0.5).detach()
+
+    def outer(k: Tensor, adjoint: Any) -> Tensor:
+        step = lambda w, _: (w * k * (model is not None), None)  # noqa: E731
+        return unroll(step, torch.ones((), dtype=torch.float64), length=3, adjoint=adjoint)[0]
+
+    found = torch.func.grad(lambda k: outer(k, Checkpointed()))(k)
+    torch.testing.assert_close(found, 3 * k**2)
+    with pytest.raises(ValueError, match=r"changes 'model\.t' in place"):
+        unroll(lambda w, _: (w + model.t.add_(1), None), W, length=2, adjoint=Checkpointed())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class Captured:
                 self.values.append(thing)
                 continue
             for child in _children(thing):
-                if isinstance(child, _PLAIN):
+                if type(child) in weakref.ProxyTypes or isinstance(child, _PLAIN):
                     continue
                 parents.setdefault(id(child), []).append(id(thing))
                 waiting.append(child)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +63,8 @@ def names_in(step: Callable[..., Any]) -> dict[int, str]:
 
 
 def _name(names: dict[int, str], name: str, value: Any, depth: int = 0) -> None:
+    if type(value) in weakref.ProxyTypes:  # what it stands for may be gone
+        return
     if isinstance(value, Tensor):
         names.setdefault(id(value), name)
     elif isinstance(value, nn.Module):
