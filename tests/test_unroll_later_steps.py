@@ -226,6 +226,19 @@ def test_a_graph_from_outside_of_vmap_may_be_mapped_over_cotangents(name: str) -
     torch.testing.assert_close(jacobian(ADJOINTS[name]), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", REPLAYED)
+def test_batched_gradients_of_random_steps(name: str) -> None:
+    def jacobian(adjoint: Any) -> Tensor:
+        torch.manual_seed(0)
+        step = lambda w, _: ((w * torch.rand_like(w)).sin(), None)  # noqa: E731
+        w, _ = unroll(step, W, length=5, adjoint=adjoint)
+        eye = torch.eye(len(W), dtype=torch.float64)
+        return torch.autograd.grad(w, W, eye, is_grads_batched=True)[0]
+
+    expected = jacobian(Unrolled())
+    torch.testing.assert_close(jacobian(ADJOINTS[name]), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_two_starts_in_one_block_are_differentiated_in_any_order() -> None:
     def run(adjoint: Any, first: int) -> list[Tensor]:
         torch.manual_seed(0)

@@ -11,7 +11,9 @@ object of torch itself.
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,6 +60,25 @@ lift_of: Any = operator.attrgetter("_cptr.lift")
 #: Context managers: no level at all, for Python and for torch's own code.
 temporarily_clear_interpreter_stack = pyfunctorch.temporarily_clear_interpreter_stack
 DisableFuncTorch: Any = torch._C._DisableFuncTorch
+
+
+def levels_of_batched_grads() -> int:
+    """Return how many calls of ``torch.autograd.grad(..., is_grads_batched=True)`` are at work."""
+    torch._C._vmapmode_increment_nesting()
+    return torch._C._vmapmode_decrement_nesting()
+
+
+@contextlib.contextmanager
+def outside_of_batched_grads() -> Iterator[None]:
+    """Leave their levels, in which nothing may be drawn."""
+    levels = levels_of_batched_grads()
+    for _ in range(levels):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(levels):
+            torch._C._vmapmode_increment_nesting()
 
 
 # Autograd ----------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import (
+    levels_of_batched_grads,
+    outside_of_batched_grads,
     peek_interpreter_stack,
     temporarily_clear_interpreter_stack,
 )
@@ -122,10 +124,15 @@ class Job:
         return self.x([tensor[None] for tensor in row], 0)
 
     def at_its_level(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context without levels of torch.func that map over cotangents only."""
-        if self.functional or peek_interpreter_stack() is None:
+        """Return the context without levels that map over cotangents only."""
+        if self.functional or (peek_interpreter_stack() is None and not levels_of_batched_grads()):
             return contextlib.nullcontext()
-        return temporarily_clear_interpreter_stack()
+        return self._without_levels()
+
+    @contextlib.contextmanager
+    def _without_levels(self) -> Iterator[None]:
+        with temporarily_clear_interpreter_stack(), outside_of_batched_grads():
+            yield
 
     # Running -----------------------------------------------------------------------------------
 
