@@ -120,9 +120,9 @@ def test_what_runs_is_what_was_counted(every: Any, graphs: int | None) -> None:
 
     w, _ = unroll(step, torch.ones(2, requires_grad=True), length=length, adjoint=adjoint)
     assert calls[0] is True  # the first step is watched
-    looked_at = calls.count(True) - 1
-    assert looked_at == 2  # so are the second and the last one
-    assert calls.count(False) in (length, length - looked_at)  # those again, if a graph matters
+    assert calls.count(True) == 1
+    # it is compared; the second and the last one are taken again where a compiler is at work
+    assert calls.count(False) in (length, length + 2)
     calls.clear()
     w.sum().backward()
     plan = adjoint.plan(length)

@@ -29,7 +29,13 @@ from torchopt.diff.replay.random_state import Autocast, RandomState
 from torchopt.diff.replay.records import Begun, Point, Recorded
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Carry, Store
-from torchopt.diff.replay.watch import Substituted, depends, may_have_derivative
+from torchopt.diff.replay.watch import (
+    Substituted,
+    Watch,
+    depends,
+    may_have_derivative,
+    requires_grad,
+)
 from torchopt.diff.replay.watcher import Watcher
 
 
@@ -205,6 +211,29 @@ class Job:
                 watcher.forward(self, t + 1, leaves, rows)
         return leaves, rows
 
+    def _like_the_first(
+        self, leaves: list[Any], xs: Sequence[Tensor], consts: Sequence[Tensor], index: int
+    ) -> tuple[list[Any], list[Any]] | None:
+        """Take a later step without a graph; ``None`` if that cannot tell what it depends on.
+
+        It tells where every leaf has a derivative already, and nothing is read that was not known.
+        """
+        ys = [x for x in self.loop.y_likes if x is not None]
+        smooth = [isinstance(x, Tensor) and is_smooth(x) for x in (*self.carry, *ys)]
+        if any(s and not d for s, d in zip(smooth, self.results_differ)):
+            return None
+        random, seen = RandomState.now(self.devices), Watch()
+        with seen:
+            found = self.advance(list(leaves), self.x(xs, index), consts)
+        known = set(map(id, self.consts))
+        if any(requires_grad(t) for key, t in seen.read.items() if key not in known):
+            random.put_back()
+            return None
+        if not self.exact:  # it ran uncompiled
+            random.put_back()
+            return self.advance(leaves, self.x(xs, index), consts)
+        return found
+
     def look_again(
         self, leaves: list[Any], xs: Sequence[Tensor], consts: Sequence[Tensor], index: int
     ) -> tuple[list[Any], list[Any]]:
@@ -213,6 +242,9 @@ class Job:
         Raises:
             RuntimeError: If it reads a tensor from which another was computed that steps read.
         """
+        found = self._like_the_first(leaves, xs, consts, index)
+        if found is not None:
+            return found
         seen = look(self.loop, self.devices, False, None, (leaves, index), self.consts)
         known = set(map(id, self.consts))
         new = [t for t in seen.consts if id(t) not in known]
