@@ -15,9 +15,9 @@ from torchopt.diff.replay import schedules
 
 #: length -> every -> steps taken once more, carries kept, steps recorded at a time
 COUNTS = {
-    256: {1: (0, 256, 1), "sqrt": (0, 32, 8), 16: (240, 31, 1)},
-    1000: {1: (0, 1000, 1), "sqrt": (0, 63, 16), 31: (967, 62, 1)},
-    10_000: {1: (0, 10_000, 1), "sqrt": (0, 200, 50), 100: (9900, 199, 1)},
+    256: {1: (0, 256, 1), "sqrt": (0, 64, 4), 16: (240, 31, 1)},
+    1000: {1: (0, 1000, 1), "sqrt": (0, 125, 8), 31: (967, 62, 1)},
+    10_000: {1: (0, 10_000, 1), "sqrt": (0, 400, 25), 100: (9900, 199, 1)},
 }
 
 #: length -> steps that are taken once more where the middle of what is left is kept, and carries

@@ -87,7 +87,7 @@ def sine(w: Tensor, _: None) -> tuple[Tensor, None]:
     ("memory", "adjoint"),
     [
         (400_000, Unrolled()),
-        ("100KiB", Checkpointed("sqrt")),
+        ("150KiB", Checkpointed("sqrt")),
         ("90KiB", Checkpointed("sqrt", graphs=1)),
         (24_000, Checkpointed("revolve", slots=5)),
     ],

@@ -52,7 +52,7 @@ class Plan:
     Example:
         >>> from torchopt.diff import Checkpointed
         >>> print(Checkpointed("sqrt").plan(256, carry_bytes=4_000_000))
-        256 steps: 0 taken once more, at most 32 carries kept, 128.0 MB, and the graphs of 8 steps
+        256 steps: 0 taken once more, at most 64 carries kept, 256.0 MB, and the graphs of 4 steps
     """
 
     steps: int  #: The length of the loop.
@@ -247,8 +247,8 @@ def make(every: int | str, slots: int | None, length: int, graphs: int | None = 
         root = max(1, math.isqrt(length))
         if graphs is not None:
             return Segments(length, root, graphs)
-        # the graph of a step takes several times what a carry takes, so there are fewer of them
-        segment = -(-root // 2)
+        # the graph of a step takes some sixteen times what a carry takes, so there are fewer
+        segment = -(-root // 4)
         return Segments(length, segment, segment)
     if isinstance(every, int):
         return Segments(length, every, graphs or 1)
