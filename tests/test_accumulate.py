@@ -84,6 +84,21 @@ def test_more_micro_batches_than_examples_are_single_examples() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_micro_batches_are_not_taken_more_often_than_they_must() -> None:
+    """Once to see what a gradient is like, once watched, then once each in both directions."""
+    x, calls = torch.randn(8, 2).double(), []
+    w = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def grad_fn(w: Tensor, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return torch.func.grad(lambda w: (x @ w).sin().sum())(w)
+
+    found = accumulate(grad_fn, micro_batches=4)(w, x)
+    assert len(calls) == 1 + 1 + 4
+    found.sum().backward()
+    assert len(calls) == 1 + 1 + 4 + 4
+
+
 def test_a_mean_over_tokens_needs_their_number() -> None:
     """Twelve sentences of different lengths; the loss is a mean over what the mask counts."""
     torch.manual_seed(1)

@@ -154,6 +154,20 @@ def test_writing_to_what_is_read_is_refused_where_no_carry_shows_it(name: str) -
             run(late)
 
 
+@pytest.mark.parametrize("name", REPLAYED)
+def test_writing_to_what_only_later_steps_read_is_refused(name: str) -> None:
+    scale = torch.ones(2, dtype=torch.float64)
+
+    def step(carry: Any, _: None) -> Any:
+        w, n = carry
+        return (w.sin(), n + 1), (w * (scale if n else 1)).sum()
+
+    _, ys = unroll(step, (W, 0), length=4, adjoint=ADJOINTS[name])
+    scale.add_(1)
+    with pytest.raises(RuntimeError, match="read 'scale', which was changed in place"):
+        torch.autograd.grad(ys.sum(), W)
+
+
 def test_retained_gradients_are_not_added_up_in_parts() -> None:
     found = []
     for adjoint in (Unrolled(), Checkpointed("sqrt")):

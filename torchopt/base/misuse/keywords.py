@@ -28,6 +28,10 @@ ELSEWHERE = {
 }
 
 
+#: Options of ``torch.optim`` that choose another algorithm, and which class that is here.
+OTHER_ALGORITHMS = {"decoupled_weight_decay": " torchopt.AdamW decouples the weight decay."}
+
+
 def check_keywords(
     caller: str, given: Iterable[str], known: Sequence[str], former: Sequence[str]
 ) -> None:
@@ -59,9 +63,8 @@ def without_fixed(caller: str, given: Mapping[str, Any], fixed: Mapping[str, Any
     """
     for name, value in fixed.items():
         if name in given and given[name] != value:
-            other = {"decoupled_weight_decay": "torchopt.AdamW decouples the weight decay."}
             raise ValueError(
-                f"{caller}({name}={short(given[name])}) is another algorithm; leave it at {value}. "
-                f"{other.get(name, '')}".rstrip()
+                f"{caller}({name}={short(given[name])}) is another algorithm; leave it at {value}."
+                f"{OTHER_ALGORITHMS.get(name, '')}"
             )
     return {name: value for name, value in given.items() if name not in fixed}

@@ -54,8 +54,9 @@ class Checkpointed:
     ===============  =================  =======================================================
 
     :meth:`plan` counts them for a length. Derivatives of all orders are exact, by the start, by
-    ``xs`` and by tensors that the step closes over: these are found by watching one step. It works
-    under ``torch.func`` too, in reverse and forward mode and with ``vmap``. The first derivative
+    ``xs`` and by tensors that the step closes over: these are found by watching the first step, and
+    where carries are not kept in a folder the second and the last one too. It works under
+    ``torch.func`` as well, in reverse and forward mode and with ``vmap``. The first derivative
     takes the memory above; a derivative of it keeps a few carries for each part of the schedule.
 
     A step is taken more than once, so it has to be repeatable. The random state of PyTorch's

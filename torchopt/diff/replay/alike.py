@@ -57,8 +57,8 @@ def refuse_dependent(job: Job, outputs: Sequence[Any]) -> None:
         raise RuntimeError(
             f"In the first step {called(names[k], 'the carry' if k < n else 'y')} is a constant, "
             "and in a later one it depends on what is differentiated by, so that its derivative "
-            "would be missing. Let it depend on that in the first step too, if only times zero, or "
-            "use adjoint=Unrolled()."
+            "would be missing. If it is only looked at, detach() it; otherwise let it depend on "
+            "that in the first step too, if only times zero, or use adjoint=Unrolled()."
         )
 
 

@@ -22,6 +22,7 @@ from torchopt.diff.replay.alike import (
     refuse_dependent,
     refuse_unknown,
     unknown_error,
+    versions_of,
 )
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.probe import look
@@ -185,13 +186,12 @@ class Job:
         """Take steps of which nothing is recorded; return the last leaves and each step's ``y``."""
         leaves, rows, random, first = self.leaves(tensors, point), [], point.random, 0
         kept, begun = set(keep[1]) if keep else set(), None
-        looks: tuple[int, ...] = ()
+        looks: set[int] = set()
         if watcher is not None:
             begun, self.begun = self.begun, None
-            if (
-                watcher.store is None and not self.functional
-            ):  # a run that goes on elsewhere may not take these steps
-                looks = 1, length - 1
+            # a run that goes on in another process may not take these steps there
+            if self.checks_end and watcher.store is None:
+                looks = {1, length - 1} - {0}
         if watcher is not None and (reached := watcher.start_forward(self)) is not None:
             first, leaves, rows, random = reached.step, reached.leaves, reached.rows, reached.random
             random.put_back()
@@ -229,6 +229,9 @@ class Job:
         if any(requires_grad(t) for key, t in seen.read.items() if key not in known):
             random.put_back()
             return None
+        given = set(map(id, leaves))
+        others = [t for key, t in seen.read.items() if key not in given]
+        self.versions += versions_of(others, seen.versions)
         if not self.exact:  # it ran uncompiled
             random.put_back()
             return self.advance(leaves, self.x(xs, index), consts)

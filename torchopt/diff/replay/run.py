@@ -24,7 +24,7 @@ from torchopt.diff.replay.random_state import Autocast, RandomState, cuda_device
 from torchopt.diff.replay.records import Begun, Point
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Store
-from torchopt.diff.replay.visible import refuse_scripts, unread
+from torchopt.diff.replay.visible import unread
 from torchopt.diff.replay.watch import may_have_derivative
 from torchopt.diff.replay.watcher import Watcher
 
@@ -89,9 +89,7 @@ def replayed(
     job.watcher, job.watched = told, None  # which would hold the graph of a step
     job.checks_end = check and not job.functional
     if job.functional:
-        refused = unread(loop.step, job.consts)
-        refuse_scripts(loop.step, refused)
-        job.refused = {id(t): t for t in refused}
+        job.refused = {id(t): t for t in unread(loop.step, job.consts)}
     if not job.functional and not any(t.requires_grad for t in (*job.carry, *job.xs, *job.consts)):
         return loop.plain()
     point = Point(job.rest(loop.start), RandomState.now(job.devices))

@@ -17,25 +17,23 @@ from torchopt.diff.replay.watch import may_have_derivative
 
 
 def unread(step: Callable[..., Any], read: Sequence[Tensor]) -> list[Tensor]:
-    """Return what a function can see and its first call has not read, where it has a derivative."""
-    known = set(map(id, read))
-    return [t for t in Captured(step).values if id(t) not in known and may_have_derivative(t)]
-
-
-def refuse_scripts(step: Callable[..., Any], unseen: Sequence[Tensor]) -> None:
-    """Refuse a function that torch.jit.script has made: nobody sees what its operations read.
+    """Return what a function can see and its first call has not read, where it has a derivative.
 
     Raises:
-        ValueError: If it may read one of these tensors.
+        ValueError: If a function that torch.jit.script has made may have read one of them: nobody
+            sees what its operations read.
     """
+    known, captured = set(map(id, read)), Captured(step)
+    found = [t for t in captured.values if id(t) not in known and may_have_derivative(t)]
     scripts = (torch.jit.ScriptFunction, torch.jit.ScriptModule)
-    if unseen and any(isinstance(thing, scripts) for thing in Captured(step).things):
-        name = names_in(step).get(id(unseen[0]), f"a tensor ({describe(unseen[0])})")
+    if found and any(isinstance(thing, scripts) for thing in captured.things):
+        name = names_in(step).get(id(found[0]), f"a tensor ({describe(found[0])})")
         raise ValueError(
             "The step calls what torch.jit.script has made, and sees a tensor that may be read "
             f"there ({name}): its derivative would be missing under torch.func. Use the function "
             "as it was before torch.jit.script, or torch.autograd."
         )
+    return found
 
 
 def names_in(step: Callable[..., Any]) -> dict[int, str]:
