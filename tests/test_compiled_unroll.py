@@ -55,6 +55,26 @@ def test_a_compiled_step_of_adam_is_replayed(every: Any) -> None:
     assert counts[0] == counts[1] <= 3
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_looking_at_steps_costs_one_where_nothing_is_compiled(compiles: bool) -> None:
+    """``torch.func`` brings the compiler along; that by itself compiles nothing."""
+    torch.compiler.reset()
+    taken, length = [], 8
+    half = torch.compile(lambda x: 0.5 * x, backend="eager") if compiles else lambda x: 0.5 * x
+
+    def step(w: Tensor, _: None) -> tuple[Tensor, None]:
+        taken.append(torch.is_grad_enabled())
+        return w - half(torch.func.grad(inner)(w)), None
+
+    w = W.clone().requires_grad_()
+    value = unroll(step, w, length=length, adjoint=Checkpointed())[0].cos().sum()
+    assert len(taken) == 1 + length + (2 if compiles else 0)
+    (found,) = torch.autograd.grad(value, w)
+    assert len(taken) == 1 + 2 * length + (2 if compiles else 0)
+    value = unroll(step, w, length=length)[0].cos().sum()
+    assert relative_error(found, torch.autograd.grad(value, w)[0]) <= 1e-12
+
+
 def test_first_order_finds_the_gradients_of_a_compiled_step() -> None:
     """What is compiled hides its calls of autograd: second derivatives were in it all the same."""
     torch.compiler.reset()

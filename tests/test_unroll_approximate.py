@@ -87,8 +87,9 @@ def sine(w: Tensor, _: None) -> tuple[Tensor, None]:
     ("memory", "adjoint"),
     [
         (400_000, Unrolled()),
-        ("150KiB", Checkpointed("sqrt")),
-        ("90KiB", Checkpointed("sqrt", graphs=1)),
+        ("210 KB", Checkpointed(2, graphs=2)),
+        ("150KiB", Checkpointed(3, graphs=3)),
+        (80_000, Checkpointed(10, graphs=10)),
         (24_000, Checkpointed("revolve", slots=5)),
     ],
 )
@@ -101,6 +102,8 @@ def test_auto_keeps_all_carries_where_steps_save_much_more() -> None:
     choice = Auto(450_000).choose(step, W0, length=100)
     assert choice.adjoint == Checkpointed()
     assert "16.0 kB" in str(choice)
+    assert Auto(160_000).choose(step, W0, length=100).adjoint == Checkpointed(5, graphs=5)
+    assert Auto(159_999).choose(step, W0, length=100).adjoint == Checkpointed("sqrt", graphs=1)
 
 
 def test_auto_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:

@@ -49,7 +49,7 @@ def test_lit_paths_and_cuts_are_drawn(view):
 
     def after(action):
         action()
-        page.page.wait_for_timeout(100)  # for the next drawing
+        page.drawn()
         return between(0, 1) > 0, between(1, 2) > 0, cut_mark() > 50
 
     assert after(lambda: None) == (False, False, True)
@@ -192,14 +192,12 @@ def test_dragging_and_the_wheel_move_the_picture(view):
     page.page.mouse.up()
     assert where() == pytest.approx([x + 40, y - 30])
     assert page.state()["selected"] is None  # a drag is not a click
-    page.page.mouse.wheel(0, 25)
-    page.page.wait_for_timeout(100)
+    page.wheel(0, 25)
     assert where() == pytest.approx([x + 40, y - 55])
     scale = page.state()["scale"]
     page.page.keyboard.down("Control")
-    page.page.mouse.wheel(0, -100)
+    page.wheel(0, -100)
     page.page.keyboard.up("Control")
-    page.page.wait_for_timeout(100)
     assert page.state()["scale"] > scale
 
 
@@ -310,7 +308,7 @@ def test_five_thousand_nodes(view, capsys):
     page.page.mouse.move(400, 400)
     for _ in range(60):
         page.page.mouse.wheel(60, 30)
-    page.page.wait_for_timeout(200)
+    page.drawn()
     frames = sorted(page.page.evaluate("torchoptGraph.frames()")[before:])
     assert frames
     assert page.press("f", "Escape")["lit"] is None

@@ -115,15 +115,12 @@ def test_what_was_selected_in_the_panel_is_in_sight_with_its_paths(view, name):
 
 def test_another_window_is_filled_again_unless_the_reader_has_moved_the_picture(view):
     page = view(show(*loop(steps=5, layers=3)), **window("usual"))
-    page.page.set_viewport_size({"width": 900, "height": 900})
-    page.page.wait_for_timeout(200)
+    page.resize(900, 900)
     check_fitted(page)
     page.page.mouse.move(200, 300)
-    page.page.mouse.wheel(0, 40)
-    page.page.wait_for_timeout(100)
+    page.wheel(0, 40)
     before = page.page.evaluate("torchoptGraph.boxes()")
-    page.page.set_viewport_size({"width": 800, "height": 900})
-    page.page.wait_for_timeout(200)
+    page.resize(800, 900)
     assert page.page.evaluate("torchoptGraph.boxes()") == before
 
 
@@ -154,7 +151,7 @@ def test_the_strip_holds_a_thousand_steps(view, name):
     first = run.inner_text().partition("\N{EN DASH}")[0]
     run.click()
     page.settle()
-    page.page.wait_for_timeout(100)
+    page.drawn()
     assert covered() == list(range(1, 1001))
     one = strip.get_by_role("button", name=f"Step {first}", exact=True)  # it has its own by now
     one.click()

@@ -19,6 +19,18 @@ PIXELS = """([name, left, top, width, height]) => {
 }"""
 
 
+# Two frames: what the first draws or measures has been heard of when the second begins.
+FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+# How many wheel events have come, counted from when this is first asked.
+WHEELS = """() => {
+    if (window.wheels === undefined) {
+        window.wheels = 0;
+        addEventListener("wheel", () => window.wheels++, { capture: true, passive: true });
+    }
+    return window.wheels;
+}"""
+
+
 class View:
     """A page in the browser, driven as a reader would."""
 
@@ -50,6 +62,26 @@ class View:
                 return state
             time.sleep(0.05)
         raise AssertionError(f"The page does not come to rest: {state}")
+
+    def drawn(self):
+        """Wait until the page has been drawn as it is now."""
+        self.page.evaluate(FRAMES)
+
+    def resize(self, width, height):
+        """Give the window another size, and wait until the page has taken it."""
+        self.page.set_viewport_size({"width": width, "height": height})
+        self.page.wait_for_function(
+            "([w, h]) => innerWidth === w && innerHeight === h", arg=[width, height]
+        )
+        self.drawn()
+        return self.settle()
+
+    def wheel(self, x, y):
+        """Turn the wheel, and wait until the page has moved."""
+        before = self.page.evaluate(WHEELS)
+        self.page.mouse.wheel(x, y)
+        self.page.wait_for_function("n => window.wheels > n", arg=before)
+        self.drawn()
 
     def click(self, key):
         self.page.mouse.click(*self.page.evaluate(f"torchoptGraph.place({key})"))

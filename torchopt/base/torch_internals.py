@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,6 +129,15 @@ TensorGuards: Any = getattr(getattr(_dynamo, "guards", None), "TensorGuards", No
 node_type = torch_pytree._get_node_type
 #: Make the objects of a class constants to the compiler; ``None`` where torch cannot (2.6).
 register_constant: Any = getattr(torch_pytree, "register_constant", None)
+
+
+def nothing_is_compiled() -> bool:
+    """Whether no function has been compiled in this process, or none since the compiler's reset.
+
+    That the compiler has been imported says nothing: ``torch.func.grad`` does it.
+    """
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    return frames is None or getattr(frames, "FRAME_COUNTER", None) == 0
 
 
 # Tensors and modules -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -41,14 +41,26 @@ class Choice:
         return f"{self.adjoint}: {self.reason}"
 
 
+def _by_time(length: int, carry: int, saved: int, budget: int) -> Iterator[Checkpointed]:
+    """Yield what may fit, the fastest first; sizes are bytes."""
+    yield Checkpointed()
+    if peek_interpreter_stack() is None:  # under torch.func steps are recorded one by one
+        segments = range(2, length + 1)
+        fit = (n for n in segments if -(-length // n) * carry + n * saved <= budget)
+        if n := next(fit, None):
+            yield Checkpointed(n, graphs=n)
+    yield Checkpointed("sqrt", graphs=1)
+
+
 @dataclass(frozen=True)
 class Auto:
     """Choose the fastest exact adjoint whose memory fits a budget, and say which one that is.
 
     One step is recorded to see what it saves and how large the carry is. ``Unrolled()`` is taken if
     what all steps save fits, then ``Checkpointed()`` if all carries and one step do, then
-    ``Checkpointed("sqrt")``, then that with ``graphs=1``, and then ``Checkpointed("revolve",
-    slots)`` with as many slots as there is room for. Inside ``torch.func``, where PyTorch lets
+    ``Checkpointed(n, graphs=n)`` with the least n that fits, which takes no step once more either,
+    then ``Checkpointed("sqrt", graphs=1)``, and then ``Checkpointed("revolve", slots)`` with as
+    many slots as there is room for. Inside ``torch.func``, where PyTorch lets
     nobody see what is saved, it takes for granted that all steps do not fit, and that one step
     saves ten times the carry.
 
@@ -106,7 +118,7 @@ class Auto:
                 reason = f"{loop.length} steps save {size(total)}, and {size(budget)} are there"
                 return Choice(Unrolled(), reason)
         room = budget - saved
-        for adjoint in (Checkpointed(), Checkpointed("sqrt"), Checkpointed("sqrt", graphs=1)):
+        for adjoint in _by_time(loop.length, carry, saved, budget):
             plan = adjoint.plan(loop.length, carry)
             if plan.bytes + plan.graphs * saved <= budget:
                 return Choice(

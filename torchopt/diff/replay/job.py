@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchopt.base.torch_internals import (
     levels_of_batched_grads,
+    nothing_is_compiled,
     outside_of_batched_grads,
     peek_interpreter_stack,
     temporarily_clear_interpreter_stack,
@@ -26,7 +27,7 @@ from torchopt.diff.replay.alike import (
 )
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.probe import look
-from torchopt.diff.replay.random_state import Autocast, RandomState
+from torchopt.diff.replay.random_state import AS_IT_IS, Autocast, RandomState
 from torchopt.diff.replay.records import Begun, Point, Recorded
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Carry, Store
@@ -133,7 +134,7 @@ class Job:
     def at_its_level(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context without levels that map over cotangents only."""
         if self.functional or (peek_interpreter_stack() is None and not levels_of_batched_grads()):
-            return contextlib.nullcontext()
+            return AS_IT_IS
         return self._without_levels()
 
     @contextlib.contextmanager
@@ -143,16 +144,18 @@ class Job:
 
     # Running -----------------------------------------------------------------------------------
 
+    def reading(self, consts: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the step reads these tensors where it closes over others."""
+        if self.replaces and (self.consts or self.refused):
+            return self._instead(consts)
+        return self.autocast.again()
+
     @contextlib.contextmanager
-    def reading(self, consts: Sequence[Tensor]) -> Iterator[None]:
-        """Let the step read these tensors where it closes over others."""
-        with self.autocast.again():
-            if self.replaces and (self.consts or self.refused):
-                refuse = self._refuse if self.refused else None
-                with Substituted(self.consts, consts, (), refuse, self._is_refused):
-                    yield
-            else:
-                yield
+    def _instead(self, consts: Sequence[Tensor]) -> Iterator[None]:
+        refuse = self._refuse if self.refused else None
+        others = Substituted(self.consts, consts, (), refuse, self._is_refused)
+        with self.autocast.again(), others:
+            yield
 
     def _is_refused(self, tensor: Tensor) -> bool:
         return id(tensor) in self.refused
@@ -232,7 +235,7 @@ class Job:
         given = set(map(id, leaves))
         others = [t for key, t in seen.read.items() if key not in given]
         self.versions += versions_of(others, seen.versions)
-        if not self.exact:  # it ran uncompiled
+        if not nothing_is_compiled():  # it ran as it was written
             random.put_back()
             return self.advance(leaves, self.x(xs, index), consts)
         return found

@@ -43,6 +43,7 @@ class Loop:
         else:
             self.paths = tree.leaf_paths(carry)
         self.xs, self.xs_spec = tree.flatten(xs)
+        self.kinds = [_kind(leaf) for leaf in self.start]
         self.length = _length(self.xs, tree.leaf_names(xs), length)
         #: Leaves of the carry by which there is a derivative only if there is one at the start:
         #: those that the step hands on as they are, and all of a single step.
@@ -95,9 +96,10 @@ class Loop:
         leaves, spec = tree.flatten(carry)
         if spec != self.spec:
             leaves = self._in_order(carry, leaves)
-        for path, old_leaf, new_leaf in zip(self.paths, self.start, leaves):
-            if not _alike(old_leaf, new_leaf):
-                _refuse_leaf(called(tree.dotted(path), "the carry"), old_leaf, new_leaf)
+        if [_kind(leaf) for leaf in leaves] != self.kinds:
+            for path, old, new in zip(self.paths, self.start, leaves):
+                if _kind(old) != _kind(new):
+                    _refuse_leaf(called(tree.dotted(path), "the carry"), old, new)
         return carry, leaves, spec, self._y_leaves(y)
 
     def _in_order(self, carry: PyTree, leaves: list[Any]) -> list[Any]:
@@ -130,7 +132,7 @@ class Loop:
                 f"{tree.first_difference(tree.leaf_names(y), self.y_names)}."
             )
         for name, like, leaf in zip(self.y_names, self.y_likes, leaves):
-            if not _alike(like, leaf):
+            if _kind(like) != _kind(leaf):
                 _refuse_leaf(called(name, "y"), like, leaf)
         return leaves
 
@@ -224,15 +226,9 @@ def _likes(leaves: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _alike(old: Any, new: Any) -> bool:
-    if isinstance(old, Tensor):
-        return (
-            isinstance(new, Tensor)
-            and new.shape == old.shape
-            and new.dtype == old.dtype
-            and new.device == old.device
-        )
-    return type(new) is type(old)
+def _kind(leaf: Any) -> Any:
+    """Return what a leaf must keep from step to step."""
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf)
 
 
 def _refuse_leaf(what: str, old: Any, new: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import tree
+from torchopt.base.torch_internals import nothing_is_compiled
 from torchopt.base.values import describe
 from torchopt.diff.replay import watch
 from torchopt.diff.replay.alike import Version, versions_of
@@ -202,7 +202,7 @@ def check_repeatable(
         after = RandomState.now(devices, watched.after)
         difference = _difference(loop, first, watched_too)
         # what is watched runs as it was written, and later steps as they were compiled
-        exact = difference is None and "torch._dynamo" not in sys.modules
+        exact = difference is None and nothing_is_compiled()
         if difference is not None:  # with a graph and without it is not the same to the last bit:
             # by rounding, or because this step is another one
             difference = _difference(loop, first, watched_too, by_rounding)

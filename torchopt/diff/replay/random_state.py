@@ -60,6 +60,10 @@ def undisturbed(devices: list[int]) -> Iterator[None]:
         state.put_back()
 
 
+#: The context in which nothing is different.
+AS_IT_IS = contextlib.nullcontext()
+
+
 class Autocast:
     """The setting of autocast at one moment, to be entered again.
 
@@ -68,15 +72,18 @@ class Autocast:
     """
 
     def __init__(self) -> None:
-        self.settings = {kind: torch.get_autocast_dtype(kind) for kind in _kinds() if _is_on(kind)}
+        self.kinds = _kinds()
+        on = filter(torch.is_autocast_enabled, self.kinds)
+        self.settings = {kind: torch.get_autocast_dtype(kind) for kind in on}
+
+    def again(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context with this setting."""
+        if not self.settings and not any(map(torch.is_autocast_enabled, self.kinds)):
+            return AS_IT_IS
+        return self._set(self.settings.keys() | filter(torch.is_autocast_enabled, self.kinds))
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Put this setting in place."""
-        kinds = [kind for kind in _kinds() if kind in self.settings or _is_on(kind)]
-        if not kinds:
-            yield
-            return
+    def _set(self, kinds: Iterable[str]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for kind in kinds:
                 dtype = self.settings.get(kind)
@@ -89,7 +96,3 @@ class Autocast:
 
 def _kinds() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-def _is_on(kind: str) -> bool:
-    return torch.is_autocast_enabled(kind)
