@@ -24,6 +24,7 @@ REPLAYING = {
     "revolve 1": Checkpointed("revolve", slots=1),
     "cpu": Checkpointed("sqrt", store="cpu"),
     "graphs": Checkpointed("log", graphs=2),
+    "segments": Checkpointed(3, graphs=3),
 }
 EXACT = {**REPLAYING, "forward": Forward(most=100), "mixed": Mixed()}
 

@@ -15,9 +15,9 @@ from torchopt.diff.replay import schedules
 
 #: length -> every -> steps taken once more, carries kept, steps recorded at a time
 COUNTS = {
-    256: {1: (0, 256, 1), "sqrt": (0, 128, 2), 16: (240, 31, 1)},
-    1000: {1: (0, 1000, 1), "sqrt": (0, 250, 4), 31: (967, 62, 1)},
-    10_000: {1: (0, 10_000, 1), "sqrt": (0, 770, 13), 100: (9900, 199, 1)},
+    256: {1: (0, 256, 1), "sqrt": (0, 64, 4), 16: (240, 31, 1)},
+    1000: {1: (0, 1000, 1), "sqrt": (0, 125, 8), 31: (967, 62, 1)},
+    10_000: {1: (0, 10_000, 1), "sqrt": (0, 400, 25), 100: (9900, 199, 1)},
 }
 
 #: length -> steps that are taken once more where the middle of what is left is kept, and carries

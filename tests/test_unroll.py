@@ -46,6 +46,28 @@ def test_steps_may_call_autograd_themselves(adjoint: Any) -> None:
     assert relative_error(actual, expected) <= EXACT
 
 
+@pytest.mark.parametrize(
+    "adjoint",
+    [Unrolled(), Truncated(9), Offloaded(), *(loops.REPLAYING[n] for n in ("log", "segments"))],
+    ids=repr,
+)
+def test_a_gradient_by_one_leaf_takes_the_others_as_constants(adjoint: Any) -> None:
+    """Though the step before has computed the average, which the loss reads, from the weights."""
+    w, average = (torch.randn(3, dtype=F64).requires_grad_() for _ in range(2))
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        w, average = carry
+        (grad,) = torch.autograd.grad(0.5 * (w - average).square().sum(), w, create_graph=True)
+        w = w - 0.3 * grad
+        return (w, 0.9 * average + 0.1 * w), None
+
+    (last, _), _ = unroll(step, (w, average), length=4, adjoint=adjoint)
+    matrix = torch.tensor([[0.7, 0.3], [0.07, 0.93]], dtype=F64).matrix_power(4)
+    torch.testing.assert_close(last, matrix[0, 0] * w + matrix[0, 1] * average)
+    found = torch.stack(torch.autograd.grad(last.sum(), (w, average)))
+    torch.testing.assert_close(found, matrix[0, :, None].expand(2, 3))
+
+
 def test_the_meta_gradient_against_central_differences() -> None:
     values = loops.inputs()
     v, function = loops.direction(values), loops.meta_loss(Checkpointed("log"))

@@ -48,7 +48,7 @@ class Checkpointed:
     ===============  =================  =======================================================
     ``1``            T                  0: the memory of T carries and of one step
     ``n``            T / n + n - 1      T - T / n
-    ``"sqrt"``       8 sqrt(T)          0, with the graphs of sqrt(T) / 8 steps at a time
+    ``"sqrt"``       4 sqrt(T)          0, with the graphs of sqrt(T) / 4 steps at a time
     ``"log"``        log2(T) + 1        the fewest that are possible with so many carries
     ``"revolve"``    ``slots``          the fewest that are possible with so many carries
     ===============  =================  =======================================================

@@ -17,18 +17,11 @@ from torchopt.base.torch_internals import (
     peek_interpreter_stack,
     temporarily_clear_interpreter_stack,
 )
-from torchopt.diff.gradient import vjp
-from torchopt.diff.replay.alike import (
-    Version,
-    refuse_dependent,
-    refuse_unknown,
-    unknown_error,
-    versions_of,
-)
+from torchopt.diff.replay.alike import Version, unknown_error, versions_of
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.probe import look
 from torchopt.diff.replay.random_state import AS_IT_IS, Autocast, RandomState
-from torchopt.diff.replay.records import Begun, Point, Recorded
+from torchopt.diff.replay.records import Begun, Point
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Carry, Store
 from torchopt.diff.replay.watch import (
@@ -267,106 +260,6 @@ class Job:
         seen.after.put_back()
         return cut(seen.leaves), cut(seen.y)
 
-    def record(
-        self, leaves: list[Any], row: Sequence[Tensor], consts: Sequence[Tensor], create_graph: bool
-    ) -> Recorded:
-        """Take one step with a graph; its inputs are leaves of it, or nodes of their own."""
-        if self.functional:
-            return Recorded(leaves, row, consts, [], [], create_graph)
-        with self.at_its_level():
-            given = [*_inputs(self.tensors(leaves), self.carry_differs, create_graph)]
-            given_x = [*_inputs(row, self.xs_differ, create_graph)]
-            if self.replaces:
-                consts = [*_inputs(consts, [True] * len(consts), create_graph)]
-        for i, tensor in zip(self.carry_at, given):
-            leaves[i] = tensor
-
-        def take() -> tuple[list[Any], list[Any]]:
-            with torch.enable_grad(), self.at_its_level(), self.reading(consts):
-                x = self.from_row(given_x) if row else self.x((), 0)
-                return self.loop.take(list(leaves), x)
-
-        new, y = take()
-        outputs = [*self.tensors(new), *y]
-        refuse_dependent(self, outputs)
-        by = [t for t, d in zip([*given, *given_x, *consts], self.differs()) if d]
-        if not create_graph and self.loop.length > 1:
-            own = [*given, *given_x, *(consts if self.replaces else ())]
-
-            def again() -> tuple[list[Any], list[Tensor]]:
-                new, y = take()
-                return [*self.tensors(new), *y], own
-
-            refuse_unknown(self, outputs, own, again)
-        return Recorded(new, row, consts, outputs, by, create_graph)
-
-    def pull(self, recorded: Recorded, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return the derivatives of a step by its tensors.
-
-        ``cotangents`` are those of the carry's tensors, and of the leaves of ``y``.
-        """
-        if self.functional:
-            return self._pull_functional(recorded, cotangents)
-        pairs = _pairs(recorded.outputs, cotangents)
-        by, create_graph = recorded.by, recorded.create_graph
-        if not pairs or not by:
-            return self._placed([None] * len(by))
-        outputs, seeds = zip(*pairs)
-        with without_hooks(recorded.consts):
-            grads = vjp(outputs, seeds, by, create_graph, create_graph or self.keeps_outside)
-        return self._placed(grads)
-
-    def _pull_functional(
-        self, recorded: Recorded, cotangents: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        leaves, row = list(recorded.leaves), recorded.row
-        flat = [*self.tensors(leaves), *row, *recorded.consts]
-        at = [i for i, d in enumerate(self.differs()) if d]
-        wanted = [i for i, c in enumerate(cotangents) if c is not None]
-
-        def outputs(*by: Tensor) -> tuple[Tensor, ...]:
-            here = list(flat)
-            for i, tensor in zip(at, by):
-                here[i] = tensor
-            carry, xs, others = self.split(here)
-            for i, tensor in zip(self.carry_at, carry):
-                leaves[i] = tensor
-            with self.reading(others):
-                new, y = self.loop.take(leaves, self.from_row(xs) if row else self.x((), 0))
-            results = [*self.tensors(new), *y]
-            return tuple(results[i] for i in wanted)
-
-        if not wanted or not at:
-            return self._placed([None] * len(at))
-        pull = torch.func.vjp(outputs, *(flat[i] for i in at))[1]
-        return self._placed(pull(tuple(c for c in cotangents if c is not None)))
-
-    def _placed(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Put derivatives where their tensors are in the flat list."""
-        rest = iter(grads)
-        return [next(rest) if d else None for d in self.differs()]
-
-
-@contextlib.contextmanager
-def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Let nobody hear of a part of the derivative by tensors: their hooks are for the whole.
-
-    Nor does ``retain_grad`` gather parts, which autograd would do without any hook of Python's.
-    """
-    held = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
-    retained = [(t, t.grad) for t in tensors if t.retains_grad]
-    try:
-        for hooks, _ in held:
-            hooks.clear()
-        for tensor, _ in retained:
-            tensor.grad = None
-        yield
-    finally:
-        for hooks, content in held:
-            hooks.update(content)
-        for tensor, grad in retained:
-            tensor.grad = grad
-
 
 def is_smooth(tensor: Tensor) -> bool:
     """Whether there are derivatives by tensors of this dtype."""
@@ -376,24 +269,3 @@ def is_smooth(tensor: Tensor) -> bool:
 def cut(leaves: Sequence[Any]) -> list[Any]:
     """Return leaves without their history."""
     return [x.detach() if isinstance(x, Tensor) else x for x in leaves]
-
-
-def _inputs(tensors: Sequence[Tensor], differ: Sequence[bool], connected: bool) -> Iterator[Tensor]:
-    """Yield tensors to differentiate by: leaves of the graph, or nodes of their own of one."""
-    for tensor, d in zip(tensors, differ):
-        if not d:
-            yield tensor.detach()
-        elif connected and tensor.requires_grad:
-            yield tensor.view_as(tensor)
-        else:
-            yield tensor.detach().requires_grad_()
-
-
-def _pairs(
-    outputs: Sequence[Any], cotangents: Sequence[Tensor | None]
-) -> list[tuple[Tensor, Tensor]]:
-    return [
-        (output, cotangent)
-        for output, cotangent in zip(outputs, cotangents)
-        if cotangent is not None and isinstance(output, Tensor) and output.requires_grad
-    ]

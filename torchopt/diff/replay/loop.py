@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchopt.base import tree
 from torchopt.base.misuse.given import given
+from torchopt.base.torch_internals import peek_interpreter_stack
 from torchopt.base.values import describe
 from torchopt.typing import PyTree
 
@@ -155,10 +156,26 @@ class Loop:
         """
         carry, rows = tree.unflatten(self.spec, self.start), []
         for t in range(self.length):
-            carry, y = self.step_from(before(t, carry), self.x(self.xs, t))
+            flat, spec = tree.flatten(before(t, carry))
+            carry, y = self.step_from(tree.unflatten(spec, apart(flat)), self.x(self.xs, t))
             rows.append(after(t, y))
         leaves, self.end = tree.flatten(carry)
         return leaves, self.stacked(rows)
+
+
+def apart(leaves: list[Any]) -> list[Any]:
+    """Return leaves of which none has been computed from another, as far as autograd can tell.
+
+    A step is a function of its carry. Where it calls ``torch.autograd.grad`` by one leaf, others
+    are constants, though the step before may have computed them from that one.
+    """
+    if not torch.is_grad_enabled() or peek_interpreter_stack() is not None:
+        return leaves
+    recorded = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+    if len(recorded) > 1:
+        for i in recorded:
+            leaves[i] = leaves[i].view_as(leaves[i])
+    return leaves
 
 
 def called(name: str, of: str) -> str:

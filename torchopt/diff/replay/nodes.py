@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import unwrap_if_dead
-from torchopt.diff.replay.job import is_smooth, without_hooks
+from torchopt.diff.replay.job import is_smooth
 from torchopt.diff.replay.random_state import undisturbed
+from torchopt.diff.replay.segment import without_hooks
 
 
 class Isolated(torch.autograd.Function):

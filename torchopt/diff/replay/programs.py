@@ -18,9 +18,11 @@ from torch import Tensor
 from torchopt.base.torch_internals import graph_task_keeps_graph, peek_interpreter_stack
 from torchopt.diff.replay.alike import note_end, refuse_other_end, refuse_written
 from torchopt.diff.replay.job import Job, cut
+from torchopt.diff.replay.loop import apart
 from torchopt.diff.replay.nodes import Program, apply
 from torchopt.diff.replay.random_state import RandomState, undisturbed
-from torchopt.diff.replay.records import Point, Recorded
+from torchopt.diff.replay.records import Point
+from torchopt.diff.replay.segment import Grads, Segment
 from torchopt.diff.replay.store import Carry, Layered, Store
 from torchopt.diff.replay.watcher import Watcher
 
@@ -80,7 +82,7 @@ class Steps(Program):
         leaves, rows = job.leaves(carry, self.point), []
         for t in range(self.length):
             with job.reading(consts):
-                leaves, y = job.loop.take(leaves, job.x(xs, t))
+                leaves, y = job.loop.take(apart(leaves), job.x(xs, t))
             rows.append(y)
         if not self.first:
             rows = []
@@ -135,7 +137,8 @@ class Pull(Program):
         watcher = Watcher() if self.store is None else job.watcher
         given = tensors[len(job.differs()) :]
         done = watcher.start_backward(back, given, store is self.store)
-        recorded: list[Recorded] = []
+        segment: Segment | None = None
+        first = 0  # of its steps
         at_hand: Carry | None = None
         for kind, step in schedule.backward():
             if done is not None:  # an earlier process did this
@@ -147,8 +150,10 @@ class Pull(Program):
             elif kind == "drop":
                 store.drop(step)
             elif kind == "pull":
-                back.through(recorded.pop(), step)
-                watcher.backward(step, back, not recorded)
+                if segment is not None:  # this is the last of its steps
+                    back.through(segment, first)
+                    segment = at_hand = None
+                watcher.backward(step, back, step == first)
             elif at_hand is None:
                 raise AssertionError(f"{kind} without a current carry")
             elif kind == "keep":
@@ -158,15 +163,10 @@ class Pull(Program):
                 leaves, _ = job.advance(at_hand.leaves, job.x(xs, step), consts)
                 at_hand = Carry(leaves, at_hand.random)
             else:
-                row = job.row(xs, step)
-                again = None
-                if self.store is not None and job.end and step == self.length - 1:
-                    before = Carry(list(at_hand.leaves), RandomState.now(job.devices))
-                    again = functools.partial(self._again, before, step, xs, consts)
-                recorded.append(job.record(at_hand.leaves, row, consts, create_graph=False))
-                at_hand = Carry(cut(recorded[-1].leaves), at_hand.random)
-                if again is not None:
-                    refuse_other_end(job, at_hand.leaves, again)
+                if segment is None:
+                    segment = Segment(job, at_hand.leaves, consts, create_graph=False)
+                    first = step
+                self._record(segment, step, xs, consts)
         watcher.end_backward()
         return back.result([t for t, d in zip(tensors, job.differs()) if d])
 
@@ -187,6 +187,17 @@ class Pull(Program):
             job.sweep(carry, self.point, xs, consts, max(kept) + 1, (store, kept))
         return store
 
+    def _record(self, segment: Segment, step: int, xs: list[Tensor], consts: list[Tensor]) -> None:
+        """Take a step with a graph; if it is the last of the loop, see that it ends there."""
+        job = self.job
+        if self.store is None or not job.end or step != self.length - 1:
+            segment.take(job.row(xs, step))
+            return
+        before = Carry(cut(segment.leaves), RandomState.now(job.devices))
+        segment.take(job.row(xs, step))
+        again = functools.partial(self._again, before, step, xs, consts)
+        refuse_other_end(job, cut(segment.leaves), again)
+
     def _again(self, carry: Carry, step: int, xs: list[Tensor], consts: list[Tensor]) -> list[Any]:
         """Take a step without a graph, and leave the generators as they are."""
         with undisturbed(self.job.devices):
@@ -206,7 +217,9 @@ class Pull(Program):
             back = Back(job, xs, consts, cotangents, ys)
             self.point.random.put_back()
             leaves = job.leaves(carry, self.point)
-            back.through(job.record(leaves, job.row(xs, 0), consts, create_graph=True), 0)
+            segment = Segment(job, leaves, consts, create_graph=True)
+            segment.take(job.row(xs, 0))
+            back.through(segment, 0)
             return back.result(by)
         ends = job.schedule(self.length).parts(0, self.length)
         sizes = [high - low for low, high in itertools.pairwise(ends)]
@@ -241,11 +254,14 @@ class Back:
         self.by_xs: list[list[Tensor | None]] = []
         self.by_consts: list[Tensor | None] = [None] * len(consts)
 
-    def through(self, recorded: Recorded, index: int) -> None:
-        """Go back through one step."""
-        y = [None if c is None else c[index] for c in self.ys]
-        by_xs = self._take(self.job.pull(recorded, [*self.carry, *y]))
-        self.by_xs.append([None if g is None else g[None] for g in by_xs])
+    def through(self, segment: Segment, first: int) -> None:
+        """Go back through some steps."""
+        steps = range(first, first + len(segment))
+        ys = [[None if c is None else c[t] for c in self.ys] for t in steps]
+        found = segment.pull(self.carry, ys)
+        self._add(found.carry, found.consts)
+        for row in reversed(found.rows):
+            self.by_xs.append([None if g is None else g[None] for g in row])
 
     def part(
         self,
@@ -262,16 +278,17 @@ class Back:
         pull = Pull(job, point, length, [c is not None for c in cotangents], None)
         given = [*carry, *xs, *self.consts, *(c for c in cotangents if c is not None)]
         rest = iter(apply(pull, given))
-        self.by_xs.append(self._take([next(rest) if d else None for d in job.differs()]))
+        grads = [next(rest) if d else None for d in job.differs()]
+        by_carry, by_xs, by_consts = job.split(grads)  # pyright: ignore[reportArgumentType]
+        self._add(list(by_carry), list(by_consts))
+        self.by_xs.append(list(by_xs))
 
-    def _take(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        by_carry, by_xs, by_consts = self.job.split(grads)  # pyright: ignore[reportArgumentType]
-        self.carry = list(by_carry)
+    def _add(self, by_carry: Grads, by_consts: Grads) -> None:
+        self.carry = by_carry
         self.by_consts = [
             new if old is None else old if new is None else old + new
             for old, new in zip(self.by_consts, by_consts)
         ]
-        return list(by_xs)
 
     def result(self, by: Sequence[Tensor]) -> list[Tensor]:
         """Return the derivatives by those tensors that may have one; zero where there is none."""

@@ -1,4 +1,4 @@
-"""What is remembered of a moment between steps, of a step, and of a node."""
+"""What is remembered of a moment between steps, of the first step, and of a node."""
 
 from __future__ import annotations
 
@@ -49,15 +49,3 @@ class Scope:
     carry_at: list[int]
     xs_at: list[int]
     replaces: bool  #: Whether other tensors are read instead of those closed over.
-
-
-@dataclass
-class Recorded:
-    """A step with its graph; under torch.func only what it is to be taken with."""
-
-    leaves: list[Any]
-    row: Sequence[Tensor]
-    consts: Sequence[Tensor]
-    outputs: list[Any]
-    by: list[Tensor]
-    create_graph: bool

@@ -247,9 +247,8 @@ def make(every: int | str, slots: int | None, length: int, graphs: int | None = 
         root = max(1, math.isqrt(length))
         if graphs is not None:
             return Segments(length, root, graphs)
-        # the graph of a step takes some sixteen times what a carry takes, so there are fewer; and
-        # memory of a few that has been freed is there for the next, instead of going to the system
-        segment = -(-root // 8)
+        # the graph of a step takes some sixteen times what a carry takes, so there are fewer
+        segment = -(-root // 4)
         return Segments(length, segment, segment)
     if isinstance(every, int):
         return Segments(length, every, graphs or 1)
