@@ -12,6 +12,8 @@ import pytest
 import torch
 from sampling import is_thorough, mark_thorough
 
+from torchopt.base.torch_internals import nothing_is_compiled
+
 
 pytest_plugins = ["pytester", "visual_browsers"]
 torch.set_num_threads(1)
@@ -39,6 +41,13 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20240)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled(request: pytest.FixtureRequest) -> None:
+    """Let loops run as in a process that compiles nothing, whatever was compiled before."""
+    if "unroll" in request.node.path.name and not nothing_is_compiled():
+        torch.compiler.reset()
 
 
 @pytest.fixture

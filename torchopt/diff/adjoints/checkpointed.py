@@ -34,7 +34,8 @@ STORES: dict[str, Callable[[], Store]] = {"memory": MemoryStore, "cpu": CpuStore
 class Checkpointed:
     r"""Differentiate a loop exactly, keeping some carries and taking its steps again.
 
-    The forward pass records nothing; it keeps carries. The backward pass takes the steps from the
+    The forward pass keeps carries, and records none of the steps but those that the backward pass
+    begins with (only the latest loop keeps their graph; others take them again). The backward pass takes the steps from the
     last to the first, each of them once with a graph, and makes the carries in between again:
 
     .. math::

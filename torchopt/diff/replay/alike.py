@@ -30,15 +30,14 @@ def refuse_unknown(job: Job, outputs: list[Any], given: list[Tensor], again: Tak
     Raises:
         RuntimeError: Naming the tensor.
     """
-    if not (unknown := _unknown(job, outputs, given)):
+    if not (tensors := _unknown(job, outputs, given)):
         return
     random = RandomState.now(job.devices)
     found = {id(t) for t in _unknown(job, *again())}  # what a step makes itself is another one
     random.put_back()
-    unknown = [t for t in unknown if id(t) in found]
-    if not unknown:
-        return
-    raise unknown_error(job, unknown[0])
+    tensors = [t for t in tensors if id(t) in found]
+    if tensors:
+        raise unknown_error(job, tensors[0])
 
 
 def refuse_dependent(job: Job, outputs: Sequence[Any]) -> None:
@@ -80,15 +79,15 @@ def _unknown(job: Job, outputs: list[Any], given: list[Tensor]) -> list[Tensor]:
     return [t for t in watch.reached(recorded, given, consts)[0] if id(t) not in known]
 
 
-def note_end(job: Job, results: Sequence[Tensor]) -> None:
-    """Remember where the last step ended, to be compared on the way back.
+def note_end(job: Job, step: int, results: Sequence[Tensor]) -> None:
+    """Remember where a step ended, by the number of the next, to be compared on the way back.
 
     What has no derivative may be buffers: BatchNorm writes to them without counting it.
     """
     if job.checks_end:
         differ = job.results_differ
         tensors = [t.detach() if d else t.clone() for t, d in zip(results, differ)]
-        job.end = [(t, t._version) for t in tensors]
+        job.ends[step] = [(t, t._version) for t in tensors]
 
 
 def versions_of(read: Iterable[Tensor], versions: Mapping[int, int]) -> list[Version]:
@@ -114,8 +113,10 @@ def refuse_written(job: Job, when: str) -> None:
             )
 
 
-def refuse_other_end(job: Job, leaves: Sequence[Any], again: Callable[[], Sequence[Any]]) -> None:
-    """Refuse a last step that does not end where it ended the first time, bit by bit.
+def refuse_other_end(
+    job: Job, step: int, leaves: Sequence[Any], again: Callable[[], Sequence[Any]]
+) -> None:
+    """Refuse a step that does not end where it ended the first time, bit by bit.
 
     ``again`` takes it without a graph, as the first time, if a graph makes a difference.
 
@@ -124,7 +125,7 @@ def refuse_other_end(job: Job, leaves: Sequence[Any], again: Callable[[], Sequen
     """
     names = [tree.dotted(job.loop.paths[i]) for i in job.carry_at]
     found = job.tensors(leaves)
-    ends = list(zip(names, job.end))
+    ends = list(zip(names, job.ends[step + 1]))
     if any(
         not same(old, new)
         for new, (_, (old, version)) in zip(found, ends)
@@ -134,8 +135,9 @@ def refuse_other_end(job: Job, leaves: Sequence[Any], again: Callable[[], Sequen
     for new, (name, (old, version)) in zip(found, ends):
         if old._version == version and not same(old, new):
             raise RuntimeError(
-                f"The last step gives another value of {called(name, 'the carry')} when it is "
-                "taken again for the backward pass: it reads something that has changed since, "
-                "such as an attribute, or a tensor that was written to. Leave that as it was "
-                "until the backward pass is over, or give it to the steps in the carry or in xs."
+                f"Step {step + 1} of {job.loop.length} gives another value of "
+                f"{called(name, 'the carry')} when it is taken again for the backward pass: it "
+                "reads something that has changed since, such as an attribute, or a tensor that "
+                "was written to. Leave that as it was until the backward pass is over, or give it "
+                "to the steps in the carry or in xs."
             )

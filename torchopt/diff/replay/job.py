@@ -60,8 +60,9 @@ class Job:
     refused: dict[int, Tensor] = field(default_factory=dict)  #: Which no step may read.
     exact: bool = False  #: Whether a step has the same bits with a graph and without one.
     versions: list[Version] = field(default_factory=list)
-    checks_end: bool = False  #: Whether the last step has to end where it did the first time.
-    end: list[tuple[Tensor, int]] = field(default_factory=list)  #: There, and its versions.
+    checks_end: bool = False  #: Whether steps have to end where they did the first time.
+    #: Where some did, by the number of the next, with the versions of these tensors.
+    ends: dict[int, list[tuple[Tensor, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.carry_at = [i for i, x in enumerate(self.loop.start) if isinstance(x, Tensor)]
@@ -178,8 +179,12 @@ class Job:
         length: int,
         keep: tuple[Store, Sequence[int]] | None = None,
         watcher: Watcher | None = None,
+        turn: Any = None,
     ) -> tuple[list[Any], list[list[Any]]]:
-        """Take steps of which nothing is recorded; return the last leaves and each step's ``y``."""
+        """Take steps; return the last leaves and each step's ``y``.
+
+        Nothing is recorded but the steps of ``turn`` (a :class:`~torchopt.diff.replay.turn.Turn`).
+        """
         leaves, rows, random, first = self.leaves(tensors, point), [], point.random, 0
         kept, begun = set(keep[1]) if keep else set(), None
         looks: set[int] = set()
@@ -198,6 +203,8 @@ class Job:
                 self.held.update(map(id, leaves))
             if begun is not None and t == 0:
                 leaves, y = begun.from_here(leaves)
+            elif turn is not None and t >= turn.first:
+                leaves, y = turn.take(self, leaves, xs, t, t in looks)
             elif t in looks:
                 leaves, y = self.look_again(leaves, xs, consts, t)
             else:

@@ -24,6 +24,7 @@ from torchopt.diff.replay.random_state import RandomState, undisturbed
 from torchopt.diff.replay.records import Point
 from torchopt.diff.replay.segment import Grads, Segment
 from torchopt.diff.replay.store import Carry, Layered, Store
+from torchopt.diff.replay.turn import Turn
 from torchopt.diff.replay.watcher import Watcher
 
 
@@ -35,6 +36,7 @@ class Steps(Program):
         self.first = first  # whether this is the loop itself, and not a part that is run again
         self.end: Point | None = None
         self.store: Store | None = None
+        self.turn: Turn | None = None
         self.taken: list[Tensor] | None = None
 
     def differs(self) -> list[bool]:
@@ -55,14 +57,18 @@ class Steps(Program):
             taken, self.taken = self.taken, None
             return taken
         job, keep, watcher = self.job, None, None
+        turn: Turn | None = None
         if not self.first:
             self.point.random.put_back()
         elif peek_interpreter_stack() is None:  # what a level of vmap has made would outlive it
             watcher = job.watcher
             self.store = watcher.store or job.new_store()
-            keep = self.store, job.schedule(self.length).kept()
+            schedule = job.schedule(self.length)
+            keep = self.store, schedule.kept()
+            if watcher.store is None:  # which may go on in another process
+                self.turn = turn = Turn.of(job, schedule)
         carry, xs, consts = job.inputs(tensors)
-        leaves, rows = job.sweep(carry, self.point, xs, consts, self.length, keep, watcher)
+        leaves, rows = job.sweep(carry, self.point, xs, consts, self.length, keep, watcher, turn)
         self.end = Point(job.rest(leaves), RandomState.now(job.devices, self.point.random))
         if not self.first:
             rows = []
@@ -70,7 +76,7 @@ class Steps(Program):
         results = fresh([*job.tensors(leaves), *ys], tensors, job.held)
         job.held = set()
         if self.first:
-            note_end(job, results[: len(job.carry_at)])
+            note_end(job, self.length, results[: len(job.carry_at)])
             refuse_written(job, "by a later one than the first")
         return results
 
@@ -91,17 +97,23 @@ class Steps(Program):
 
     def derivative(self, present: list[bool]) -> Program:
         """Return the way back through the steps."""
-        return Pull(self.job, self.point, self.length, present, self.store)
+        return Pull(self.job, self.point, self.length, present, self.store, self.turn)
 
 
 class Pull(Program):
     """The way back through some steps: of their inputs and the cotangents, all derivatives."""
 
     def __init__(
-        self, job: Job, point: Point, length: int, present: list[bool], store: Store | None
+        self,
+        job: Job,
+        point: Point,
+        length: int,
+        present: list[bool],
+        store: Store | None = None,
+        turn: Turn | None = None,
     ) -> None:
         self.job, self.point, self.length, self.present = job, point, length, present
-        self.store = store
+        self.store, self.turn = store, turn
 
     def differs(self) -> list[bool]:
         """Return by what the way back may be differentiated."""
@@ -139,6 +151,7 @@ class Pull(Program):
         done = watcher.start_backward(back, given, store is self.store)
         segment: Segment | None = None
         first = 0  # of its steps
+        turned = None if self.turn is None else self.turn.taken()
         at_hand: Carry | None = None
         for kind, step in schedule.backward():
             if done is not None:  # an earlier process did this
@@ -154,6 +167,9 @@ class Pull(Program):
                     back.through(segment, first)
                     segment = at_hand = None
                 watcher.backward(step, back, step == first)
+            elif kind == "record" and turned is not None:
+                segment, first = turned, self.length - len(turned)
+                turned = None if step == self.length - 1 else turned
             elif at_hand is None:
                 raise AssertionError(f"{kind} without a current carry")
             elif kind == "keep":
@@ -188,15 +204,15 @@ class Pull(Program):
         return store
 
     def _record(self, segment: Segment, step: int, xs: list[Tensor], consts: list[Tensor]) -> None:
-        """Take a step with a graph; if it is the last of the loop, see that it ends there."""
+        """Take a step with a graph; where it ended is known of some, and has to be there again."""
         job = self.job
-        if self.store is None or not job.end or step != self.length - 1:
+        if self.store is None or step + 1 not in job.ends:
             segment.take(job.row(xs, step))
             return
         before = Carry(cut(segment.leaves), RandomState.now(job.devices))
         segment.take(job.row(xs, step))
         again = functools.partial(self._again, before, step, xs, consts)
-        refuse_other_end(job, cut(segment.leaves), again)
+        refuse_other_end(job, step, cut(segment.leaves), again)
 
     def _again(self, carry: Carry, step: int, xs: list[Tensor], consts: list[Tensor]) -> list[Any]:
         """Take a step without a graph, and leave the generators as they are."""
@@ -209,6 +225,8 @@ class Pull(Program):
     def recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Go back part by part, each of them a node."""
         job = self.job
+        if self.turn is not None:  # its graph ends at the carry, and this one goes on
+            self.turn.taken()
         refuse_written(job, "after the loop")
         carry, xs, consts = job.inputs(tensors)
         cotangents, ys = self._cotangents(tensors)
@@ -275,7 +293,7 @@ class Back:
         job = self.job
         of_y = [c for c, like in zip(ys, job.loop.y_likes) if like is not None]
         cotangents = [*self.carry, *of_y]
-        pull = Pull(job, point, length, [c is not None for c in cotangents], None)
+        pull = Pull(job, point, length, [c is not None for c in cotangents])
         given = [*carry, *xs, *self.consts, *(c for c in cotangents if c is not None)]
         rest = iter(apply(pull, given))
         grads = [next(rest) if d else None for d in job.differs()]

@@ -98,6 +98,15 @@ class Schedule(abc.ABC):
     def parts(self, low: int, high: int) -> list[int]:
         """Return where to divide an interval of steps of which derivatives are derived again."""
 
+    def turning(self) -> int:
+        """Return how many steps, the last ones, are recorded before the first is pulled."""
+        recorded = 0
+        for kind, _ in self.backward():
+            if kind == "pull":
+                break
+            recorded += kind == "record"
+        return recorded
+
     def plan(self, carry_bytes: int) -> Plan:
         """Count the actions."""
         kept = most = len(self.kept())

@@ -70,10 +70,14 @@ class Segment:
         Raises:
             RuntimeError: If a leaf depends on what it did not depend on in the first step.
         """
-        job = self.job
-        if job.functional:
+        if self.job.functional:
             self.rows.append(list(row))
-            return
+        else:
+            refuse_dependent(self.job, self.step(row))
+
+    def step(self, row: Sequence[Tensor]) -> list[Any]:
+        """Take the next step, and return its results."""
+        job = self.job
         with job.at_its_level():
             if self.rows:
                 self._go_on_from(self._connected())
@@ -81,8 +85,8 @@ class Segment:
         self.own += inputs
         self.rows.append(inputs)
         self.leaves, y = self._taken(self.leaves, inputs)
-        refuse_dependent(job, [*job.tensors(self.leaves), *y])
         self.ys.append(y)
+        return [*job.tensors(self.leaves), *y]
 
     def _connected(self) -> list[Tensor]:
         """Return what the next step is given: as much as it would be given alone."""
