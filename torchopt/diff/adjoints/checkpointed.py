@@ -35,8 +35,9 @@ class Checkpointed:
     r"""Differentiate a loop exactly, keeping some carries and taking its steps again.
 
     The forward pass keeps carries, and records none of the steps but those that the backward pass
-    begins with (only the latest loop keeps their graph; others take them again). The backward pass takes the steps from the
-    last to the first, each of them once with a graph, and makes the carries in between again:
+    begins with (only the latest loop keeps their graph; others take them again). The backward pass
+    takes the steps from the last to the first, each of them once with a graph, and makes the
+    carries in between again:
 
     .. math::
         \bar c_t = \Big(\frac{\partial c_{t+1}}{\partial c_t}\Big)^{\!\top} \bar c_{t+1}
