@@ -5,7 +5,7 @@ from collections import OrderedDict, namedtuple
 import pytest
 import torch
 from extracting import assert_same_tree, leaves_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import torchopt
@@ -115,8 +115,16 @@ def test_stop_gradient_of_random_trees_keeps_values(tree):
     assert_same_tree(moved, wanted)
 
 
+def slots(**of):
+    return torchopt.OptState(0, {"exp_avg": of})
+
+
 @quick
 @given(tree=trees, other=trees)
+@example(tree=slots(a=torch.ones(()), b=None), other=slots(a=torch.ones(())))
+@example(tree=slots(a=torch.ones(())), other=slots(a=torch.ones(()), b=None))
+@example(tree=slots(a=[torch.ones(()), None]), other=slots(a=[torch.ones(())]))
+@example(tree=slots(a=None), other=slots(a={}))
 def test_a_random_tree_of_another_structure_is_refused(tree, other):
     def outline(value):
         if isinstance(value, torch.Tensor):
@@ -142,3 +150,9 @@ def test_a_random_tree_of_another_structure_is_refused(tree, other):
     with pytest.raises((ValueError, TypeError)):
         torchopt.recover_state_dict(tree, other)
     assert_same_tree(tree, wanted)
+
+
+@pytest.mark.parametrize(("target", "state"), [({"a": {}}, {}), ({"a": 1, "b": []}, {"a": 1})])
+def test_empty_containers_count(target, state):
+    with pytest.raises(ValueError, match=r"The state does not match: .*'[ab]'"):
+        torchopt.recover_state_dict(target, state)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    overload,
+    runtime_checkable,
+)
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +22,7 @@ from torchopt.base import misuse, tree
 from torchopt.core.opt_state import OptState
 from torchopt.nn import marks, moments
 from torchopt.nn.copying import Copier, CopiesHistory
+from torchopt.nn.matching import check_places, check_shape
 from torchopt.nn.parameters import named_places, parameter_sites, place_all, place_each
 from torchopt.nn.targets import check_tree
 from torchopt.typing import PyTree
@@ -197,7 +206,8 @@ def recover_state_dict(target: Any, state: Any) -> Any:
     values = tree.flatten_like(state, target, spec, "The leaves of the state", "the target")
     names = tree.leaf_names(target)
     for name, old, new in zip(names, leaves, values):
-        _check_shape(name, old, new)
+        check_shape(name, old, new)
+    check_places((), target, state)
     return _put_back(target, state)
 
 
@@ -216,22 +226,9 @@ def _recover_module(module: nn.Module, state: Any) -> None:
             difference = tree.first_difference(list(given), list(own))
             raise ValueError(f"The {what} of the state do not match the module: {difference}.")
         for name in own:
-            _check_shape(name, own[name], given[name])
+            check_shape(name, own[name], given[name])
     kept = {n: b.clone() if state.detach_buffers else b for n, b in (state.buffers or {}).items()}
     place_all(module, state.params, kept)
-
-
-def _check_shape(name: str, old: Any, new: Any) -> None:
-    if isinstance(old, Tensor) != isinstance(new, Tensor):
-        raise ValueError(
-            f"The state does not match at {tree.quoted(name)}: {type(new).__name__} instead "
-            f"of {type(old).__name__}."
-        )
-    if isinstance(old, Tensor) and old.shape != new.shape:
-        raise ValueError(
-            f"The state does not match at {tree.quoted(name)}: shape {tuple(new.shape)} "
-            f"instead of {tuple(old.shape)}."
-        )
 
 
 def _put_back(target: Any, state: Any) -> Any:
