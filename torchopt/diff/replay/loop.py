@@ -169,7 +169,10 @@ def apart(leaves: list[Any]) -> list[Any]:
     A step is a function of its carry. Where it calls ``torch.autograd.grad`` by one leaf, others
     are constants, though the step before may have computed them from that one.
     """
-    if not torch.is_grad_enabled() or peek_interpreter_stack() is not None:
+    if not torch.is_grad_enabled():
+        return leaves
+    # torch 2.6 does not compile the second question
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
         return leaves
     recorded = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
     if len(recorded) > 1:
