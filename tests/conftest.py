@@ -19,6 +19,10 @@ pytest_plugins = ["pytester", "visual_browsers"]
 torch.set_num_threads(1)
 
 
+#: Words in the names of files that test loops whose steps are taken again.
+LOOPS = ("unroll", "checkpoint_schedules", "replay", "run_folder", "accumul", "attribution")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Mark combinations before pytest makes tests of them, and leave out what ``-m`` deselects.
@@ -46,7 +50,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_compiled(request: pytest.FixtureRequest) -> None:
     """Let loops run as in a process that compiles nothing, whatever was compiled before."""
-    if "unroll" in request.node.path.name and not nothing_is_compiled():
+    if any(word in request.node.path.name for word in LOOPS) and not nothing_is_compiled():
         torch.compiler.reset()
 
 
