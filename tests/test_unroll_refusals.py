@@ -116,24 +116,6 @@ def grows(adjoint: Any = Checkpointed()) -> Any:  # noqa: B008
     return run
 
 
-def test_a_generator_of_its_own_is_named() -> None:
-    generator = torch.Generator().manual_seed(0)
-    step = lambda c, _: ({"w": c["w"] * torch.rand(2, generator=generator)}, None)  # noqa: E731
-    with pytest.raises(RuntimeError, match=r"another value of leaf 'w' of the carry.*Generator"):
-        grows()(step, {"w": W})
-
-
-def test_a_step_that_counts_its_calls_is_named() -> None:
-    calls: list[int] = []
-
-    def step(w: Tensor, _: None) -> Any:
-        calls.append(1)
-        return w, {"calls": len(calls)}
-
-    with pytest.raises(RuntimeError, match="another value of leaf 'calls' of y"):
-        grows()(step)
-
-
 def test_a_carry_that_is_changed_in_place_is_named() -> None:
     with pytest.raises(ValueError, match=r"changes leaf 'w' of its carry in place.*clone"):
         grows()(lambda c, _: ({"w": c["w"].mul_(2)}, None), {"w": W})

@@ -132,12 +132,17 @@ register_constant: Any = getattr(torch_pytree, "register_constant", None)
 
 
 def nothing_is_compiled() -> bool:
-    """Whether no function has been compiled in this process, or none since the compiler's reset.
+    """Whether ``torch.compile`` has not been called in this process, or not since its reset.
 
-    That the compiler has been imported says nothing: ``torch.func.grad`` does it.
+    What it returned compiles when it is called for the first time. That the compiler has been
+    imported says nothing: ``torch.func.grad`` does it.
     """
     frames = sys.modules.get("torch._dynamo.convert_frame")
-    return frames is None or getattr(frames, "FRAME_COUNTER", None) == 0
+    if frames is None:
+        return True
+    backends = getattr(sys.modules.get("torch._dynamo.eval_frame"), "cached_backends", {0: 0})
+    asked = any(backend is not None for backend in backends.values())
+    return not asked and getattr(frames, "FRAME_COUNTER", None) == 0
 
 
 # Tensors and modules -----------------------------------------------------------------------------

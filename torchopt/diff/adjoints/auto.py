@@ -171,7 +171,7 @@ def _size(tensor: Tensor) -> int:
 def _saved(loop: Loop) -> int:
     """Return how many bytes one step saves, beyond what is there without it."""
     with undisturbed(cuda_devices(loop.start)):
-        (leaves, y), seen, own = one_step(loop, functional=False)
+        (leaves, y), seen, _, own = one_step(loop, functional=False)
         seen.writes.undo()
     storages: dict[int, int] = {}
     for tensor in saved_behind([x for x in (*leaves, *y) if isinstance(x, Tensor)]):

@@ -63,7 +63,8 @@ class Checkpointed:
 
     A step is taken more than once, so it has to be repeatable. The random state of PyTorch's
     default generators and autocast are put back; the first step is taken twice, and compared bit
-    by bit.
+    by bit. In a loop of fewer than 64 steps of which all carries are kept, it is the backward pass
+    that compares it, which takes it again anyway.
 
     Args:
         every: Which carries to keep: each, every n-th, or by a schedule.
@@ -97,10 +98,11 @@ class Checkpointed:
             a run with other settings, naming what differs.
         OSError: From ``unroll``, before anything runs: if nothing can be written to the folder, or
             there is no room for the carries.
-        RuntimeError: From ``unroll``: if the step is not repeatable, naming the leaf that differs;
-            in a function that is compiled; inside two levels of forward mode. From the backward
-            pass: if a leaf is constant in the first step and not in a later one; if what the steps
-            read was changed in place; if a later step reads a tensor that nobody could see.
+        RuntimeError: From ``unroll``, or from the backward pass of such a short loop: if the step
+            is not repeatable, naming the leaf that differs. From ``unroll``: in a function that is
+            compiled; inside two levels of forward mode. From the backward pass: if a leaf is
+            constant in the first step and not in a later one; if what the steps read was changed;
+            if a later step reads a tensor that nobody could see.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Whether a step that is taken again is the step that was taken: what would be wrong is refused."""
+"""Whether a step depends on what the first one does: what would be wrong is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torchopt.diff.replay import watch
 from torchopt.diff.replay.loop import called
 from torchopt.diff.replay.random_state import RandomState
 from torchopt.diff.replay.visible import names_in
-from torchopt.diff.replay.writes import same
 
 
 Job = Any  # which imports this file
@@ -79,17 +78,6 @@ def _unknown(job: Job, outputs: list[Any], given: list[Tensor]) -> list[Tensor]:
     return [t for t in watch.reached(recorded, given, consts)[0] if id(t) not in known]
 
 
-def note_end(job: Job, step: int, results: Sequence[Tensor]) -> None:
-    """Remember where a step ended, by the number of the next, to be compared on the way back.
-
-    What has no derivative may be buffers: BatchNorm writes to them without counting it.
-    """
-    if job.checks_end:
-        differ = job.results_differ
-        tensors = [t.detach() if d else t.clone() for t, d in zip(results, differ)]
-        job.ends[step] = [(t, t._version) for t in tensors]
-
-
 def versions_of(read: Iterable[Tensor], versions: Mapping[int, int]) -> list[Version]:
     """Return what tells whether tensors have been written to; none is kept alive by it."""
     found = [t for t in read if id(t) in versions and not t.is_inference()]
@@ -110,34 +98,4 @@ def refuse_written(job: Job, when: str) -> None:
             raise RuntimeError(
                 f"The steps read {shown}, which was changed in place {when}, so that they cannot "
                 "be taken again. Give them a clone() of it, or let it be part of the carry."
-            )
-
-
-def refuse_other_end(
-    job: Job, step: int, leaves: Sequence[Any], again: Callable[[], Sequence[Any]]
-) -> None:
-    """Refuse a step that does not end where it ended the first time, bit by bit.
-
-    ``again`` takes it without a graph, as the first time, if a graph makes a difference.
-
-    Raises:
-        RuntimeError: Naming the leaf.
-    """
-    names = [tree.dotted(job.loop.paths[i]) for i in job.carry_at]
-    found = job.tensors(leaves)
-    ends = list(zip(names, job.ends[step + 1]))
-    if any(
-        not same(old, new)
-        for new, (_, (old, version)) in zip(found, ends)
-        if old._version == version
-    ):
-        found = job.tensors(again())
-    for new, (name, (old, version)) in zip(found, ends):
-        if old._version == version and not same(old, new):
-            raise RuntimeError(
-                f"Step {step + 1} of {job.loop.length} gives another value of "
-                f"{called(name, 'the carry')} when it is taken again for the backward pass: it "
-                "reads something that has changed since, such as an attribute, or a tensor that "
-                "was written to. Leave that as it was until the backward pass is over, or give it "
-                "to the steps in the carry or in xs."
             )

@@ -12,24 +12,20 @@ from torch import Tensor
 
 from torchopt.base.torch_internals import (
     levels_of_batched_grads,
-    nothing_is_compiled,
     outside_of_batched_grads,
     peek_interpreter_stack,
     temporarily_clear_interpreter_stack,
 )
-from torchopt.diff.replay.alike import Version, unknown_error, versions_of
+from torchopt.diff.replay.alike import Version, unknown_error
 from torchopt.diff.replay.loop import Loop
-from torchopt.diff.replay.probe import look
-from torchopt.diff.replay.random_state import AS_IT_IS, Autocast, RandomState
+from torchopt.diff.replay.random_state import AS_IT_IS, Autocast
 from torchopt.diff.replay.records import Begun, Point
+from torchopt.diff.replay.repeatable import End
 from torchopt.diff.replay.schedules import Schedule
-from torchopt.diff.replay.store import Carry, Store
+from torchopt.diff.replay.store import Store
 from torchopt.diff.replay.watch import (
     Substituted,
-    Watch,
-    depends,
     may_have_derivative,
-    requires_grad,
 )
 from torchopt.diff.replay.watcher import Watcher
 
@@ -58,11 +54,11 @@ class Job:
     begun: Begun | None = None
     held: set[int] = field(default_factory=set)  #: Tensors that have been put into a store.
     refused: dict[int, Tensor] = field(default_factory=dict)  #: Which no step may read.
-    exact: bool = False  #: Whether a step has the same bits with a graph and without one.
+    #: Whether it makes no difference if a step is taken with a graph or without one.
+    exact: bool = False
     versions: list[Version] = field(default_factory=list)
     checks_end: bool = False  #: Whether steps have to end where they did the first time.
-    #: Where some did, by the number of the next, with the versions of these tensors.
-    ends: dict[int, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    ends: dict[int, End] = field(default_factory=dict)  #: Where some did, by that of the next.
 
     def __post_init__(self) -> None:
         self.carry_at = [i for i, x in enumerate(self.loop.start) if isinstance(x, Tensor)]
@@ -169,103 +165,6 @@ class Job:
                 leaves[i] = leaves[i].detach().requires_grad_(smooth)
             carry, y = self.loop.take(leaves, x)
         return cut(carry), cut(y)
-
-    def sweep(
-        self,
-        tensors: Sequence[Tensor],
-        point: Point,
-        xs: Sequence[Tensor],
-        consts: Sequence[Tensor],
-        length: int,
-        keep: tuple[Store, Sequence[int]] | None = None,
-        watcher: Watcher | None = None,
-        turn: Any = None,
-    ) -> tuple[list[Any], list[list[Any]]]:
-        """Take steps; return the last leaves and each step's ``y``.
-
-        Nothing is recorded but the steps of ``turn`` (a :class:`~torchopt.diff.replay.turn.Turn`).
-        """
-        leaves, rows, random, first = self.leaves(tensors, point), [], point.random, 0
-        kept, begun = set(keep[1]) if keep else set(), None
-        looks: set[int] = set()
-        if watcher is not None:
-            begun, self.begun = self.begun, None
-            # a run that goes on in another process may not take these steps there
-            if self.checks_end and watcher.store is None:
-                looks = {1, length - 1} - {0}
-        if watcher is not None and (reached := watcher.start_forward(self)) is not None:
-            first, leaves, rows, random = reached.step, reached.leaves, reached.rows, reached.random
-            random.put_back()
-        for t in range(first, length):
-            if keep and t in kept:
-                random = RandomState.now(self.devices, random)
-                keep[0].put(t, Carry(list(leaves), random))
-                self.held.update(map(id, leaves))
-            if begun is not None and t == 0:
-                leaves, y = begun.from_here(leaves)
-            elif turn is not None and t >= turn.first:
-                leaves, y = turn.take(self, leaves, xs, t, t in looks)
-            elif t in looks:
-                leaves, y = self.look_again(leaves, xs, consts, t)
-            else:
-                leaves, y = self.advance(leaves, self.x(xs, t), consts)
-            rows.append(y)
-            if watcher is not None:
-                watcher.forward(self, t + 1, leaves, rows)
-        return leaves, rows
-
-    def _like_the_first(
-        self, leaves: list[Any], xs: Sequence[Tensor], consts: Sequence[Tensor], index: int
-    ) -> tuple[list[Any], list[Any]] | None:
-        """Take a later step without a graph; ``None`` if that cannot tell what it depends on.
-
-        It tells where every leaf has a derivative already, and nothing is read that was not known.
-        """
-        ys = [x for x in self.loop.y_likes if x is not None]
-        smooth = [isinstance(x, Tensor) and is_smooth(x) for x in (*self.carry, *ys)]
-        if any(s and not d for s, d in zip(smooth, self.results_differ)):
-            return None
-        random, seen = RandomState.now(self.devices), Watch()
-        with seen:
-            found = self.advance(list(leaves), self.x(xs, index), consts)
-        known = set(map(id, self.consts))
-        if any(requires_grad(t) for key, t in seen.read.items() if key not in known):
-            random.put_back()
-            return None
-        given = set(map(id, leaves))
-        others = [t for key, t in seen.read.items() if key not in given]
-        self.versions += versions_of(others, seen.versions)
-        if not nothing_is_compiled():  # it ran as it was written
-            random.put_back()
-            return self.advance(leaves, self.x(xs, index), consts)
-        return found
-
-    def look_again(
-        self, leaves: list[Any], xs: Sequence[Tensor], consts: Sequence[Tensor], index: int
-    ) -> tuple[list[Any], list[Any]]:
-        """Take a later step, and find out what the first one has not told: it may be another.
-
-        Raises:
-            RuntimeError: If it reads a tensor from which another was computed that steps read.
-        """
-        found = self._like_the_first(leaves, xs, consts, index)
-        if found is not None:
-            return found
-        seen = look(self.loop, self.devices, False, None, (leaves, index), self.consts)
-        known = set(map(id, self.consts))
-        new = [t for t in seen.consts if id(t) not in known]
-        if new and not self.replaces and depends([*self.consts, *new]) is not None:
-            raise unknown_error(self, new[0])
-        self.consts = [*self.consts, *new]
-        self.calls = max(self.calls, seen.calls)
-        self.keeps_outside |= seen.keeps_outside
-        self.versions += seen.versions
-        differ = zip(self.results_differ, seen.results_differ)
-        self.results_differ = [a or b for a, b in differ]
-        if not self.exact:
-            return self.advance(leaves, self.x(xs, index), consts)
-        seen.after.put_back()
-        return cut(seen.leaves), cut(seen.y)
 
 
 def is_smooth(tensor: Tensor) -> bool:

@@ -1,23 +1,21 @@
-"""The first step, watched: what it closes over, and whether it can be repeated."""
+"""The first step, watched: what it closes over."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchopt.base import tree
-from torchopt.base.torch_internals import nothing_is_compiled
 from torchopt.base.values import describe
 from torchopt.diff.replay import watch
 from torchopt.diff.replay.alike import Version, versions_of
 from torchopt.diff.replay.loop import Loop, called
 from torchopt.diff.replay.random_state import Autocast, RandomState
 from torchopt.diff.replay.visible import names_in
-from torchopt.diff.replay.writes import by_rounding, same
 
 
 @dataclass
@@ -25,6 +23,7 @@ class Watched:
     """What one step has told."""
 
     consts: list[Tensor]
+    given: list[Any]  # leaves of the carry
     leaves: list[Any]
     y: list[Any]
     calls: int  # of autograd in the step
@@ -35,6 +34,15 @@ class Watched:
     read: list[Tensor] = field(default_factory=list)  #: What it reads from outside.
     replaces: bool = False  #: Whether one of ``consts`` was computed from another.
     versions: list[Version] = field(default_factory=list)  #: Of all that it reads from outside.
+
+
+class Once(NamedTuple):
+    """A step that was taken once."""
+
+    results: tuple[list[Any], list[Any]]  #: The leaves of the carry, and those of ``y``.
+    seen: watch.Watch
+    start: list[Any]  #: The leaves of the carry that it was given.
+    given: list[Tensor]  #: All tensors that it was given.
 
 
 def look(
@@ -61,7 +69,7 @@ def look(
     """
     random = RandomState.now(devices, random)
     start = watch.newest_node()
-    first, seen, given = one_step(loop, functional, at)
+    first, seen, leaves_given, given = one_step(loop, functional, at)
     after = RandomState.now(devices, random)
     _refuse_changes(loop, seen, given, random)
     inside = {id(t) for t in given}
@@ -73,12 +81,12 @@ def look(
     if functional or any(t.grad_fn is not None for t in outside if id(t) not in old):
         # what an unseen operation of the step has made is another object each time
         random.put_back()
-        _, again, _ = one_step(loop, functional, at)
+        again = one_step(loop, functional, at).seen
         outside = [t for t in outside if id(t) in again.read]
     random.put_back()
     leaves, y = first
     if functional:
-        return Watched(outside, leaves, y, 0, False, [], random, after)
+        return Watched(outside, leaves_given, leaves, y, 0, False, [], random, after)
     results = [x for x in leaves if isinstance(x, Tensor)]
     outputs = [*results, *(t for t in y if isinstance(t, Tensor))]
     recorded = [t for t in outputs if t.requires_grad]
@@ -92,7 +100,7 @@ def look(
     differ = [t.requires_grad for t in results]
     differ += [isinstance(t, Tensor) and t.requires_grad for t in y if t is not None]
     replaces = pair is not None
-    told = consts, leaves, y, seen.calls, alone, differ
+    told = consts, leaves_given, leaves, y, seen.calls, alone, differ
     others = [t for t in seen.read.values() if id(t) not in inside]
     versions = versions_of(others, seen.versions)
     return Watched(*told, random, after, outside, replaces, versions)
@@ -106,7 +114,7 @@ def _refuse_unseen(loop: Loop, consts: list[Tensor], pair: tuple[Tensor, Tensor]
     """
     others = [t.detach().requires_grad_() for t in consts]
     with watch.Substituted(consts, others):
-        (leaves, y), _, given = one_step(loop, functional=False)
+        (leaves, y), _, _, given = one_step(loop, functional=False)
     outputs = [t for t in (*leaves, *y) if isinstance(t, Tensor) and t.requires_grad]
     if {id(t) for t in watch.reached(outputs, given, others)[0]} <= set(map(id, others)):
         return
@@ -136,10 +144,8 @@ def _has_derivative(x: Any) -> bool:
     return isinstance(x, Tensor) and watch.may_have_derivative(x)
 
 
-def one_step(
-    loop: Loop, functional: bool, at: tuple[list[Any], int] | None = None
-) -> tuple[tuple[list[Any], list[Any]], watch.Watch, list[Tensor]]:
-    """Take the first step, watched; return its results, the watch and the tensors it was given."""
+def one_step(loop: Loop, functional: bool, at: tuple[list[Any], int] | None = None) -> Once:
+    """Take the first step, watched."""
     leaves, index = (loop.start, 0) if at is None else at
     fixed = {i for i in loop.unchanged if not _has_derivative(loop.start[i])}
     start = [_own(x, functional, i in fixed) for i, x in enumerate(leaves)]
@@ -148,7 +154,8 @@ def one_step(
     seen = watch.Watch()
     with torch.enable_grad(), Autocast().again(), seen:
         result = loop.step(tree.unflatten(loop.spec, start), x)
-    return loop.results(result), seen, [t for t in (*start, *row) if isinstance(t, Tensor)]
+    given = [t for t in (*start, *row) if isinstance(t, Tensor)]
+    return Once(loop.results(result), seen, start, given)
 
 
 def _refuse_changes(
@@ -181,56 +188,3 @@ def _refuse_changes(
 def _called(tensor: Tensor, names: dict[int, str]) -> str:
     name = names.get(id(tensor))
     return f"{name!r}" if name else f"a tensor ({describe(tensor)})"
-
-
-def check_repeatable(
-    loop: Loop,
-    watched: Watched,
-    run: Callable[[], tuple[list[Any], list[Any]]],
-    devices: list[int],
-) -> tuple[tuple[list[Any], list[Any]], RandomState, bool]:
-    """Take the first step again, and compare all bits.
-
-    Return its results, the state after it, and whether a graph makes no difference.
-
-    Raises:
-        RuntimeError: If anything differs, naming the leaf.
-    """
-    random = RandomState.now(devices)
-    try:
-        first, watched_too = run(), (watched.leaves, watched.y)
-        after = RandomState.now(devices, watched.after)
-        difference = _difference(loop, first, watched_too)
-        # what is watched runs as it was written, and later steps as they were compiled
-        exact = difference is None and nothing_is_compiled()
-        if difference is not None:  # with a graph and without it is not the same to the last bit:
-            # by rounding, or because this step is another one
-            difference = _difference(loop, first, watched_too, by_rounding)
-            if difference is None:
-                random.put_back()
-                difference = _difference(loop, first, run())
-    finally:
-        random.put_back()
-    if difference is not None:
-        raise RuntimeError(
-            f"The step gives another {difference} when it is taken again with the same "
-            "carry, x and random state, so it cannot be replayed. Does it draw from a "
-            "torch.Generator of its own, from numpy or random, count its calls, or read the next "
-            "batch? Put such things into the carry or xs, or differentiate with "
-            "adjoint=Unrolled()."
-        )
-    return first, after, exact
-
-
-def _difference(
-    loop: Loop,
-    one: tuple[list[Any], list[Any]],
-    two: tuple[list[Any], list[Any]],
-    equal: Callable[[Any, Any], bool] = same,
-) -> str | None:
-    names = [tree.dotted(path) for path in loop.paths], loop.y_names
-    for which, of, a, b in zip(("the carry", "y"), names, one, two):
-        for name, x, y in zip(of, a, b):
-            if not equal(x, y):
-                return f"value of {called(name, which)}"
-    return None

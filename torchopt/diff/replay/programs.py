@@ -10,20 +10,21 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchopt.base.torch_internals import graph_task_keeps_graph, peek_interpreter_stack
-from torchopt.diff.replay.alike import note_end, refuse_other_end, refuse_written
+from torchopt.diff.replay.alike import refuse_written
 from torchopt.diff.replay.job import Job, cut
 from torchopt.diff.replay.loop import apart
 from torchopt.diff.replay.nodes import Program, apply
 from torchopt.diff.replay.random_state import RandomState, undisturbed
 from torchopt.diff.replay.records import Point
+from torchopt.diff.replay.repeatable import Results, note_end, refuse_other_end
 from torchopt.diff.replay.segment import Grads, Segment
 from torchopt.diff.replay.store import Carry, Layered, Store
+from torchopt.diff.replay.sweep import sweep
 from torchopt.diff.replay.turn import Turn
 from torchopt.diff.replay.watcher import Watcher
 
@@ -62,13 +63,13 @@ class Steps(Program):
             self.point.random.put_back()
         elif peek_interpreter_stack() is None:  # what a level of vmap has made would outlive it
             watcher = job.watcher
-            self.store = watcher.store or job.new_store()
+            self.store = store = watcher.store or job.new_store()
             schedule = job.schedule(self.length)
-            keep = self.store, schedule.kept()
+            keep = store, schedule.kept()
             if watcher.store is None:  # which may go on in another process
                 self.turn = turn = Turn.of(job, schedule)
         carry, xs, consts = job.inputs(tensors)
-        leaves, rows = job.sweep(carry, self.point, xs, consts, self.length, keep, watcher, turn)
+        leaves, rows = sweep(job, carry, self.point, xs, consts, self.length, keep, watcher, turn)
         self.end = Point(job.rest(leaves), RandomState.now(job.devices, self.point.random))
         if not self.first:
             rows = []
@@ -76,7 +77,7 @@ class Steps(Program):
         results = fresh([*job.tensors(leaves), *ys], tensors, job.held)
         job.held = set()
         if self.first:
-            note_end(job, self.length, results[: len(job.carry_at)])
+            note_end(job, self.length, job.leaves(results[: len(job.carry_at)], self.end))
             refuse_written(job, "by a later one than the first")
         return results
 
@@ -200,7 +201,7 @@ class Pull(Program):
         if len(kept) == 1:
             store.put(0, Carry(job.leaves(carry, self.point), self.point.random))
         else:
-            job.sweep(carry, self.point, xs, consts, max(kept) + 1, (store, kept))
+            sweep(job, carry, self.point, xs, consts, max(kept) + 1, (store, kept))
         return store
 
     def _record(self, segment: Segment, step: int, xs: list[Tensor], consts: list[Tensor]) -> None:
@@ -212,13 +213,13 @@ class Pull(Program):
         before = Carry(cut(segment.leaves), RandomState.now(job.devices))
         segment.take(job.row(xs, step))
         again = functools.partial(self._again, before, step, xs, consts)
-        refuse_other_end(job, step, cut(segment.leaves), again)
+        refuse_other_end(job, step, (cut(segment.leaves), cut(segment.ys[-1])), again)
 
-    def _again(self, carry: Carry, step: int, xs: list[Tensor], consts: list[Tensor]) -> list[Any]:
+    def _again(self, carry: Carry, step: int, xs: list[Tensor], consts: list[Tensor]) -> Results:
         """Take a step without a graph, and leave the generators as they are."""
         with undisturbed(self.job.devices):
             carry.random.put_back()
-            return self.job.advance(list(carry.leaves), self.job.x(xs, step), consts)[0]
+            return self.job.advance(list(carry.leaves), self.job.x(xs, step), consts)
 
     # With a graph --------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchopt.diff.replay.probe import Watched
 from torchopt.diff.replay.random_state import RandomState
 
 
@@ -21,12 +22,23 @@ class Point:
 
 @dataclass
 class Begun:
-    """The first step, as it was taken to be compared: the sweep goes on from there."""
+    """The first step, as it was watched or taken to be compared: the sweep goes on from there."""
 
     given: list[Any]
     leaves: list[Any]
     y: list[Any]
     random: RandomState
+    watched: bool = False  #: Whether the backward pass is to compare it.
+
+    @staticmethod
+    def of(watched: Watched) -> Begun:
+        """Return the first step as it was watched, without its graph."""
+        handed_on = set(map(id, watched.given))
+        leaves, y = (
+            [x.detach() if isinstance(x, Tensor) and id(x) not in handed_on else x for x in part]
+            for part in (watched.leaves, watched.y)
+        )
+        return Begun(watched.given, leaves, y, watched.after, watched=True)
 
     def from_here(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Return its results, as they would be of these leaves: what it hands on is theirs."""

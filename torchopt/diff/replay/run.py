@@ -13,15 +13,17 @@ from torchopt.base.torch_internals import (
     TransformType,
     get_interpreter_stack,
     in_forward_mode,
+    nothing_is_compiled,
     peek_interpreter_stack,
 )
 from torchopt.diff.replay.job import Job
 from torchopt.diff.replay.loop import Loop
 from torchopt.diff.replay.nodes import apply
-from torchopt.diff.replay.probe import check_repeatable, look
+from torchopt.diff.replay.probe import look
 from torchopt.diff.replay.programs import Steps
 from torchopt.diff.replay.random_state import Autocast, RandomState, cuda_devices
 from torchopt.diff.replay.records import Begun, Point
+from torchopt.diff.replay.repeatable import check_repeatable
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Store
 from torchopt.diff.replay.visible import unread
@@ -85,7 +87,7 @@ def replayed(
     if not is_recorded(loop):
         return loop.plain()
     told = watcher()
-    job = prepared(loop, schedule, new_store, check)
+    job = prepared(loop, schedule, new_store, check, later=told.store is None)
     job.watcher, job.watched = told, None  # which would hold the graph of a step
     job.checks_end = check and not job.functional
     if job.functional:
@@ -115,10 +117,12 @@ def prepared(
     new_store: Callable[[], Store],
     check: bool = True,
     random: RandomState | None = None,
+    later: bool = False,
 ) -> Job:
     """Watch the first step, and return what is needed to replay it and its successors.
 
-    ``random`` is a state that may be the present one, to be shared then.
+    ``random`` is a state that may be the present one, to be shared then. ``later`` if it may be
+    left to the backward pass to find out that the step cannot be repeated.
     """
     functional = peek_interpreter_stack() is not None
     devices = cuda_devices([*loop.start, *loop.xs])
@@ -138,14 +142,35 @@ def prepared(
         versions=watched.versions,
     )
     job.watched = watched
-    if check:
+    if check and later and _is_compared_later(job):
+        # each later step starts from a carry that is kept, as this one has made it
+        job.begun, job.exact = Begun.of(watched), True
+    elif check:
         leaves = [x.detach() if isinstance(x, Tensor) else x for x in loop.start]
         xs = [x.detach() for x in job.xs]
 
         def run() -> tuple[list[Any], list[Any]]:
             return job.advance(list(leaves), job.x(xs, 0), job.consts)
 
-        (first, y), after, job.exact = check_repeatable(loop, watched, run, devices)
+        results = watched.leaves, watched.y
+        found = check_repeatable(loop, results, run, devices, watched.after)
+        (first, y), after, job.exact = found
         if not functional:
             job.begun = Begun(leaves, first, y, after)
     return job
+
+
+#: The steps of a loop so long that to know at once is worth one more.
+_LONG = 64
+
+
+def _is_compared_later(job: Job) -> bool:
+    """Whether the first step is taken only once before the backward pass, which compares it.
+
+    Where all carries are kept a further step costs most, and nothing is computed from a step
+    that has been taken again.
+    """
+    length = job.loop.length
+    if job.functional or length >= _LONG or not nothing_is_compiled():
+        return False
+    return job.schedule(length).kept() == list(range(length))

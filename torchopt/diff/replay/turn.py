@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from torchopt.base.torch_internals import nothing_is_compiled
-from torchopt.diff.replay.alike import note_end, versions_of
 from torchopt.diff.replay.job import Job, cut
-from torchopt.diff.replay.random_state import RandomState
+from torchopt.diff.replay.later import is_known, look_again
+from torchopt.diff.replay.repeatable import note_end
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.segment import Segment
-from torchopt.diff.replay.watch import Watch, is_older, newest_node, reached, requires_grad
+from torchopt.diff.replay.watch import newest_node
 
 
 class Turn:
@@ -52,40 +52,19 @@ class Turn:
         if step == self.first:
             self.begin = newest_node()
             self.segment = Segment(job, leaves, job.consts, create_graph=False)
-            note_end(job, step, job.tensors(leaves))
+            note_end(job, step, leaves)
         row, segment = job.row(xs, step), self.segment
-        if segment is not None and look and not self._is_known(job, segment, row):
+        if segment is not None and look and not is_known(job, segment, row, self.begin):
             segment = self.segment = None
         elif segment is not None and not look:
             segment.take(row)
         if segment is None:
             if look:
-                return job.look_again(leaves, xs, job.consts, step)
+                return look_again(job, leaves, xs, job.consts, step)
             return job.advance(leaves, job.x(xs, step), job.consts)
         found = cut(segment.leaves), cut(segment.ys[-1])
         job.held.update(map(id, (*found[0], *found[1])))  # the graph may have saved them
         return found
-
-    def _is_known(self, job: Job, segment: Segment, row: Sequence[Tensor]) -> bool:
-        """Take a step, and return whether it reads nothing that the first one does not."""
-        random, given = RandomState.now(job.devices), [*segment.leaves, *row]
-        with Watch() as seen:
-            outputs = [t for t in segment.step(row) if t is not None]
-        inside = {*map(id, given), *map(id, segment.own)}
-        others = {key: t for key, t in seen.read.items() if key not in inside}
-        differ = [isinstance(t, Tensor) and t.requires_grad for t in outputs]
-        recorded = [t for t, d in zip(outputs, differ) if d]
-        ends, alone = reached(recorded, segment.own, job.consts, self.begin)
-        known = set(map(id, job.consts))
-        # what an unseen operation of the step has made has a newer node
-        read = [k for k, t in others.items() if requires_grad(t) and is_older(t, self.begin)]
-        if not known.issuperset([*read, *map(id, ends)]) or (seen.calls and not job.calls):
-            random.put_back()
-            return False
-        job.versions += versions_of(others.values(), seen.versions)
-        job.keeps_outside |= alone
-        job.results_differ = [a or b for a, b in zip(job.results_differ, differ)]
-        return True
 
     def taken(self) -> Segment | None:
         """Return the steps, once."""
