@@ -56,7 +56,7 @@ def test_a_compiled_step_of_adam_is_replayed(every: Any) -> None:
 
 
 @pytest.mark.parametrize("compiles", [False, True])
-def test_looking_at_steps_costs_one_where_nothing_is_compiled(compiles: bool) -> None:
+def test_looking_at_steps_costs_none_where_nothing_is_compiled(compiles: bool) -> None:
     """``torch.func`` brings the compiler along; that by itself compiles nothing."""
     torch.compiler.reset()
     taken, length = [], 8
@@ -68,9 +68,9 @@ def test_looking_at_steps_costs_one_where_nothing_is_compiled(compiles: bool) ->
 
     w = W.clone().requires_grad_()
     value = unroll(step, w, length=length, adjoint=Checkpointed())[0].cos().sum()
-    assert len(taken) == 1 + length + (2 if compiles else 0)
+    assert len(taken) == length + (3 if compiles else 0)
     (found,) = torch.autograd.grad(value, w)
-    assert len(taken) == 1 + 2 * length + (2 if compiles else -1)  # the last one was kept
+    assert len(taken) == 2 * length + (3 if compiles else -1)  # the last one was kept
     value = unroll(step, w, length=length)[0].cos().sum()
     assert relative_error(found, torch.autograd.grad(value, w)[0]) <= 1e-12
 
