@@ -133,7 +133,9 @@ def test_no_dtype_drifts(case: Case, dtype: torch.dtype, hyper_dtype: torch.dtyp
             if hyper_dtype not in HALVES or name == "lr"  # 1 - 0.95 ** t needs more digits
         }
     shared = {name: values["scalar"] for name, values in by_element.items()}
-    for tx in (case.tx(by_element), case.tx(shared)):
+    unfused = {"use_accelerated_op": False}
+    alone = [case.tx({name: values}, **unfused) for name, values in by_element.items()]
+    for tx in (case.tx(by_element), case.tx(shared), case.tx(by_element, **unfused), *alone):
         state, p = tx.init(params), params
         for step in range(2 + case.algorithm.rests):
             grads = {key: nonzero(*value.shape, dtype=dtype) for key, value in p.items()}

@@ -162,7 +162,18 @@ def moving_average(old: Tensor, new: Tensor, decay: Scalar) -> Tensor:
     """Return ``decay * old + (1 - decay) * new``."""
     if isinstance(decay, Tensor):
         return decay * old + (1 - decay) * new
-    return torch.lerp(old, new, 1 - decay)
+    return between(old, new, 1 - decay)
+
+
+def between(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """Return ``start + weight * (end - start)``, exact at both ends, of two dtypes too.
+
+    A hyperparameter that is a tensor for each entry may bring along another dtype.
+    """
+    if isinstance(end, Tensor) and end.dtype != start.dtype:
+        common = torch.promote_types(start.dtype, end.dtype)
+        start, end = start.to(common), end.to(common)
+    return torch.lerp(start, end, weight)
 
 
 def moving_average_of_square(old: Tensor, new: Tensor, decay: Scalar) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
-from torchopt.base.numerics import add_scaled, is_zero, power
+from torchopt.base.numerics import add_scaled, between, is_zero, power
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.hyper import hyper
@@ -80,7 +80,7 @@ def _rate(t: Step, lr: Any, eta: Any) -> Any:
 
 def _weighted(ax: Tensor, p: Tensor, mu: Any) -> Tensor:
     """Return ``(1 - mu) * ax + mu * p``, which is ``p`` for a weight of 1."""
-    return (1 - mu) * ax + mu * p if isinstance(mu, Tensor) else torch.lerp(ax, p, mu)
+    return (1 - mu) * ax + mu * p if isinstance(mu, Tensor) else between(ax, p, mu)
 
 
 def asgd(
