@@ -110,7 +110,7 @@ def assert_derivative(
     function: Callable[[], Tensor], tensors: Sequence[Tensor], directions: int = 1
 ) -> None:
     """Compare the gradient of ``function()`` with differences along random directions."""
-    grads = torch.autograd.grad(function(), tensors)
+    grads = torch.autograd.grad(function(), tensors, materialize_grads=True)
     for _ in range(directions):
         along = [torch.randn_like(t) for t in tensors]
         slope, expected = slope_of(grads, along), central_difference(function, tensors, along)

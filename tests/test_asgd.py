@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import nonzero
+from fusing import needs_library
 from refusing import refused
 from tolerances import assert_close
 from torch import nn
@@ -99,6 +100,7 @@ def test_a_state_for_evaluation_without_the_trained_weights_is_refused() -> None
         optimizer.train()
 
 
+@needs_library
 @pytest.mark.parametrize("given", ["number", "learned"])
 def test_it_is_fused_as_a_whole(given: str) -> None:
     lr: Any = 0.1 if given == "number" else torch.tensor(0.1, requires_grad=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fusing import needs_library
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -87,6 +88,7 @@ def test_kernels_do_not_change_the_meta_gradient(workload):
     assert difference(fused(), plain()) < 1e-12
 
 
+@needs_library
 @pytest.mark.parametrize("in_place", [True, False])
 def test_an_own_rule_is_fused_and_gives_what_it_gives_unfused(in_place: bool) -> None:
     problem = own_rule.problem(in_place, tensors=2, shape=(2, 3), dtype="float64")

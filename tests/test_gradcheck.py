@@ -99,6 +99,8 @@ def test_every_algorithm(case: Case, steps_before: int) -> None:
         steps_before = min(steps_before, 1)  # the second update may put it at a corner
         # kernels say nothing of a derivative that is zero, and gradgradcheck counts what is said
         build = functools.partial(case.tx, use_accelerated_op=False)
+    elif case.flat("gradients") and not torchopt.accelerated_op_available("cpu"):
+        pytest.skip("gradgradcheck leaves out a derivative that a rule says is zero")
     UpdateAsFunction(build, values, steps_before).check()
 
 

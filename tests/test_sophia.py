@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import nonzero
+from fusing import needs_library
 from refusing import refused
 from tolerances import all_finite, assert_close
 from torch import Tensor, nn
@@ -212,6 +213,7 @@ def test_half_precision_keeps_the_average_in_float32() -> None:
     assert_close(h, estimate.float() * (1 - 0.99), times=4)
 
 
+@needs_library
 def test_all_of_it_is_fused_with_an_estimate_and_without() -> None:
     tx, params = torchopt.sophia(**NUMBERS), {"w": nonzero(2, 3)}
     assert not why(tx, params, params=params)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from cases import Case
 from conftest import nonzero
 from frameworks import every_optimizer, reads_loss, takes_all_shapes
+from fusing import needs_library
 from tolerances import assert_close
 from torch import Tensor, nn
 
@@ -91,6 +92,7 @@ def test_results_fall_as_parameters_do(mesh: Any) -> None:
     assert placed(None, like) is None
 
 
+@needs_library
 def test_a_kernel_that_is_required_is_refused(mesh: Any) -> None:
     x = tensors.distribute_tensor(nonzero(4, 3), mesh, [tensors.Shard(0)])
     params = [nn.Parameter(x)]

@@ -7,6 +7,7 @@ from typing import Any
 import optree
 import pytest
 import torch
+from fusing import needs_library
 from torch.utils import _pytree as pytree
 
 import torchopt
@@ -116,6 +117,7 @@ def test_a_place_without_a_parameter_does_not_make_counts_differ() -> None:
     assert state.step == 1
 
 
+@needs_library
 def test_a_batch_of_states_is_read_where_all_counts_are_the_same() -> None:
     """So kernels serve an ensemble; the rules would see a batch of counts."""
     tx = torchopt.adam(0.1, use_accelerated_op=True)

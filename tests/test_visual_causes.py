@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import nonzero
+from fusing import needs_library
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from visual_words import explain, explain_wrapped
@@ -125,7 +126,7 @@ def test_recorded_steps_are_not_called_unrecorded() -> None:
 # A weight that was frozen at the step -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_library), False])
 @pytest.mark.parametrize("recipe", [torchopt.sgd, torchopt.adam])
 def test_a_weight_that_was_frozen_at_the_step(recipe: Any, fused: bool) -> None:
     net = network()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import nonzero
+from fusing import needs_library
 from torch import nn
 from visual_graphs import loop, node, unrolled
 
@@ -113,6 +114,7 @@ def test_weights_that_were_cut_off_are_one_node() -> None:
     assert len(made.graph.nodes) == len(graph.nodes) - 3
 
 
+@needs_library
 def test_cut_weights_of_several_steps_and_with_names_stay_apart() -> None:
     net, names = nn.Linear(3, 2), {}
     x = nonzero(5, 3).float()

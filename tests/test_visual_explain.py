@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import nonzero
+from fusing import needs_library
 from torch import Tensor, nn
 from visual_words import explain
 
@@ -154,6 +155,7 @@ def test_first_order_mode(accelerated: bool | None) -> None:
     assert "First-order: Adam step 1, Adam step 2, Adam step 3" in text
 
 
+@needs_library
 def test_a_hyperparameter_made_a_number() -> None:
     lr = torch.tensor(0.13, requires_grad=True)
     _, loss = inner_loop(torchopt.adam(lr.item()))
@@ -350,6 +352,7 @@ def test_overwritten_in_place() -> None:
     assert "x = x + y" in text
 
 
+@needs_library
 def test_weights_overwritten_between_inner_loss_and_backward() -> None:
     start, loss = inner_loop(torchopt.adam(0.1))
     with torch.no_grad():

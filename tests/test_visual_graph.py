@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import Case, every_case
 from conftest import nonzero
+from fusing import needs_library
 from torch import Tensor, nn
 
 import torchopt
@@ -311,6 +312,7 @@ def test_a_hundred_thousand_operations(residual: bool) -> None:
         kept.pop()
 
 
+@needs_library
 def test_nothing_is_tagged_where_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a tag was made")

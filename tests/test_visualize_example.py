@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusing import needs_library
 
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,7 @@ def run_fixture(
     return run
 
 
+@needs_library
 @pytest.mark.parametrize("name", BEGINNINGS)
 def test_the_ending_says_what_is_written(run: Any, tmp_path: Path, name: str) -> None:
     pytest.importorskip("graphviz")

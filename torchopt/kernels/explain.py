@@ -40,8 +40,8 @@ def why(
         >>> import torch, torchopt
         >>> params = {"w": torch.randn(3, requires_grad=True)}
         >>> tx = torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.adam())
-        >>> torchopt.kernels.why(tx, params)
-        ["ClipGradNorm of 'w': it is not elementwise"]
+        >>> print(torchopt.kernels.why(tx, params)[0])
+        ClipGradNorm of 'w': it is not elementwise
     """
     check_transformation(tx, "why")
     lines: list[str] = []
