@@ -109,6 +109,25 @@ def test_each_backward_pass_compares(w: Tensor) -> None:
         torch.autograd.grad(value, w)
 
 
+@pytest.mark.parametrize("length", [1, 2, 6])
+@pytest.mark.parametrize(
+    "adjoint", [Checkpointed(), Checkpointed(2, graphs=2), Checkpointed("log")], ids=repr
+)
+def test_what_changes_before_the_second_derivative_is_noticed(
+    adjoint: Any, length: int, w: Tensor
+) -> None:
+    settings = {"rate": 2.0}
+    step = lambda w, _: ((w * settings["rate"]).sin(), None)  # noqa: E731
+    value = total(unroll(step, w, length=length, adjoint=adjoint))
+    (first,) = torch.autograd.grad(value, w, create_graph=True)
+    torch.autograd.grad(first.sum(), w, retain_graph=True)
+    settings["rate"] = 2.5
+    with pytest.raises(
+        RuntimeError, match=rf"Step \d of {length} gives another value of the carry"
+    ):
+        torch.autograd.grad(first.sum(), w)
+
+
 def watched_otherwise(by: float) -> Step:
     """Return a step that is another one by a factor when it is watched: it is given no leaf."""
     return lambda w, _: (w.sin() * (1 if w.is_leaf else 1 + by), w.cos())

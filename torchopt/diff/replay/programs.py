@@ -238,6 +238,7 @@ class Pull(Program):
             leaves = job.leaves(carry, self.point)
             segment = Segment(job, leaves, consts, create_graph=True)
             segment.take(job.row(xs, 0))
+            self._compare(1, segment.leaves)
             back.through(segment, 0)
             return back.result(by)
         ends = job.schedule(self.length).parts(0, self.length)
@@ -246,15 +247,22 @@ class Pull(Program):
         columns = [[None] * len(sizes) if y is None else y.split(sizes) for y in ys]
         parts_of_ys = list(zip(*columns)) or [()] * len(sizes)
         starts, points = [carry], [self.point]
-        for size, x in zip(sizes[:-1], parts_of_xs):
+        for end, size, x in zip(ends[1:], sizes[:-1], parts_of_xs):
             steps = Steps(job, points[-1], size)
             starts.append(apply(steps, [*starts[-1], *x, *consts]))
             assert steps.end is not None
             points.append(steps.end)
+            self._compare(end, job.leaves(starts[-1], steps.end))
         back = Back(job, xs, consts, cotangents, ys)
         for i in reversed(range(len(sizes))):
             back.part(starts[i], parts_of_xs[i], parts_of_ys[i], points[i], sizes[i])
         return back.result(by)
+
+    def _compare(self, step: int, leaves: Sequence[object]) -> None:
+        """Refuse another end of some steps than when the loop was run, where that is known."""
+        if self.store is not None and step in self.job.ends:
+            found = cut(leaves), []
+            refuse_other_end(self.job, step - 1, found, lambda: found)
 
 
 class Back:

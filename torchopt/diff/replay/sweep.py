@@ -36,8 +36,10 @@ def sweep(
     leaves, rows, random, first = job.leaves(tensors, point), [], point.random, 0
     kept, begun = set(keep[1]) if keep else set(), None
     looks: set[int] = set()
+    noted = 0
     if watcher is not None:
         begun, job.begun = job.begun, None
+        noted = job.schedule(length).parts(0, length)[1]  # the second derivative ends there too
         # a run that goes on in another process may not take these steps there
         if job.checks_end and watcher.store is None:
             looks = {1, length - 1} - {0}
@@ -60,6 +62,8 @@ def sweep(
         else:
             leaves, y = job.advance(leaves, job.x(xs, t), consts)
         rows.append(y)
+        if t + 1 == noted < length:
+            note_end(job, noted, leaves)
         if watcher is not None:
             watcher.forward(job, t + 1, leaves, rows)
     return leaves, rows
