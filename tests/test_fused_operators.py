@@ -186,12 +186,18 @@ def test_derivatives_of_the_operator_are_those_of_the_rules(case: Case, take: An
     assert all(leaf.abs().max() > 0 for leaf in leaves), "zeros would show nothing"
 
 
+def test_batched_gradients_of_the_operator_can_be_differentiated() -> None:
+    found = []
+    for function in (of_operator(ADAM), of_rules(ADAM)):
+        x = torch.tensor([0.3, 0.7, 1.1], dtype=torch.float64, requires_grad=True)
+        y = torch.stack([function(x), function(2 * x)])
+        rows = torch.tensor([[1.0, 0.5], [0.2, -1.0]], dtype=torch.float64)
+        (first,) = torch.autograd.grad(y, x, rows, is_grads_batched=True, create_graph=True)
+        found.append([first, *torch.autograd.grad(first.square().sum(), x)])
+    assert_close(found[0], found[1], times=100)
+
+
 def test_derivatives_that_it_has_not_are_refused() -> None:
-    function = of_operator(ADAM)
-    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    y = torch.stack([function(x), function(2 * x)])
-    with pytest.raises(NotImplementedError, match="is_grads_batched"):
-        torch.autograd.grad(y, x, torch.eye(2, dtype=torch.float64), is_grads_batched=True)
     tensors, text, values, _, _, _ = arguments(ADAM, torch.float64)
     live = torch.tensor(values, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="no derivative by hyperparameters"):

@@ -286,6 +286,45 @@ def test_batched_gradients(case: Case) -> None:
     assert_close(found[0], found[1], times=10)
 
 
+@every_fused_case
+def test_batched_gradients_can_be_differentiated(case: Case) -> None:
+    """``torch.autograd.functional.jacobian(vectorize=True, create_graph=True)`` asks for them."""
+    found = []
+    for setting, batched in ((None, True), (False, True), (False, False)):
+        problem = Problem(case, setting)
+        by = [x.clone().requires_grad_() for x in (*problem.g, *problem.p)]
+        first = sum((x.sin() * x.detach().cos()).sum() for x in problem.update(by[:2], by[2:]))
+        first = first + sum(x.pow(3).sum() for x in by)  # there are rules without a slope
+        grads = torch.autograd.grad(first, by, create_graph=True, materialize_grads=True)
+        wanted = [x for x in grads if x.requires_grad]
+        flat = torch.cat([x.flatten() for x in wanted])
+        rows = torch.linspace(0.5, 1.5, 2 * len(flat), dtype=flat.dtype).view(2, -1)
+        if batched:
+            second = torch.autograd.grad(flat, by, rows, is_grads_batched=True, create_graph=True)
+        else:
+            each = [torch.autograd.grad(flat, by, r, create_graph=True) for r in rows]
+            second = [torch.stack(column) for column in zip(*each)]
+        total = sum(x.square().sum() for x in second)
+        found.append([*second, *torch.autograd.grad(total, by)])  # pyright: ignore
+    assert_close(found[0], found[1], times=100)
+    assert_close(found[1], found[2], times=100)
+
+
+@every_fused_case
+def test_batches_of_first_gradients_can_be_differentiated(case: Case) -> None:
+    found = []
+    for setting in (None, False):
+        problem = Problem(case, setting)
+        by = [x.clone().requires_grad_() for x in (*problem.g, *problem.p)]
+        values = problem.update(by[:2], by[2:])
+        flat = torch.cat([x.sin().flatten() for x in (*values, *by)])
+        rows = torch.linspace(0.5, 1.5, 2 * len(flat), dtype=flat.dtype).view(2, -1)
+        first = torch.autograd.grad(flat, by, rows, is_grads_batched=True, create_graph=True)
+        total = sum(x.square().sum() for x in first)
+        found.append([*first, *torch.autograd.grad(total, by)])  # pyright: ignore
+    assert_close(found[0], found[1], times=100)
+
+
 def test_forward_mode_through_a_graph_recorded_before() -> None:
     """A cotangent may be dual although the update was not: its tangent is not zero."""
     found = []

@@ -164,13 +164,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         ValueError,
         ("tangents must be a tuple like args, of length 1",),
     ),
-    "vectorize": (
-        lambda: torch.autograd.functional.jacobian(
-            lambda t: custom_root(root_of, 1)(sqrt)(torch.ones(2), t), torch.ones(2), vectorize=True
-        ),
-        NotImplementedError,
-        ("vectorize=True", "torch.func.jacrev"),
-    ),
     "adjoint": (lambda: Implicit(solve=NUMBER), TypeError, ("solve(matvec, b)",)),
     "adjoint-unsolved": (
         lambda: minimize(

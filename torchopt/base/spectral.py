@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchopt.base.batched_grads import has_batches, over_batches
 from torchopt.base.numerics import derivatives_recorded
 from torchopt.base.torch_internals import (
     get_tracing_state,
@@ -35,7 +36,7 @@ def inverse_root(a: Tensor, shift: Any, p: int) -> Tensor:
     if not derivatives_recorded():
         return (vectors / roots.unsqueeze(-2)) @ vectors.mT
     shifted = a + shift * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    return cast(Tensor, _function(_InverseRoot).apply(shifted, vectors, roots, p))
+    return cast(Tensor, _applied(_InverseRoot, shifted, vectors, roots, p))
 
 
 def decomposed(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,9 +55,11 @@ def _constant(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) else x
 
 
-def _function(cls: Any) -> Any:
-    """Return a function with forward mode, but for the compiler, which takes none that has it."""
-    return cls if torch.compiler.is_compiling() else cls.with_forward
+def _applied(cls: Any, *args: Any) -> Any:
+    """Apply a function with forward mode, but for the compiler, which takes none that has it."""
+    if has_batches(args):
+        return over_batches(lambda *given: (_applied(cls, *given),), args)[0]
+    return (cls if torch.compiler.is_compiling() else cls.with_forward).apply(*args)
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
@@ -124,7 +127,7 @@ class _InverseRootForward(_InverseRoot):
 
 
 def _solve(x: Tensor, b: Tensor, vectors: Tensor, roots: Tensor, p: int) -> Tensor:
-    return cast(Tensor, _function(_Solve).apply(torch.linalg.inv(x), b, vectors, roots, p))
+    return cast(Tensor, _applied(_Solve, torch.linalg.inv(x), b, vectors, roots, p))
 
 
 class _Solve(torch.autograd.Function):
@@ -156,7 +159,7 @@ class _Solve(torch.autograd.Function):
         if grad is None:
             return None, None, None, None, None
         y, z, vectors, roots = ctx.saved_tensors
-        w = _function(_Solve).apply(y, grad, vectors, roots, ctx.p)
+        w = _applied(_Solve, y, grad, vectors, roots, ctx.p)
         grad_y = None
         if ctx.needs_input_grad[0]:
             grad_y = -sum(left.mT @ w @ right.mT for left, right in _around(y, z, ctx.p))
@@ -270,7 +273,7 @@ def eigenbasis(a: Tensor) -> Tensor:
     basis depends smoothly on a matrix of few gradients.
     """
     a = (a + a.mT) / 2
-    found = _function(_Eigen).apply(a) if derivatives_recorded() else decomposed(a)
+    found = _applied(_Eigen, a) if derivatives_recorded() else decomposed(a)
     values, vectors = (x.flip(-1) for x in found)
     start = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
     return _completed(a, vectors, values.detach() > _rounding(values), start)

@@ -45,6 +45,9 @@ get_unwrapped = _functorch.get_unwrapped
 unwrap_if_dead = _functorch.unwrap_if_dead
 #: Whether it is a batch of ``autograd.grad(..., is_grads_batched=True)``, which is no level.
 is_legacy_batchedtensor = _functorch.is_legacy_batchedtensor
+#: ``(tensor, dim, level) -> batch`` of it, and ``(batch, level, size, dim) -> tensor``.
+add_legacy_batch_dim: Any = torch._add_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+remove_legacy_batch_dim: Any = torch._remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
 
 #: ``(tensor, level) -> (inside, dim or None)`` and ``(tensor, dim, level) -> batch`` of a ``vmap``.
 unwrap_batched = _functorch._unwrap_batched

@@ -278,23 +278,6 @@ class BackwardCall:
         full = tuple(torch.zeros_like(o) if b is None else b for o, b in zip(outputs, bars))
         return self._wanted(vjp(full))
 
-    def rule_by_autograd(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Compute the same for ``torch.autograd.grad(is_grads_batched=True)``.
-
-        The batches that it makes are of an older kind, which torch.func does not know.
-        """
-        bars, saved = self.split(tensors)
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in saved]
-            outputs = self.group.rule(*inputs)
-        pairs = [(o, b) for o, b in zip(outputs, bars) if b is not None]
-        grads = torch.autograd.grad(
-            [o for o, _ in pairs], inputs, [b for _, b in pairs], allow_unused=True
-        )
-        return self._wanted(
-            [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
-        )
-
     def _wanted(self, by_input: Sequence[Tensor]) -> tuple[Tensor, ...]:
         packed = self.group.rule.packed_in
         columns = self.group.columns(self.group.rule.inputs, by_input, packed)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchopt.base.batched_grads import has_batches, over_batches
 from torchopt.base.torch_internals import (
     SingleLevelFunction,
     TransformType,
@@ -21,7 +22,6 @@ from torchopt.base.torch_internals import (
     current_interpreter,
     enable_single_level_autograd_function,
     in_forward_mode,
-    is_legacy_batchedtensor,
     lift_of,
     peek_interpreter_stack,
     set_forward_grad_enabled,
@@ -214,8 +214,9 @@ def _backward(
     tensors = [*bars, *saved]
     if in_forward_mode():
         return call.rule(*tensors)
-    if any(map(is_legacy_batchedtensor, bars)):
-        return call.rule_by_autograd(*tensors)
+    if has_batches(bars):
+        n = len(bars)
+        return over_batches(lambda *given: _backward(call, given[:n], given[n:]), tensors)
     if call.group.rule.packing is not None and peek_interpreter_stack() is not None:
         return call.rule(*tensors)  # a batch of flat tensors has another layout
     return record(FusedBackward, call, tensors)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from torchopt.base.batched_grads import has_batches, over_batches
 from torchopt.base.layout import is_inexact
 from torchopt.base.torch_internals import (
     TransformType,
@@ -197,15 +198,22 @@ class _Solution(torch.autograd.Function):
         """Solve the adjoint system."""
         job: Job = ctx.job
         x, *values = ctx.saved_tensors
-        grad_b = solve_flat(job.transposed(), grad, None, values)
         of_product, _ = job.parts(values)
         needed = ctx.needs_input_grad[3:]
         places = [k for k, v in enumerate(of_product) if needed[k] and is_inexact(v)]
-        grads: list[Tensor | None] = [None] * len(values)
-        if places:
-            pull = pull_back(_product_of(job, x, of_product, places), [values[k] for k in places])
-            for k, found in zip(places, pull(-grad_b)):
-                grads[k] = found
+
+        def gradients(grad: Tensor) -> list[Tensor | None]:
+            grad_b = solve_flat(job.transposed(), grad, None, values)
+            grads: list[Tensor | None] = [None] * len(values)
+            if places:
+                product = _product_of(job, x, of_product, places)
+                pull = pull_back(product, [values[k] for k in places])
+                for k, found in zip(places, pull(-grad_b)):
+                    grads[k] = found
+            return [grad_b, *grads]
+
+        batched = has_batches([grad])
+        grad_b, *grads = over_batches(gradients, [grad]) if batched else gradients(grad)
         return None, grad_b, None, *grads
 
     @staticmethod

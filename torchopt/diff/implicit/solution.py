@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from torchopt.base.batched_grads import has_batches, over_batches
 from torchopt.base.levels import primal
-from torchopt.base.torch_internals import is_legacy_batchedtensor, set_forward_grad_enabled
+from torchopt.base.torch_internals import set_forward_grad_enabled
 from torchopt.diff.implicit.running import run
 from torchopt.diff.pullback import Flat, Tensors, inexact, pullback, pushforward
 
@@ -110,12 +111,15 @@ class _Root(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if any(map(is_legacy_batchedtensor, cotangents)):
-            raise NotImplementedError(_LEGACY)
         n, saved = ctx.n, ctx.saved_tensors
-        with ctx.system.holding(saved[:n], saved[n:]):
-            gradients = transposed_derivative(ctx.system, saved[:n], saved[n:], cotangents)
-        return (None, None, *[None] * n, *gradients)
+
+        def gradients(*cotangents: Tensor) -> tuple[Tensor | None, ...]:
+            with ctx.system.holding(saved[:n], saved[n:]):
+                return transposed_derivative(ctx.system, saved[:n], saved[n:], cotangents)
+
+        batched = has_batches(cotangents)
+        found = over_batches(gradients, cotangents) if batched else gradients(*cotangents)
+        return (None, None, *[None] * n, *found)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -125,12 +129,6 @@ class _Root(Function):
             n, saved = ctx.n, tuple(primal(x) for x in ctx.saved_tensors)
             with ctx.system.holding(saved[:n], saved[n:]):
                 return derivative(ctx.system, saved[:n], saved[n:], tangents[2 + n :])
-
-
-_LEGACY = (
-    "A solution has no derivative for is_grads_batched=True or vectorize=True; use "
-    "torch.func.jacrev, torch.func.jacfwd or torch.func.vmap."
-)
 
 
 def differentiable(system: System, x: Sequence[Tensor], theta: Sequence[Tensor]) -> Tensors:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchopt.base.batched_grads import has_batches, over_batches
 from torchopt.base.torch_internals import unwrap_if_dead
 from torchopt.diff.replay.job import is_smooth
 from torchopt.diff.replay.random_state import undisturbed
@@ -81,9 +82,32 @@ def _alive(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [unwrap_if_dead(t) for t in tensors]
 
 
+class OneByOne(Isolated):
+    """The node that a program is which belongs to no level of torch.func, and so cannot see one.
+
+    Where somebody maps over the cotangents of a graph that is to be differentiated itself, there is
+    one node for each of them.
+    """
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, program: Program, *tensors: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Evaluate a program for each of a batch."""
+        pairs = list(zip(tensors, in_dims[1:]))
+        rows = [
+            apply(program, [t if d is None else t.select(d, i) for t, d in pairs])
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(column) for column in zip(*rows)), 0
+
+
 def apply(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
     """Evaluate a program as a node."""
-    return list(Isolated.apply(program, *tensors))  # pyright: ignore[reportArgumentType]
+    if has_batches(tensors):
+        return over_batches(lambda *given: apply(program, given), tensors)
+    node = Isolated if program.job.functional else OneByOne
+    return list(node.apply(program, *tensors))  # pyright: ignore[reportArgumentType]
 
 
 class Program(abc.ABC):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchopt.base.batched_grads import has_batches, over_batches
 from torchopt.base.numerics import to_compute_dtype
 from torchopt.base.torch_internals import (
     AutoDispatchBelowAutograd,
@@ -31,7 +32,6 @@ from torchopt.base.torch_internals import (
     after_autograd_keyset,
     enable_single_level_autograd_function,
     in_forward_mode,
-    is_legacy_batchedtensor,
 )
 from torchopt.kernels.generate.written import evaluate
 from torchopt.kernels.library.operator_calls import (
@@ -103,19 +103,18 @@ class _Update(SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         call: Call = ctx.call
-        if any(bar is not None and is_legacy_batchedtensor(bar) for bar in bars):
-            raise NotImplementedError(
-                "torch.ops.torchopt.update has no derivative for is_grads_batched=True; use "
-                "torch.func.vmap."
-            )
         written = call.written
         needs = columns_of(written.forward.inputs, ctx.needs_input_grad[1:])
         count = len(next(iter(needs.values())))
         derivatives: dict[str, list[Any]] = {s: [None] * count for s in needs}
         wanted = [need for s in written.backward.output_operands for need in needs[s]]
         if any(wanted) and any(bar is not None for bar in bars):
-            own = list(bars), list(ctx.saved_tensors), *call.arguments(), wanted
-            found = iter(torch.ops.torchopt.update_backward(*own))
+            own = list(ctx.saved_tensors), *call.arguments(), wanted
+
+            def backward(*bars: Tensor | None) -> Sequence[Tensor]:
+                return torch.ops.torchopt.update_backward(list(bars), *own)
+
+            found = iter(over_batches(backward, bars) if has_batches(bars) else backward(*bars))
             for operand in written.backward.output_operands:
                 derivatives[operand] = [next(found) if need else None for need in needs[operand]]
         incoming = columns_of([f"bar_{s}" for s in written.forward.output_operands], bars)
