@@ -23,8 +23,10 @@ from torchopt.base.torch_internals import (
 
 
 def has_batches(values: Iterable[Any]) -> bool:
-    """Whether there is a batch of such a call among some values."""
-    return any(isinstance(x, Tensor) and is_legacy_batchedtensor(x) for x in values)
+    """Whether there is a batch of such a call among some values; the compiler has none."""
+    return not torch.compiler.is_compiling() and any(
+        isinstance(x, Tensor) and is_legacy_batchedtensor(x) for x in values
+    )
 
 
 def over_batches(

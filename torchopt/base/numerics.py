@@ -162,18 +162,23 @@ def moving_average(old: Tensor, new: Tensor, decay: Scalar) -> Tensor:
     """Return ``decay * old + (1 - decay) * new``."""
     if isinstance(decay, Tensor):
         return decay * old + (1 - decay) * new
-    return between(old, new, 1 - decay)
+    return torch.lerp(old, new, 1 - decay)
 
 
-def between(start: Tensor, end: Tensor, weight: float) -> Tensor:
-    """Return ``start + weight * (end - start)``, exact at both ends, of two dtypes too.
+def as_wide(old: Tensor, new: Tensor) -> Tensor:
+    """Return ``old`` in the dtype of ``new`` if that is the wider one, for ``torch.lerp``.
 
-    A hyperparameter that is a tensor for each entry may bring along another dtype.
+    A hyperparameter that is a tensor for each entry may bring it along. A state of another kind or
+    wider than what comes in belongs to another parameter, and is left to be refused.
     """
-    if isinstance(end, Tensor) and end.dtype != start.dtype:
-        common = torch.promote_types(start.dtype, end.dtype)
-        start, end = start.to(common), end.to(common)
-    return torch.lerp(start, end, weight)
+    if (
+        not isinstance(new, Tensor)
+        or new.dtype == old.dtype
+        or not (old.is_floating_point() or old.is_complex())
+    ):
+        return old
+    wide = torch.promote_types(old.dtype, new.dtype) == new.dtype
+    return old.to(new.dtype) if wide else old
 
 
 def moving_average_of_square(old: Tensor, new: Tensor, decay: Scalar) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchopt.base import misuse
-from torchopt.base.numerics import add_scaled, between, is_zero, power
+from torchopt.base.numerics import add_scaled, as_wide, is_zero, power
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.hyper import hyper
@@ -80,7 +80,9 @@ def _rate(t: Step, lr: Any, eta: Any) -> Any:
 
 def _weighted(ax: Tensor, p: Tensor, mu: Any) -> Tensor:
     """Return ``(1 - mu) * ax + mu * p``, which is ``p`` for a weight of 1."""
-    return (1 - mu) * ax + mu * p if isinstance(mu, Tensor) else between(ax, p, mu)
+    if isinstance(mu, Tensor):
+        return (1 - mu) * ax + mu * p
+    return torch.lerp(as_wide(ax, p), p, mu)
 
 
 def asgd(

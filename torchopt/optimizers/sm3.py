@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchopt.base.numerics import moving_average
+from torchopt.base.numerics import as_wide, moving_average
 from torchopt.core.accelerated_op import accelerated
 from torchopt.core.chaining import chain
 from torchopt.core.hyper import hyper
@@ -47,7 +47,8 @@ class ScaleBySM3(TensorTransformation):
             return g, slots
         accumulator, m = slots
         v = _least(accumulator, g.shape) + g.square()
-        m = moving_average(m, g * (v + eps).rsqrt(), momentum)
+        u = g * (v + eps).rsqrt()
+        m = moving_average(as_wide(m, u), u, momentum)
         return m, (_greatest(v), m)
 
 
