@@ -2,7 +2,7 @@
 
 The batches that it makes are of an older kind than those of ``torch.vmap``: no level of torch.func,
 and no node that is recorded by hand can hold them. What such a node would be differentiated by is
-lost without a word. So in a backward pass these nodes are mapped over the batch by ``torch.vmap``.
+lost without a word. So a backward pass maps these nodes over the batch by ``torch.vmap`` instead.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def has_batches(values: Iterable[Any]) -> bool:
 def over_batches(
     function: Callable[..., Iterable[Tensor | None]], values: Sequence[Any]
 ) -> list[Any]:
-    """Return ``function(*values)``, of which the batches of such a call are mapped over.
+    """Return ``function(*values)``, mapped over those values that are batches of such a call.
 
     Raises:
         NotImplementedError: If one such call is at work inside another.

@@ -23,10 +23,7 @@ from torchopt.diff.replay.records import Begun, Point
 from torchopt.diff.replay.repeatable import End
 from torchopt.diff.replay.schedules import Schedule
 from torchopt.diff.replay.store import Store
-from torchopt.diff.replay.watch import (
-    Substituted,
-    may_have_derivative,
-)
+from torchopt.diff.replay.watch import Substituted, may_have_derivative
 from torchopt.diff.replay.watcher import Watcher
 
 

@@ -83,10 +83,10 @@ def _alive(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class OneByOne(Isolated):
-    """The node that a program is which belongs to no level of torch.func, and so cannot see one.
+    """The node of a program that was made outside of all levels of torch.func.
 
-    Where somebody maps over the cotangents of a graph that is to be differentiated itself, there is
-    one node for each of them.
+    Where a caller maps over cotangents (``vmap``), and will differentiate the result, each of them
+    gets a node of its own.
     """
 
     generate_vmap_rule = False
