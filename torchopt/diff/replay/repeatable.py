@@ -70,15 +70,17 @@ def check_repeatable(
 def _difference(
     loop: Loop, one: Results, two: Results, equal: Callable[[Any, Any], bool] = same
 ) -> str | None:
-    for name, x, y in zip(_names(loop), (*one[0], *one[1]), (*two[0], *two[1])):
+    for k, (x, y) in enumerate(zip((*one[0], *one[1]), (*two[0], *two[1]))):
         if not equal(x, y):
-            return name
+            return _named(loop, k)
     return None
 
 
-def _names(loop: Loop) -> list[str]:
-    carry = [called(tree.dotted(path), "the carry") for path in loop.paths]
-    return [f"value of {name}" for name in (*carry, *(called(n, "y") for n in loop.y_names))]
+def _named(loop: Loop, k: int) -> str:
+    n = len(loop.paths)
+    if k < n:
+        return f"value of {called(tree.dotted(loop.paths[k]), 'the carry')}"
+    return f"value of {called(loop.y_names[k - n], 'y')}"
 
 
 # On the way back ---------------------------------------------------------------------------------
@@ -102,10 +104,10 @@ class End:
         self, loop: Loop, found: Results, equal: Callable[[Any, Any], bool] = same
     ) -> str | None:
         """Return which leaf is another one now."""
-        compared = zip(_names(loop), self.values, self.versions, (*found[0], *found[1]))
-        for name, old, version, new in compared:
+        pairs = zip(self.values, self.versions, (*found[0], *found[1]))
+        for k, (old, version, new) in enumerate(pairs):
             if _version(old) == version and not equal(old, new):
-                return name
+                return _named(loop, k)
         return None
 
 
