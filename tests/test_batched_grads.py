@@ -116,3 +116,42 @@ def test_a_jacobian_of_torch_can_be_differentiated(name: str) -> None:
 
     found, expected = (square(start.clone().requires_grad_(), v) for v in (True, False))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+class Inside(torch.autograd.Function):
+    """A function whose backward pass asks for batched gradients through an update itself."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Function, of_both: bool, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.function, ctx.of_both = function, of_both
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.enable_grad():
+            y = ctx.saved_tensors[0].detach().requires_grad_()
+            u = ctx.function(y)
+            rows = torch.ones(2, len(u)).double()
+            if ctx.of_both:
+                rows = rows * grad.sum()
+            (found,) = torch.autograd.grad(u, y, rows, is_grads_batched=True)
+        return None, None, grad * found.sum(0)
+
+
+def test_a_batched_gradient_inside_of_another() -> None:
+    function, start = updates(torchopt.adam(0.1)), nonzero(3)
+    found = []
+    for batched in (True, False):
+        x, eye = start.clone().requires_grad_(), torch.eye(3).double()
+        y = Inside.apply(function, False, x)
+        if batched:
+            found.append(torch.autograd.grad(y, x, eye, is_grads_batched=True)[0])
+        else:
+            each = [torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in eye]
+            found.append(torch.stack(each))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    x = start.clone().requires_grad_()
+    y = Inside.apply(function, True, x)
+    with pytest.raises(NotImplementedError, match=r"batch of another such call.*torch\.func\.vmap"):
+        torch.autograd.grad(y, x, torch.eye(3).double(), is_grads_batched=True)

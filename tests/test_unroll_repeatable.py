@@ -142,6 +142,29 @@ def test_what_rounds_otherwise_when_it_is_watched_is_no_other_step(w: Tensor) ->
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "adjoint", [Checkpointed(), Checkpointed(2), Checkpointed("log")], ids=repr
+)
+def test_a_step_that_rounds_otherwise_without_a_graph_has_a_second_derivative(
+    adjoint: Any, compiled: bool, length: int, w: Tensor
+) -> None:
+    """As kernels do that are for inference only; also where the first step is compared at once."""
+    if compiled:
+        torch.compile(torch.sin, backend="eager")
+
+    def step(w: Tensor, _: None) -> tuple[Tensor, None]:
+        return (w.sin() * (1 + 4 * EPS if torch.is_grad_enabled() else 1)) * 2, None
+
+    def second(adjoint: Any) -> Tensor:
+        value = total(unroll(step, w, length=length, adjoint=adjoint))
+        (first,) = torch.autograd.grad(value, w, create_graph=True)
+        return torch.autograd.grad(first.sum(), w)[0]
+
+    torch.testing.assert_close(second(adjoint), second(Unrolled()), rtol=1e-10, atol=1e-12)
+
+
 def test_what_differs_by_more_than_rounding_is_another_step(w: Tensor) -> None:
     last, _ = unroll(watched_otherwise(0.1), w, length=4, adjoint=Checkpointed())
     with pytest.raises(RuntimeError, match="Step 1 of 4 gives another value of the carry"):

@@ -35,14 +35,11 @@ def over_batches(
     """Return ``function(*values)``, mapped over those values that are batches of such a call.
 
     Raises:
-        NotImplementedError: If one such call is at work inside another.
+        NotImplementedError: If one of them is a batch of two such calls.
     """
+    if not has_batches(values):
+        return list(function(*values))
     level = levels_of_batched_grads()
-    if level > 1:
-        raise NotImplementedError(
-            "is_grads_batched=True inside of the backward pass of another call with "
-            "is_grads_batched=True: use torch.func.vmap for one of the two."
-        )
     there: list[bool] = []
 
     def tensors(*given: Any) -> tuple[Tensor, ...]:
@@ -55,6 +52,11 @@ def over_batches(
         x if dim is None else remove_legacy_batch_dim(x, level, 1, 0)
         for x, dim in zip(values, dims)
     ]
+    if has_batches(plain):
+        raise NotImplementedError(
+            "A derivative by is_grads_batched=True (vectorize=True) is taken of a batch of another "
+            "such call: use torch.func.vmap for one of the two."
+        )
     with outside_of_batched_grads():
         results = iter(torch.vmap(tensors, in_dims=dims)(*plain))
     return [add_legacy_batch_dim(next(results), 0, level) if t else None for t in there]

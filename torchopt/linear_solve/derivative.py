@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from torchopt.base.batched_grads import has_batches, over_batches
+from torchopt.base.batched_grads import over_batches
 from torchopt.base.layout import is_inexact
 from torchopt.base.torch_internals import (
     TransformType,
@@ -212,8 +212,7 @@ class _Solution(torch.autograd.Function):
                     grads[k] = found
             return [grad_b, *grads]
 
-        batched = has_batches([grad])
-        grad_b, *grads = over_batches(gradients, [grad]) if batched else gradients(grad)
+        grad_b, *grads = over_batches(gradients, [grad])
         return None, grad_b, None, *grads
 
     @staticmethod

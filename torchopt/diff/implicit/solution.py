@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from torchopt.base.batched_grads import has_batches, over_batches
+from torchopt.base.batched_grads import over_batches
 from torchopt.base.levels import primal
 from torchopt.base.torch_internals import set_forward_grad_enabled
 from torchopt.diff.implicit.running import run
@@ -117,9 +117,7 @@ class _Root(Function):
             with ctx.system.holding(saved[:n], saved[n:]):
                 return transposed_derivative(ctx.system, saved[:n], saved[n:], cotangents)
 
-        batched = has_batches(cotangents)
-        found = over_batches(gradients, cotangents) if batched else gradients(*cotangents)
-        return (None, None, *[None] * n, *found)
+        return (None, None, *[None] * n, *over_batches(gradients, cotangents))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

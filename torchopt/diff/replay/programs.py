@@ -261,8 +261,7 @@ class Pull(Program):
     def _compare(self, step: int, leaves: Sequence[object]) -> None:
         """Refuse another end of some steps than when the loop was run, where that is known."""
         if self.store is not None and step in self.job.ends:
-            found = cut(leaves), []
-            refuse_other_end(self.job, step - 1, found, lambda: found)
+            refuse_other_end(self.job, step - 1, (cut(leaves), []))
 
 
 class Back:

@@ -136,21 +136,26 @@ def _version(x: Any) -> int:
     return x._version if isinstance(x, Tensor) else 0
 
 
-def refuse_other_end(job: Job, step: int, found: Results, again: Callable[[], Results]) -> None:
+def refuse_other_end(
+    job: Job, step: int, found: Results, again: Callable[[], Results] | None = None
+) -> None:
     """Refuse a step that does not end where it ended the first time, bit by bit.
 
-    ``again`` takes it without a graph, as the first time, if a graph makes a difference.
+    ``again`` takes it without a graph, as the first time, if a graph makes a difference. Where
+    there is none, and it is not known that a graph makes no difference, rounding is none.
 
     Raises:
         RuntimeError: Naming the leaf.
     """
     end: End = job.ends[step + 1]
     difference = end.difference(job.loop, found)
-    if difference is not None:
+    if difference is not None and again is not None:
         difference = end.difference(job.loop, again())
-    rounds = difference is not None and end.watched
-    if rounds and end.difference(job.loop, found, by_rounding) is None:
-        difference = _difference(job.loop, again(), again())
+    rounds = end.watched if again is not None else not job.exact or _is_unchecked(job)
+    if difference is not None and rounds:
+        difference = end.difference(job.loop, found, by_rounding)
+        if difference is None and again is not None:
+            difference = _difference(job.loop, again(), again())
     if difference is not None:
         raise RuntimeError(
             f"Step {step + 1} of {job.loop.length} gives another {difference} when it is taken "
@@ -158,3 +163,8 @@ def refuse_other_end(job: Job, step: int, found: Results, again: Callable[[], Re
             "attribute, or a tensor that was written to? Leave that as it was until the backward "
             f"pass is over, or give it to the steps in the carry or in xs. {_UNREPEATABLE}"
         )
+
+
+def _is_unchecked(job: Job) -> bool:
+    """Whether the first step was not taken a second time before the backward pass."""
+    return 1 in job.ends and job.ends[1].watched

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torchopt.base.batched_grads import has_batches, over_batches
+from torchopt.base.batched_grads import over_batches
 from torchopt.base.numerics import to_compute_dtype
 from torchopt.base.torch_internals import (
     AutoDispatchBelowAutograd,
@@ -114,7 +114,7 @@ class _Update(SingleLevelFunction):
             def backward(*bars: Tensor | None) -> Sequence[Tensor]:
                 return torch.ops.torchopt.update_backward(list(bars), *own)
 
-            found = iter(over_batches(backward, bars) if has_batches(bars) else backward(*bars))
+            found = iter(over_batches(backward, bars))
             for operand in written.backward.output_operands:
                 derivatives[operand] = [next(found) if need else None for need in needs[operand]]
         incoming = columns_of([f"bar_{s}" for s in written.forward.output_operands], bars)
